@@ -1,0 +1,75 @@
+// What the CUDA kernels offer the op layer: typed pointers, int64 sizes, a stream; no torch.
+//
+// Every launcher only enqueues work on `stream` (nothing synchronises, nothing allocates, so all of it can be
+// captured in a CUDA graph) and returns the launch error. Elements are float, __nv_bfloat16 or __half; tensors are
+// contiguous; accumulation is float32.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moco_ext::cuda {
+
+struct InfoNceShape {
+  int64_t n;  // queries
+  int64_t k;  // keys in the queue, >= 1
+  int64_t c;  // features, >= 1
+};
+
+struct InfoNceOptions {
+  float temperature;             // used when temperature_ptr is null
+  const float* temperature_ptr;  // [1] on the device, or null
+  float eps;                     // floor of a row's norm
+  bool normalize;                // false: query and key rows are taken as they are, logits are unbounded
+  bool allow_tf32;               // float32 queue: one tf32 product instead of float32 accuracy
+};
+
+struct InfoNceOutputs {
+  float* loss;              // [N]
+  float* lse;               // [N] logsumexp over the K+1 logits
+  float* positive_logit;    // [N] divided by the temperature
+  int64_t* rank;            // [N] negatives scoring strictly above the positive
+  float* grad_query;        // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
+  float* grad_key;          // [N, C] or null
+  float* grad_temperature;  // [N] or null; needs grad_query
+};
+
+// Scratch the launcher needs, in bytes, 256-byte aligned: O(N*C) times the splits of the queue, never N*K.
+template <typename Queue>
+size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient);
+
+// query, key [N, C]; queue [K, C]
+template <typename Query, typename Queue>
+cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
+                     const InfoNceOptions& options, const InfoNceOutputs& outputs, void* workspace,
+                     cudaStream_t stream);
+
+// x, out [rows, cols]; norm [rows] or null: max(||x||, eps)
+template <typename T>
+cudaError_t l2_normalize(const T* x, T* out, float* norm, int64_t rows, int64_t cols, float eps, cudaStream_t stream);
+
+// queue [K, C], queue_ptr [1] on the device, keys [B, C]: rows [ptr, ptr + B) mod K, then ptr = (ptr + B) mod K.
+template <typename Key, typename Queue>
+cudaError_t enqueue(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, bool normalize,
+                    float eps, cudaStream_t stream);
+
+// key = m * key + (1 - m) * query over one list of tensors of mixed dtypes.
+enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct MomentumTensor {
+  void* key;
+  const void* query;
+  int64_t numel;
+  Dtype key_dtype;
+  Dtype query_dtype;
+};
+
+// m_ptr: [1] on the device, or null for the value m. One launch for every 1,000 tensors.
+cudaError_t momentum_update(const MomentumTensor* tensors, int64_t count, float m, const float* m_ptr,
+                            cudaStream_t stream);
+
+}  // namespace moco_ext::cuda
