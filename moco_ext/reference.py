@@ -1,0 +1,165 @@
+"""The five ops in plain torch: what the native ones must compute.
+
+Nothing here is fast, and nothing here depends on native code. Sixteen-bit inputs are computed in float32,
+float64 inputs in float64, so ``.double()`` copies of any inputs give the value to hold an op against.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .stats import InfoNCEStats
+
+NORM_FLOOR = 1e-12  # a row shorter than this is divided by this instead of by its norm
+
+
+def l2_normalize(x: Tensor, eps: float = NORM_FLOOR) -> Tensor:
+    """x / max(||x||, eps), row by row.
+
+    Args:
+        x: [N, C] floating point.
+        eps: lower bound of the divisor.
+
+    Returns:
+        [N, C] in x's dtype, rounded once.
+    """
+    wide = x.to(_compute_dtype(x))
+    return (wide / _row_norms(wide, eps)).to(x.dtype)
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = 0.07,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, InfoNCEStats]:
+    """Cross-entropy of each query's positive key among itself and K negatives (MoCo, equation 1).
+
+    Args:
+        query: [N, C].
+        key: [N, C], row i the positive of query i.
+        queue: [K, C] negatives, shared by all rows.
+        temperature: a float, or a 0-dim tensor (which may require grad).
+        normalize: scale the rows of query and key, but not of queue, to length 1 first.
+        reduction: "mean", "sum" or "none". With N = 0 the mean is NaN, as in ``F.cross_entropy``.
+        return_stats: return ``(loss, InfoNCEStats)``.
+
+    Raises:
+        ValueError: queue requires grad, or an unknown reduction.
+    """
+    if queue.requires_grad:
+        raise ValueError(
+            "queue: expected a tensor without gradient, got one that requires grad; use EndToEnd"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+
+    dtype = _compute_dtype(query, key, queue)
+    query, key, queue = query.to(dtype), key.to(dtype), queue.to(dtype)
+    if normalize:
+        query = query / _row_norms(query)
+        key = key / _row_norms(key)
+
+    positive = (query * key).sum(1, keepdim=True)  # [N, 1]
+    negative = query @ queue.t()  # [N, K]
+    logits = torch.cat([positive, negative], dim=1) / temperature  # [N, 1 + K]
+    lse = torch.logsumexp(logits, dim=1)
+    losses = lse - logits[:, 0]
+    loss = {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+    if not return_stats:
+        return loss
+
+    rank = (logits[:, 1:] > logits[:, :1]).sum(1)
+    return loss, InfoNCEStats(losses.detach(), lse.detach(), logits[:, 0].detach(), rank)
+
+
+@torch.no_grad()
+def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
+    """Write keys over the oldest rows of a circular queue and move its pointer on.
+
+    Args:
+        queue: [K, C], written in place.
+        queue_ptr: [1] int64, taken modulo K on entry, advanced by B modulo K.
+        keys: [B, C], any B; of more than K rows only the last K remain to be seen.
+        normalize: scale the rows to length 1 before they are rounded to the queue's dtype.
+    """
+    K, B = queue.shape[0], keys.shape[0]
+    rows = keys.to(_compute_dtype(keys))
+    if normalize:
+        rows = rows / _row_norms(rows)
+    first = max(B - K, 0)  # earlier rows would be overwritten in the same call
+    slots = (queue_ptr + torch.arange(first, B, device=queue.device)) % K
+    queue[slots] = rows[first:].to(queue.dtype)
+    queue_ptr.copy_((queue_ptr + B) % K)
+
+
+@torch.no_grad()
+def momentum_update_(key_params: list[Tensor], query_params: list[Tensor], m: float | Tensor) -> None:
+    """key = m * key + (1 - m) * query, in place (MoCo, equation 2).
+
+    Args:
+        key_params: tensors written in place, each in its own dtype, after computing in float32 (float64 if
+            it is float64).
+        query_params: as many tensors of the same shapes, of any floating dtype.
+        m: momentum in [0, 1], a float or a 0-dim tensor.
+    """
+    for key, query in zip(key_params, query_params, strict=True):
+        dtype = _compute_dtype(key)
+        key.copy_(m * key.to(dtype) + (1 - m) * query.to(dtype))
+
+
+@torch.no_grad()
+def flatten_parameters_(module: nn.Module) -> Tensor:
+    """Move a module's parameters into one contiguous buffer of which each becomes a view.
+
+    The ``Parameter`` objects stay, and with them names, values, ``requires_grad`` and ``.grad``. A parameter
+    that the module uses under several names is stored once. Flattening again returns the buffer that is
+    there, unless something (``.to()``, a deep copy) has given a parameter memory of its own since.
+
+    Returns:
+        [total] the buffer.
+
+    Raises:
+        ValueError: the parameters differ in dtype or device.
+    """
+    params = list(module.parameters())  # a tied parameter comes once
+    kinds = sorted({f"{p.dtype} on {p.device}" for p in params})
+    if len(kinds) > 1:
+        raise ValueError(f"module: expected parameters of one dtype and device, got {', '.join(kinds)}")
+    if not params:
+        return torch.empty(0)
+
+    total = sum(p.numel() for p in params)
+    if _is_packed(params):
+        return params[0].detach().as_strided((total,), (1,))
+
+    buffer = torch.cat([p.detach().reshape(-1) for p in params])
+    start = 0
+    for p in params:
+        p.data = buffer[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+    return buffer
+
+
+def _is_packed(params: list[nn.Parameter]) -> bool:
+    """Whether the parameters lie one after the other, gapless, in one storage."""
+    storage = params[0].untyped_storage().data_ptr()
+    address = params[0].data_ptr()
+    for p in params:
+        if p.untyped_storage().data_ptr() != storage or p.data_ptr() != address or not p.is_contiguous():
+            return False
+        address += p.numel() * p.element_size()
+    return True
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 as soon as one of the tensors is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _row_norms(x: Tensor, eps: float = NORM_FLOOR) -> Tensor:
+    """[N, 1] Euclidean norms, none below eps."""
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(eps)
