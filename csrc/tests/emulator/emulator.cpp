@@ -1,0 +1,561 @@
+// The emulator's scheduler, shared memory, and the few runtime functions that launchers and tests call.
+// A fortified longjmp refuses to jump between stacks, which is all that the fibers here do.
+#undef _FORTIFY_SOURCE
+#include "emulator.h"
+
+#include <link.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace emu {
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kStack = 256 * 1024;
+constexpr unsigned char kPoison = 0xFF;  // NaN in every format
+constexpr unsigned char kGuard = 0xA5;
+constexpr int kBarriers = 16;
+
+enum class State { kReady, kAtBarrier, kInWarp, kExited };
+
+struct Copy {
+  unsigned char* shared;
+  const unsigned char* global;
+  int bytes_valid, size, group;
+};
+
+struct Fiber {
+  jmp_buf context;
+  unsigned char* stack = nullptr;
+  int index = 0;
+  uint3 thread{};
+  State state = State::kExited;
+  Where where{};
+  int barrier = 0;
+  unsigned mask = 0;
+  const void* deposit = nullptr;
+  size_t deposit_bytes = 0;
+  const void* received = nullptr;
+  std::vector<unsigned char> own;  // what a partial-mask exchange received
+  std::deque<Copy> copies;
+  int group = 0;  // of the next cp.async
+};
+
+struct Warp {
+  std::vector<unsigned char> buffer[2];  // full-mask exchanges alternate: nobody still reads the one before last
+  int turn = 0;
+};
+
+struct Allocation {
+  unsigned char* pages;
+  size_t mapped, size;
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
+  std::deque<int> ready;
+  std::vector<int> waiting[kBarriers];
+  Fiber* current = nullptr;
+  jmp_buf scheduler;
+  int threads = 0;
+  bool in_kernel = false;
+  const std::function<void()>* body = nullptr;
+  std::mt19937_64 random;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0, shared_mapped = 0;
+  unsigned char* shared_pages = nullptr;
+  std::map<unsigned char*, Allocation> allocations;
+  cudaError_t error = cudaSuccess;
+};
+Machine machine;
+
+std::string position() {
+  if (!machine.in_kernel) return "on the host";
+  char text[128];
+  snprintf(text, sizeof text, "block (%u, %u, %u), thread (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z,
+           threadIdx.x, threadIdx.y, threadIdx.z);
+  return text;
+}
+
+std::string describe(const Where& where) {
+  const char* slash = strrchr(where.file_name(), '/');
+  return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
+}
+
+bool same(const Where& a, const Where& b) { return a.line() == b.line() && strcmp(a.file_name(), b.file_name()) == 0; }
+
+// Switching. No locals live across setjmp.
+__attribute__((noinline)) void jump_to(Fiber& next) {
+  Fiber* const self = machine.current;
+  if (&next == self) return;
+  machine.current = &next;
+  threadIdx = next.thread;
+  if (self == nullptr) {
+    if (_setjmp(machine.scheduler) == 0) _longjmp(next.context, 1);
+  } else if (_setjmp(self->context) == 0) {
+    _longjmp(next.context, 1);
+  }
+}
+
+Fiber& take_ready() {
+  size_t at = 0;
+  if (config().seed == 1) at = machine.ready.size() - 1;
+  if (config().seed > 1) at = machine.random() % machine.ready.size();
+  const int index = machine.ready[at];
+  machine.ready.erase(machine.ready.begin() + static_cast<ptrdiff_t>(at));
+  return *machine.fibers[static_cast<size_t>(index)];
+}
+
+[[noreturn]] void report_deadlock() {
+  std::map<std::string, int> groups;
+  for (int i = 0; i < machine.threads; ++i) {
+    const Fiber& fiber = *machine.fibers[static_cast<size_t>(i)];
+    char mask[32];
+    snprintf(mask, sizeof mask, "%08x", fiber.mask);
+    if (fiber.state == State::kExited) ++groups["have exited"];
+    if (fiber.state == State::kAtBarrier) ++groups["wait at the barrier " + describe(fiber.where)];
+    if (fiber.state == State::kInWarp)
+      ++groups["wait in the warp collective " + describe(fiber.where) + " mask " + mask];
+  }
+  std::string text;
+  for (const auto& [what, count] : groups) text += "\n  " + std::to_string(count) + " threads " + what;
+  fail("divergence: no thread of the block can go on:%s", text.c_str());
+}
+
+// Gives up the OS thread; returns once this fiber is ready again and is chosen.
+void wait() {
+  if (machine.ready.empty()) report_deadlock();
+  jump_to(take_ready());
+}
+
+void make_ready(Fiber& fiber) {
+  fiber.state = State::kReady;
+  machine.ready.push_back(fiber.index);
+}
+
+void fiber_main() {
+  Fiber* const self = machine.current;
+  machine.current = nullptr;
+  if (_setjmp(self->context) == 0) _longjmp(machine.scheduler, 1);
+  for (;;) {  // one turn a block
+    (*machine.body)();
+    machine.current->state = State::kExited;
+    bool all_exited = machine.ready.empty();
+    for (int i = 0; all_exited && i < machine.threads; ++i) {
+      all_exited = machine.fibers[static_cast<size_t>(i)]->state == State::kExited;
+    }
+    if (!all_exited) {
+      wait();
+    } else if (_setjmp(machine.current->context) == 0) {
+      machine.current = nullptr;
+      _longjmp(machine.scheduler, 1);
+    }
+  }
+}
+
+__attribute__((noinline)) void start(Fiber& fiber) {
+  static ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, fiber_main, 0);
+  machine.current = &fiber;
+  if (_setjmp(machine.scheduler) == 0) setcontext(&context);
+}
+
+unsigned char* map_pages(size_t bytes) {  // followed by a page that faults
+  void* pages = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) fail("out of memory");
+  auto* const first = static_cast<unsigned char*>(pages);
+  mprotect(first + bytes, kPage, PROT_NONE);
+  return first;
+}
+
+size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
+
+void add_fibers(size_t count) {
+  while (machine.fibers.size() < count) {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->index = static_cast<int>(machine.fibers.size());
+    fiber->stack = map_pages(kPage + kStack);
+    mprotect(fiber->stack, kPage, PROT_NONE);
+    fiber->stack += kPage;
+    machine.fibers.push_back(std::move(fiber));
+    start(*machine.fibers.back());
+  }
+}
+
+void on_fault(int, siginfo_t* info, void*) {
+  auto* const address = static_cast<unsigned char*>(info->si_addr);
+  for (const auto& fiber : machine.fibers) {
+    if (address >= fiber->stack - kPage && address < fiber->stack) fail("stack overflow (%zu bytes)", kStack);
+  }
+  if (machine.shared != nullptr && address >= machine.shared &&
+      address < machine.shared_pages + machine.shared_mapped + kPage) {
+    fail("access %td bytes into %zu bytes of dynamic shared memory", address - machine.shared, machine.shared_bytes);
+  }
+  for (const auto& [start, allocation] : machine.allocations) {
+    if (address >= start && address < allocation.pages + allocation.mapped + kPage) {
+      fail("access %td bytes into an allocation of %zu bytes", address - start, allocation.size);
+    }
+  }
+  fail("access to the invalid address %p", static_cast<void*>(address));
+}
+
+void handle_faults() {
+  static const bool done = [] {
+    static unsigned char stack[64 * 1024];  // of its own: the fiber's may be what overflowed
+    stack_t alternate{};
+    alternate.ss_sp = stack;
+    alternate.ss_size = sizeof stack;
+    sigaltstack(&alternate, nullptr);
+    struct sigaction action{};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
+    return true;
+  }();
+  static_cast<void>(done);
+}
+
+struct Range {
+  unsigned char* begin = nullptr;
+  size_t bytes = 0;
+};
+
+// The executable's thread-local segment: every `__shared__` variable, and nothing of ours.
+Range static_shared() {
+  Range range;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* out) {
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+          if (info->dlpi_phdr[i].p_type != PT_TLS) continue;
+          *static_cast<Range*>(out) = {static_cast<unsigned char*>(info->dlpi_tls_data), info->dlpi_phdr[i].p_memsz};
+        }
+        return 1;  // the first object is the executable
+      },
+      &range);
+  return range;
+}
+
+bool guard_intact(const unsigned char* begin, const unsigned char* end) {
+  for (; begin < end; ++begin) {
+    if (*begin != kGuard) return false;
+  }
+  return true;
+}
+
+void check_allocation(unsigned char* start, const Allocation& allocation) {
+  if (!guard_intact(allocation.pages, start) ||
+      !guard_intact(start + allocation.size, allocation.pages + allocation.mapped)) {
+    fail("a write just outside an allocation of %zu bytes", allocation.size);
+  }
+}
+
+// Dynamic shared memory ends where an unmapped page begins, or at most 127 guarded bytes before.
+void prepare_shared(size_t bytes) {
+  if (bytes + 2 * kPage > machine.shared_mapped) {
+    if (machine.shared_pages != nullptr) munmap(machine.shared_pages, machine.shared_mapped + kPage);
+    machine.shared_mapped = round_up(bytes, kPage) + 2 * kPage;
+    machine.shared_pages = map_pages(machine.shared_mapped);
+  }
+  machine.shared = machine.shared_pages + machine.shared_mapped - round_up(bytes, 128);
+  machine.shared_bytes = bytes;
+  memset(machine.shared_pages, kGuard, machine.shared_mapped);
+}
+
+void run_block(const Range& statics) {
+  memset(machine.shared, kPoison, machine.shared_bytes);
+  if (statics.begin != nullptr) memset(statics.begin, kPoison, statics.bytes);
+  machine.ready.clear();
+  for (int i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = *machine.fibers[static_cast<size_t>(i)];
+    const unsigned u = static_cast<unsigned>(i);
+    fiber.thread = {u % blockDim.x, u / blockDim.x % blockDim.y, u / blockDim.x / blockDim.y};
+    fiber.copies.clear();
+    fiber.group = 0;
+    make_ready(fiber);
+  }
+  machine.in_kernel = true;
+  jump_to(take_ready());
+  machine.in_kernel = false;
+  if (!guard_intact(machine.shared_pages, machine.shared) ||
+      !guard_intact(machine.shared + machine.shared_bytes, machine.shared_pages + machine.shared_mapped)) {
+    fail("block (%u, %u, %u) wrote just outside its %zu bytes of dynamic shared memory", blockIdx.x, blockIdx.y,
+         blockIdx.z, machine.shared_bytes);
+  }
+}
+
+void release(const std::vector<int>& fibers) {
+  for (const int index : fibers) {
+    if (index != machine.current->index) make_ready(*machine.fibers[static_cast<size_t>(index)]);
+  }
+  machine.current->state = State::kReady;
+  if (config().seed == 0) return;
+  machine.ready.push_back(machine.current->index);  // the last to arrive need not be the first to go on
+  wait();
+}
+
+void land(const Copy& copy) {
+  memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes_valid));
+  memset(copy.shared + copy.bytes_valid, 0, static_cast<size_t>(copy.size - copy.bytes_valid));
+}
+
+}  // namespace
+
+Config& config() {
+  static Config config = [] {
+    const char* seed = getenv("MOCO_EMULATE_SEED");
+    return Config{seed != nullptr ? strtoull(seed, nullptr, 10) : 0};
+  }();
+  return config;
+}
+
+void fail(const char* format, ...) {
+  fflush(stdout);
+  fprintf(stderr, "emulator, %s: ", position().c_str());
+  va_list arguments;
+  va_start(arguments, format);
+  vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  fputc('\n', stderr);
+  signal(SIGABRT, SIG_DFL);
+  abort();
+}
+
+unsigned char* dynamic_shared() { return machine.shared; }
+
+int lane() { return machine.current->index & 31; }
+
+void barrier(int id, int threads, Where where) {
+  if (threads == 0) threads = machine.threads;
+  if (id < 0 || id >= kBarriers) fail("barrier %d at %s", id, describe(where).c_str());
+  Fiber& self = *machine.current;
+  auto& waiting = machine.waiting[id];
+  if (!waiting.empty()) {
+    const Where& other = machine.fibers[static_cast<size_t>(waiting[0])]->where;
+    if (id == 0 && !same(other, where)) {
+      fail("divergence: thread %d waits at the barrier %s, thread %d at %s", waiting[0], describe(other).c_str(),
+           self.index, describe(where).c_str());
+    }
+  }
+  self.state = State::kAtBarrier;
+  self.where = where;
+  self.barrier = id;
+  waiting.push_back(self.index);
+  if (static_cast<int>(waiting.size()) < threads) return wait();
+  const std::vector<int> all = std::move(waiting);
+  waiting.clear();
+  release(all);
+}
+
+const void* exchange_bytes(const void* mine, size_t bytes, unsigned mask, Where where) {
+  Fiber& self = *machine.current;
+  const int first = self.index & ~31;
+  if (!(mask >> (self.index & 31) & 1)) fail("a lane outside its mask %08x (%s)", mask, describe(where).c_str());
+  self.state = State::kInWarp;
+  self.where = where;
+  self.mask = mask;
+  self.deposit = mine;
+  self.deposit_bytes = bytes;
+  std::vector<int> group;
+  for (int i = 0; i < 32; ++i) {
+    if (!(mask >> i & 1)) continue;
+    const int index = first + i;
+    if (index >= machine.threads || machine.fibers[static_cast<size_t>(index)]->state == State::kExited) {
+      fail("the warp collective %s names lane %d, which has exited", describe(where).c_str(), i);
+    }
+    const Fiber& other = *machine.fibers[static_cast<size_t>(index)];
+    if (other.state != State::kInWarp || other.mask != mask) continue;
+    if (!same(other.where, where) || other.deposit_bytes != bytes) {
+      fail("divergence: lane %d is in the warp collective %s, lane %d in %s", self.index & 31, describe(where).c_str(),
+           i, describe(other.where).c_str());
+    }
+    group.push_back(index);
+  }
+  if (static_cast<int>(group.size()) < __builtin_popcount(mask)) {
+    wait();
+    return self.received;
+  }
+  Warp& warp = machine.warps[static_cast<size_t>(first / 32)];
+  auto& shared = warp.buffer[warp.turn ^= mask == 0xffffffffu];
+  for (const int reader : group) {
+    Fiber& fiber = *machine.fibers[static_cast<size_t>(reader)];
+    // A lane outside a partial mask may run ahead, so those get a copy each; a full mask shares one.
+    auto& into = mask == 0xffffffffu ? shared : fiber.own;
+    if (into.size() < 32 * bytes) into.resize(32 * bytes);
+    if (mask != 0xffffffffu || reader == group[0]) {
+      for (const int writer : group) {
+        const Fiber& from = *machine.fibers[static_cast<size_t>(writer)];
+        if (bytes != 0) memcpy(into.data() + static_cast<size_t>(writer - first) * bytes, from.deposit, bytes);
+      }
+    }
+    fiber.received = into.data();
+  }
+  release(group);
+  return self.received;
+}
+
+void cp_async(void* shared, const void* global, int bytes_valid, int size, Where where) {
+  auto* const to = static_cast<unsigned char*>(shared);
+  const Range statics = static_shared();
+  const bool is_dynamic = to >= machine.shared && to + size <= machine.shared + machine.shared_bytes;
+  const bool is_static = to >= statics.begin && to + size <= statics.begin + statics.bytes;
+  const std::string at = describe(where);
+  if (!is_dynamic && !is_static) fail("cp.async at %s writes outside shared memory", at.c_str());
+  if (size != 4 && size != 8 && size != 16) fail("cp.async of %d bytes at %s", size, at.c_str());
+  if (bytes_valid < 0 || bytes_valid > size)
+    fail("cp.async at %s: %d of %d bytes valid", at.c_str(), bytes_valid, size);
+  if (reinterpret_cast<uintptr_t>(to) % static_cast<uintptr_t>(size) != 0 ||
+      reinterpret_cast<uintptr_t>(global) % static_cast<uintptr_t>(size) != 0) {
+    fail("misaligned cp.async at %s", at.c_str());
+  }
+  memset(to, kPoison, static_cast<size_t>(size));
+  Fiber& self = *machine.current;
+  self.copies.push_back({to, static_cast<const unsigned char*>(global), bytes_valid, size, self.group});
+}
+
+void cp_async_commit() { ++machine.current->group; }
+
+void cp_async_wait(int groups_left) {
+  Fiber& self = *machine.current;
+  while (!self.copies.empty() && self.copies.front().group < self.group - groups_left) {
+    land(self.copies.front());
+    self.copies.pop_front();
+  }
+}
+
+void cp_async_wait_all() {
+  cp_async_commit();
+  cp_async_wait(0);
+}
+
+cudaError_t run(const std::function<void()>& thread_body, dim3 grid, dim3 block, size_t shared_bytes,
+                size_t parameter_bytes) {
+  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > config().max_dynamic_shared || parameter_bytes > 32764) {
+    return machine.error = cudaErrorInvalidConfiguration;
+  }
+  handle_faults();
+  add_fibers(threads);
+  machine.threads = static_cast<int>(threads);
+  machine.warps.resize((threads + 31) / 32);
+  machine.body = &thread_body;
+  machine.random.seed(config().seed);
+  blockDim = block;
+  gridDim = grid;
+  prepare_shared(shared_bytes);
+  const Range statics = static_shared();
+  const bool shuffled = config().seed > 1 && blocks <= (1u << 20);
+  std::vector<uint64_t> order(shuffled ? blocks : 0);
+  for (size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), machine.random);
+  for (uint64_t i = 0; i < blocks; ++i) {
+    const uint64_t b = shuffled ? order[i] : config().seed == 1 ? blocks - 1 - i : i;
+    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+                static_cast<unsigned>(b / grid.x / grid.y)};
+    run_block(statics);
+  }
+  for (const auto& [start, allocation] : machine.allocations) check_allocation(start, allocation);
+  return cudaSuccess;
+}
+
+}  // namespace emu
+
+// The runtime's functions. The toolkit declares them; nothing links libcudart.
+using emu::machine;
+
+cudaError_t cudaMalloc(void** pointer, size_t size) {
+  emu::handle_faults();
+  if (size == 0) {
+    *pointer = nullptr;
+    return cudaSuccess;
+  }
+  // 16-byte alignment at least, and 256 when the size is a multiple of it, so that the end meets the unmapped page.
+  emu::Allocation allocation{nullptr, emu::round_up(size, emu::kPage), size};
+  allocation.pages = emu::map_pages(allocation.mapped);
+  unsigned char* const start = allocation.pages + allocation.mapped - emu::round_up(size, 16);
+  memset(allocation.pages, emu::kGuard, allocation.mapped);
+  memset(start, emu::kPoison, size);
+  machine.allocations[start] = allocation;
+  *pointer = start;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* pointer) {
+  if (pointer == nullptr) return cudaSuccess;
+  const auto found = machine.allocations.find(static_cast<unsigned char*>(pointer));
+  if (found == machine.allocations.end()) emu::fail("cudaFree of %p, which is no allocation", pointer);
+  emu::check_allocation(found->first, found->second);
+  munmap(found->second.pages, found->second.mapped + emu::kPage);
+  machine.allocations.erase(found);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes != 0) memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+  return cudaMemcpy(to, from, bytes, kind);
+}
+cudaError_t cudaMemset(void* to, int value, size_t bytes) {
+  if (bytes != 0) memset(to, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaPeekAtLastError() { return machine.error; }
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = machine.error;
+  machine.error = cudaSuccess;
+  return error;
+}
+const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "emulated CUDA error"; }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = emu::config().multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(emu::config().max_dynamic_shared);
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    default:
+      emu::fail("cudaDeviceGetAttribute(%d) is not emulated", static_cast<int>(attribute));
+  }
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = emu::config().blocks_per_multiprocessor;
+  return cudaSuccess;
+}
