@@ -1,0 +1,28 @@
+"""Shared fixtures: the devices there are, seeds, hypothesis profiles, the slow marker."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+# No deadline: a first call loads libraries and starts threads, which says nothing about the op.
+hypothesis.settings.register_profile("local", deadline=None, max_examples=60)
+hypothesis.settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than ten seconds on two cores")
+
+
+@pytest.fixture(params=DEVICES, scope="session")
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(20)
