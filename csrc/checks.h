@@ -1,0 +1,217 @@
+// Argument checks and dtype dispatch shared by the CPU and CUDA op layers. Every message names the argument, what was
+// expected and what came. std::invalid_argument arrives in Python as ValueError.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace moco_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+inline void check(bool condition, const Parts&... parts) {
+  if (condition) [[likely]] return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string dtype_name(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Bool: return "bool";
+    default: return "dtype number " + std::to_string(static_cast<int>(t.scalar_type()));
+  }
+}
+
+inline std::string shape_name(const Tensor& t) {
+  std::ostringstream out;
+  out << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
+  out << "]";
+  return out.str();
+}
+
+inline std::string device_name(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline void check_matrix(const Tensor& t, const char* name, const char* shape) {
+  check(t.dim() == 2, name, ": expected a matrix ", shape, ", got shape ", shape_name(t));
+}
+
+inline void check_same_device(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
+  check(same_device(t, as), name, ": expected on the device of ", as_name, " (", device_name(as), "), got ",
+        device_name(t));
+}
+
+inline bool is_float64(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+
+// float64 exists for gradient checks on the CPU, and then for all tensors at once.
+inline void check_float_dtype(const Tensor& t, const char* name, bool float64_allowed) {
+  const ScalarType type = t.scalar_type();
+  check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
+            (type == ScalarType::Double && float64_allowed),
+        name, ": expected float32, bfloat16 or float16", float64_allowed ? ", or float64 for all on the CPU" : "",
+        ", got ", dtype_name(t));
+}
+
+inline void check_all_float64(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
+  check(is_float64(t) == is_float64(as), name, ": expected float64 together with ", as_name, " or not at all, got ",
+        dtype_name(t), " with ", as_name, " ", dtype_name(as));
+}
+
+inline void check_queue(const Tensor& queue) {
+  check_matrix(queue, "queue", "[K, C]");
+  check_float_dtype(queue, "queue", queue.is_cpu());
+  check(queue.size(0) > 0 && queue.size(1) > 0, "queue: expected at least one key and one feature, got shape ",
+        shape_name(queue));
+  check(queue.is_contiguous(), "queue: expected contiguous rows [K, C], got strides [", queue.stride(0), ", ",
+        queue.stride(1), "]");
+}
+
+inline void check_info_nce(const Tensor& query, const Tensor& key, const Tensor& queue,
+                           const std::optional<Tensor>& temperature_tensor) {
+  check_queue(queue);
+  check_matrix(query, "query", "[N, C]");
+  check_matrix(key, "key", "[N, C]");
+  check_same_device(query, "query", queue, "queue");
+  check_same_device(key, "key", queue, "queue");
+  check_float_dtype(query, "query", queue.is_cpu());
+  check_float_dtype(key, "key", queue.is_cpu());
+  check_all_float64(query, "query", queue, "queue");
+  check_all_float64(key, "key", queue, "queue");
+  check(query.size(1) == queue.size(1), "query: expected ", queue.size(1), " features as in queue, got shape ",
+        shape_name(query));
+  check(key.size(0) == query.size(0) && key.size(1) == query.size(1), "key: expected the shape of query ",
+        shape_name(query), ", got ", shape_name(key));
+  if (temperature_tensor) {
+    check(temperature_tensor->numel() == 1 && temperature_tensor->dim() == 0,
+          "temperature: expected a 0-dim tensor, got shape ", shape_name(*temperature_tensor));
+    check_float_dtype(*temperature_tensor, "temperature", true);
+  }
+}
+
+inline void check_temperature(double temperature) {
+  check(std::isfinite(temperature) && temperature > 0, "temperature: expected a finite positive number, got ",
+        temperature);
+}
+
+inline void check_enqueue(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys) {
+  check_queue(queue);
+  check(queue_ptr.dim() == 1 && queue_ptr.numel() == 1, "queue_ptr: expected shape [1], got ", shape_name(queue_ptr));
+  check(queue_ptr.scalar_type() == ScalarType::Long, "queue_ptr: expected int64, got ", dtype_name(queue_ptr));
+  check_same_device(queue_ptr, "queue_ptr", queue, "queue");
+  check_matrix(keys, "keys", "[B, C]");
+  check_same_device(keys, "keys", queue, "queue");
+  check_float_dtype(keys, "keys", queue.is_cpu());
+  check_all_float64(keys, "keys", queue, "queue");
+  check(keys.size(1) == queue.size(1), "keys: expected ", queue.size(1), " features as in queue, got shape ",
+        shape_name(keys));
+}
+
+// Whether the tensor's elements fill one stretch of memory, in whatever order of dimensions.
+inline bool is_dense(const Tensor& t) {
+  int64_t span = 1;
+  for (int64_t d = 0; d < t.dim(); ++d) span += (t.size(d) - 1) * t.stride(d);
+  return t.numel() == 0 || span == t.numel();
+}
+
+inline void check_momentum_update(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
+                                  const std::optional<Tensor>& m_tensor, double m) {
+  check(key_params.size() == query_params.size(), "query_params: expected ", key_params.size(),
+        " tensors as in key_params, got ", query_params.size());
+  for (size_t i = 0; i < key_params.size(); ++i) {
+    const Tensor& k = key_params[i];
+    const Tensor& q = query_params[i];
+    const std::string key_name = "key_params[" + std::to_string(i) + "]";
+    const std::string query_name = "query_params[" + std::to_string(i) + "]";
+    check_same_device(k, key_name.c_str(), key_params[0], "key_params[0]");
+    check_same_device(q, query_name.c_str(), key_params[0], "key_params[0]");
+    check_float_dtype(k, key_name.c_str(), k.is_cpu());
+    check_float_dtype(q, query_name.c_str(), k.is_cpu());
+    check_all_float64(q, query_name.c_str(), k, key_name.c_str());
+    bool same_shape = k.dim() == q.dim();
+    bool same_strides = same_shape;
+    for (int64_t d = 0; same_shape && d < k.dim(); ++d) {
+      same_shape = k.size(d) == q.size(d);
+      same_strides = same_strides && k.stride(d) == q.stride(d);
+    }
+    check(same_shape, query_name, ": expected the shape of ", key_name, " ", shape_name(k), ", got ", shape_name(q));
+    // Any dense layout will do (channels_last weights too) as long as both sides walk memory in the same order.
+    check((k.is_contiguous() && q.is_contiguous()) || (same_strides && is_dense(k)), key_name, " and ", query_name,
+          ": expected both contiguous, or both dense with the same strides");
+  }
+  if (m_tensor) {
+    check(m_tensor->numel() == 1 && m_tensor->dim() == 0, "m: expected a number or a 0-dim tensor, got shape ",
+          shape_name(*m_tensor));
+    check_float_dtype(*m_tensor, "m", true);
+  } else {
+    check(m >= 0.0 && m <= 1.0, "m: expected a momentum in [0, 1], got ", m);
+  }
+}
+
+inline void check_l2_normalize(const Tensor& x, double eps) {
+  check_matrix(x, "x", "[N, C]");
+  check_float_dtype(x, "x", x.is_cpu());
+  check(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ", eps);
+}
+
+// The value of a 0-dim tensor on the CPU.
+inline double cpu_scalar(const Tensor& t) {
+  const Tensor wide = torch::stable::to(t, ScalarType::Double);
+  return *static_cast<const double*>(wide.const_data_ptr());
+}
+
+// Query and key rows of one dtype, contiguous: float32 where they differ.
+inline std::pair<Tensor, Tensor> same_dtype_rows(const Tensor& query, const Tensor& key) {
+  const auto row_major = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
+  if (query.scalar_type() == key.scalar_type()) return {row_major(query), row_major(key)};
+  return {row_major(torch::stable::to(query, ScalarType::Float)), row_major(torch::stable::to(key, ScalarType::Float))};
+}
+
+// What info_nce_forward returns; a gradient that was not asked for is an empty tensor.
+struct InfoNceTensors {
+  Tensor loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature;
+
+  InfoNceTensors(const Tensor& query, const Tensor& queue, bool query_grad, bool key_grad, bool temperature_grad)
+      : loss(make(queue, {query.size(0)}, true)),
+        lse(make(queue, {query.size(0)}, true)),
+        positive_logit(make(queue, {query.size(0)}, true)),
+        rank(torch::stable::new_empty(queue, {query.size(0)}, ScalarType::Long)),
+        // The temperature's gradient falls out of the query's.
+        grad_query(make(queue, {query.size(0), query.size(1)}, query_grad || temperature_grad)),
+        grad_key(make(queue, {query.size(0), query.size(1)}, key_grad)),
+        grad_temperature(make(queue, {query.size(0)}, temperature_grad)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
+    return {loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature};
+  }
+
+ private:
+  static Tensor make(const Tensor& queue, std::vector<int64_t> sizes, bool wanted) {
+    if (!wanted) sizes = {0};
+    return torch::stable::new_empty(queue, sizes, is_float64(queue) ? ScalarType::Double : ScalarType::Float);
+  }
+};
+
+}  // namespace moco_ext

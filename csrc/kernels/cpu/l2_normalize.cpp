@@ -1,0 +1,27 @@
+#include <vector>
+
+#include "kernels/cpu.h"
+#include "kernels/cpu/rows.h"
+
+namespace moco_ext::cpu {
+
+template <typename T>
+void l2_normalize(const Host& host, const T* x, T* out, accumulate_t<T>* norm, int64_t rows, int64_t cols,
+                  double eps) {
+  using A = accumulate_t<T>;
+  host.parallel_for(rows, 1 + 16384 / (cols + 1), [&](int64_t begin, int64_t end) {
+    std::vector<A> unit(cols);
+    for (int64_t i = begin; i < end; ++i) {
+      const A length = load_row(x + i * cols, unit.data(), cols, true, static_cast<A>(eps));
+      if (norm != nullptr) norm[i] = length;
+      for (int64_t j = 0; j < cols; ++j) out[i * cols + j] = convert<T>(unit[j]);
+    }
+  });
+}
+
+template void l2_normalize(const Host&, const float*, float*, float*, int64_t, int64_t, double);
+template void l2_normalize(const Host&, const double*, double*, double*, int64_t, int64_t, double);
+template void l2_normalize(const Host&, const bfloat16*, bfloat16*, float*, int64_t, int64_t, double);
+template void l2_normalize(const Host&, const float16*, float16*, float*, int64_t, int64_t, double);
+
+}  // namespace moco_ext::cpu

@@ -1,0 +1,43 @@
+// Work on one row of features: read, normalise, and the gradient of normalising.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/cpu/half.h"
+
+namespace moco_ext::cpu {
+
+template <typename A>
+inline A dot(const A* x, const A* y, int64_t n) {
+  // Double keeps a row's norm and its positive's score exact to the last bit of the accumulation type, and float32
+  // rows of huge norm from overflowing.
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(y[i]);
+  return static_cast<A>(sum);
+}
+
+// out = x, or x / max(||x||, eps); returns max(||x||, eps), 1 when not normalising.
+template <typename T, typename A>
+inline A load_row(const T* x, A* out, int64_t n, bool normalize, A eps) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = convert<A>(x[i]);
+    sum += static_cast<double>(out[i]) * static_cast<double>(out[i]);
+  }
+  if (!normalize) return A{1};
+  const double length = std::sqrt(sum);
+  const double norm = length < static_cast<double>(eps) ? static_cast<double>(eps) : length;  // NaN stays NaN
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(static_cast<double>(out[i]) / norm);
+  return static_cast<A>(norm);
+}
+
+// gradient with respect to the unit row -> with respect to the row itself, in place. Below eps the norm is a constant.
+template <typename A>
+inline void normalize_backward(const A* unit, A norm, A eps, A* gradient, int64_t n) {
+  const A along = norm > eps ? dot(unit, gradient, n) : A{0};
+  for (int64_t i = 0; i < n; ++i) gradient[i] = (gradient[i] - along * unit[i]) / norm;
+}
+
+}  // namespace moco_ext::cpu

@@ -1,0 +1,3 @@
+#define MOCO_VECTOR_LOOPS vector_loops_baseline
+#define MOCO_VECTOR_LOOPS_NAME "baseline"
+#include "kernels/cpu/vector_loops.inc"

@@ -1,0 +1,15 @@
+// Every operator of the package. The backends register themselves: ops_cpu.cpp here, ops_cuda.cpp in a library of its
+// own; fake kernels and autograd stand beside the wrappers in moco_ext/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(moco_ext, m) {
+  // grad_* are d loss[n] / d input, one row each; empty where not asked for. A temperature tensor overrides the number.
+  m.def(
+      "info_nce_forward(Tensor query, Tensor key, Tensor queue, Tensor? temperature_tensor, float temperature, "
+      "bool normalize, bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32) -> "
+      "(Tensor loss, Tensor lse, Tensor positive_logit, Tensor rank, "
+      "Tensor grad_query, Tensor grad_key, Tensor grad_temperature)");
+  m.def("enqueue_(Tensor(a!) queue, Tensor(b!) queue_ptr, Tensor keys, bool normalize) -> ()");
+  m.def("momentum_update_(Tensor(a!)[] key_params, Tensor[] query_params, Tensor? m_tensor, float m) -> ()");
+  m.def("l2_normalize_forward(Tensor x, float eps) -> (Tensor out, Tensor norm)");
+}
