@@ -22,6 +22,7 @@ from cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
+from torch.library import opcheck
 
 import moco_ext
 
@@ -380,3 +381,15 @@ def test_any_stride_gives_the_same_bits(device, layout):
         run_info_nce(moco_ext.info_nce, q, restrided(key, layout), queue, 0.07) for q in (raw, raw.contiguous())
     )
     assert torch.equal(strided[0], plain[0]) and torch.equal(strided[2]["query"], plain[2]["query"])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
+@pytest.mark.parametrize("learn_temperature", [True, False])
+def test_opcheck(device, learn_temperature, dtypes):
+    query, key, queue = problem(4, 30, 8, device, *dtypes)
+    temperature = torch.tensor(0.2, device=device, requires_grad=True) if learn_temperature else None
+    arguments = (query.requires_grad_(), key.requires_grad_(), queue, temperature, 0.2)
+    opcheck(
+        torch.ops.moco_ext.info_nce_forward.default,
+        (*arguments, True, True, True, learn_temperature, False),
+    )
