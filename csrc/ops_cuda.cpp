@@ -1,0 +1,153 @@
+// CUDA registrations: tensors -> pointers, device guard, current stream. Nothing here synchronises with the device.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "checks.h"
+#include "kernels/cuda.h"
+
+namespace moco_ext {
+namespace {
+
+constexpr float kEps = 1e-12f;  // floor of a row's norm, as in torch.nn.functional.normalize
+
+// The device of `on` made current, and its current stream, for the life of the object.
+class Launch {
+ public:
+  explicit Launch(const Tensor& on) : guard_(on.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+template <typename T>
+T* data(const Tensor& t) {
+  return t.numel() == 0 ? nullptr : static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <typename T>
+const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+// Calls f.template operator()<T>() with the element type of `t`; checks.h has refused every other dtype.
+template <typename F>
+void dispatch(const Tensor& t, F&& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return f.template operator()<__nv_bfloat16>();
+    case ScalarType::Half: return f.template operator()<__half>();
+    default: return f.template operator()<float>();
+  }
+}
+
+// A scalar argument given as a 0-dim tensor: read by the kernel where it lies on the device, read here (which costs no
+// synchronisation) where it lies on the host.
+struct DeviceScalar {
+  std::optional<Tensor> tensor;  // keeps the float32 copy alive until the launch is enqueued
+
+  DeviceScalar(const std::optional<Tensor>& given, const char* name, const Tensor& on, double& value) {
+    if (!given) return;
+    if (given->is_cpu()) {
+      value = cpu_scalar(*given);
+    } else {
+      check_same_device(*given, name, on, "the other arguments");
+      tensor = torch::stable::to(*given, ScalarType::Float);
+    }
+  }
+  const float* pointer() const { return tensor ? const_data<float>(*tensor) : nullptr; }
+};
+
+auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queue,
+                      const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
+                      bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32) {
+  check_info_nce(query, key, queue, temperature_tensor);
+  const DeviceScalar device_temperature(temperature_tensor, "temperature", queue, temperature);
+  if (device_temperature.pointer() == nullptr) check_temperature(temperature);
+  const Launch launch(queue);
+  const auto [q, k] = same_dtype_rows(query, key);
+  const InfoNceTensors out(q, queue, query_grad, key_grad, temperature_grad);
+  dispatch(q, [&]<typename Query>() {
+    dispatch(queue, [&]<typename Queue>() {
+      const cuda::InfoNceShape shape{q.size(0), queue.size(0), queue.size(1)};
+      const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
+                                         allow_tf32};
+      const bool gradient = out.grad_query.numel() > 0;
+      const Tensor workspace = torch::stable::new_empty(
+          queue, {static_cast<int64_t>(cuda::info_nce_workspace_bytes<Queue>(shape, options, gradient))},
+          ScalarType::Byte);
+      STD_CUDA_CHECK(cuda::info_nce(
+          const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue), shape, options,
+          {data<float>(out.loss), data<float>(out.lse), data<float>(out.positive_logit), data<int64_t>(out.rank),
+           data<float>(out.grad_query), data<float>(out.grad_key), data<float>(out.grad_temperature)},
+          workspace.mutable_data_ptr(), launch.stream()));
+    });
+  });
+  return out.as_tuple();
+}
+
+void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
+  check_enqueue(queue, queue_ptr, keys);
+  const Launch launch(queue);
+  const Tensor rows = torch::stable::contiguous(keys);
+  dispatch(rows, [&]<typename Key>() {
+    dispatch(queue, [&]<typename Queue>() {
+      STD_CUDA_CHECK(cuda::enqueue(data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows), queue.size(0),
+                                   rows.size(0), queue.size(1), normalize, kEps, launch.stream()));
+    });
+  });
+}
+
+cuda::Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::BFloat16: return cuda::Dtype::kBFloat16;
+    case ScalarType::Half: return cuda::Dtype::kFloat16;
+    default: return cuda::Dtype::kFloat32;
+  }
+}
+
+void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
+                      const std::optional<Tensor>& m_tensor, double m) {
+  if (key_params.empty() && query_params.empty()) return;
+  check_momentum_update(key_params, query_params, m_tensor, m);
+  const DeviceScalar device_m(m_tensor, "m", key_params[0], m);
+  check(device_m.pointer() != nullptr || (m >= 0.0 && m <= 1.0), "m: expected a momentum in [0, 1], got ", m);
+  const Launch launch(key_params[0]);
+  std::vector<cuda::MomentumTensor> tensors;
+  tensors.reserve(key_params.size());
+  for (size_t i = 0; i < key_params.size(); ++i) {
+    tensors.push_back({key_params[i].mutable_data_ptr(), query_params[i].const_data_ptr(), key_params[i].numel(),
+                       dtype_of(key_params[i]), dtype_of(query_params[i])});
+  }
+  STD_CUDA_CHECK(cuda::momentum_update(tensors.data(), static_cast<int64_t>(tensors.size()), static_cast<float>(m),
+                                       device_m.pointer(), launch.stream()));
+}
+
+std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
+  check_l2_normalize(x, eps);
+  const Launch launch(x);
+  const Tensor rows = torch::stable::contiguous(x);
+  const Tensor out = torch::stable::new_empty(rows, {x.size(0), x.size(1)});
+  const Tensor norm = torch::stable::new_empty(rows, {x.size(0)}, ScalarType::Float);
+  dispatch(rows, [&]<typename T>() {
+    STD_CUDA_CHECK(cuda::l2_normalize(const_data<T>(rows), data<T>(out), data<float>(norm), x.size(0), x.size(1),
+                                      static_cast<float>(eps), launch.stream()));
+  });
+  return {out, norm};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moco_ext, CUDA, m) {
+  m.impl("info_nce_forward", TORCH_BOX(&info_nce_forward));
+  m.impl("enqueue_", TORCH_BOX(&enqueue_));
+  m.impl("momentum_update_", TORCH_BOX(&momentum_update_));
+  m.impl("l2_normalize_forward", TORCH_BOX(&l2_normalize_forward));
+}
+
+}  // namespace moco_ext
