@@ -227,7 +227,7 @@ int main() {
   emu::config().seed = 0;
   check("a missing barrier shows", missing_barrier_shows);
   check("a missing barrier after cp.async shows", missing_copy_barrier_shows);
-  check_dies("write behind shared memory", [] { run_diverge(4); }, "bytes of dynamic shared memory");
+  check_dies("write behind shared memory", [] { run_diverge(4); }, "into dynamic shared memory of 256 bytes");
   check_dies("write before shared memory", [] { run_diverge(5); }, "just outside its 256 bytes");
   check_dies("write behind an allocation", [] { run_diverge(6); }, "into an allocation of 256 bytes");
   check_dies("write before an allocation", [] { run_diverge(7); }, "just outside an allocation of 256 bytes");
@@ -241,7 +241,7 @@ int main() {
         Array<int> x(1);
         launch(deep, 1, 1, 0, nullptr, 100, x.data);
       },
-      "stack overflow");
+      "below a thread's stack");
   {
     Array<float> out(64);
     launch(diverge, 1, 64, 256, nullptr, 11, out.data);

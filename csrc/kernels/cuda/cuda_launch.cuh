@@ -52,8 +52,12 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return emu::run([&] { kernel(static_cast<Parameters>(arguments)...); }, grid, block, shared_bytes,
                   (size_t{0} + ... + sizeof(Parameters)));
 #else
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(std::forward<Arguments>(arguments))...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 #endif
 }
 

@@ -1,4 +1,4 @@
-// The emulator's scheduler, shared memory, and the few runtime functions that launchers and tests call.
+// The emulator's scheduler: blocks, fibers, barriers, warp collectives, cp.async.
 // A fortified longjmp refuses to jump between stacks, which is all that the fibers here do.
 #undef _FORTIFY_SOURCE
 #include "emulator.h"
@@ -8,7 +8,6 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-#include <unistd.h>
 
 #include <cstdarg>
 #include <cstdio>
@@ -21,13 +20,13 @@
 #include <string>
 #include <vector>
 
+#include "emulated_memory.h"
+
 namespace emu {
 namespace {
 
-constexpr size_t kPage = 4096;
 constexpr size_t kStack = 256 * 1024;
-constexpr unsigned char kPoison = 0xFF;  // NaN in every format
-constexpr unsigned char kGuard = 0xA5;
+constexpr size_t kStackGap = 64 * 1024;  // so that no large frame steps over it
 constexpr int kBarriers = 16;
 
 enum class State { kReady, kAtBarrier, kInWarp, kExited };
@@ -60,11 +59,6 @@ struct Warp {
   int turn = 0;
 };
 
-struct Allocation {
-  unsigned char* pages;
-  size_t mapped, size;
-};
-
 struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
@@ -79,8 +73,6 @@ struct Machine {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0, shared_mapped = 0;
   unsigned char* shared_pages = nullptr;
-  std::map<unsigned char*, Allocation> allocations;
-  cudaError_t error = cudaSuccess;
 };
 Machine machine;
 
@@ -179,60 +171,17 @@ __attribute__((noinline)) void start(Fiber& fiber) {
   if (_setjmp(machine.scheduler) == 0) setcontext(&context);
 }
 
-unsigned char* map_pages(size_t bytes) {  // followed by a page that faults
-  void* pages = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) fail("out of memory");
-  auto* const first = static_cast<unsigned char*>(pages);
-  mprotect(first + bytes, kPage, PROT_NONE);
-  return first;
-}
-
-size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
-
 void add_fibers(size_t count) {
   while (machine.fibers.size() < count) {
     auto fiber = std::make_unique<Fiber>();
     fiber->index = static_cast<int>(machine.fibers.size());
-    fiber->stack = map_pages(kPage + kStack);
-    mprotect(fiber->stack, kPage, PROT_NONE);
-    fiber->stack += kPage;
+    unsigned char* const gap = map_pages(kStackGap + kStack);
+    mprotect(gap, kStackGap, PROT_NONE);
+    fiber->stack = gap + kStackGap;
+    watch(gap, fiber->stack, gap, kStack, "the gap below a thread's stack");
     machine.fibers.push_back(std::move(fiber));
     start(*machine.fibers.back());
   }
-}
-
-void on_fault(int, siginfo_t* info, void*) {
-  auto* const address = static_cast<unsigned char*>(info->si_addr);
-  for (const auto& fiber : machine.fibers) {
-    if (address >= fiber->stack - kPage && address < fiber->stack) fail("stack overflow (%zu bytes)", kStack);
-  }
-  if (machine.shared != nullptr && address >= machine.shared &&
-      address < machine.shared_pages + machine.shared_mapped + kPage) {
-    fail("access %td bytes into %zu bytes of dynamic shared memory", address - machine.shared, machine.shared_bytes);
-  }
-  for (const auto& [start, allocation] : machine.allocations) {
-    if (address >= start && address < allocation.pages + allocation.mapped + kPage) {
-      fail("access %td bytes into an allocation of %zu bytes", address - start, allocation.size);
-    }
-  }
-  fail("access to the invalid address %p", static_cast<void*>(address));
-}
-
-void handle_faults() {
-  static const bool done = [] {
-    static unsigned char stack[64 * 1024];  // of its own: the fiber's may be what overflowed
-    stack_t alternate{};
-    alternate.ss_sp = stack;
-    alternate.ss_size = sizeof stack;
-    sigaltstack(&alternate, nullptr);
-    struct sigaction action{};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    sigaction(SIGSEGV, &action, nullptr);
-    sigaction(SIGBUS, &action, nullptr);
-    return true;
-  }();
-  static_cast<void>(done);
 }
 
 struct Range {
@@ -255,29 +204,20 @@ Range static_shared() {
   return range;
 }
 
-bool guard_intact(const unsigned char* begin, const unsigned char* end) {
-  for (; begin < end; ++begin) {
-    if (*begin != kGuard) return false;
-  }
-  return true;
-}
-
-void check_allocation(unsigned char* start, const Allocation& allocation) {
-  if (!guard_intact(allocation.pages, start) ||
-      !guard_intact(start + allocation.size, allocation.pages + allocation.mapped)) {
-    fail("a write just outside an allocation of %zu bytes", allocation.size);
-  }
-}
-
 // Dynamic shared memory ends where an unmapped page begins, or at most 127 guarded bytes before.
 void prepare_shared(size_t bytes) {
   if (bytes + 2 * kPage > machine.shared_mapped) {
-    if (machine.shared_pages != nullptr) munmap(machine.shared_pages, machine.shared_mapped + kPage);
+    if (machine.shared_pages != nullptr) {
+      unwatch(machine.shared_pages);
+      unmap_pages(machine.shared_pages, machine.shared_mapped);
+    }
     machine.shared_mapped = round_up(bytes, kPage) + 2 * kPage;
     machine.shared_pages = map_pages(machine.shared_mapped);
   }
   machine.shared = machine.shared_pages + machine.shared_mapped - round_up(bytes, 128);
   machine.shared_bytes = bytes;
+  watch(machine.shared_pages, machine.shared_pages + machine.shared_mapped + kPage, machine.shared, bytes,
+        "dynamic shared memory");
   memset(machine.shared_pages, kGuard, machine.shared_mapped);
 }
 
@@ -453,7 +393,8 @@ cudaError_t run(const std::function<void()>& thread_body, dim3 grid, dim3 block,
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (threads == 0 || threads > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535 || shared_bytes > config().max_dynamic_shared || parameter_bytes > 32764) {
-    return machine.error = cudaErrorInvalidConfiguration;
+    set_error(cudaErrorInvalidConfiguration);
+    return cudaErrorInvalidConfiguration;
   }
   handle_faults();
   add_fibers(threads);
@@ -475,87 +416,8 @@ cudaError_t run(const std::function<void()>& thread_body, dim3 grid, dim3 block,
                 static_cast<unsigned>(b / grid.x / grid.y)};
     run_block(statics);
   }
-  for (const auto& [start, allocation] : machine.allocations) check_allocation(start, allocation);
+  check_allocations();
   return cudaSuccess;
 }
 
 }  // namespace emu
-
-// The runtime's functions. The toolkit declares them; nothing links libcudart.
-using emu::machine;
-
-cudaError_t cudaMalloc(void** pointer, size_t size) {
-  emu::handle_faults();
-  if (size == 0) {
-    *pointer = nullptr;
-    return cudaSuccess;
-  }
-  // 16-byte alignment at least, and 256 when the size is a multiple of it, so that the end meets the unmapped page.
-  emu::Allocation allocation{nullptr, emu::round_up(size, emu::kPage), size};
-  allocation.pages = emu::map_pages(allocation.mapped);
-  unsigned char* const start = allocation.pages + allocation.mapped - emu::round_up(size, 16);
-  memset(allocation.pages, emu::kGuard, allocation.mapped);
-  memset(start, emu::kPoison, size);
-  machine.allocations[start] = allocation;
-  *pointer = start;
-  return cudaSuccess;
-}
-
-cudaError_t cudaFree(void* pointer) {
-  if (pointer == nullptr) return cudaSuccess;
-  const auto found = machine.allocations.find(static_cast<unsigned char*>(pointer));
-  if (found == machine.allocations.end()) emu::fail("cudaFree of %p, which is no allocation", pointer);
-  emu::check_allocation(found->first, found->second);
-  munmap(found->second.pages, found->second.mapped + emu::kPage);
-  machine.allocations.erase(found);
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  if (bytes != 0) memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
-  return cudaMemcpy(to, from, bytes, kind);
-}
-cudaError_t cudaMemset(void* to, int value, size_t bytes) {
-  if (bytes != 0) memset(to, value, bytes);
-  return cudaSuccess;
-}
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) { return cudaMemset(to, value, bytes); }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaPeekAtLastError() { return machine.error; }
-cudaError_t cudaGetLastError() {
-  const cudaError_t error = machine.error;
-  machine.error = cudaSuccess;
-  return error;
-}
-const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "emulated CUDA error"; }
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = emu::config().multiprocessors;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(emu::config().max_dynamic_shared);
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
-    default:
-      emu::fail("cudaDeviceGetAttribute(%d) is not emulated", static_cast<int>(attribute));
-  }
-}
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
-  *blocks = emu::config().blocks_per_multiprocessor;
-  return cudaSuccess;
-}

@@ -1,0 +1,149 @@
+// key = m * key + (1 - m) * query over a list of tensors, in one launch.
+//
+// The list travels by value as a kernel parameter: nothing to allocate or cache, nothing on the host that a replayed
+// CUDA graph would read later. CUDA 12.1 and later pass up to 32,764 bytes.
+#include "kernels/cuda.h"
+#include "kernels/cuda/cuda_launch.cuh"
+#include "kernels/cuda/reduce.cuh"
+
+namespace moco_ext::cuda {
+namespace {
+
+// ---- kernel
+
+constexpr int kThreads = 256;
+constexpr int kChunk = 4096;  // elements a block updates, all its loads in flight at once
+constexpr int kTensors = 1000;
+
+// Arrays rather than an array of structs: no padding.
+template <int capacity>
+struct TensorTable {
+  void* key[capacity];
+  const void* query[capacity];
+  int64_t numel[capacity];
+  uint32_t first_chunk[capacity];  // the chunks of tensor t: blocks [first_chunk[t], first_chunk[t + 1])
+  uint8_t dtypes[capacity];        // key * 3 + query
+  int32_t count;
+};
+static_assert(sizeof(TensorTable<kTensors>) + sizeof(float) + sizeof(const float*) <= 32764);
+
+template <int width, typename Key, typename Query>
+__device__ __forceinline__ void update_vectors(Key* key, const Query* query, int n, float keep, float take) {
+  constexpr int kVectors = kChunk / (kThreads * width);
+  float k[kVectors][width], q[kVectors][width];
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = (i * kThreads + static_cast<int>(threadIdx.x)) * width;
+    if (at >= n) continue;
+    load_floats<width>(key + at, k[i]);
+    load_floats<width>(query + at, q[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int at = (i * kThreads + static_cast<int>(threadIdx.x)) * width;
+    if (at >= n) continue;
+#pragma unroll
+    for (int j = 0; j < width; ++j) k[i][j] = fmaf(keep, k[i][j], take * q[i][j]);
+    store_floats<width>(key + at, k[i]);
+  }
+}
+
+// One chunk: key, query [n].
+template <typename Key, typename Query>
+__device__ __forceinline__ void update_chunk(Key* key, const Query* query, int n, float keep, float take) {
+  constexpr int kWidth = kVectorWidth<Key, Query>;
+  int done = 0;
+  if (is_aligned<kWidth>(key) && is_aligned<kWidth>(query)) {
+    done = n - n % kWidth;
+    update_vectors<kWidth>(key, query, done, keep, take);
+  }
+#pragma unroll 4
+  for (int at = done + static_cast<int>(threadIdx.x); at < n; at += kThreads) {
+    key[at] = from_float<Key>(fmaf(keep, to_float(key[at]), take * to_float(query[at])));
+  }
+}
+
+template <typename Key>
+__device__ __forceinline__ void update_chunk(void* key, const void* query, int query_dtype, int64_t begin, int n,
+                                             float keep, float take) {
+  Key* const k = static_cast<Key*>(key) + begin;
+  switch (static_cast<Dtype>(query_dtype)) {
+    case Dtype::kFloat32:
+      return update_chunk(k, static_cast<const float*>(query) + begin, n, keep, take);
+    case Dtype::kBFloat16:
+      return update_chunk(k, static_cast<const __nv_bfloat16*>(query) + begin, n, keep, take);
+    case Dtype::kFloat16:
+      return update_chunk(k, static_cast<const __half*>(query) + begin, n, keep, take);
+  }
+}
+
+template <int capacity>
+__global__ __launch_bounds__(kThreads) void momentum_update_kernel(
+    const __grid_constant__ TensorTable<capacity> tensors, float m, const float* m_ptr) {
+  int t = 0;  // the last tensor that begins at or before this block
+  if constexpr (capacity > 1) {
+    int end = tensors.count;
+    while (end - t > 1) {
+      const int middle = (t + end) / 2;
+      (tensors.first_chunk[middle] <= blockIdx.x ? t : end) = middle;
+    }
+  }
+  const int64_t begin = int64_t{blockIdx.x - tensors.first_chunk[t]} * kChunk;
+  const int64_t left = tensors.numel[t] - begin;
+  const int n = left < kChunk ? static_cast<int>(left) : kChunk;
+  const float keep = m_ptr != nullptr ? *m_ptr : m;
+  const float take = 1.0f - keep;
+  const int dtypes = tensors.dtypes[t];
+  switch (static_cast<Dtype>(dtypes / 3)) {
+    case Dtype::kFloat32:
+      return update_chunk<float>(tensors.key[t], tensors.query[t], dtypes % 3, begin, n, keep, take);
+    case Dtype::kBFloat16:
+      return update_chunk<__nv_bfloat16>(tensors.key[t], tensors.query[t], dtypes % 3, begin, n, keep, take);
+    case Dtype::kFloat16:
+      return update_chunk<__half>(tensors.key[t], tensors.query[t], dtypes % 3, begin, n, keep, take);
+  }
+}
+
+// ---- launcher
+
+// Launches for the first `capacity` tensors that have elements, and advances `tensors` past them.
+template <int capacity>
+cudaError_t launch_some(const MomentumTensor*& tensors, const MomentumTensor* end, float m, const float* m_ptr,
+                        cudaStream_t stream) {
+  TensorTable<capacity> table;
+  table.count = 0;
+  int64_t chunks = 0;
+  for (; tensors != end && table.count < capacity; ++tensors) {
+    if (tensors->numel == 0) continue;
+    const int64_t more = (tensors->numel + kChunk - 1) / kChunk;
+    if (chunks + more > INT32_MAX) break;  // the grid's limit: 8.8e12 elements
+    const int t = table.count++;
+    table.key[t] = tensors->key;
+    table.query[t] = tensors->query;
+    table.numel[t] = tensors->numel;
+    table.first_chunk[t] = static_cast<uint32_t>(chunks);
+    table.dtypes[t] =
+        static_cast<uint8_t>(static_cast<int>(tensors->key_dtype) * 3 + static_cast<int>(tensors->query_dtype));
+    chunks += more;
+  }
+  if (table.count == 0) return tensors == end ? cudaSuccess : cudaErrorInvalidValue;
+  return launch(momentum_update_kernel<capacity>, static_cast<unsigned>(chunks), kThreads, 0, stream, table, m, m_ptr);
+}
+
+}  // namespace
+
+cudaError_t momentum_update(const MomentumTensor* tensors, int64_t count, float m, const float* m_ptr,
+                            cudaStream_t stream) {
+  const MomentumTensor* const end = tensors + count;
+  while (tensors != end) {
+    // A small table is a cheaper launch: one entry when the parameters are flattened.
+    const int64_t left = end - tensors;
+    const cudaError_t error = left == 1    ? launch_some<1>(tensors, end, m, m_ptr, stream)
+                              : left <= 64 ? launch_some<64>(tensors, end, m, m_ptr, stream)
+                                           : launch_some<kTensors>(tensors, end, m, m_ptr, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace moco_ext::cuda

@@ -1,0 +1,201 @@
+// What the kernels share: conversion to and from float, vector loads and stores, sums over a warp or a block, and the
+// norm of a row.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/cuda_launch.cuh"
+
+namespace moco_ext::cuda {
+
+constexpr int kWarp = 32;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// Two neighbours in one 32-bit word, the first in the low half.
+__device__ __forceinline__ float2 unpack(uint32_t word, __nv_bfloat16) {
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+}
+__device__ __forceinline__ float2 unpack(uint32_t word, __half) {
+  return __half22float2(reinterpret_cast<const __half2&>(word));
+}
+__device__ __forceinline__ uint32_t pack(float a, float b, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ __forceinline__ uint32_t pack(float a, float b, __half) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// Elements that a row of From and a row of To can be moved by at once: 16 bytes of the wider type.
+template <typename From, typename To>
+constexpr int kVectorWidth = 16 / (sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
+
+template <int width, typename T>
+__host__ __device__ __forceinline__ bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0;
+}
+
+// One instruction each: 16 or 8 bytes, or one element. The address must be aligned to what is moved.
+template <int width, typename T>
+__device__ __forceinline__ void load_floats(const T* from, float (&to)[width]) {
+  if constexpr (width == 1) {
+    to[0] = to_float(*from);
+  } else if constexpr (sizeof(T) == 4) {
+    static_assert(width == 4);
+    const float4 v = *reinterpret_cast<const float4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else if constexpr (width == 4) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    const float2 a = unpack(v.x, T{}), b = unpack(v.y, T{});
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+  } else {
+    static_assert(width == 8);
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    const float2 a = unpack(v.x, T{}), b = unpack(v.y, T{}), c = unpack(v.z, T{}), d = unpack(v.w, T{});
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y, to[4] = c.x, to[5] = c.y, to[6] = d.x, to[7] = d.y;
+  }
+}
+
+template <int width, typename T>
+__device__ __forceinline__ void store_floats(T* to, const float (&from)[width]) {
+  if constexpr (width == 1) {
+    *to = from_float<T>(from[0]);
+  } else if constexpr (sizeof(T) == 4) {
+    static_assert(width == 4);
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  } else if constexpr (width == 4) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(pack(from[0], from[1], T{}), pack(from[2], from[3], T{}));
+  } else {
+    static_assert(width == 8);
+    *reinterpret_cast<uint4*>(to) = make_uint4(pack(from[0], from[1], T{}), pack(from[2], from[3], T{}),
+                                               pack(from[4], from[5], T{}), pack(from[6], from[7], T{}));
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int flip = kWarp / 2; flip > 0; flip /= 2) x += __shfl_xor_sync(0xffffffffu, x, flip);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int flip = kWarp / 2; flip > 0; flip /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, flip));
+  return x;
+}
+
+// Sum over a team of threads, the same bits in each: a warp, or a whole block of `team` threads, all of which call.
+template <int team>
+__device__ __forceinline__ float team_sum(float x) {
+  x = warp_sum(x);
+  if constexpr (team > kWarp) {
+    __shared__ float partial[team / kWarp];
+    __syncthreads();  // the previous sum may still be being read
+    if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    x = partial[0];
+#pragma unroll
+    for (int i = 1; i < team / kWarp; ++i) x += partial[i];
+  }
+  return x;
+}
+
+// One row, read by a team of threads `width` elements at a time. Its beginning stays in registers between the norm and
+// the store, so that rows up to team * width * cached elements are read from memory once. A small `cached` costs few
+// registers: more warps fit, and keep more loads in flight.
+template <int width, int cached, int team, typename From>
+class TeamRow {
+ public:
+  __device__ __forceinline__ TeamRow(const From* row, int64_t cols, int member)
+      : row_(row), cols_(cols), first_(int64_t{member} * width) {
+#pragma unroll
+    for (int i = 0; i < cached; ++i) {
+#pragma unroll
+      for (int j = 0; j < width; ++j) cache_[i][j] = 0.0f;
+      if (first_ + i * kStep < cols_) load_floats<width>(row_ + first_ + i * kStep, cache_[i]);
+    }
+  }
+
+  // max(||row||, eps); NaN if the row holds one. A norm is right up to the largest float, although its square is not.
+  __device__ __forceinline__ float norm(float eps) const {
+    float norm = sqrtf(team_sum<team>(sum_of_squares(1.0f)));
+    if (isinf(norm)) {
+      constexpr float kDown = 0x1p-80f, kUp = 0x1p80f;  // squares that overflowed now do not, and do not vanish either
+      norm = sqrtf(team_sum<team>(sum_of_squares(kDown))) * kUp;
+    }
+    return norm < eps ? eps : norm;
+  }
+
+  // to = row * factor, [cols]
+  template <typename To>
+  __device__ __forceinline__ void store(To* to, float factor) const {
+#pragma unroll
+    for (int i = 0; i < cached; ++i) {
+      if (first_ + i * kStep < cols_) store_scaled(to + first_ + i * kStep, cache_[i], factor);
+    }
+    for (int64_t at = first_ + cached * kStep; at < cols_; at += kStep) {
+      float values[width];
+      load_floats<width>(row_ + at, values);
+      store_scaled(to + at, values, factor);
+    }
+  }
+
+ private:
+  static constexpr int kStep = team * width;
+
+  __device__ __forceinline__ float sum_of_squares(float scale) const {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < cached; ++i) sum = add_squares(sum, cache_[i], scale);
+    for (int64_t at = first_ + cached * kStep; at < cols_; at += kStep) {
+      float values[width];
+      load_floats<width>(row_ + at, values);
+      sum = add_squares(sum, values, scale);
+    }
+    return sum;
+  }
+
+  static __device__ __forceinline__ float add_squares(float sum, const float (&values)[width], float scale) {
+#pragma unroll
+    for (int j = 0; j < width; ++j) sum = fmaf(values[j] * scale, values[j] * scale, sum);
+    return sum;
+  }
+
+  template <typename To>
+  static __device__ __forceinline__ void store_scaled(To* to, const float (&values)[width], float factor) {
+    float scaled[width];
+#pragma unroll
+    for (int j = 0; j < width; ++j) scaled[j] = values[j] * factor;
+    store_floats<width>(to, scaled);
+  }
+
+  const From* row_;
+  int64_t cols_;
+  int64_t first_;
+  float cache_[cached][width];
+};
+
+}  // namespace moco_ext::cuda
