@@ -1,0 +1,5 @@
+#include "info_nce_launch.cuh"
+
+namespace moco_ext::cuda {
+MOCO_INSTANTIATE_INFO_NCE(float)
+}  // namespace moco_ext::cuda

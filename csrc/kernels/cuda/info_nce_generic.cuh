@@ -1,0 +1,118 @@
+// The InfoNCE pass over the queue for any C and any alignment, in float32 arithmetic.
+//
+// A block owns kGenericRows queries and one split of the queue. Its sums of p n live in its slots of the workspace, so
+// nothing here grows with C.
+#pragma once
+
+#include "info_nce_rows.cuh"
+
+namespace moco_ext::cuda {
+
+constexpr int kGenericThreads = 256;
+constexpr int kGenericColumns = 32;  // of the contraction, held in shared memory at a time
+constexpr int kGenericItemRows = 4;  // that a thread accumulates at once, for every load of a key's element
+static_assert(kGenericThreads == kGenericRows * kGenericKeys / 2 && kGenericKeys == 32);
+
+template <typename Queue>
+__global__ void __launch_bounds__(kGenericThreads)
+    info_nce_generic_kernel(const Queue* queue, int64_t n, int64_t k, int64_t c, int64_t tiles,
+                            InfoNceTemperature temperature, InfoNceWorkspace workspace) {
+  __shared__ float query[kGenericRows][kGenericColumns + 1];  // one more: columns lie in distinct banks
+  __shared__ float key[kGenericKeys][kGenericColumns + 1];
+  __shared__ float scores[kGenericRows][kGenericKeys];
+  __shared__ float rescale[kGenericRows];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kGenericRows;
+  const int64_t split_row = blockIdx.y * n + block_row;
+  const int64_t first_tile = tiles * blockIdx.y / gridDim.y;
+  const int64_t end_tile = tiles * (blockIdx.y + 1) / gridDim.y;
+  const float* const operand = static_cast<const float*>(workspace.query) + block_row * c;
+  const float scale = 1.44269504f / temperature.value();
+
+  // Softmax state: warp w keeps rows w and w + 8, equal in all its lanes but for sum and rank, which are parts.
+  constexpr int kWarps = kGenericThreads / 32;
+  float row_max[2] = {-INFINITY, -INFINITY};
+  float row_sum[2] = {};
+  uint32_t row_rank[2] = {};
+
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    const int64_t tile_key = tile * kGenericKeys;
+    const int keys = static_cast<int>(min(k - tile_key, kGenericKeys));
+
+    float score[2] = {};  // of row thread / 16 and keys thread % 16, thread % 16 + 16
+    for (int64_t column = 0; column < c; column += kGenericColumns) {
+      __syncthreads();  // the last columns have been read
+      for (int i = thread; i < (kGenericRows + kGenericKeys) * kGenericColumns; i += kGenericThreads) {
+        const int row = i / kGenericColumns;
+        const int64_t at = column + i % kGenericColumns;
+        if (row < kGenericRows) {
+          query[row][i % kGenericColumns] = at < c ? operand[row * c + at] : 0.0f;
+        } else {
+          const int tile_row = row - kGenericRows;
+          key[tile_row][i % kGenericColumns] =
+              tile_row < keys && at < c ? to_float(queue[(tile_key + tile_row) * c + at]) : 0.0f;
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kGenericColumns; ++i) {
+        score[0] += query[thread / 16][i] * key[thread % 16][i];
+        score[1] += query[thread / 16][i] * key[thread % 16 + 16][i];
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int column = thread % 16 + 16 * i;
+      scores[thread / 16][column] = column < keys ? score[i] : -INFINITY;
+    }
+    __syncthreads();
+
+    for (int r = 0; r < 2; ++r) {
+      const int row = warp + kWarps * r;
+      const float s = scores[row][lane];
+      const float max = fmaxf(row_max[r], warp_join(s, Max{}));
+      const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
+      const float factor = exp2f((row_max[r] - shift) * scale);
+      const float p = exp2f((s - shift) * scale);
+      row_sum[r] = row_sum[r] * factor + p;
+      row_rank[r] += s > workspace.positive[block_row + row];
+      row_max[r] = max;
+      scores[row][lane] = p;
+      if (lane == 0) rescale[row] = factor;
+    }
+    __syncthreads();
+
+    if (workspace.partials.keys != nullptr) {
+      for (int64_t item = thread; item < c * (kGenericRows / kGenericItemRows); item += kGenericThreads) {
+        const int64_t column = item % c;
+        const int row = static_cast<int>(item / c) * kGenericItemRows;
+        float sum[kGenericItemRows] = {};
+        for (int i = 0; i < keys; ++i) {
+          const float element = to_float(queue[(tile_key + i) * c + column]);
+#pragma unroll
+          for (int j = 0; j < kGenericItemRows; ++j) sum[j] += scores[row + j][i] * element;
+        }
+        for (int j = 0; j < kGenericItemRows; ++j) {
+          if (block_row + row + j >= n) break;
+          float* const total = workspace.partials.keys + (split_row + row + j) * c + column;
+          *total = tile == first_tile ? sum[j] : *total * rescale[row + j] + sum[j];
+        }
+      }
+    }
+    // The next tile's first barrier stands between these reads of scores and rescale, and what overwrites them.
+  }
+
+  for (int r = 0; r < 2; ++r) {
+    const int row = warp + kWarps * r;
+    const float sum = warp_join(row_sum[r], Add{});
+    const uint32_t rank = warp_join(row_rank[r], Add{});
+    if (lane == 0 && block_row + row < n) {
+      workspace.partials.max[split_row + row] = row_max[r];
+      workspace.partials.sum[split_row + row] = sum;
+      workspace.partials.rank[split_row + row] = rank;
+    }
+  }
+}
+
+}  // namespace moco_ext::cuda

@@ -1,0 +1,170 @@
+// The launcher of info_nce. One translation unit a queue type instantiates it, so that they compile side by side.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+#include "info_nce_mma.cuh"
+
+namespace moco_ext::cuda {
+
+// What the launcher must know of a pass over the queue; kernel is null for the generic one.
+template <typename Queue>
+struct InfoNcePass {
+  void (*kernel)(MmaArguments<Queue>);
+  int64_t rows;  // of a block
+  int64_t keys;  // of a tile
+  int threads;
+  int shared_bytes;
+  int64_t resident;  // blocks that run at a time on the whole device
+};
+
+// More blocks a multiprocessor hide little more latency, but each writes its rows' partial sums.
+constexpr int kBlocksPerMultiprocessor = 2;
+
+// 0 where the kernel cannot run on the current device. `cache` remembers a kernel's answer plus one, by device: the
+// workspace's size and the launch must agree, and both are asked at every step.
+constexpr int kMaxDevices = 64;
+template <typename... Parameters>
+int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes,
+                        std::atomic<int> (&cache)[kMaxDevices]) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (device < kMaxDevices) {
+    if (const int known = cache[device].load(std::memory_order_relaxed); known > 0) return known - 1;
+  }
+  int blocks = 0;
+  int multiprocessors = 0;
+  if (multiprocessor_count(&multiprocessors) != cudaSuccess ||
+      max_blocks_per_multiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes)) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // or the next launch would report it
+    blocks = 0;
+  }
+  const int resident = std::min(blocks, kBlocksPerMultiprocessor) * multiprocessors;
+  if (device < kMaxDevices) cache[device].store(resident + 1, std::memory_order_relaxed);
+  return resident;
+}
+
+template <typename Queue, bool kExact, int columns, bool kGradient>
+InfoNcePass<Queue> mma_pass() {
+  using Tile = MmaTile<Queue, columns>;
+  static std::atomic<int> cache[kMaxDevices];
+  void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Queue, kExact, columns, kGradient>;
+  return {kernel,        Tile::kRows,        Tile::kKeys,
+          Tile::kThreads, Tile::kSharedBytes, resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes, cache)};
+}
+
+template <typename Queue, bool kExact, bool kGradient>
+InfoNcePass<Queue> mma_pass(int64_t columns) {
+  switch (columns) {
+    case 64:
+      return mma_pass<Queue, kExact, 64, kGradient>();
+    case 128:
+      return mma_pass<Queue, kExact, 128, kGradient>();
+    case 256:
+      return mma_pass<Queue, kExact, 256, kGradient>();
+    case 512:
+      return mma_pass<Queue, kExact, 512, kGradient>();
+    default:
+      return {};
+  }
+}
+
+template <typename Queue>
+InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient) {
+  if constexpr (std::is_same_v<Queue, float>) {
+    if (!options.allow_tf32) {
+      return gradient ? mma_pass<Queue, true, true>(shape.c) : mma_pass<Queue, true, false>(shape.c);
+    }
+  }
+  return gradient ? mma_pass<Queue, false, true>(shape.c) : mma_pass<Queue, false, false>(shape.c);
+}
+
+template <typename Queue>
+InfoNcePass<Queue> generic_pass() {
+  int multiprocessors = 0;
+  if (multiprocessor_count(&multiprocessors) != cudaSuccess) multiprocessors = 1;
+  return {nullptr, kGenericRows, kGenericKeys, 0, 0, int64_t{kBlocksPerMultiprocessor} * multiprocessors};
+}
+
+// Splits of the queue, for the least time: waves of resident blocks, times tiles that a block goes through plus what
+// its start and end cost.
+inline int64_t choose_splits(int64_t row_blocks, int64_t tiles, int64_t resident) {
+  constexpr int64_t kBlockCostTiles = 3;
+  int64_t best = 1;
+  int64_t best_cost = INT64_MAX;
+  for (int64_t waves = 1; waves <= 4; ++waves) {
+    const int64_t most = std::min({waves * resident / row_blocks, tiles, int64_t{65535}});  // of gridDim.y
+    if (most == 0) continue;
+    const int64_t block_tiles = (tiles + most - 1) / most;
+    if (const int64_t cost = waves * (block_tiles + kBlockCostTiles); cost < best_cost) {
+      best_cost = cost;
+      best = (tiles + block_tiles - 1) / block_tiles;  // fewer splits where the longest stays as long
+    }
+  }
+  return best;
+}
+
+template <typename Queue>
+InfoNceWorkspace pass_workspace(const InfoNcePass<Queue>& pass, void* base, const InfoNceShape& shape, bool gradient) {
+  const int64_t row_blocks = (shape.n + pass.rows - 1) / pass.rows;
+  const int64_t tiles = (shape.k + pass.keys - 1) / pass.keys;
+  const size_t operand_bytes = pass.kernel == nullptr ? sizeof(float) : sizeof(Queue);
+  return info_nce_workspace(base, shape, pass.rows, choose_splits(row_blocks, tiles, pass.resident), operand_bytes,
+                            gradient);
+}
+
+template <typename Queue>
+size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient) {
+  if (shape.n == 0) return 0;
+  // Which pass will run depends on the queue's alignment too, which is not known here.
+  size_t bytes = pass_workspace(generic_pass<Queue>(), nullptr, shape, gradient).bytes;
+  if (const InfoNcePass<Queue> pass = mma_pass<Queue>(shape, options, gradient); pass.resident > 0) {
+    bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, gradient).bytes);
+  }
+  return bytes;
+}
+
+template <typename Query, typename Queue>
+cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
+                     const InfoNceOptions& options, const InfoNceOutputs& outputs, void* workspace,
+                     cudaStream_t stream) {
+  if (shape.n == 0) return cudaSuccess;
+  const bool gradient = outputs.grad_query != nullptr;
+  const InfoNcePass<Queue> fast = mma_pass<Queue>(shape, options, gradient);
+  if (fast.resident == 0 || reinterpret_cast<uintptr_t>(queue) % 16 != 0) {
+    const InfoNceWorkspace w = pass_workspace(generic_pass<Queue>(), workspace, shape, gradient);
+    const cudaError_t error = launch_info_nce_prepare<Query, float>(query, key, shape, options, w, stream);
+    if (error != cudaSuccess) return error;
+    if (const cudaError_t e = launch_info_nce_generic(queue, shape, options, w, stream); e != cudaSuccess) return e;
+    return launch_info_nce_combine(query, key, shape, options, w, outputs, stream);
+  }
+  const InfoNceWorkspace w = pass_workspace(fast, workspace, shape, gradient);
+  const cudaError_t error = launch_info_nce_prepare<Query, Queue>(query, key, shape, options, w, stream);
+  if (error != cudaSuccess) return error;
+  const MmaArguments<Queue> arguments{static_cast<const uint32_t*>(w.query),
+                                      queue,
+                                      w.positive,
+                                      w.row_scale,
+                                      w.partials,
+                                      shape.n,
+                                      shape.k,
+                                      (shape.k + fast.keys - 1) / fast.keys,
+                                      {options.temperature, options.temperature_ptr}};
+  const dim3 grid(static_cast<unsigned>(w.n_padded / fast.rows), static_cast<unsigned>(w.splits));
+  const cudaError_t e = launch(fast.kernel, grid, dim3(fast.threads), fast.shared_bytes, stream, arguments);
+  if (e != cudaSuccess) return e;
+  return launch_info_nce_combine(query, key, shape, options, w, outputs, stream);
+}
+
+#define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                                          \
+  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&, bool);              \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                                    \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                                            \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(__half, Queue)
+#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                              \
+  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const InfoNceShape&,      \
+                                              const InfoNceOptions&, const InfoNceOutputs&, void*, cudaStream_t);
+
+}  // namespace moco_ext::cuda

@@ -1,0 +1,372 @@
+// The InfoNCE pass over the queue on tensor cores (sm_80 and up): attention whose values are its keys.
+//
+// A block owns kRows queries and one split of the queue, whose key tiles arrive through a cp.async ring; the same tile
+// is the operand of both products, S = Q K^T and O += P K. A warp owns 16 rows and up to 128 of the columns: rows
+// longer than that are divided over kColumnGroups warps, which add up their parts of S through shared memory, so that
+// query fragments and O stay in registers at every C. All of a block's partial results leave once, at its end.
+//
+// A key row is kRowBytes in shared memory, its 16-byte chunks permuted by chunk ^ (key & 7): then the eight rows that
+// one ldmatrix phase reads at equal chunk lie in distinct banks, without padding.
+#pragma once
+
+#include <type_traits>
+
+#include "info_nce_workspace.cuh"
+#include "mma.cuh"
+
+namespace moco_ext::cuda {
+
+template <typename Element, int columns>
+struct MmaTile {
+  static constexpr int kWarpColumns = columns < 128 ? columns : 128;
+  static constexpr int kColumnGroups = columns / kWarpColumns;
+  static constexpr int kRowWarps = columns == 512 ? 2 : 4;
+  static constexpr int kWarps = kRowWarps * kColumnGroups;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRows = 16 * kRowWarps;
+  static constexpr int kRowBytes = columns * sizeof(Element);
+  static constexpr int kRowChunks = kRowBytes / 16;
+  static constexpr int kKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 1024 ? 32 : 16;
+  static constexpr int kTileBytes = kKeys * kRowBytes;
+  // Every configuration fits the 99 KB that a block may have on sm_86, sm_89 and sm_120.
+  static constexpr int kStages = kTileBytes <= 16 * 1024 ? 3 : 2;
+  static constexpr int kExchangeBytes = kColumnGroups > 1 ? kThreads * kKeys / 2 * static_cast<int>(sizeof(float)) : 0;
+  static constexpr int kSharedBytes = kStages * kTileBytes + kExchangeBytes;
+  static constexpr int kWarpBytes = kWarpColumns * sizeof(Element);
+  static constexpr int kSteps = kWarpBytes / 32;  // of the contraction in S; a step is 32 bytes of a row
+  static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0 && kSharedBytes <= 99 * 1024);
+};
+
+template <typename Element>
+struct MmaArguments {
+  const uint32_t* query;      // [N_padded, C] of Element, normalised and scaled by 1 / row_scale
+  const Element* queue;       // [K, C], 16-byte aligned
+  const float* positive;      // [N_padded] the query's score of its own key
+  const float* row_scale;     // [N_padded] a power of two
+  InfoNcePartials partials;
+  int64_t n;
+  int64_t k;
+  int64_t tiles;              // ceil(K / kKeys)
+  InfoNceTemperature temperature;
+};
+
+// Operand registers as the product wants them. float keys are tf32 words; kExact splits each into high + low, two tf32
+// numbers that together hold 22 bits.
+template <int count, bool kExact>
+struct MmaWords {
+  uint32_t high[count];
+  uint32_t low[kExact ? count : 1];
+};
+
+template <typename Element, bool kExact, int count>
+__device__ __forceinline__ MmaWords<count, kExact> mma_words(const uint32_t (&raw)[count]) {
+  MmaWords<count, kExact> words;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    if constexpr (std::is_same_v<Element, float>) {
+      words.high[i] = round_to_tf32(raw[i]);
+      if constexpr (kExact) {
+        words.low[i] = __float_as_uint(__uint_as_float(raw[i]) - __uint_as_float(words.high[i]));
+      }
+    } else {
+      words.high[i] = raw[i];
+    }
+  }
+  return words;
+}
+
+// d += a b, with b the registers [at] and [at + 1] of its words. kExact: the low * low term is below float's rounding.
+template <typename Element, bool kExact, int count>
+__device__ __forceinline__ void multiply(float (&d)[4], const MmaWords<4, kExact>& a, const MmaWords<count, kExact>& b,
+                                         int at) {
+  if constexpr (kExact) {
+    mma(Element{}, d, a.low, b.high[at], b.high[at + 1]);
+    mma(Element{}, d, a.high, b.low[at], b.low[at + 1]);
+  }
+  mma(Element{}, d, a.high, b.high[at], b.high[at + 1]);
+}
+
+// s [16, kKeys] += this warp's columns of Q K^T.
+template <typename Element, bool kExact, typename Tile>
+__device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], const uint32_t (&query)[Tile::kSteps][4],
+                                                SharedAddress keys, int lane) {
+  // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 0, keys 8-15 chunk 1.
+  const SharedAddress row = keys + (lane % 8 + lane / 16 * 8) * Tile::kRowBytes;
+  const int chunk = lane / 8 % 2;
+#pragma unroll
+  for (int step = 0; step < Tile::kSteps; ++step) {
+    const MmaWords<4, kExact> a = mma_words<Element, kExact>(query[step]);
+#pragma unroll
+    for (int j = 0; j < Tile::kKeys / 16; ++j) {
+      uint32_t raw[4];
+      ldmatrix_x4(raw, row + 16 * j * Tile::kRowBytes + ((2 * step + chunk) ^ (lane % 8)) * 16);
+      const MmaWords<4, kExact> b = mma_words<Element, kExact>(raw);
+      multiply<Element, kExact>(s[2 * j], a, b, 0);
+      multiply<Element, kExact>(s[2 * j + 1], a, b, 2);
+    }
+  }
+}
+
+__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ uint32_t pack(__half, float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// o [16, kWarpColumns] += P K, 16-bit: the accumulators of two neighbouring 8-key tiles of S, packed, are an A
+// operand as they stand, and ldmatrix.trans makes the B operand of the rows that S read.
+template <typename Element, bool kExact, typename Tile>
+__device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8][4], const float (&p)[Tile::kKeys / 8][4],
+                                              SharedAddress keys, int lane, Element type) {
+  // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 8-15 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 1.
+  const SharedAddress row = keys + lane % 16 * Tile::kRowBytes;
+  const int chunk = lane / 16;
+#pragma unroll
+  for (int j = 0; j < Tile::kKeys / 16; ++j) {
+    const uint32_t a[4] = {pack(type, p[2 * j][0], p[2 * j][1]), pack(type, p[2 * j][2], p[2 * j][3]),
+                           pack(type, p[2 * j + 1][0], p[2 * j + 1][1]), pack(type, p[2 * j + 1][2], p[2 * j + 1][3])};
+#pragma unroll
+    for (int i = 0; i < Tile::kWarpColumns / 16; ++i) {
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, row + 16 * j * Tile::kRowBytes + ((2 * i + chunk) ^ (lane % 8)) * 16);
+      mma(type, o[2 * i], a, b[0], b[1]);
+      mma(type, o[2 * i + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// The same for float. The order of the contraction is free, so let its index t stand for key 2t and t + 4 for key
+// 2t + 1: then S's accumulators are the A operand as they stand. Within 32 columns, column 4g + u is column g of
+// output tile u: then a lane's B words of four tiles are one 16-byte load, and its eight outputs neighbours.
+template <typename Element, bool kExact, typename Tile>
+__device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8][4], const float (&p)[Tile::kKeys / 8][4],
+                                              SharedAddress keys, int lane, float) {
+  const int even_key = lane % 4 * 2;
+  const SharedAddress even_row = keys + even_key * Tile::kRowBytes;
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpColumns / 32; ++i) {
+    // Tensor cores round sums towards zero, a bias that grows with the number of keys: so what is exact gathers no
+    // more than one tile there, and adds tiles up with ordinary additions.
+    float tile[4][4] = {};
+    float(*sum)[4] = kExact ? tile : &o[4 * i];
+#pragma unroll
+    for (int j = 0; j < Tile::kKeys / 8; ++j) {
+      const uint32_t raw_a[4] = {__float_as_uint(p[j][0]), __float_as_uint(p[j][2]), __float_as_uint(p[j][1]),
+                                 __float_as_uint(p[j][3])};
+      const MmaWords<4, kExact> a = mma_words<Element, kExact>(raw_a);
+      uint32_t even[4];
+      uint32_t odd[4];
+      const SharedAddress row = even_row + 8 * j * Tile::kRowBytes;
+      load_shared_16(even, row + ((8 * i + lane / 4) ^ even_key) * 16);
+      load_shared_16(odd, row + Tile::kRowBytes + ((8 * i + lane / 4) ^ (even_key + 1)) * 16);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const uint32_t raw_b[2] = {even[u], odd[u]};
+        multiply<Element, kExact>(sum[u], a, mma_words<Element, kExact>(raw_b), 0);
+      }
+    }
+    if constexpr (kExact) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) o[4 * i + u][r] += tile[u][r];
+      }
+    }
+  }
+}
+
+// The running state of a lane's two rows: 0 is lane / 4, 1 is lane / 4 + 8.
+struct SoftmaxRows {
+  float positive[2];
+  float scale[2];  // from a score to the exponent of 2
+  float max[2];    // of the scores, over the row's four lanes
+  float sum[2];    // this lane's part
+  uint32_t rank[2];  // this lane's part
+};
+
+// Replaces scores by 2^bias times their probabilities relative to the running maximum. The difference is taken before
+// the scaling: logits may be of any size, and their product's rounding error alone could overflow exp2.
+template <int tiles, int kBias, int outputs>
+__device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[outputs][4], SoftmaxRows& rows) {
+  float rescale[2];
+  float shift[2];
+  bool grew = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float max = rows.max[r];
+#pragma unroll
+    for (int j = 0; j < tiles; ++j) max = fmaxf(max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
+    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+    shift[r] = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
+    rescale[r] = exp2_approx((rows.max[r] - shift[r]) * rows.scale[r]);
+    grew |= max > rows.max[r];
+    rows.max[r] = max;
+  }
+  if (__any_sync(0xffffffffu, grew)) {  // rare after the first tiles
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rows.sum[r] *= rescale[r];
+#pragma unroll
+      for (int j = 0; j < outputs; ++j) {
+        o[j][2 * r] *= rescale[r];
+        o[j][2 * r + 1] *= rescale[r];
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < tiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i / 2;
+      rows.rank[r] += s[j][i] > rows.positive[r];
+      s[j][i] = exp2_approx((s[j][i] - shift[r]) * rows.scale[r] + kBias);
+      rows.sum[r] += s[j][i];
+    }
+  }
+}
+
+template <typename Element, bool kExact, int columns, bool kGradient>
+__global__ void __launch_bounds__(MmaTile<Element, columns>::kThreads)
+    info_nce_mma_kernel(const MmaArguments<Element> arguments) {
+  using Tile = MmaTile<Element, columns>;
+  MOCO_DYNAMIC_SHARED(shared);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int column_group = warp / Tile::kRowWarps;
+  const int64_t n = arguments.n;
+  const int64_t first_tile = arguments.tiles * blockIdx.y / gridDim.y;
+  const int64_t end_tile = arguments.tiles * (blockIdx.y + 1) / gridDim.y;
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * Tile::kRows;
+  const int64_t row = block_row + warp % Tile::kRowWarps * 16 + lane / 4;  // and row + 8
+
+  // Thread -> one chunk of every kRowsAtOnce-th key of a tile.
+  constexpr int kRowsAtOnce = Tile::kThreads / Tile::kRowChunks;
+  const int load_key = thread / Tile::kRowChunks;
+  const int load_chunk = thread % Tile::kRowChunks;
+  const SharedAddress ring = shared_address(shared);
+  const auto load_tile = [&](int64_t tile) {
+    if (tile < end_tile) {
+      const SharedAddress stage = ring + static_cast<int>((tile - first_tile) % Tile::kStages) * Tile::kTileBytes;
+      const int64_t key = tile * Tile::kKeys + load_key;
+      const char* source = reinterpret_cast<const char*>(arguments.queue) + key * Tile::kRowBytes + load_chunk * 16;
+#pragma unroll
+      for (int i = 0; i < Tile::kKeys; i += kRowsAtOnce) {
+        const bool valid = key + i < arguments.k;
+        cp_async_16(stage + (load_key + i) * Tile::kRowBytes + (load_chunk ^ ((load_key + i) % 8)) * 16,
+                    valid ? source + i * Tile::kRowBytes : reinterpret_cast<const char*>(arguments.queue), valid);
+      }
+    }
+    cp_async_commit();  // an empty group too: the wait below counts them
+  };
+#pragma unroll
+  for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(first_tile + i);
+
+  uint32_t query[Tile::kSteps][4];
+  {
+    constexpr int kRowWords = Tile::kRowBytes / 4;
+    const uint32_t* words = arguments.query + row * kRowWords + column_group * (Tile::kWarpBytes / 4) + lane % 4;
+#pragma unroll
+    for (int step = 0; step < Tile::kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) query[step][i] = words[i % 2 * 8 * kRowWords + step * 8 + i / 2 * 4];
+    }
+  }
+  constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p > 2^-27 out of fp16's subnormals
+  SoftmaxRows rows;
+  const float log2_scale = 1.44269504f / arguments.temperature.value();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float row_scale = arguments.row_scale[row + 8 * r];
+    rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
+    rows.scale[r] = row_scale * log2_scale;
+    rows.max[r] = -INFINITY;
+    rows.sum[r] = 0.0f;
+    rows.rank[r] = 0;
+  }
+  constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
+  float o[kOutputs][4] = {};
+
+  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+    cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // the tile has arrived for all, and all have left the stage that the next load overwrites
+    load_tile(tile + Tile::kStages - 1);
+    const SharedAddress keys = ring + static_cast<int>((tile - first_tile) % Tile::kStages) * Tile::kTileBytes +
+                               column_group * Tile::kWarpBytes;
+
+    float s[Tile::kKeys / 8][4] = {};
+    multiply_scores<Element, kExact, Tile>(s, query, keys, lane);
+    if constexpr (Tile::kColumnGroups > 1) {
+      float4* exchange = reinterpret_cast<float4*>(shared + Tile::kStages * Tile::kTileBytes) + lane;
+#pragma unroll
+      for (int j = 0; j < Tile::kKeys / 8; ++j) {
+        exchange[(warp * (Tile::kKeys / 8) + j) * 32] = make_float4(s[j][0], s[j][1], s[j][2], s[j][3]);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int j = 0; j < Tile::kKeys / 8; ++j) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int group = 0; group < Tile::kColumnGroups; ++group) {  // one order for all, so all see the same bits
+          const int other = group * Tile::kRowWarps + warp % Tile::kRowWarps;
+          const float4 part = exchange[(other * (Tile::kKeys / 8) + j) * 32];
+          sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+        }
+        s[j][0] = sum.x, s[j][1] = sum.y, s[j][2] = sum.z, s[j][3] = sum.w;
+      }
+    }
+    if (const int64_t valid = arguments.k - tile * Tile::kKeys; valid < Tile::kKeys) {
+#pragma unroll
+      for (int j = 0; j < Tile::kKeys / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (j * 8 + lane % 4 * 2 + i % 2 >= valid) s[j][i] = -INFINITY;
+        }
+      }
+    }
+    online_softmax<Tile::kKeys / 8, kBias>(s, o, rows);
+    if constexpr (kGradient) multiply_keys<Element, kExact, Tile>(o, s, keys, lane, Element{});
+  }
+
+  constexpr float kUnbias = 1.0f / (1 << kBias);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int flip = 1; flip < 4; flip *= 2) {
+      rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], flip);
+      rows.rank[r] += __shfl_xor_sync(0xffffffffu, rows.rank[r], flip);
+    }
+    if (row + 8 * r >= n) continue;
+    const int64_t slot = blockIdx.y * n + row + 8 * r;
+    if (column_group == 0 && lane % 4 == 0) {
+      arguments.partials.max[slot] = rows.max[r];
+      arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
+      arguments.partials.rank[slot] = rows.rank[r];
+    }
+    if constexpr (kGradient) {
+      float* out = arguments.partials.keys + slot * columns + column_group * Tile::kWarpColumns;
+      if constexpr (std::is_same_v<Element, float>) {
+#pragma unroll
+        for (int i = 0; i < kOutputs; i += 4) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            *reinterpret_cast<float4*>(out + 8 * i + lane % 4 * 8 + 4 * h) =
+                make_float4(o[i][2 * r + h], o[i + 1][2 * r + h], o[i + 2][2 * r + h], o[i + 3][2 * r + h]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          *reinterpret_cast<float2*>(out + 8 * i + lane % 4 * 2) =
+              make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace moco_ext::cuda

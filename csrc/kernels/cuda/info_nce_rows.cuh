@@ -1,0 +1,235 @@
+// InfoNCE's kernels over rows: `prepare` before the pass over the queue, `combine` after it.
+#pragma once
+
+#include <cmath>
+
+#include "info_nce_workspace.cuh"
+
+namespace moco_ext::cuda {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half(x);
+  } else {
+    return x;
+  }
+}
+
+struct Add {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+template <typename T, typename Join>
+__device__ __forceinline__ T warp_join(T x, Join join) {
+#pragma unroll
+  for (int flip = 16; flip > 0; flip /= 2) x = join(x, __shfl_xor_sync(0xffffffffu, x, flip));
+  return x;
+}
+
+// Over the block, in a fixed order; every thread gets the result. At most 32 warps.
+template <typename T, typename Join>
+__device__ __forceinline__ T block_join(T x, Join join) {
+  __shared__ T parts[32];
+  x = warp_join(x, join);
+  __syncthreads();  // a former call's readers are done
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = parts[0];
+  for (unsigned i = 1; i < blockDim.x / 32; ++i) x = join(x, parts[i]);
+  return x;
+}
+
+struct RowOptions {
+  int64_t n;
+  int64_t c;
+  float eps;
+  bool normalize;
+  __device__ float divisor(float norm) const { return normalize ? fmaxf(norm, eps) : 1.0f; }
+};
+
+// A warp per row of query, key [N, C].
+template <typename Query, typename Operand>
+__global__ void info_nce_prepare_kernel(const Query* query, const Query* key, RowOptions options,
+                                        InfoNceWorkspace workspace) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row >= workspace.n_padded) return;
+  Operand* const operand = static_cast<Operand*>(workspace.query) + row * options.c;
+  if (row >= options.n) {  // computed along with the rest of its block, never written anywhere
+    for (int64_t i = lane; i < options.c; i += 32) operand[i] = from_float<Operand>(0.0f);
+    if (lane == 0) {
+      workspace.positive[row] = 0.0f;
+      workspace.row_scale[row] = 1.0f;
+    }
+    return;
+  }
+  query += row * options.c;
+  key += row * options.c;
+  float query_square = 0.0f;
+  float key_square = 0.0f;
+  float largest = 0.0f;
+  for (int64_t i = lane; i < options.c; i += 32) {
+    const float q = to_float(query[i]);
+    const float k = to_float(key[i]);
+    query_square += q * q;
+    key_square += k * k;
+    largest = fmaxf(largest, fabsf(q));
+  }
+  const float query_norm = sqrtf(warp_join(query_square, Add{}));
+  const float key_norm = sqrtf(warp_join(key_square, Add{}));
+  const float query_divisor = options.divisor(query_norm);
+  const float key_divisor = options.divisor(key_norm);
+  largest = warp_join(largest, Max{}) / query_divisor;
+
+  // A power of two changes no digit of a product, but keeps rows of any norm within fp16's range.
+  int exponent = 0;
+  if (!std::is_same_v<Operand, float> && largest > 0.0f && largest < INFINITY) {
+    frexpf(largest, &exponent);
+    exponent = min(max(exponent, -100), 100);
+  }
+  float positive = 0.0f;
+  for (int64_t i = lane; i < options.c; i += 32) {
+    const float q = to_float(query[i]) / query_divisor;
+    positive += q * (to_float(key[i]) / key_divisor);
+    operand[i] = from_float<Operand>(ldexpf(q, -exponent));
+  }
+  positive = warp_join(positive, Add{});
+  if (lane == 0) {
+    workspace.query_norm[row] = query_norm;
+    workspace.key_norm[row] = key_norm;
+    workspace.positive[row] = positive;
+    workspace.row_scale[row] = ldexpf(1.0f, exponent);
+  }
+}
+
+constexpr int kCombineColumns = 128;
+constexpr int kCombineMaxWarps = 16;
+
+// A block per row: adds the splits up in a fixed order, then the positive, and takes the gradients through the norms.
+template <typename Query>
+__global__ void __launch_bounds__(32 * kCombineMaxWarps)
+    info_nce_combine_kernel(const Query* query, const Query* key, RowOptions options, InfoNceTemperature temperature,
+                            InfoNceWorkspace workspace, InfoNceOutputs outputs) {
+  __shared__ float parts[kCombineMaxWarps][kCombineColumns];
+  const int64_t row = blockIdx.x;
+  const int64_t n = options.n;
+  const int64_t c = options.c;
+  const int64_t splits = workspace.splits;
+  const int threads = static_cast<int>(blockDim.x);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const InfoNcePartials& partials = workspace.partials;
+  const float inverse_temperature = 1.0f / temperature.value();
+  const float row_scale = workspace.row_scale[row];
+  const float scale = row_scale * 1.44269504f * inverse_temperature;
+
+  float max = -INFINITY;
+  for (int64_t i = thread; i < splits; i += threads) max = fmaxf(max, partials.max[i * n + row]);
+  max = block_join(max, Max{});
+  const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
+  const auto weight = [&](int64_t split) { return exp2f((partials.max[split * n + row] - shift) * scale); };
+  float negatives = 0.0f;  // relative to the maximum
+  long long rank = 0;      // NOLINT: the type that shuffles take
+  for (int64_t i = thread; i < splits; i += threads) {
+    negatives += weight(i) * partials.sum[i * n + row];
+    rank += partials.rank[i * n + row];
+  }
+  negatives = block_join(negatives, Add{});
+  rank = block_join(rank, Add{});
+
+  // Everything relative to the larger of the positive's logit and the negatives' largest: nothing cancels, neither in
+  // a loss near 0 nor in 1 - p0. Comparisons with NaN lead to the second branch, and it through.
+  const float positive = workspace.positive[row];
+  const float gap = (max * row_scale - positive) * inverse_temperature;
+  float loss;
+  float key_weight;  // of the sum of p n
+  float rest;        // 1 - p0
+  if (gap <= 0.0f) {
+    const float factor = expf(gap);
+    loss = log1pf(negatives * factor);
+    key_weight = factor / (1.0f + negatives * factor);
+    rest = negatives * key_weight;
+  } else {
+    const float total = negatives + expf(-gap);
+    loss = gap + logf(total);
+    key_weight = 1.0f / total;
+    rest = negatives / total;
+  }
+  if (thread == 0) {
+    const float positive_logit = positive * inverse_temperature;
+    outputs.loss[row] = loss;
+    outputs.lse[row] = loss + positive_logit;
+    outputs.positive_logit[row] = positive_logit;
+    outputs.rank[row] = rank;
+  }
+
+  const float query_norm = workspace.query_norm[row];
+  const float key_norm = workspace.key_norm[row];
+  const float inverse_query = 1.0f / options.divisor(query_norm);
+  const float inverse_key = 1.0f / options.divisor(key_norm);
+  query += row * c;
+  key += row * c;
+
+  if (outputs.grad_query != nullptr) {
+    float* const gradient = outputs.grad_query + row * c;
+    float dot = 0.0f;  // of the query with the sum of p n, which `gradient` holds until the dot is known
+    for (int64_t first = 0; first < c; first += kCombineColumns) {
+      float sum[kCombineColumns / 32] = {};
+      for (int64_t split = warp; split < splits; split += threads / 32) {
+        const float w = weight(split);
+        const float* const keys = partials.keys + (split * n + row) * c + first;
+#pragma unroll
+        for (int i = 0; i < kCombineColumns / 32; ++i) {
+          if (first + lane + 32 * i < c) sum[i] += w * keys[lane + 32 * i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kCombineColumns / 32; ++i) parts[warp][lane + 32 * i] = sum[i];
+      __syncthreads();
+      for (int i = thread; i < kCombineColumns && first + i < c; i += threads) {
+        float total = parts[0][i];
+        for (int w = 1; w < threads / 32; ++w) total += parts[w][i];
+        gradient[first + i] = total;
+        dot += total * (to_float(query[first + i]) * inverse_query);
+      }
+      __syncthreads();  // the next columns overwrite parts
+    }
+    dot = block_join(dot, Add{});
+    const float unit_dot = (key_weight * dot - rest * positive) * inverse_temperature;  // of q with d loss / d q
+    for (int64_t i = thread; i < c; i += threads) {
+      const float q = to_float(query[i]) * inverse_query;
+      const float k = to_float(key[i]) * inverse_key;
+      float g = (key_weight * gradient[i] - rest * k) * inverse_temperature;
+      if (options.normalize && query_norm > options.eps) g -= unit_dot * q;  // a clamped norm is a constant
+      gradient[i] = g * inverse_query;
+    }
+    if (thread == 0 && outputs.grad_temperature != nullptr) {
+      outputs.grad_temperature[row] = -unit_dot * inverse_temperature;
+    }
+  }
+  if (outputs.grad_key != nullptr) {
+    const float unit_dot = -rest * positive * inverse_temperature;
+    for (int64_t i = thread; i < c; i += threads) {
+      const float q = to_float(query[i]) * inverse_query;
+      const float k = to_float(key[i]) * inverse_key;
+      float g = -rest * q * inverse_temperature;
+      if (options.normalize && key_norm > options.eps) g -= unit_dot * k;
+      outputs.grad_key[row * c + i] = g * inverse_key;
+    }
+  }
+}
+
+}  // namespace moco_ext::cuda
