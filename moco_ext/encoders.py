@@ -1,0 +1,140 @@
+"""Base encoders by name, and the pooled features underneath their heads.
+
+``MoCo`` wants a callable ``base_encoder(num_classes=dim)`` that returns a module. :func:`resolve` makes one
+from a torchvision name (``resnet50``), a small-image ResNet (``resnet18-small``), a timm name
+(``timm:resnet50d``) or passes your own callable through.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+BaseEncoder = Callable[..., nn.Module]
+
+# Blocks a stage, for 3x3-stem ResNets on images of 8 to 64 pixels.
+_SMALL_RESNETS = {
+    "resnet8-small": ("BasicBlock", (1, 1, 1)),
+    "resnet10-small": ("BasicBlock", (1, 1, 1, 1)),
+    "resnet18-small": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34-small": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50-small": ("Bottleneck", (3, 4, 6, 3)),
+}
+# Where torchvision's and timm's classifiers keep the layer(s) after pooling.
+HEADS = ("fc", "classifier", "heads", "head")
+# These two return extra outputs in training mode unless told not to.
+_NO_AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
+
+
+def resolve(arch: str | BaseEncoder) -> BaseEncoder:
+    """A name, or your own callable, as ``base_encoder(num_classes=dim) -> Module``.
+
+    Args:
+        arch: one of
+            a torchvision classification constructor (``"resnet50"``, ``"convnext_tiny"``, ...);
+            ``"resnet{8,10,18,34,50}-small"``: a ResNet with a 3x3 stride-1 stem and no max-pool, for images of
+            8 to 64 pixels (the ResNet-8 ends after three stages, with 256 features);
+            ``"timm:NAME"``, or a timm name that torchvision does not know, if timm is installed;
+            any callable, returned as it is.
+
+    Raises:
+        ValueError: no such name; close ones are suggested.
+        ModuleNotFoundError: the name needs timm (or torchvision), which is not installed.
+    """
+    if callable(arch):
+        return arch
+    if not isinstance(arch, str):
+        raise TypeError(f"arch: expected a name or a callable, got {type(arch).__name__}")
+    if arch in _SMALL_RESNETS:
+        return functools.partial(_small_resnet, arch)
+    if arch.startswith("timm:"):
+        return _timm_encoder(arch.removeprefix("timm:"))
+
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if arch in known:
+        return functools.partial(models.get_model, arch, weights=None, **_NO_AUXILIARY.get(arch, {}))
+    if _timm_knows(arch):
+        return _timm_encoder(arch)
+    close = difflib.get_close_matches(arch, [*known, *_SMALL_RESNETS], n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(
+        f"arch: expected a torchvision model, one of {', '.join(_SMALL_RESNETS)} or timm:NAME, got {arch!r}{hint}"
+    )
+
+
+def backbone(encoder: nn.Module) -> nn.Module:
+    """The same encoder with its head replaced by the identity: ``images [N, 3, H, W] -> features [N, D]``.
+
+    MoCo is evaluated on the pooled features under the projection head (D = 2048 in a ResNet-50, 512 in a
+    ResNet-18), not on the 128-d output. Heads of v1 (one ``Linear``) and v2 (``Sequential``) both go. The
+    result shares parameters, buffers and layers with ``encoder``, which keeps its own head.
+
+    Raises:
+        ValueError: the module has no head under a name known to torchvision or timm.
+    """
+    if hasattr(encoder, "forward_head") and hasattr(encoder, "forward_features"):  # timm: heads may also pool
+        return _TimmBackbone(encoder)
+    name = next((name for name in HEADS if isinstance(getattr(encoder, name, None), nn.Module)), None)
+    if name is None:
+        raise ValueError(
+            f"encoder: expected a module with a head named one of {', '.join(HEADS)}, "
+            f"got {type(encoder).__name__} with {', '.join(dict(encoder.named_children())) or 'no children'}"
+        )
+    headless = copy.copy(encoder)
+    headless._modules = dict(encoder._modules)  # else the next line would take the head from `encoder` too
+    setattr(headless, name, nn.Identity())
+    return headless
+
+
+class _TimmBackbone(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder.forward_head(self.encoder.forward_features(images), pre_logits=True)
+
+
+def _small_resnet(arch: str, num_classes: int = 128) -> nn.Module:
+    from torchvision.models import resnet
+
+    block_name, blocks = _SMALL_RESNETS[arch]
+    block = getattr(resnet, block_name)
+    model = resnet.ResNet(block, [*blocks, 1][:4], num_classes=num_classes)
+    # At 32 pixels the ImageNet stem would leave an 8x8 map to the first stage.
+    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    if len(blocks) == 3:
+        model.layer4 = nn.Identity()
+        model.fc = nn.Linear(256 * block.expansion, num_classes)
+    return model
+
+
+def _timm_encoder(name: str) -> BaseEncoder:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        message = f"arch: timm:{name} needs timm, which is not installed: pip install timm"
+        raise ModuleNotFoundError(message, name="timm") from None
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join('timm:' + c for c in close)}?" if close else ""
+        raise ValueError(f"arch: expected a timm model name, got {name!r}{hint}")
+    return functools.partial(timm.create_model, name, pretrained=False)
+
+
+def _timm_knows(name: str) -> bool:
+    try:
+        import timm
+    except ModuleNotFoundError:
+        return False
+    return timm.is_model(name)

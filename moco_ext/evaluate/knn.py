@@ -1,0 +1,94 @@
+"""Weighted k-nearest-neighbour classification (Wu et al., arXiv 1805.01978, section 3.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.07,
+    chunk: int = 1024,
+) -> Tensor:
+    """The class with the most votes among the k nearest training images, each vote exp(cosine / temperature).
+
+    Args:
+        train_features: [N, D] floating; need not be normalised.
+        train_labels: int64 [N], classes 0 .. n-1.
+        test_features: [M, D].
+        k: neighbours; clipped to N.
+        chunk: test rows and training rows looked at together, so that memory stays O(chunk * (chunk + k))
+            whatever N and M are.
+
+    Returns:
+        int64 [M].
+    """
+    if (
+        train_features.ndim != 2
+        or test_features.ndim != 2
+        or train_features.shape[1] != test_features.shape[1]
+    ):
+        raise ValueError(
+            f"test_features: expected [M, D] with the D of train_features {list(train_features.shape)}, "
+            f"got {list(test_features.shape)}"
+        )
+    if train_labels.shape != train_features.shape[:1]:
+        raise ValueError(f"train_labels: expected [{len(train_features)}], got {list(train_labels.shape)}")
+    if k < 1 or temperature <= 0 or len(train_features) == 0:
+        raise ValueError(
+            f"k, temperature, N: expected all positive, got {k}, {temperature}, {len(train_features)}"
+        )
+    n_classes = int(train_labels.max()) + 1
+    k = min(k, len(train_features))
+    bank = F.normalize(train_features.float(), dim=1)
+    predictions = []
+    for rows in test_features.split(chunk):
+        similarity, index = _nearest(F.normalize(rows.float(), dim=1), bank, k, chunk)
+        # exp(s/T) up to a factor common to the row's votes, which keeps small temperatures finite
+        votes = torch.exp((similarity - similarity[:, :1]) / temperature)
+        scores = votes.new_zeros(len(rows), n_classes).scatter_add_(1, train_labels[index], votes)
+        predictions.append(scores.argmax(1))
+    return torch.cat(predictions) if predictions else train_labels.new_empty(0)
+
+
+def knn_top1(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    k: int = 200,
+    temperature: float = 0.07,
+) -> float:
+    """Top-1 accuracy in percent of :func:`knn_predict`."""
+    predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature)
+    return 100 * (predicted == test_labels).double().mean().item()
+
+
+def nearest(bank_features: Tensor, features: Tensor, k: int, chunk: int = 4096) -> Tensor:
+    """Indices int64 [M, k] of the k rows of ``bank_features`` with the highest cosine, nearest first."""
+    bank, rows = F.normalize(bank_features.float(), dim=1), F.normalize(features.float(), dim=1)
+    return _nearest(rows, bank, min(k, len(bank)), chunk)[1]
+
+
+def _nearest(rows: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
+    """Cosines and indices of the k nearest of unit rows, in decreasing order, merged chunk by chunk."""
+    best, where = (
+        rows.new_empty(len(rows), 0),
+        torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device),
+    )
+    for start in range(0, len(bank), max(chunk, k)):
+        similarity, index = (rows @ bank[start : start + max(chunk, k)].T).topk(
+            min(k, len(bank) - start), dim=1
+        )
+        merged, indices = torch.cat([best, similarity], 1), torch.cat([where, index + start], 1)
+        best, order = merged.topk(min(k, merged.shape[1]), dim=1)
+        where = indices.gather(1, order)
+    return best, where

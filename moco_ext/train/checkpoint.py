@@ -1,0 +1,92 @@
+"""Checkpoints in the official layout ``{epoch, arch, state_dict, optimizer}``, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from ..encoders import HEADS, resolve
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call ``write(file)`` on a temporary neighbour of ``path``, flush it to disk, and rename it into place.
+
+    Whatever happens, ``path`` holds either its former content or all of the new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name with none of its bytes
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(
+    path: str | Path, *, epoch: int, arch: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write a checkpoint atomically. ``epoch`` is the number of finished epochs, as the official trainer counts."""
+    checkpoint = {
+        "epoch": epoch,
+        "arch": arch,
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's dictionary, on the CPU, the ``module.`` of DistributedDataParallel taken off its names.
+
+    Only tensors and plain containers are unpickled.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, not a checkpoint, or one without the keys of the official layout.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: no such file: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"checkpoint: {path} cannot be read (truncated, or no checkpoint?): {reason}"
+        ) from None
+    if not isinstance(checkpoint, dict) or not {"arch", "state_dict"} <= checkpoint.keys():
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(f"checkpoint: expected epoch, arch, state_dict and optimizer in {path}, got {found}")
+    names = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name.removeprefix("module."): value for name, value in names.items()}
+    return checkpoint
+
+
+def load_encoder(checkpoint: dict[str, Any]) -> nn.Module:
+    """The query encoder of a checkpoint, for :func:`moco_ext.encoders.backbone`: its head is a fresh one.
+
+    Raises:
+        ValueError: the checkpoint's encoder is not the architecture that it names.
+    """
+    encoder = resolve(checkpoint["arch"])(num_classes=1)
+    names = checkpoint["state_dict"]
+    found = {n.removeprefix("encoder_q."): value for n, value in names.items() if n.startswith("encoder_q.")}
+    wanted = encoder.state_dict()
+    fitting = {n: value for n, value in found.items() if n in wanted and value.shape == wanted[n].shape}
+    heads = tuple(f"{head}." for head in HEADS)
+    absent = [n for n in wanted if n not in fitting and not n.startswith(heads)]
+    if absent:
+        raise ValueError(
+            f"checkpoint: expected the layers of {checkpoint['arch']} under encoder_q., "
+            f"got {len(absent)} of them missing or of another shape, {absent[0]} the first"
+        )
+    encoder.load_state_dict(fitting, strict=False)
+    return encoder

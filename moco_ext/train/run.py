@@ -1,0 +1,96 @@
+"""A whole run: train, evaluate pixels, untrained and trained encoder, write summary and report."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..data import ImageData
+from ..evaluate import encoder_features, knn_top1, linear_top1, pixel_features
+from .checkpoint import write_atomically
+from .config import PretrainConfig
+from .pretrain import Run, build_model, pretrain
+
+Features = dict[str, tuple[Tensor, Tensor]]  # representation -> rows of the train and of the test split
+
+
+def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, run: Run) -> dict[str, Any]:
+    """Everything ``moco-ext pretrain`` does; returns what it writes to ``summary.json``.
+
+    The summary is ``{"data", "seconds", "knn_top1", "linear_top1"}``: training time, and top-1 accuracy in percent
+    for ``"pixels"``, ``"untrained"`` (the encoder at its random start, evaluated in the same way) and ``"trained"``.
+    An image folder without ``val/`` is trained on but not evaluated.
+    """
+    run.output.mkdir(parents=True, exist_ok=True)
+    _write_json(run.output / "config.json", dataclasses.asdict(config))
+    model = build_model(config)
+    untrained = copy.deepcopy(model.encoder_q)
+    records = pretrain(config, data, run, model)
+
+    summary: dict[str, Any] = {"data": config.data, "seconds": records[-1]["seconds"]}
+    features: Features = {}
+    if data.test is None:
+        warnings.warn(f"data: {data.name} has no val/ folder: nothing to evaluate on", stacklevel=2)
+    else:
+        with run.console.status("evaluating"):
+            features = all_features(data, run, untrained=untrained, trained=model.encoder_q)
+            summary |= top1(data, features, config.knn_k)
+    _write_json(run.output / "summary.json", summary)
+
+    from ..report import write_report
+
+    with run.console.status("writing the report"):
+        write_report(run.output / "report.html", config, data, records, summary, features)
+    run.console.print(summary_table(summary))
+    run.console.print(
+        f"{run.output}/: checkpoint.pth, metrics.jsonl, summary.json, report.html", highlight=False
+    )
+    return summary
+
+
+def all_features(data: ImageData, run: Run, **encoders: nn.Module) -> Features:
+    """Features of both splits: pixels first, then each encoder by its name."""
+    splits = (data.train, data.test)
+    features = {"pixels": tuple(pixel_features(data, split, workers=run.workers) for split in splits)}
+    for name, encoder in encoders.items():
+        encoder.to(run.device)
+        features[name] = tuple(
+            encoder_features(encoder, data, split, device=run.device, workers=run.workers) for split in splits
+        )
+    return features
+
+
+def top1(data: ImageData, features: Features, knn_k: int) -> dict[str, dict[str, float]]:
+    """kNN and linear top-1 in percent of every representation."""
+    scores: dict[str, dict[str, float]] = {"knn_top1": {}, "linear_top1": {}}
+    for name, (train, test) in features.items():
+        task = (train, data.train.labels, test, data.test.labels)
+        scores["knn_top1"][name] = round(knn_top1(*task, k=knn_k), 2)
+        scores["linear_top1"][name] = round(linear_top1(*task), 2)
+    return scores
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    seconds = summary["seconds"]
+    table = Table(
+        title=f"{summary['data']}: top-1 on the test images, %", caption=f"trained in {seconds:.0f} s"
+    )
+    table.add_column("features")
+    for protocol in ("kNN", "linear"):
+        table.add_column(protocol, justify="right")
+    for name in summary.get("knn_top1", {}):
+        label = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}[name]
+        style = "bold" if name == "trained" else None
+        scores = (f"{summary[protocol][name]:.1f}" for protocol in ("knn_top1", "linear_top1"))
+        table.add_row(label, *scores, style=style)
+    return table
+
+
+def _write_json(path, content: dict[str, Any]) -> None:
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
