@@ -45,7 +45,7 @@ sizes_c = st.one_of(st.sampled_from([1, 3, 64, 96, 128, 129, 520]), st.integers(
 
 
 def run_info_nce(info_nce, query, key, queue, temperature, upstream=None, **options):
-    """One forward and backward pass: (loss, stats, {input's name: gradient}) with gradients to all that may."""
+    """One forward and backward pass, with gradients to all that may: (loss, stats, {input's name: gradient})."""
     query, key = query.detach().requires_grad_(), key.detach().requires_grad_()
     inputs = {"query": query, "key": key}
     if isinstance(temperature, Tensor):
@@ -92,7 +92,8 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
     N = len(query)
     if N == 0:
         torch.testing.assert_close(got_loss.double(), want_loss, rtol=0, atol=0, equal_nan=True)
-        assert all(len(s) == 0 for s in got) and got_grads["query"].shape == query.shape
+        assert all(len(s) == 0 for s in got)
+        assert got_grads["query"].shape == query.shape
         return
 
     T = float(temperature)
@@ -114,7 +115,8 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
     for name in ("loss", "lse", "positive_logit"):
         value = getattr(want, name)
         assert (getattr(got, name).double() - value).abs().le(tol * value.abs().clamp_min(1)).all(), name
-        assert getattr(got, name).dtype == got_loss.dtype and not getattr(got, name).requires_grad
+        assert getattr(got, name).dtype == got_loss.dtype
+        assert not getattr(got, name).requires_grad
     loss_tol = tol * want.loss.clamp_min(1)
     loss_tol = {"mean": loss_tol.mean, "sum": loss_tol.sum, "none": lambda: loss_tol}[reduction]()
     assert (got_loss.double() - want_loss).abs().le(loss_tol).all()
@@ -129,13 +131,19 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
     largest = {"query": longest / q_norm, "key": q.norm(dim=1) / k_norm}
     for name, x in (("query", query), ("key", key)):
         grad, value = got_grads[name], want_grads[name]
-        assert grad.dtype == x.dtype and grad.shape == x.shape
+        assert grad.dtype == x.dtype
+        assert grad.shape == x.shape
         rounding = 0.0
         if x.dtype in HALF:  # half an ulp, or half a step among fp16's subnormals
             rounding = value.abs() * torch.finfo(x.dtype).eps + torch.finfo(x.dtype).smallest_normal / 1000
         error = ((grad.double() - value).abs() - rounding).clamp_min(0).norm(dim=1)
-        assert error.le(tol * largest[name] * weight / T).all(), (name, error, tol * largest[name] * weight / T)
+        assert error.le(tol * largest[name] * weight / T).all(), (
+            name,
+            error,
+            tol * largest[name] * weight / T,
+        )
     if "temperature" in got_grads:
-        assert got_grads["temperature"].shape == () and got_grads["temperature"].dtype == temperature.dtype
+        assert got_grads["temperature"].shape == ()
+        assert got_grads["temperature"].dtype == temperature.dtype
         error = (got_grads["temperature"].double() - want_grads["temperature"]).abs()
         assert error <= (tol * 2 * L.clamp_min(1e-3) / T * weight).sum()

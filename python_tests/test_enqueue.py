@@ -49,7 +49,9 @@ def test_matches_the_reference(device, data):
 def test_float64_on_cpu():
     queue, queue_ptr, keys = torch.zeros(5, 3).double(), pointer(4), torch.randn(2, 3).double()
     moco_ext.enqueue_(queue, queue_ptr, keys)
-    assert torch.equal(queue[[4, 0]], keys) and not queue[1:4].any() and queue_ptr.item() == 1
+    assert torch.equal(queue[[4, 0]], keys)
+    assert not queue[1:4].any()
+    assert queue_ptr.item() == 1
 
 
 @pytest.mark.parametrize("B", [0, 1, 4, 5, 6, 10, 13])
@@ -74,7 +76,8 @@ def test_equals_the_official_write(device):
         keys = torch.randn(4, 4, device=device)
         moco_ext.enqueue_(ours, our_ptr, keys)
         official.enqueue(theirs, their_ptr, keys)
-    assert torch.equal(ours.t(), theirs) and torch.equal(our_ptr, their_ptr)
+    assert torch.equal(ours.t(), theirs)
+    assert torch.equal(our_ptr, their_ptr)
 
 
 def test_values_beyond_float16_become_infinite(device):
@@ -87,14 +90,18 @@ def test_values_beyond_float16_become_infinite(device):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_nan_stays_nan(device, normalize):
     queue = torch.zeros(2, 3, dtype=torch.bfloat16, device=device)
-    moco_ext.enqueue_(queue, pointer(0, device), torch.full((1, 3), torch.nan, device=device), normalize=normalize)
-    assert queue[0].isnan().all() and not queue[1].any()
+    moco_ext.enqueue_(
+        queue, pointer(0, device), torch.full((1, 3), torch.nan, device=device), normalize=normalize
+    )
+    assert queue[0].isnan().all()
+    assert not queue[1].any()
 
 
 def test_keys_with_gradient_are_written_without_it(device):
     queue, keys = torch.zeros(4, 3, device=device), torch.randn(2, 3, device=device, requires_grad=True)
     moco_ext.enqueue_(queue, pointer(0, device), keys)
-    assert not queue.requires_grad and torch.equal(queue[:2], keys.detach())
+    assert not queue.requires_grad
+    assert torch.equal(queue[:2], keys.detach())
 
 
 def test_writes_are_seen_by_autograd(device):
@@ -104,7 +111,8 @@ def test_writes_are_seen_by_autograd(device):
     y = (x * queue).sum()
     versions = queue._version, queue_ptr._version
     moco_ext.enqueue_(queue, queue_ptr, torch.randn(2, 3, device=device))
-    assert queue._version > versions[0] and queue_ptr._version > versions[1]
+    assert queue._version > versions[0]
+    assert queue_ptr._version > versions[1]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
 
@@ -151,4 +159,5 @@ def test_cuda_neither_waits_nor_leaves_the_graph():
         keys.normal_()
         graph.replay()
     assert queue_ptr.item() == 1
-    assert torch.equal(queue[[4, 0]], keys) and queue[1:4].ne(0).all()
+    assert torch.equal(queue[[4, 0]], keys)
+    assert queue[1:4].ne(0).all()

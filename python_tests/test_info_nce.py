@@ -92,7 +92,9 @@ def test_both_sides_of_any_fixed_shift(device, c, temperature):
     check_info_nce(query, key, queue, temperature)
 
 
-@pytest.mark.parametrize("n,k,c", [(1, 1, 1), (1, 1, 128), (5, 1, 33), (1, 4097, 128), (0, 7, 16), (130, 64, 520)])
+@pytest.mark.parametrize(
+    ("n", "k", "c"), [(1, 1, 1), (1, 1, 128), (5, 1, 33), (1, 4097, 128), (0, 7, 16), (130, 64, 520)]
+)
 def test_edge_shapes(device, n, k, c):
     for reduction in ("mean", "sum", "none"):
         upstream = torch.ones(n if reduction == "none" else (), device=device)
@@ -126,12 +128,13 @@ def test_huge_unnormalised_logits(device):
     """Logits of 1e5: the softmax is a hard maximum, the loss the gap to it; nothing overflows."""
     query, key, queue = problem(6, 100, 64, device)
     query, key = query * 1e2, key * 1e1
-    loss, stats, grads = run_info_nce(moco_ext.info_nce, query, key, queue, 0.01, normalize=False)
+    _, stats, grads = run_info_nce(moco_ext.info_nce, query, key, queue, 0.01, normalize=False)
     scores = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.t()], 1).double() / 0.01
     gap = scores.amax(1) - scores[:, 0]
     # a float32 logit of size L is known to a few times 2^-24 L
     assert (stats.loss - gap).abs().le(1e-6 * scores.abs().amax(1)).all()
-    assert grads["query"].isfinite().all() and grads["key"].isfinite().all()
+    assert grads["query"].isfinite().all()
+    assert grads["key"].isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -143,7 +146,8 @@ def test_a_bad_row_stays_alone(device, where, bad):
     {"query": query, "key": key}[where][5, 3] = bad
     loss, stats, grads = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07, upstream, reduction="none")
     others = torch.arange(12, device=device) != 5
-    assert loss[5].isnan() and stats.loss[5].isnan()
+    assert loss[5].isnan()
+    assert stats.loss[5].isnan()
     assert torch.equal(loss[others], clean[0][others])
     for name in ("query", "key"):
         assert torch.equal(grads[name][others], clean[2][name][others])
@@ -188,7 +192,8 @@ def test_accuracy_counts_what_topk_would(device):
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.double().t()], 1)
     for got, best in zip(stats.accuracy((1, 5, 51)), (1, 5, 51), strict=True):
         want = (logits.topk(best, dim=1).indices == 0).any(1).double().mean() * 100
-        assert got.shape == () and abs(got.item() - want.item()) < 1e-3
+        assert got.shape == ()
+        assert abs(got.item() - want.item()) < 1e-3
     assert 0 < stats.accuracy()[0] < 100  # the case says something
 
 
@@ -245,10 +250,14 @@ def test_second_derivative_raises(device):
     """A gradient penalty on a once-differentiable op must fail, not train on a wrong gradient."""
     query, key, queue = problem(4, 50, 8, device)
     query.requires_grad_()
-    with pytest.raises(RuntimeError):
+
+    def penalised_step():
         loss = moco_ext.info_nce(query, key, queue)
         (grad,) = torch.autograd.grad(loss, query, create_graph=True)
         (loss + grad.square().sum()).backward()
+
+    with pytest.raises(RuntimeError, match="second derivative"):
+        penalised_step()
 
 
 def test_queue_may_change_between_forward_and_backward(device):
@@ -268,7 +277,8 @@ def test_inputs_are_left_alone(device):
     before = [(x.clone(), x._version) for x in inputs]
     run_info_nce(moco_ext.info_nce, query, key, queue, 0.07)
     for x, (value, version) in zip(inputs, before, strict=True):
-        assert torch.equal(x, value) and x._version == version
+        assert torch.equal(x, value)
+        assert x._version == version
 
 
 # ---- torch.library and torch.compile ----
@@ -285,7 +295,10 @@ def test_compiles_without_a_graph_break(device, backend):
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
-        raw, temperature = query.clone().requires_grad_(), torch.tensor(0.1, device=device, requires_grad=True)
+        raw, temperature = (
+            query.clone().requires_grad_(),
+            torch.tensor(0.1, device=device, requires_grad=True),
+        )
         loss, rank, accuracy = run(raw, key, temperature)
         loss.backward()
         results.append((loss.detach(), rank, accuracy, raw.grad, temperature.grad))
@@ -369,7 +382,8 @@ def test_replays_in_a_cuda_graph():
             old.copy_(new)
     graph.replay()
     want = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07)
-    assert torch.equal(loss.detach(), want[0]) and torch.equal(query.grad, want[2]["query"])
+    assert torch.equal(loss.detach(), want[0])
+    assert torch.equal(query.grad, want[2]["query"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -378,9 +392,11 @@ def test_any_stride_gives_the_same_bits(device, layout):
     raw = laid_out(16, 24, layout, device=device)
     _, key, queue = problem(16, 200, 24, device)
     strided, plain = (
-        run_info_nce(moco_ext.info_nce, q, restrided(key, layout), queue, 0.07) for q in (raw, raw.contiguous())
+        run_info_nce(moco_ext.info_nce, q, restrided(key, layout), queue, 0.07)
+        for q in (raw, raw.contiguous())
     )
-    assert torch.equal(strided[0], plain[0]) and torch.equal(strided[2]["query"], plain[2]["query"])
+    assert torch.equal(strided[0], plain[0])
+    assert torch.equal(strided[2]["query"], plain[2]["query"])
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)

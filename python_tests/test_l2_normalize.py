@@ -34,7 +34,8 @@ def test_matches_float64(device, data):
     (got_grad,) = torch.autograd.grad(got, x, upstream)
 
     rounding = torch.finfo(dtype).eps if dtype in HALF else 0.0
-    assert got.dtype == dtype and got_grad.dtype == dtype
+    assert got.dtype == dtype
+    assert got_grad.dtype == dtype
     assert ((got.double() - want).abs() <= 1e-6 + rounding * want.abs()).all()
     if dtype == torch.float16:  # a zero row's gradient, 1e12 times the upstream one, is infinite there
         want_grad = want_grad.to(dtype).double()
@@ -61,7 +62,8 @@ def test_nan_stays_in_its_row(device):
     x = torch.ones(3, 4, device=device)
     x[1, 2] = torch.nan
     got = moco_ext.l2_normalize(x)
-    assert got[1].isnan().all() and (got[[0, 2]] == 0.5).all()
+    assert got[1].isnan().all()
+    assert (got[[0, 2]] == 0.5).all()
 
 
 @pytest.mark.parametrize("eps", [1e-12, 2.0])

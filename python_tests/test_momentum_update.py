@@ -49,7 +49,9 @@ def test_matches_float64(device, data):
     want = [x.double() for x in keys]
     moco_ext.reference.momentum_update_(want, [x.double() for x in queries], m)
     as_tensor = draw(st.booleans())
-    assert moco_ext.momentum_update_(keys, queries, torch.tensor(m, device=device) if as_tensor else m) is None
+    assert (
+        moco_ext.momentum_update_(keys, queries, torch.tensor(m, device=device) if as_tensor else m) is None
+    )
     assert_close_to(keys, want, before, queries)
 
 
@@ -105,7 +107,8 @@ def test_views_and_their_base_change_together(device):
     moco_ext.momentum_update_([buffer[1:51]], [query], 0.5)
     assert buffer.data_ptr() == address
     torch.testing.assert_close(buffer[1:51], 0.5 * before[1:51] + 0.5 * query, rtol=1e-6, atol=1e-6)
-    assert torch.equal(buffer[:1], before[:1]) and torch.equal(buffer[51:], before[51:])
+    assert torch.equal(buffer[:1], before[:1])
+    assert torch.equal(buffer[51:], before[51:])
 
 
 def test_channels_last_weights(device):
@@ -125,13 +128,16 @@ def test_non_finite_queries_show(device, value, key_dtype):
     query = torch.zeros(40, device=device)
     query[7] = value
     moco_ext.momentum_update_([key], [query], 0.999)
-    assert not key[7].isfinite() and key[8:].isfinite().all() and key[:7].isfinite().all()
+    assert not key[7].isfinite()
+    assert key[8:].isfinite().all()
+    assert key[:7].isfinite().all()
 
 
 def test_queries_with_gradient_record_nothing(device):
     key, query = torch.zeros(5, device=device), torch.nn.Parameter(torch.ones(5, device=device))
     moco_ext.momentum_update_([key], [query], 0.5)
-    assert not key.requires_grad and key.tolist() == [0.5] * 5
+    assert not key.requires_grad
+    assert key.tolist() == [0.5] * 5
 
 
 def test_accepts_parameters_iterators_as_lists(device):
