@@ -45,7 +45,7 @@ sizes_c = st.one_of(st.sampled_from([1, 3, 64, 96, 128, 129, 520]), st.integers(
 
 
 def run_info_nce(info_nce, query, key, queue, temperature, upstream=None, **options):
-    """One forward and backward pass, with gradients to all that may: (loss, stats, {input's name: gradient})."""
+    """One forward and backward pass: (loss, stats, gradients by name of all inputs that may have one)."""
     query, key = query.detach().requires_grad_(), key.detach().requires_grad_()
     inputs = {"query": query, "key": key}
     if isinstance(temperature, Tensor):
