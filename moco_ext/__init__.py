@@ -1,6 +1,21 @@
 """Momentum Contrast for PyTorch with fused C++/CUDA kernels."""
 
+from .moco import MoCo, MoCoOutput
+from .momentum import flatten_parameters_
 from .ops import enqueue_, info_nce, l2_normalize, momentum_update_
+from .queue import KeyQueue
 from .stats import InfoNCEStats
 
-__all__ = ["InfoNCEStats", "enqueue_", "info_nce", "l2_normalize", "momentum_update_"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "InfoNCEStats",
+    "KeyQueue",
+    "MoCo",
+    "MoCoOutput",
+    "enqueue_",
+    "flatten_parameters_",
+    "info_nce",
+    "l2_normalize",
+    "momentum_update_",
+]

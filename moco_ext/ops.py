@@ -55,6 +55,24 @@ def _explain_missing_cuda(library: Path) -> None:
 _load_libraries()
 
 
+def _scalar(name: str, value: float | Tensor) -> tuple[Tensor | None, float]:
+    """A scalar argument as the operators take it: a tensor stays on its device, anything else is a number."""
+    if isinstance(value, Tensor):
+        return value, math.nan
+    try:
+        return None, float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}") from None
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    """For the fake kernels, which a meta tensor among real ones reaches; the native ones check for themselves."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected on the device of {first_name} ({first.device}), got {tensor.device}")
+
+
 # --- info_nce ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,10 +122,7 @@ def info_nce(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     grad = torch.is_grad_enabled()
-    if isinstance(temperature, Tensor):
-        temperature_tensor, temperature_value = temperature, math.nan
-    else:
-        temperature_tensor, temperature_value = None, float(temperature)
+    temperature_tensor, temperature_value = _scalar("temperature", temperature)
     loss, lse, positive_logit, rank, _, _, _ = torch.ops.moco_ext.info_nce_forward(
         query,
         key,
@@ -129,7 +144,18 @@ def info_nce(
 
 
 @torch.library.register_fake("moco_ext::info_nce_forward")
-def _(query, key, queue, temperature_tensor, temperature, normalize, query_grad, key_grad, temperature_grad, _tf32):
+def _(
+    query,
+    key,
+    queue,
+    temperature_tensor,
+    temperature,
+    normalize,
+    query_grad,
+    key_grad,
+    temperature_grad,
+    _tf32,
+):
     n, c = query.shape
     dtype = torch.float64 if queue.dtype == torch.float64 else torch.float32
     row = [queue.new_empty(n, dtype=dtype) for _ in range(3)]
@@ -144,7 +170,7 @@ def _(query, key, queue, temperature_tensor, temperature, normalize, query_grad,
 
 def _info_nce_setup_context(ctx, inputs, output):
     query, key, _, temperature_tensor, _, _, *ctx.wanted, _ = inputs
-    loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature = output
+    _, lse, positive_logit, rank, grad_query, grad_key, grad_temperature = output
     ctx.mark_non_differentiable(lse, positive_logit, rank, grad_query, grad_key, grad_temperature)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_query, grad_key, grad_temperature)
@@ -169,9 +195,7 @@ def _info_nce_backward(ctx, grad_loss, *_):
     )
 
 
-torch.library.register_autograd(
-    "moco_ext::info_nce_forward", _info_nce_backward, setup_context=_info_nce_setup_context
-)
+torch.library.register_autograd("moco_ext::info_nce_forward", _info_nce_backward, setup_context=_info_nce_setup_context)
 
 
 # --- enqueue_ ---------------------------------------------------------------------------------------------------------
@@ -194,20 +218,19 @@ def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor, *, normalize: bool 
         ValueError: an argument of wrong shape, dtype or device; nothing is written.
     """
     torch.ops.moco_ext.enqueue_(queue, queue_ptr, keys, normalize)
+    torch.autograd.graph.increment_version((queue, queue_ptr))
 
 
 @torch.library.register_fake("moco_ext::enqueue_")
 def _(queue, queue_ptr, keys, normalize):
-    return None
+    _check_devices(queue=queue, queue_ptr=queue_ptr, keys=keys)
 
 
 # --- momentum_update_ -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def momentum_update_(
-    key_params: Sequence[Tensor], query_params: Sequence[Tensor], m: float | Tensor
-) -> None:
+def momentum_update_(key_params: Sequence[Tensor], query_params: Sequence[Tensor], m: float | Tensor) -> None:
     """Move the key parameters towards the query parameters, in place: ``k = m·k + (1 - m)·q`` (Eq. 2 of the paper).
 
     All tensors in one launch. Computed in float32 (float64 for float64) and rounded to the key's dtype: at m = 0.999
@@ -221,13 +244,17 @@ def momentum_update_(
     Raises:
         ValueError: lists, shapes, dtypes or devices that do not match; nothing is written.
     """
-    m_tensor, value = (m, math.nan) if isinstance(m, Tensor) else (None, float(m))
+    m_tensor, value = _scalar("m", m)
+    if len(key_params) == len(query_params) == 0:
+        return  # without a tensor there is no device to dispatch to
     torch.ops.moco_ext.momentum_update_(list(key_params), list(query_params), m_tensor, value)
+    torch.autograd.graph.increment_version(tuple(key_params))
 
 
 @torch.library.register_fake("moco_ext::momentum_update_")
 def _(key_params, query_params, m_tensor, m):
-    return None
+    for i, (key, query) in enumerate(zip(key_params, query_params, strict=True)):
+        _check_devices(**{"key_params[0]": key_params[0], f"key_params[{i}]": key, f"query_params[{i}]": query})
 
 
 # --- l2_normalize -----------------------------------------------------------------------------------------------------
