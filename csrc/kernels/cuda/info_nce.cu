@@ -46,19 +46,18 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
                 query, key, row_options(shape, options), temperature_of(options), workspace, outputs);
 }
 
-#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                                     \
-  template cudaError_t launch_info_nce_prepare<Query, Operand>(const Query*, const Query*, const InfoNceShape&,      \
-                                                               const InfoNceOptions&, const InfoNceWorkspace&,       \
-                                                               cudaStream_t);
-#define MOCO_INSTANTIATE_QUERY(Query)                                                                                \
-  MOCO_INSTANTIATE_PREPARE(Query, float)                                                                             \
-  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                                     \
-  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                                            \
-  template cudaError_t launch_info_nce_combine<Query>(const Query*, const Query*, const InfoNceShape&,               \
-                                                      const InfoNceOptions&, const InfoNceWorkspace&,                \
+#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                \
+  template cudaError_t launch_info_nce_prepare<Query, Operand>( \
+      const Query*, const Query*, const InfoNceShape&, const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_QUERY(Query)                                                                  \
+  MOCO_INSTANTIATE_PREPARE(Query, float)                                                               \
+  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                       \
+  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                              \
+  template cudaError_t launch_info_nce_combine<Query>(const Query*, const Query*, const InfoNceShape&, \
+                                                      const InfoNceOptions&, const InfoNceWorkspace&,  \
                                                       const InfoNceOutputs&, cudaStream_t);
-#define MOCO_INSTANTIATE_QUEUE(Queue)                                                                                \
-  template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceShape&, const InfoNceOptions&,      \
+#define MOCO_INSTANTIATE_QUEUE(Queue)                                                                           \
+  template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceShape&, const InfoNceOptions&, \
                                                       const InfoNceWorkspace&, cudaStream_t);
 MOCO_INSTANTIATE_QUERY(float)
 MOCO_INSTANTIATE_QUERY(__nv_bfloat16)

@@ -48,10 +48,10 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_b
 
 template <typename Queue, bool kExact, int columns, bool kGradient>
 InfoNcePass<Queue> mma_pass() {
-  using Tile = MmaTile<Queue, columns>;
+  using Tile = MmaTile<Queue, kExact, columns>;
   static std::atomic<int> cache[kMaxDevices];
   void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Queue, kExact, columns, kGradient>;
-  return {kernel,        Tile::kRows,        Tile::kKeys,
+  return {kernel,         Tile::kRows,        Tile::kKeys,
           Tile::kThreads, Tile::kSharedBytes, resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes, cache)};
 }
 
@@ -158,13 +158,13 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
   return launch_info_nce_combine(query, key, shape, options, w, outputs, stream);
 }
 
-#define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                                          \
-  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&, bool);              \
-  MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                                    \
-  MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                                            \
+#define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                             \
+  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&, bool); \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                       \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                               \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(__half, Queue)
-#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                              \
-  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const InfoNceShape&,      \
+#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                         \
+  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const InfoNceShape&, \
                                               const InfoNceOptions&, const InfoNceOutputs&, void*, cudaStream_t);
 
 }  // namespace moco_ext::cuda

@@ -16,17 +16,18 @@
 
 namespace moco_ext::cuda {
 
-template <typename Element, int columns>
+template <typename Element, bool kExact, int columns>
 struct MmaTile {
-  static constexpr int kWarpColumns = columns < 128 ? columns : 128;
+  // kExact needs registers for both halves of every operand.
+  static constexpr int kWarpColumns = columns == 64 || (kExact && columns < 512) ? 64 : 128;
   static constexpr int kColumnGroups = columns / kWarpColumns;
-  static constexpr int kRowWarps = columns == 512 ? 2 : 4;
+  static constexpr int kRowWarps = kColumnGroups < 4 ? 4 : 2;
   static constexpr int kWarps = kRowWarps * kColumnGroups;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRows = 16 * kRowWarps;
   static constexpr int kRowBytes = columns * sizeof(Element);
   static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kKeys = kRowBytes <= 256 ? 64 : kRowBytes <= 1024 ? 32 : 16;
+  static constexpr int kKeys = kRowBytes <= 256 && !kExact ? 64 : kRowBytes <= 1024 ? 32 : 16;
   static constexpr int kTileBytes = kKeys * kRowBytes;
   // Every configuration fits the 99 KB that a block may have on sm_86, sm_89 and sm_120.
   static constexpr int kStages = kTileBytes <= 16 * 1024 ? 3 : 2;
@@ -39,14 +40,14 @@ struct MmaTile {
 
 template <typename Element>
 struct MmaArguments {
-  const uint32_t* query;      // [N_padded, C] of Element, normalised and scaled by 1 / row_scale
-  const Element* queue;       // [K, C], 16-byte aligned
-  const float* positive;      // [N_padded] the query's score of its own key
-  const float* row_scale;     // [N_padded] a power of two
+  const uint32_t* query;   // [N_padded, C] of Element, normalised and scaled by 1 / row_scale
+  const Element* queue;    // [K, C], 16-byte aligned
+  const float* positive;   // [N_padded] the query's score of its own key
+  const float* row_scale;  // [N_padded] a power of two
   InfoNcePartials partials;
   int64_t n;
   int64_t k;
-  int64_t tiles;              // ceil(K / kKeys)
+  int64_t tiles;  // ceil(K / kKeys)
   InfoNceTemperature temperature;
 };
 
@@ -88,13 +89,17 @@ __device__ __forceinline__ void multiply(float (&d)[4], const MmaWords<4, kExact
 
 // s [16, kKeys] += this warp's columns of Q K^T.
 template <typename Element, bool kExact, typename Tile>
-__device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], const uint32_t (&query)[Tile::kSteps][4],
+__device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], uint32_t (&query)[Tile::kSteps][4],
                                                 SharedAddress keys, int lane) {
   // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 0, keys 8-15 chunk 1.
   const SharedAddress row = keys + (lane % 8 + lane / 16 * 8) * Tile::kRowBytes;
   const int chunk = lane / 8 % 2;
 #pragma unroll
   for (int step = 0; step < Tile::kSteps; ++step) {
+    if constexpr (kExact) {  // split anew for every tile: kept, both halves of all queries would not fit registers
+#pragma unroll
+      for (int i = 0; i < 4; ++i) opaque(query[step][i]);
+    }
     const MmaWords<4, kExact> a = mma_words<Element, kExact>(query[step]);
 #pragma unroll
     for (int j = 0; j < Tile::kKeys / 16; ++j) {
@@ -118,9 +123,11 @@ __device__ __forceinline__ uint32_t pack(__half, float low, float high) {
 
 // o [16, kWarpColumns] += P K, 16-bit: the accumulators of two neighbouring 8-key tiles of S, packed, are an A
 // operand as they stand, and ldmatrix.trans makes the B operand of the rows that S read.
-template <typename Element, bool kExact, typename Tile>
-__device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8][4], const float (&p)[Tile::kKeys / 8][4],
-                                              SharedAddress keys, int lane, Element type) {
+template <typename Element, typename Tile>
+__device__ __forceinline__ void multiply_keys_packed(float (&o)[Tile::kWarpColumns / 8][4],
+                                                     const float (&p)[Tile::kKeys / 8][4], SharedAddress keys,
+                                                     int lane) {
+  const Element type{};
   // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 8-15 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 1.
   const SharedAddress row = keys + lane % 16 * Tile::kRowBytes;
   const int chunk = lane / 16;
@@ -141,9 +148,9 @@ __device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8]
 // The same for float. The order of the contraction is free, so let its index t stand for key 2t and t + 4 for key
 // 2t + 1: then S's accumulators are the A operand as they stand. Within 32 columns, column 4g + u is column g of
 // output tile u: then a lane's B words of four tiles are one 16-byte load, and its eight outputs neighbours.
-template <typename Element, bool kExact, typename Tile>
-__device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8][4], const float (&p)[Tile::kKeys / 8][4],
-                                              SharedAddress keys, int lane, float) {
+template <bool kExact, typename Tile>
+__device__ __forceinline__ void multiply_keys_tf32(float (&o)[Tile::kWarpColumns / 8][4],
+                                                   const float (&p)[Tile::kKeys / 8][4], SharedAddress keys, int lane) {
   const int even_key = lane % 4 * 2;
   const SharedAddress even_row = keys + even_key * Tile::kRowBytes;
 #pragma unroll
@@ -151,12 +158,12 @@ __device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8]
     // Tensor cores round sums towards zero, a bias that grows with the number of keys: so what is exact gathers no
     // more than one tile there, and adds tiles up with ordinary additions.
     float tile[4][4] = {};
-    float(*sum)[4] = kExact ? tile : &o[4 * i];
+    float (*sum)[4] = kExact ? tile : &o[4 * i];
 #pragma unroll
     for (int j = 0; j < Tile::kKeys / 8; ++j) {
       const uint32_t raw_a[4] = {__float_as_uint(p[j][0]), __float_as_uint(p[j][2]), __float_as_uint(p[j][1]),
                                  __float_as_uint(p[j][3])};
-      const MmaWords<4, kExact> a = mma_words<Element, kExact>(raw_a);
+      const MmaWords<4, kExact> a = mma_words<float, kExact>(raw_a);
       uint32_t even[4];
       uint32_t odd[4];
       const SharedAddress row = even_row + 8 * j * Tile::kRowBytes;
@@ -165,7 +172,7 @@ __device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8]
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         const uint32_t raw_b[2] = {even[u], odd[u]};
-        multiply<Element, kExact>(sum[u], a, mma_words<Element, kExact>(raw_b), 0);
+        multiply<float, kExact>(sum[u], a, mma_words<float, kExact>(raw_b), 0);
       }
     }
     if constexpr (kExact) {
@@ -181,9 +188,9 @@ __device__ __forceinline__ void multiply_keys(float (&o)[Tile::kWarpColumns / 8]
 // The running state of a lane's two rows: 0 is lane / 4, 1 is lane / 4 + 8.
 struct SoftmaxRows {
   float positive[2];
-  float scale[2];  // from a score to the exponent of 2
-  float max[2];    // of the scores, over the row's four lanes
-  float sum[2];    // this lane's part
+  float scale[2];    // from a score to the exponent of 2
+  float max[2];      // of the scores, over the row's four lanes
+  float sum[2];      // this lane's part
   uint32_t rank[2];  // this lane's part
 };
 
@@ -230,9 +237,9 @@ __device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[
 }
 
 template <typename Element, bool kExact, int columns, bool kGradient>
-__global__ void __launch_bounds__(MmaTile<Element, columns>::kThreads)
+__global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
     info_nce_mma_kernel(const MmaArguments<Element> arguments) {
-  using Tile = MmaTile<Element, columns>;
+  using Tile = MmaTile<Element, kExact, columns>;
   MOCO_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
@@ -240,7 +247,11 @@ __global__ void __launch_bounds__(MmaTile<Element, columns>::kThreads)
   const int column_group = warp / Tile::kRowWarps;
   const int64_t n = arguments.n;
   const int64_t first_tile = arguments.tiles * blockIdx.y / gridDim.y;
-  const int64_t end_tile = arguments.tiles * (blockIdx.y + 1) / gridDim.y;
+  const int tiles = static_cast<int>(arguments.tiles * (blockIdx.y + 1) / gridDim.y - first_tile);
+  const auto valid_keys = [&](int tile) {  // of this split's tile; only the queue's last is not full
+    const int64_t left = arguments.k - (first_tile + tile) * Tile::kKeys;
+    return left < Tile::kKeys ? static_cast<int>(left) : Tile::kKeys;
+  };
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * Tile::kRows;
   const int64_t row = block_row + warp % Tile::kRowWarps * 16 + lane / 4;  // and row + 8
 
@@ -249,22 +260,24 @@ __global__ void __launch_bounds__(MmaTile<Element, columns>::kThreads)
   const int load_key = thread / Tile::kRowChunks;
   const int load_chunk = thread % Tile::kRowChunks;
   const SharedAddress ring = shared_address(shared);
-  const auto load_tile = [&](int64_t tile) {
-    if (tile < end_tile) {
-      const SharedAddress stage = ring + static_cast<int>((tile - first_tile) % Tile::kStages) * Tile::kTileBytes;
-      const int64_t key = tile * Tile::kKeys + load_key;
-      const char* source = reinterpret_cast<const char*>(arguments.queue) + key * Tile::kRowBytes + load_chunk * 16;
+  const char* const source = reinterpret_cast<const char*>(arguments.queue) +
+                             (first_tile * Tile::kKeys + load_key) * Tile::kRowBytes + load_chunk * 16;
+  const auto load_tile = [&](int tile) {
+    if (tile < tiles) {
+      const SharedAddress stage = ring + tile % Tile::kStages * Tile::kTileBytes;
+      const int valid = valid_keys(tile);
 #pragma unroll
       for (int i = 0; i < Tile::kKeys; i += kRowsAtOnce) {
-        const bool valid = key + i < arguments.k;
-        cp_async_16(stage + (load_key + i) * Tile::kRowBytes + (load_chunk ^ ((load_key + i) % 8)) * 16,
-                    valid ? source + i * Tile::kRowBytes : reinterpret_cast<const char*>(arguments.queue), valid);
+        const int key = load_key + i;
+        const char* const row = source + static_cast<int64_t>(tile) * Tile::kTileBytes + i * Tile::kRowBytes;
+        cp_async_16(stage + key * Tile::kRowBytes + (load_chunk ^ (key % 8)) * 16,
+                    key < valid ? row : reinterpret_cast<const char*>(arguments.queue), key < valid);
       }
     }
     cp_async_commit();  // an empty group too: the wait below counts them
   };
 #pragma unroll
-  for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(first_tile + i);
+  for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(i);
 
   uint32_t query[Tile::kSteps][4];
   {
@@ -291,12 +304,11 @@ __global__ void __launch_bounds__(MmaTile<Element, columns>::kThreads)
   constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
   float o[kOutputs][4] = {};
 
-  for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+  for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the tile has arrived for all, and all have left the stage that the next load overwrites
     load_tile(tile + Tile::kStages - 1);
-    const SharedAddress keys = ring + static_cast<int>((tile - first_tile) % Tile::kStages) * Tile::kTileBytes +
-                               column_group * Tile::kWarpBytes;
+    const SharedAddress keys = ring + tile % Tile::kStages * Tile::kTileBytes + column_group * Tile::kWarpBytes;
 
     float s[Tile::kKeys / 8][4] = {};
     multiply_scores<Element, kExact, Tile>(s, query, keys, lane);
@@ -319,7 +331,7 @@ __global__ void __launch_bounds__(MmaTile<Element, columns>::kThreads)
         s[j][0] = sum.x, s[j][1] = sum.y, s[j][2] = sum.z, s[j][3] = sum.w;
       }
     }
-    if (const int64_t valid = arguments.k - tile * Tile::kKeys; valid < Tile::kKeys) {
+    if (const int valid = valid_keys(tile); valid < Tile::kKeys) {
 #pragma unroll
       for (int j = 0; j < Tile::kKeys / 8; ++j) {
 #pragma unroll
@@ -329,7 +341,11 @@ __global__ void __launch_bounds__(MmaTile<Element, columns>::kThreads)
       }
     }
     online_softmax<Tile::kKeys / 8, kBias>(s, o, rows);
-    if constexpr (kGradient) multiply_keys<Element, kExact, Tile>(o, s, keys, lane, Element{});
+    if constexpr (kGradient && std::is_same_v<Element, float>) {
+      multiply_keys_tf32<kExact, Tile>(o, s, keys, lane);
+    } else if constexpr (kGradient) {
+      multiply_keys_packed<Element, Tile>(o, s, keys, lane);
+    }
   }
 
   constexpr float kUnbias = 1.0f / (1 << kBias);

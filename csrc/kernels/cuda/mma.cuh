@@ -81,6 +81,9 @@ __device__ __forceinline__ void mma(float, float (&d)[4], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Makes the compiler forget what it knows of x.
+__device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 // Rounds to nearest; the low 13 bits of what mma reads as tf32 are ignored, so leaving them would round towards zero.
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
@@ -112,7 +115,8 @@ void cp_async_wait() {
 
 inline const unsigned char* emulated_matrix_row(unsigned char* const* rows, int matrix, int row) {
   const unsigned char* address = rows[8 * matrix + row];
-  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) emu::fail("ldmatrix: row %d of matrix %d is misaligned", row, matrix);
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    emu::fail("ldmatrix: row %d of matrix %d is misaligned", row, matrix);
   return address;
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
@@ -166,8 +170,8 @@ void mma(Element type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     const int column = 2 * (emu::lane() % 4) + i % 2;
     double sum = d[i];
     for (int k = 0; k < 8 * kPacked; ++k) {
-      const int t = k / kPacked % 4;         // whose lane of four holds element k
-      const int half = k / (4 * kPacked);    // in its first or its second register
+      const int t = k / kPacked % 4;       // whose lane of four holds element k
+      const int half = k / (4 * kPacked);  // in its first or its second register
       const Operands& row_lane = all[row % 8 * 4 + t];
       const Operands& column_lane = all[column * 4 + t];
       sum += emulated_element(type, row_lane.a[row / 8 + 2 * half], k % kPacked) *
@@ -176,6 +180,8 @@ void mma(Element type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     d[i] = emulated_truncate(sum);
   }
 }
+
+inline void opaque(uint32_t&) {}
 
 inline uint32_t round_to_tf32(uint32_t bits) {  // to nearest, ties away from zero
   if ((bits & 0x7f800000u) == 0x7f800000u) return bits;

@@ -1,0 +1,372 @@
+// info_nce on CUDA against a float64 loop: every output, every pair of types, fast and generic passes.
+//
+// One source for the device (nvcc; also what compute-sanitizer runs) and for the host emulator (MOCO_EMULATE).
+// Arguments: number of random cases (default 150), seed.
+//
+// Tolerances. With u the relative error of a product's operands, a logit is off by at most
+//   delta = u min(1, 2 / sqrt(C)) |q| max |n| / T, for rounding errors of independent signs,
+// u = 2^-8 for bfloat16 queues (the query is rounded to 8 bits), 2^-11 for float16, 2^-10 for tf32 (both operands are
+// rounded to 11 bits) and 2^-21 without the square root for float32 (rounding of sums). From that follow, exactly,
+//   |loss error| <= min(delta, (1 - p0) (exp(delta) - 1)), and for gradients, which are sums of p n / T, an error of
+//   (1 - p0) (exp(2 delta) - 1 + u_p) (|n| + |k|) / T, u_p being the rounding of the probabilities and keys.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels/cuda.h"
+#ifdef MOCO_EMULATE
+#include "emulator.h"
+#endif
+
+namespace {
+
+namespace cuda = moco_ext::cuda;
+
+struct Random {
+  uint64_t state;
+  uint64_t bits() {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return state;
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>(bits() >> 11) % n; }
+  double uniform() { return static_cast<double>(bits() >> 11) * 0x1p-53; }
+  double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
+};
+
+float to_float(float x) { return x; }
+float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+float to_float(__half x) { return __half2float(x); }
+void assign(float& to, double x) { to = static_cast<float>(x); }
+void assign(__nv_bfloat16& to, double x) { to = __float2bfloat16(static_cast<float>(x)); }
+void assign(__half& to, double x) { to = __float2half(static_cast<float>(x)); }
+const char* name(float) { return "float32"; }
+const char* name(__nv_bfloat16) { return "bfloat16"; }
+const char* name(__half) { return "float16"; }
+
+void require(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  printf("%s: %s\n", what, cudaGetErrorString(error));
+  exit(2);
+}
+
+template <typename T>
+struct Array {
+  T* data = nullptr;
+  size_t count;
+  explicit Array(size_t n) : count(n) {
+    require(cudaMalloc(reinterpret_cast<void**>(&data), n * sizeof(T) + 1), "cudaMalloc");
+    require(cudaMemset(data, 0xff, n * sizeof(T)), "cudaMemset");  // NaN: shows what is not written
+  }
+  explicit Array(const std::vector<T>& host) : Array(host.size()) {
+    require(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  Array(const Array&) = delete;
+  ~Array() { cudaFree(data); }
+  std::vector<T> host() const {
+    std::vector<T> values(count);
+    require(cudaMemcpy(values.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return values;
+  }
+};
+
+struct Case {
+  cuda::InfoNceShape shape;
+  double temperature;
+  bool temperature_on_device;
+  bool normalize;
+  bool gradient;
+  bool allow_tf32;
+  bool misaligned;  // the queue starts one element behind a 16-byte boundary
+  bool easy;        // keys lie next to their queries: the positive dominates
+  double norm;      // of query and key, and of the queue's rows if not normalised
+  int nan_row;      // or -1
+  int zero_row;     // or -1
+};
+
+struct Results {
+  std::vector<float> loss, lse, positive, grad_query, grad_key, grad_temperature;
+  std::vector<int64_t> rank;
+  bool operator==(const Results& other) const {
+    const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    };
+    return same(loss, other.loss) && same(lse, other.lse) && same(positive, other.positive) && rank == other.rank &&
+           same(grad_query, other.grad_query) && same(grad_key, other.grad_key) &&
+           same(grad_temperature, other.grad_temperature);
+  }
+};
+
+constexpr float kEps = 1e-12f;
+
+template <typename Query, typename Queue>
+Results run(const Case& c, const std::vector<Query>& query, const std::vector<Query>& key,
+            const std::vector<Queue>& queue) {
+  const auto n = static_cast<size_t>(c.shape.n);
+  const size_t elements = c.gradient ? query.size() : 0;
+  const Array<Query> device_query(query), device_key(key);
+  Array<Queue> device_queue(queue.size() + 1);
+  Queue* const queue_start = device_queue.data + c.misaligned;
+  require(cudaMemcpy(queue_start, queue.data(), queue.size() * sizeof(Queue), cudaMemcpyHostToDevice), "cudaMemcpy");
+  const Array<float> temperature(std::vector<float>{static_cast<float>(c.temperature)});
+  Array<float> loss(n), lse(n), positive(n), grad_query(elements), grad_key(elements);
+  Array<float> grad_temperature(c.gradient ? n : 0);
+  Array<int64_t> rank(n);
+  const cuda::InfoNceOptions options{c.temperature_on_device ? NAN : static_cast<float>(c.temperature),
+                                     c.temperature_on_device ? temperature.data : nullptr, kEps, c.normalize,
+                                     c.allow_tf32};
+  const cuda::InfoNceOutputs outputs{loss.data,
+                                     lse.data,
+                                     positive.data,
+                                     rank.data,
+                                     c.gradient ? grad_query.data : nullptr,
+                                     c.gradient ? grad_key.data : nullptr,
+                                     c.gradient ? grad_temperature.data : nullptr};
+  Array<char> workspace(cuda::info_nce_workspace_bytes<Queue>(c.shape, options, c.gradient));
+  require(cuda::info_nce(device_query.data, device_key.data, queue_start, c.shape, options, outputs, workspace.data,
+                         cudaStream_t{}),
+          "info_nce");
+  require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  return {loss.host(), lse.host(), positive.host(), grad_query.host(), grad_key.host(), grad_temperature.host(),
+          rank.host()};
+}
+
+double norm_of(const double* x, int64_t c) {
+  double square = 0;
+  for (int64_t i = 0; i < c; ++i) square += x[i] * x[i];
+  return std::sqrt(square);
+}
+
+// The largest error of a row, as a share of its tolerance.
+template <typename Queue>
+double row_error(const Case& c, int64_t row, const std::vector<double>& query, const std::vector<double>& key,
+                 const std::vector<double>& queue, const Results& got) {
+  const int64_t width = c.shape.c;
+  const bool half = !std::is_same_v<Queue, float>;
+  const bool fast = (width == 64 || width == 128 || width == 256 || width == 512) && !c.misaligned;
+  const double operand_error = !fast                                  ? 0x1p-21
+                               : std::is_same_v<Queue, __nv_bfloat16> ? 0x1p-8
+                               : half                                 ? 0x1p-11
+                               : c.allow_tf32                         ? 0x1p-10
+                                                                      : 0x1p-21;
+  const bool rounded = operand_error > 0x1p-20;
+  std::vector<double> q(query.begin() + row * width, query.begin() + (row + 1) * width);
+  std::vector<double> k(key.begin() + row * width, key.begin() + (row + 1) * width);
+  const double query_norm = norm_of(q.data(), width);
+  const double key_norm = norm_of(k.data(), width);
+  const double query_divisor = c.normalize ? std::fmax(query_norm, kEps) : 1;
+  const double key_divisor = c.normalize ? std::fmax(key_norm, kEps) : 1;
+  double positive = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    q[i] /= query_divisor;
+    k[i] /= key_divisor;
+    positive += q[i] * k[i];
+  }
+  const double t = static_cast<float>(c.temperature);
+  std::vector<double> score(c.shape.k);
+  double max = positive;
+  double longest = norm_of(k.data(), width);
+  for (int64_t j = 0; j < c.shape.k; ++j) {
+    for (int64_t i = 0; i < width; ++i) score[j] += q[i] * queue[j * width + i];
+    max = std::fmax(max, score[j]);
+    longest = std::fmax(longest, norm_of(&queue[j * width], width));
+  }
+  if (row == c.nan_row) {
+    bool all_nan = std::isnan(got.loss[row]) && std::isnan(got.lse[row]) && std::isnan(got.positive[row]);
+    for (int64_t i = 0; c.gradient && i < width; ++i) all_nan &= std::isnan(got.grad_query[row * width + i]);
+    return all_nan ? 0 : INFINITY;
+  }
+  double negatives = 0;  // relative to the maximum, as the rest
+  double share = std::exp((positive - max) / t);
+  std::vector<double> mean(width);
+  for (int64_t j = 0; j < c.shape.k; ++j) {
+    const double p = std::exp((score[j] - max) / t);
+    negatives += p;
+    for (int64_t i = 0; c.gradient && i < width; ++i) mean[i] += p * queue[j * width + i];
+  }
+  const double total = negatives + share;
+  const double rest = negatives / total;
+  const double loss = max == positive ? std::log1p(negatives) : (max - positive) / t + std::log(total);
+
+  const double q_norm = norm_of(q.data(), width);
+  const double spread = rounded ? std::fmin(1, 2 / std::sqrt(static_cast<double>(width))) : 1;
+  const double score_error = operand_error * spread * q_norm * longest + 0x1p-22 * q_norm * longest;
+  const double delta = score_error / t + 1e-30;
+  double worst = 0;
+  const auto compare = [&](double error, double tolerance) {
+    worst = std::fmax(worst, std::isnan(error) ? INFINITY : error / (tolerance + 1e-37));
+  };
+  const double loss_error = std::fmin(delta, rest * std::expm1(delta)) + 2e-6 * loss;
+  const double positive_error = 0x1p-21 * q_norm * longest / t;
+  compare(std::fabs(got.loss[row] - loss), loss_error);
+  compare(std::fabs(got.positive[row] - positive / t), positive_error);
+  compare(std::fabs(got.lse[row] - loss - positive / t),
+          loss_error + positive_error + 0x1p-23 * std::fabs(positive / t));
+  int64_t low = 0;
+  int64_t high = 0;
+  for (const double s : score) {
+    low += s > positive + score_error;
+    high += s > positive - score_error;
+  }
+  compare(got.rank[row] < low || got.rank[row] > high ? 1e30 : 0, 1);
+  if (!c.gradient) return worst;
+
+  std::vector<double> g(width);
+  double dot = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    g[i] = (mean[i] / total - rest * k[i]) / t;
+    dot += g[i] * q[i];
+  }
+  const double share_error = std::expm1(2 * delta) + (rounded ? 2 * operand_error : 0x1p-19);
+  const double g_error = rest * share_error * 2 * longest / t;
+  const bool conditioned = delta < 0.5;  // else probabilities are arbitrary; the gradient need only be a number
+  double query_difference = 0;
+  double key_difference = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const bool clamped = query_norm <= kEps;
+    const double grad_query = !c.normalize ? g[i] : (clamped ? g[i] : g[i] - dot * q[i]) / query_divisor;
+    const double g_key = -rest * q[i] / t;
+    const double key_dot = -rest * positive / t;
+    const double grad_key = !c.normalize ? g_key : (key_norm <= kEps ? g_key : g_key - key_dot * k[i]) / key_divisor;
+    query_difference += std::pow(got.grad_query[row * width + i] - grad_query, 2);
+    key_difference += std::pow(got.grad_key[row * width + i] - grad_key, 2);
+  }
+  compare(conditioned ? std::sqrt(query_difference) : query_difference * 0, g_error / query_divisor);
+  compare(conditioned ? std::sqrt(key_difference) : key_difference * 0,
+          rest * (std::expm1(2 * delta) + 0x1p-19) * 2 * q_norm / t / key_divisor);
+  const double temperature_error = got.grad_temperature[row] + dot / t;
+  compare(conditioned ? std::fabs(temperature_error) : temperature_error * 0, g_error * 2 * q_norm / t);
+  return worst;
+}
+
+int passed = 0;
+int failed = 0;
+
+template <typename Query, typename Queue>
+void test(const Case& c, Random random) {
+  const int64_t n = c.shape.n;
+  const int64_t k = c.shape.k;
+  const int64_t width = c.shape.c;
+  std::vector<Query> query(n * width), key(n * width);
+  std::vector<Queue> queue(k * width);
+  const auto fill_row = [&](auto& rows, int64_t row, double norm, const double* near) {
+    std::vector<double> x(width);
+    for (int64_t i = 0; i < width; ++i) x[i] = random.normal() * (near ? 0.1 : 1) + (near ? near[i] : 0);
+    const double scale = norm / norm_of(x.data(), width);
+    for (int64_t i = 0; i < width; ++i) assign(rows[row * width + i], x[i] * scale);
+  };
+  std::vector<double> unscaled(width);
+  for (int64_t row = 0; row < n; ++row) {
+    fill_row(query, row, c.norm, nullptr);
+    for (int64_t i = 0; i < width; ++i) unscaled[i] = to_float(query[row * width + i]) / c.norm * std::sqrt(width);
+    fill_row(key, row, c.norm, c.easy ? unscaled.data() : nullptr);
+    for (int64_t i = 0; i < width; ++i) {
+      if (row == c.zero_row) assign(query[row * width + i], 0);
+      if (row == c.zero_row - 1) assign(key[row * width + i], 0);
+      if (row == c.nan_row && i == width / 2) assign(query[row * width + i], NAN);
+    }
+  }
+  for (int64_t j = 0; j < k; ++j) {
+    fill_row(queue, j, c.normalize ? 1 : c.norm, nullptr);
+    const int64_t row = random.below(n + (n == 0));
+    if (random.below(8) == 0 && row < n && row != c.nan_row) {  // the positive of some row, once more
+      const double scale = c.normalize ? 1 / c.norm : 1;
+      for (int64_t i = 0; i < width; ++i) assign(queue[j * width + i], to_float(key[row * width + i]) * scale);
+    }
+  }
+  const auto doubles = [](const auto& values) {
+    std::vector<double> out;
+    for (const auto& value : values) out.push_back(to_float(value));
+    return out;
+  };
+  const std::vector<double> exact_query = doubles(query), exact_key = doubles(key), exact_queue = doubles(queue);
+
+  const Results first = run(c, query, key, queue);
+#ifdef MOCO_EMULATE
+  emu::config().seed += 1;  // another schedule of threads and blocks
+#endif
+  const bool repeatable = first == run(c, query, key, queue);
+  double worst = 0;
+  int64_t worst_row = 0;
+  for (int64_t row = 0; row < n; ++row) {
+    const double error = row_error<Queue>(c, row, exact_query, exact_key, exact_queue, first);
+    if (error > worst) {
+      worst = error;
+      worst_row = row;
+    }
+  }
+  const bool good = worst <= 1 && repeatable;
+  ++(good ? passed : failed);
+  printf("%s n=%ld k=%ld c=%ld query=%s queue=%s%s T=%g%s norm=%g%s%s%s%s: error %.3f of tolerance (row %ld)%s\n",
+         good ? "ok    " : "FAILED", static_cast<long>(n), static_cast<long>(k), static_cast<long>(width),
+         name(Query{}), name(Queue{}), c.allow_tf32 ? " tf32" : "", c.temperature,
+         c.temperature_on_device ? " on device" : "", c.norm, c.normalize ? " normalize" : "",
+         c.gradient ? " gradient" : "", c.misaligned ? " misaligned" : "", c.easy ? " easy" : "", worst,
+         static_cast<long>(worst_row), repeatable ? "" : ", not repeatable");
+  fflush(stdout);
+}
+
+template <typename Query>
+void test_queue(int queue_type, const Case& c, const Random& random) {
+  if (queue_type == 0) return test<Query, float>(c, random);
+  if (queue_type == 1) return test<Query, __nv_bfloat16>(c, random);
+  test<Query, __half>(c, random);
+}
+
+void test_types(int query_type, int queue_type, const Case& c, const Random& random) {
+  if (query_type == 0) return test_queue<float>(queue_type, c, random);
+  if (query_type == 1) return test_queue<__nv_bfloat16>(queue_type, c, random);
+  test_queue<__half>(queue_type, c, random);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t random_cases = argc > 1 ? atoll(argv[1]) : 150;
+  Random random{argc > 2 ? static_cast<uint64_t>(atoll(argv[2])) * 2 + 1 : 20191113};
+  const int64_t all_n[] = {1, 3, 64, 65, 130};
+  const int64_t all_k[] = {1, 7, 64, 100, 333};
+  const int64_t all_c[] = {64, 128, 256, 512, 1, 3, 17, 96, 520};
+  const double all_t[] = {0.01, 0.07, 1, 10};
+
+  // Every C with every queue type (float32 twice, with tf32 and without), with gradient and without.
+  for (const int64_t c : all_c) {
+    for (int queue_type = 0; queue_type < 4; ++queue_type) {
+      for (const bool gradient : {true, false}) {
+        const Case plain{{65, 333, c}, 0.07, false, true, gradient, queue_type == 3, false, false, 1, -1, -1};
+        random.bits();
+        test_types(0, queue_type % 3, plain, random);
+      }
+    }
+  }
+  test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);
+  for (int64_t i = 0; i < random_cases; ++i) {
+    const int64_t n = all_n[random.below(5)];
+    Case c{{n, all_k[random.below(5)], all_c[random.below(9)]},
+           all_t[random.below(4)],
+           random.below(2) == 0,
+           random.below(3) > 0,
+           random.below(4) > 0,
+           random.below(2) == 0,
+           random.below(6) == 0,
+           random.below(3) == 0,
+           1,
+           random.below(3) == 0 ? static_cast<int>(random.below(n)) : -1,
+           -1};
+    const double norms[] = {1, 1, 1e-4, 1e4};
+    c.norm = norms[random.below(4)];
+    if (c.normalize && n > 1 && random.below(2) == 0) {
+      c.zero_row = 1 + static_cast<int>(random.below(n - 1));
+      if (c.zero_row == c.nan_row) c.nan_row = -1;
+    }
+    const auto query_type = static_cast<int>(random.below(3));
+    const auto queue_type = static_cast<int>(random.below(3));
+    test_types(query_type, queue_type, c, random);
+  }
+  printf("%d passed, %d failed\n", passed, failed);
+  return failed == 0 ? 0 : 1;
+}
