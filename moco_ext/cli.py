@@ -21,9 +21,7 @@ _TRAIN_EXTRA = {
     "torchdata",
     "PIL",
 }
-_DATA_HELP = (
-    "digits, fashion-mnist, cifar10, cifar100, or an image folder (train/ and val/ inside, or classes)"
-)
+_DATA_HELP = "digits, fashion-mnist, cifar10, cifar100, or an image folder (train/ and val/ inside, or classes)"
 # Flags that are part of a PretrainConfig; what the user leaves out is absent and a preset may fill it in.
 _CONFIG_FLAGS = [
     "arch",
@@ -48,9 +46,7 @@ _CONFIG_FLAGS = [
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="moco-ext", description="Momentum Contrast: train and evaluate encoders."
-    )
+    parser = argparse.ArgumentParser(prog="moco-ext", description="Momentum Contrast: train and evaluate encoders.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     pretrain = commands.add_parser(
@@ -91,9 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--moco-t", type=float, metavar="T", help="softmax temperature (default: 0.07)")
     add("--mlp", action=flag, help="MoCo v2's projection head")
     add("--aug-plus", action=flag, help="MoCo v2's augmentations")
-    add(
-        "--crop-min", type=float, metavar="A", help="least share of the image's area in a view (default: 0.2)"
-    )
+    add("--crop-min", type=float, metavar="A", help="least share of the image's area in a view (default: 0.2)")
     add(
         "--knn-every",
         type=int,
@@ -125,14 +119,10 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("run", metavar="RUN", help="run directory or checkpoint file")
         command.add_argument("--data", metavar="NAME|DIR", help=_DATA_HELP + " (default: the run's own)")
-        command.add_argument(
-            "--data-root", metavar="DIR", help="where downloaded data sets are kept (default: data)"
-        )
+        command.add_argument("--data-root", metavar="DIR", help="where downloaded data sets are kept (default: data)")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
         if name == "knn":
-            command.add_argument(
-                "-k", type=int, dest="knn_k", metavar="N", help="(default: the run's own, or 200)"
-            )
+            command.add_argument("-k", type=int, dest="knn_k", metavar="N", help="(default: the run's own, or 200)")
             command.add_argument("-t", "--temperature", type=float, metavar="T", help="(default: 0.07)")
         else:
             command.add_argument("-C", type=float, metavar="C", help="inverse L2 penalty (default: 1)")
@@ -146,9 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status. Errors a user can mend are one line (all of it with MOCO_EXT_DEBUG=1)."""
     args = build_parser().parse_args(argv)
-    warnings.showwarning = lambda message, *rest, **more: print(
-        f"moco-ext: warning: {message}", file=sys.stderr
-    )
+    warnings.showwarning = lambda message, *rest, **more: print(f"moco-ext: warning: {message}", file=sys.stderr)
     command = {"pretrain": _pretrain, "knn": _evaluate, "linear": _evaluate, "info": _info}[args.command]
     try:
         return command(args)
@@ -166,12 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-j", "--workers", type=int, metavar="N", help="image loading processes (default: one a core)"
-    )
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)"
-    )
+    parser.add_argument("-j", "--workers", type=int, metavar="N", help="image loading processes (default: one a core)")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
 
 
@@ -202,9 +186,7 @@ def _pretrain(args: argparse.Namespace) -> int:
         f"T = {config.moco_t:g}, {config.epochs} epochs of batch {config.batch_size} on {device}",
         highlight=False,
     )
-    run = Run(
-        output, device, resume, workers, print_freq=max(1, given.get("print_freq", 10)), console=console
-    )
+    run = Run(output, device, resume, workers, print_freq=max(1, given.get("print_freq", 10)), console=console)
     pretrain_and_evaluate(config, data, run)
     return 0
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 BaseEncoder = Callable[..., nn.Module]
 
-# Blocks a stage, for 3x3-stem ResNets on images of 8 to 64 pixels.
-_SMALL_RESNETS = {
+# Block, and number of blocks a stage; "-small" says a 3x3 stem, for images of 8 to 64 pixels.
+_RESNETS = {
+    "resnet10": ("BasicBlock", (1, 1, 1, 1)),
     "resnet8-small": ("BasicBlock", (1, 1, 1)),
     "resnet10-small": ("BasicBlock", (1, 1, 1, 1)),
     "resnet18-small": ("BasicBlock", (2, 2, 2, 2)),
@@ -36,10 +37,10 @@ def resolve(arch: str | BaseEncoder) -> BaseEncoder:
     Args:
         arch: one of
             a torchvision classification constructor (``"resnet50"``, ``"convnext_tiny"``, ...);
-            ``"resnet{8,10,18,34,50}-small"``: a ResNet with a 3x3 stride-1 stem and no max-pool, for images of
-            8 to 64 pixels (the ResNet-8 ends after three stages, with 256 features);
-            ``"timm:NAME"``, or a timm name that torchvision does not know, if timm is installed;
-            any callable, returned as it is.
+            ``"resnet{8,10,18,34,50}-small"``: a ResNet with a 3x3 stride-1 stem and no max-pool, for images
+            of 8 to 64 pixels (the ResNet-8 ends after three stages, with 256 features); ``"resnet10"``, one
+            block a stage under the usual stem; ``"timm:NAME"``, or a timm name that torchvision does not
+            know, if timm is installed; any callable, returned as it is.
 
     Raises:
         ValueError: no such name; close ones are suggested.
@@ -49,8 +50,8 @@ def resolve(arch: str | BaseEncoder) -> BaseEncoder:
         return arch
     if not isinstance(arch, str):
         raise TypeError(f"arch: expected a name or a callable, got {type(arch).__name__}")
-    if arch in _SMALL_RESNETS:
-        return functools.partial(_small_resnet, arch)
+    if arch in _RESNETS:
+        return functools.partial(_resnet, arch)
     if arch.startswith("timm:"):
         return _timm_encoder(arch.removeprefix("timm:"))
 
@@ -61,10 +62,10 @@ def resolve(arch: str | BaseEncoder) -> BaseEncoder:
         return functools.partial(models.get_model, arch, weights=None, **_NO_AUXILIARY.get(arch, {}))
     if _timm_knows(arch):
         return _timm_encoder(arch)
-    close = difflib.get_close_matches(arch, [*known, *_SMALL_RESNETS], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(arch, [*known, *_RESNETS], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(
-        f"arch: expected a torchvision model, one of {', '.join(_SMALL_RESNETS)} or timm:NAME, got {arch!r}{hint}"
+        f"arch: expected a torchvision model, one of {', '.join(_RESNETS)} or timm:NAME, got {arch!r}{hint}"
     )
 
 
@@ -101,16 +102,16 @@ class _TimmBackbone(nn.Module):
         return self.encoder.forward_head(self.encoder.forward_features(images), pre_logits=True)
 
 
-def _small_resnet(arch: str, num_classes: int = 128) -> nn.Module:
+def _resnet(arch: str, num_classes: int = 128) -> nn.Module:
     from torchvision.models import resnet
 
-    block_name, blocks = _SMALL_RESNETS[arch]
+    block_name, blocks = _RESNETS[arch]
     block = getattr(resnet, block_name)
     model = resnet.ResNet(block, [*blocks, 1][:4], num_classes=num_classes)
-    # At 32 pixels the ImageNet stem would leave an 8x8 map to the first stage.
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    model.maxpool = nn.Identity()
+    if arch.endswith("-small"):  # at 32 pixels the ImageNet stem would leave an 8x8 map to the first stage
+        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
     if len(blocks) == 3:
         model.layer4 = nn.Identity()
         model.fc = nn.Linear(256 * block.expansion, num_classes)

@@ -43,9 +43,7 @@ def write_report(
         sections += [_neighbours(data, features), _map(data, features)]
     sections.append(_configuration(config))
     title = f"MoCo on {data.name}"
-    images = f"{len(data.train):,} training images" + (
-        f", {len(data.test):,} test images" if data.test else ""
-    )
+    images = f"{len(data.train):,} training images" + (f", {len(data.test):,} test images" if data.test else "")
     lead = (
         f"{config.arch} · {images} · {len(records)} epochs in {_duration(summary['seconds'])} · "
         f"queue of {config.moco_k:,} keys"
@@ -112,8 +110,7 @@ def _training(config: PretrainConfig, records: list[dict[str, Any]], summary: di
             )
         )
     figures = "".join(
-        f"<figure><figcaption>{name}</figcaption>{curves(lines, levels)}</figure>"
-        for name, lines, levels in charts
+        f"<figure><figcaption>{name}</figcaption>{curves(lines, levels)}</figure>" for name, lines, levels in charts
     )
     return _section(
         "Training",
@@ -166,9 +163,7 @@ def _map(data: ImageData, features: dict[str, tuple[Tensor, Tensor]]) -> str:
     maps, colours = feature_maps(
         {name: test[sample] for name, (_, test) in features.items()}, labels[sample], len(data.classes)
     )
-    figures = "".join(
-        f"<figure><figcaption>{_LABELS[name]}</figcaption>{svg}</figure>" for name, svg in maps.items()
-    )
+    figures = "".join(f"<figure><figcaption>{_LABELS[name]}</figcaption>{svg}</figure>" for name, svg in maps.items())
     legend = "".join(
         f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
         for name, colour in zip(data.classes, colours, strict=True)

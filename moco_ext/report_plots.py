@@ -91,9 +91,7 @@ def curves(lines: Sequence[Line], levels: dict[str, float]) -> str:
         return _svg(figure, "curve" + lines[0].label)
 
 
-def feature_maps(
-    features: dict[str, Tensor], labels: Tensor, n_classes: int
-) -> tuple[dict[str, str], tuple[str, ...]]:
+def feature_maps(features: dict[str, Tensor], labels: Tensor, n_classes: int) -> tuple[dict[str, str], tuple[str, ...]]:
     """Each representation [N, D] laid out in the plane by t-SNE (PCA below 50 points): SVGs, and class colours."""
     colours = class_colours(n_classes)
     maps = {}
@@ -103,9 +101,7 @@ def feature_maps(
             figure = Figure(figsize=(3.6, 3.6), layout="constrained")
             axes = figure.add_subplot()
             axes.set_axis_off()
-            axes.scatter(
-                *points.T, s=9, c=[colours[label] for label in labels.tolist()], linewidths=0, alpha=0.85
-            )
+            axes.scatter(*points.T, s=9, c=[colours[label] for label in labels.tolist()], linewidths=0, alpha=0.85)
             maps[name] = _svg(figure, "map" + name)
     return maps, colours
 
@@ -116,9 +112,7 @@ def class_colours(n: int) -> tuple[str, ...]:
         return tuple(_CLASSES[:n])
     from matplotlib.colors import hsv_to_rgb, to_hex
 
-    return tuple(
-        to_hex(hsv_to_rgb((i / n, 0.62 if i % 2 else 0.8, 0.85 if i % 2 else 0.7))) for i in range(n)
-    )
+    return tuple(to_hex(hsv_to_rgb((i / n, 0.62 if i % 2 else 0.8, 0.85 if i % 2 else 0.7))) for i in range(n))
 
 
 def _plane(rows: Tensor):

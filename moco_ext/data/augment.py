@@ -1,8 +1,8 @@
 """Two random crops of each image: the query's view and the key's.
 
-One :class:`Augmentation` says what is done; it is carried out either per image, by torchvision's transforms in
-loader workers (:func:`image_transform`, for image folders), or on whole batches in memory with parameters drawn
-per image (:func:`augment_batch`, for small sets: ten times the images per second on a CPU).
+One :class:`Augmentation` says what is done; it is carried out either per image, by torchvision's transforms
+in loader workers (:func:`image_transform`, for image folders), or on whole batches in memory with parameters
+drawn per image (:func:`augment_batch`, for small sets: ten times the images per second on a CPU).
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def image_transform(augmentation: Augmentation, mean: tuple[float, ...], std: tu
     return v2.Compose(steps)
 
 
-def augment_batch(
-    images: Tensor, augmentation: Augmentation, generator: torch.Generator | None = None
-) -> Tensor:
+def augment_batch(images: Tensor, augmentation: Augmentation, generator: torch.Generator | None = None) -> Tensor:
     """One view of each image, every parameter drawn per image.
 
     The jitter's order (brightness, contrast, saturation, hue) is drawn once a batch. There is no blur here:
@@ -103,9 +101,7 @@ def augment_batch(
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected shape [N, 1 or 3, H, W], got {list(images.shape)}")
     if augmentation.blur_p > 0:
-        raise ValueError(
-            f"augmentation: expected blur_p = 0 for batches in memory, got {augmentation.blur_p}"
-        )
+        raise ValueError(f"augmentation: expected blur_p = 0 for batches in memory, got {augmentation.blur_p}")
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     draw = _Draws(len(images), generator, images.device)
     images = _resized_crop_and_flip(images, augmentation, draw)
@@ -122,10 +118,11 @@ def crop_boxes(
     ratio: tuple[float, float],
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Boxes as ``RandomResizedCrop`` draws them, [n, 4] = (centre y, centre x, height, width) as shares of the image.
+    """Boxes as ``RandomResizedCrop`` draws them, [n, 4] = (centre y, centre x, height, width) as shares of
+    the image.
 
-    Area uniform in ``scale``, aspect log-uniform in ``ratio``, the first of ten draws that fits; else the largest
-    centred box within ``ratio``.
+    Area uniform in ``scale``, aspect log-uniform in ``ratio``, the first of ten draws that fits; else the
+    largest centred box within ``ratio``.
     """
     tries = torch.rand(2, 10, n, generator=generator)
     area = (scale[0] + (scale[1] - scale[0]) * tries[0]) * height * width

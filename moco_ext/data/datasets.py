@@ -49,8 +49,8 @@ class ImageData:
     """A data set: what training and evaluation need to know about it.
 
     ``size`` is the side in pixels of the square the encoder sees; ``mean`` and ``std`` are per channel, of
-    values in [0, 1], one or three entries; ``flip`` says whether a mirrored image keeps its meaning (digits do
-    not). ``test`` is None where an image folder has no ``val/``: then there is nothing to evaluate on.
+    values in [0, 1], one or three entries; ``flip`` says whether a mirrored image keeps its meaning (digits
+    do not). ``test`` is None where an image folder has no ``val/``: then there is nothing to evaluate on.
     """
 
     name: str
@@ -67,7 +67,8 @@ def load(name: str, data_root: str | Path = "data") -> ImageData:
     """A data set by name, or an image folder by its path.
 
     Args:
-        name: ``"digits"`` (1,797 images of 8x8, shipped with scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
+        name: ``"digits"`` (1,797 images of 8x8, shipped with scikit-learn), ``"fashion-mnist"``,
+        ``"cifar10"``,
             ``"cifar100"``, or the path of an image folder in torchvision's ``ImageFolder`` layout, with
             ``train/`` and ``val/`` inside or class folders directly.
         data_root: where torchvision downloads go and are looked for.
@@ -99,9 +100,7 @@ def plain_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of ``split`` in order, without augmentation: float32 [B, 3, size, size] and labels int64 [B]."""
     if isinstance(split, TensorSplit):
-        for images, labels in zip(
-            split.images.split(batch_size), split.labels.split(batch_size), strict=True
-        ):
+        for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
             yield normalize(images.float() / 255, data.mean, data.std), labels
         return
     from torchvision.transforms import v2
@@ -164,15 +163,10 @@ def _digits() -> ImageData:
 def _fashion_mnist(data_root: Path) -> ImageData:
     if DEBIAN_FASHION_MNIST.is_dir():
         files = {
-            part: [
-                DEBIAN_FASHION_MNIST / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")
-            ]
+            part: [DEBIAN_FASHION_MNIST / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
             for part in ("train", "t10k")
         }
-        splits = (
-            TensorSplit(read_idx(images)[:, None], read_idx(labels).long())
-            for images, labels in files.values()
-        )
+        splits = (TensorSplit(read_idx(images)[:, None], read_idx(labels).long()) for images, labels in files.values())
     else:
         from torchvision.datasets import FashionMNIST
 
@@ -200,9 +194,7 @@ def _folder(root: Path) -> ImageData:
         try:
             dataset = ImageFolder(folder)
         except FileNotFoundError as error:
-            raise ValueError(
-                f"data: expected images in class folders, {folder}/CLASS/IMAGE; {error}"
-            ) from None
+            raise ValueError(f"data: expected images in class folders, {folder}/CLASS/IMAGE; {error}") from None
         return FolderSplit(dataset, torch.tensor(dataset.targets))
 
     train = split(root / "train" if (root / "train").is_dir() else root)

@@ -25,15 +25,11 @@ def read_idx(path: str | Path) -> Tensor:
     path = Path(path)
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _DTYPES:
-        raise ValueError(
-            f"{path}: expected an IDX header (00 00 type dims), got {raw[:4].hex(' ') or 'nothing'}"
-        )
+        raise ValueError(f"{path}: expected an IDX header (00 00 type dims), got {raw[:4].hex(' ') or 'nothing'}")
     dtype, dims = np.dtype(_DTYPES[raw[2]]), raw[3]
     offset = 4 + 4 * dims
     if len(raw) < offset:
-        raise ValueError(
-            f"{path}: expected {dims} dimensions in the IDX header, got a file of {len(raw)} bytes"
-        )
+        raise ValueError(f"{path}: expected {dims} dimensions in the IDX header, got a file of {len(raw)} bytes")
     shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", dims, 4))
     if len(raw) - offset != math.prod(shape) * dtype.itemsize:
         raise ValueError(

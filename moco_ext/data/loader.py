@@ -23,8 +23,9 @@ def two_crop_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled ``(im_q, im_k)``; the last batch may be short, never of one image.
 
-    Order and augmentations depend on ``(seed, epoch)`` alone, so that a resumed run sees what the uninterrupted
-    one would have seen. Batch normalisation cannot train on a single image: a last batch of one is dropped.
+    Order and augmentations depend on ``(seed, epoch)`` alone, so that a resumed run sees what the
+    uninterrupted one would have seen. Batch normalisation cannot train on a single image: a last batch of one
+    is dropped.
     """
     generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
     order = torch.randperm(len(data.train), generator=generator)

@@ -30,11 +30,7 @@ def knn_predict(
     Returns:
         int64 [M].
     """
-    if (
-        train_features.ndim != 2
-        or test_features.ndim != 2
-        or train_features.shape[1] != test_features.shape[1]
-    ):
+    if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
         raise ValueError(
             f"test_features: expected [M, D] with the D of train_features {list(train_features.shape)}, "
             f"got {list(test_features.shape)}"
@@ -42,9 +38,7 @@ def knn_predict(
     if train_labels.shape != train_features.shape[:1]:
         raise ValueError(f"train_labels: expected [{len(train_features)}], got {list(train_labels.shape)}")
     if k < 1 or temperature <= 0 or len(train_features) == 0:
-        raise ValueError(
-            f"k, temperature, N: expected all positive, got {k}, {temperature}, {len(train_features)}"
-        )
+        raise ValueError(f"k, temperature, N: expected all positive, got {k}, {temperature}, {len(train_features)}")
     n_classes = int(train_labels.max()) + 1
     k = min(k, len(train_features))
     bank = F.normalize(train_features.float(), dim=1)
@@ -85,9 +79,7 @@ def _nearest(rows: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Te
         torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device),
     )
     for start in range(0, len(bank), max(chunk, k)):
-        similarity, index = (rows @ bank[start : start + max(chunk, k)].T).topk(
-            min(k, len(bank) - start), dim=1
-        )
+        similarity, index = (rows @ bank[start : start + max(chunk, k)].T).topk(min(k, len(bank) - start), dim=1)
         merged, indices = torch.cat([best, similarity], 1), torch.cat([where, index + start], 1)
         best, order = merged.topk(min(k, merged.shape[1]), dim=1)
         where = indices.gather(1, order)

@@ -59,9 +59,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"checkpoint: {path} cannot be read (truncated, or no checkpoint?): {reason}"
-        ) from None
+        raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no checkpoint?): {reason}") from None
     if not isinstance(checkpoint, dict) or not {"arch", "state_dict"} <= checkpoint.keys():
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"checkpoint: expected epoch, arch, state_dict and optimizer in {path}, got {found}")

@@ -11,11 +11,13 @@ from ..data import Augmentation, ImageData
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Defaults are those of the published ImageNet training (MoCo v1); ``preset`` changes them for small sets.
+    """Defaults are those of the published ImageNet training (MoCo v1); ``preset`` changes them for small
+    sets.
 
-    ``lr`` is the rate for the whole batch; it falls tenfold at each epoch of ``schedule``, or along half a cosine
-    if ``cos``. ``crop_min`` is the smallest share of the image's area that a view shows. ``knn_k`` is the number
-    of neighbours in the kNN evaluation, ``knn_every`` the epochs from one to the next (0: only at the end).
+    ``lr`` is the rate for the whole batch; it falls tenfold at each epoch of ``schedule``, or along half a
+    cosine if ``cos``. ``crop_min`` is the smallest share of the image's area that a view shows. ``knn_k`` is
+    the number of neighbours in the kNN evaluation, ``knn_every`` the epochs from one to the next (0: only at
+    the end).
     """
 
     data: str
@@ -52,7 +54,7 @@ class PretrainConfig:
             raise ValueError("batch_size: expected at least 2 (batch normalisation needs company), got 1")
 
     def augmentation(self, data: ImageData) -> Augmentation:
-        """MoCo v1's views or, with ``aug_plus``, v2's, at the data's size; mirrored only where that means nothing."""
+        """MoCo v1's views or, with ``aug_plus``, v2's, at the data's size; mirrored only if ``data.flip``."""
         published = Augmentation.v2 if self.aug_plus else Augmentation.v1
         return published(data.size, scale=(self.crop_min, 1.0), flip_p=0.5 if data.flip else 0.0)
 
@@ -63,40 +65,38 @@ class PretrainConfig:
         return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.schedule)
 
 
-_V2 = {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True}
 # Short runs need a key encoder that moves faster than m = 0.999 lets it, and K well under the number of images:
 # every other view of an image that is still in the queue counts as a negative of that image.
+_SHORT = {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True, "lr": 0.06, "moco_m": 0.99}
+_CIFAR = _SHORT | {"arch": "resnet18-small", "batch_size": 512, "moco_k": 4096}
 _PRESETS: dict[str, dict[str, Any]] = {
-    "digits": _V2
+    "digits": _SHORT
     | {
         "arch": "resnet8-small",
-        "epochs": 80,
+        "epochs": 60,
         "batch_size": 128,
-        "lr": 0.06,
-        "moco_k": 256,
-        "moco_m": 0.99,
+        "mlp": False,
+        "moco_k": 512,
         "crop_min": 0.5,  # a fifth of an 8x8 digit is no digit
         "knn_k": 20,  # a class has about 125 training images: 200 neighbours would be of several classes
     },
-    "fashion-mnist": _V2
+    "fashion-mnist": _SHORT
     | {
-        "arch": "resnet8-small",
-        "epochs": 5,
+        "arch": "resnet10",
+        "epochs": 12,
         "batch_size": 128,
-        "lr": 0.06,
         "moco_k": 4096,
-        "moco_m": 0.99,
+        "crop_min": 0.5,
         "knn_every": 1,
     },
-    "cifar10": _V2
-    | {"arch": "resnet18-small", "batch_size": 512, "lr": 0.06, "moco_k": 4096, "moco_m": 0.99},
-    "cifar100": _V2
-    | {"arch": "resnet18-small", "batch_size": 512, "lr": 0.06, "moco_k": 4096, "moco_m": 0.99},
+    "cifar10": _CIFAR,
+    "cifar100": _CIFAR,
 }
 
 
 def resolve_config(data: str, explicit: dict[str, Any]) -> PretrainConfig:
-    """The configuration of a run on ``data``: what is explicit, else the data set's preset, else as published.
+    """The configuration of a run on ``data``: what is explicit, else the data set's preset, else as
+    published.
 
     An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off.
     """

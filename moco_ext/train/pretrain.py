@@ -27,7 +27,7 @@ class Run:
     """Where a run executes and what it leaves behind; nothing here changes what is learnt."""
 
     output: Path
-    device: torch.device = torch.device("cpu")
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     resume: Path | None = None
     workers: int = 0
     print_freq: int = 10
@@ -47,16 +47,16 @@ def build_model(config: PretrainConfig) -> MoCo:
     )
 
 
-def pretrain(
-    config: PretrainConfig, data: ImageData, run: Run, model: MoCo | None = None
-) -> list[dict[str, Any]]:
-    """Train ``model`` (by default :func:`build_model`'s) in place; one record of metrics an epoch, all returned.
+def pretrain(config: PretrainConfig, data: ImageData, run: Run, model: MoCo | None = None) -> list[dict[str, Any]]:
+    """Train ``model`` (by default :func:`build_model`'s) in place; one record of metrics an epoch, all
+    returned.
 
-    Writes ``checkpoint.pth`` after every epoch, ``metrics.jsonl`` and ``tensorboard/`` to ``run.output``. A record
-    has epoch (from 1), loss, acc1 and acc5 (contrast accuracy, percent), lr, images_per_second, seconds (training
-    time so far, without evaluations) and, every ``config.knn_every`` epochs and after the last, knn_top1.
+    Writes ``checkpoint.pth`` after every epoch, ``metrics.jsonl`` and ``tensorboard/`` to ``run.output``. A
+    record has epoch (from 1), loss, acc1 and acc5 (contrast accuracy, percent), lr, images_per_second,
+    seconds (training time so far, without evaluations) and, every ``config.knn_every`` epochs and after the
+    last, knn_top1.
 
-    One process, one device, float32: the model is wrapped for more in ``_train_epoch``'s caller only.
+    One process, one device, float32.
 
     Raises:
         FloatingPointError: the loss is not finite. Nothing of that step has entered parameters or queue.
@@ -120,9 +120,7 @@ def _train_epoch(
     lr = config.learning_rate(epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    torch.manual_seed(
-        epoch_seed(config.seed, epoch)
-    )  # for the permutations of shuffling BN, should it draw any
+    torch.manual_seed(epoch_seed(config.seed, epoch))  # for the permutations of shuffling BN, should it draw any
     batches = two_crop_batches(
         data, config.augmentation(data), config.batch_size, seed=config.seed, epoch=epoch, workers=run.workers
     )
@@ -152,9 +150,7 @@ def _train_epoch(
         sums += len(im_q) * torch.tensor([loss, acc1, acc5], dtype=torch.float64)
         bar.step(epoch + 1, step, figures() if step % run.print_freq == 0 else None)
     if images == 0:
-        raise ValueError(
-            f"data: expected at least 2 images to train on, got {len(data.train)} in {data.name}"
-        )
+        raise ValueError(f"data: expected at least 2 images to train on, got {len(data.train)} in {data.name}")
     return {"epoch": epoch + 1, "lr": lr} | figures()
 
 
@@ -162,14 +158,10 @@ def _resume(path: Path, config: PretrainConfig, model: MoCo, optimizer: torch.op
     """Load a checkpoint into model and optimizer; the number of epochs it has behind it."""
     checkpoint = load_checkpoint(path)
     if checkpoint["arch"] != config.arch:
-        raise ValueError(
-            f"resume: expected a checkpoint of {config.arch}, got one of {checkpoint['arch']}: {path}"
-        )
+        raise ValueError(f"resume: expected a checkpoint of {config.arch}, got one of {checkpoint['arch']}: {path}")
     absent = {"epoch", "optimizer"} - checkpoint.keys()
     if absent:
-        raise ValueError(
-            f"resume: expected epoch and optimizer in {path}, got no {' and no '.join(sorted(absent))}"
-        )
+        raise ValueError(f"resume: expected epoch and optimizer in {path}, got no {' and no '.join(sorted(absent))}")
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -177,7 +169,5 @@ def _resume(path: Path, config: PretrainConfig, model: MoCo, optimizer: torch.op
         raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
     optimizer.load_state_dict(checkpoint["optimizer"])
     if checkpoint["epoch"] >= config.epochs:
-        warnings.warn(
-            f"resume: {path} has {checkpoint['epoch']} epochs of {config.epochs} done", stacklevel=3
-        )
+        warnings.warn(f"resume: {path} has {checkpoint['epoch']} epochs of {config.epochs} done", stacklevel=3)
     return checkpoint["epoch"]

@@ -23,9 +23,9 @@ Features = dict[str, tuple[Tensor, Tensor]]  # representation -> rows of the tra
 def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, run: Run) -> dict[str, Any]:
     """Everything ``moco-ext pretrain`` does; returns what it writes to ``summary.json``.
 
-    The summary is ``{"data", "seconds", "knn_top1", "linear_top1"}``: training time, and top-1 accuracy in percent
-    for ``"pixels"``, ``"untrained"`` (the encoder at its random start, evaluated in the same way) and ``"trained"``.
-    An image folder without ``val/`` is trained on but not evaluated.
+    The summary is ``{"data", "seconds", "knn_top1", "linear_top1"}``: training time, and top-1 accuracy in
+    percent for ``"pixels"``, ``"untrained"`` (the encoder at its random start, evaluated in the same way) and
+    ``"trained"``. An image folder without ``val/`` is trained on but not evaluated.
     """
     run.output.mkdir(parents=True, exist_ok=True)
     _write_json(run.output / "config.json", dataclasses.asdict(config))
@@ -48,9 +48,7 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, run: Run) -> 
     with run.console.status("writing the report"):
         write_report(run.output / "report.html", config, data, records, summary, features)
     run.console.print(summary_table(summary))
-    run.console.print(
-        f"{run.output}/: checkpoint.pth, metrics.jsonl, summary.json, report.html", highlight=False
-    )
+    run.console.print(f"{run.output}/: checkpoint.pth, metrics.jsonl, summary.json, report.html", highlight=False)
     return summary
 
 
@@ -78,9 +76,7 @@ def top1(data: ImageData, features: Features, knn_k: int) -> dict[str, dict[str,
 
 def summary_table(summary: dict[str, Any]) -> Table:
     seconds = summary["seconds"]
-    table = Table(
-        title=f"{summary['data']}: top-1 on the test images, %", caption=f"trained in {seconds:.0f} s"
-    )
+    table = Table(title=f"{summary['data']}: top-1 on the test images, %", caption=f"trained in {seconds:.0f} s")
     table.add_column("features")
     for protocol in ("kNN", "linear"):
         table.add_column(protocol, justify="right")
