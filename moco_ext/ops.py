@@ -156,6 +156,7 @@ def _(
     temperature_grad,
     _tf32,
 ):
+    _check_devices(queue=queue, query=query, key=key)
     n, c = query.shape
     dtype = torch.float64 if queue.dtype == torch.float64 else torch.float32
     row = [queue.new_empty(n, dtype=dtype) for _ in range(3)]
