@@ -30,21 +30,25 @@ static_assert(sizeof(TensorTable<kTensors>) + sizeof(float) + sizeof(const float
 template <int width, typename Key, typename Query>
 __device__ __forceinline__ void update_vectors(Key* key, const Query* query, int n, float keep, float take) {
   constexpr int kVectors = kChunk / (kThreads * width);
-  float k[kVectors][width], q[kVectors][width];
+  Packed<width, Key> k[kVectors];
+  Packed<width, Query> q[kVectors];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
+  for (int i = 0; i < kVectors; ++i) {  // all loads before the first use: unpacking here would wait for each
     const int at = (i * kThreads + static_cast<int>(threadIdx.x)) * width;
     if (at >= n) continue;
-    load_floats<width>(key + at, k[i]);
-    load_floats<width>(query + at, q[i]);
+    k[i] = load_packed<width>(key + at);
+    q[i] = load_packed<width>(query + at);
   }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int at = (i * kThreads + static_cast<int>(threadIdx.x)) * width;
     if (at >= n) continue;
+    float a[width], b[width];
+    unpack<width, Key>(k[i], a);
+    unpack<width, Query>(q[i], b);
 #pragma unroll
-    for (int j = 0; j < width; ++j) k[i][j] = fmaf(keep, k[i][j], take * q[i][j]);
-    store_floats<width>(key + at, k[i]);
+    for (int j = 0; j < width; ++j) a[j] = fmaf(keep, a[j], take * b[j]);
+    store_floats<width>(key + at, a);
   }
 }
 
@@ -78,7 +82,7 @@ __device__ __forceinline__ void update_chunk(void* key, const void* query, int q
 }
 
 template <int capacity>
-__global__ __launch_bounds__(kThreads) void momentum_update_kernel(
+__global__ __launch_bounds__(kThreads, 4) void momentum_update_kernel(
     const __grid_constant__ TensorTable<capacity> tensors, float m, const float* m_ptr) {
   int t = 0;  // the last tensor that begins at or before this block
   if constexpr (capacity > 1) {

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/cuda_launch.cuh"
 
@@ -58,25 +59,37 @@ __host__ __device__ __forceinline__ bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0;
 }
 
-// One instruction each: 16 or 8 bytes, or one element. The address must be aligned to what is moved.
+// `width` elements as they lie in memory: what one load or store moves.
 template <int width, typename T>
-__device__ __forceinline__ void load_floats(const T* from, float (&to)[width]) {
+using Packed = std::conditional_t<width == 1, T, std::conditional_t<width * sizeof(T) == 16, uint4, uint2>>;
+
+// One instruction: 16 or 8 bytes, or one element. The address must be aligned to what is moved.
+template <int width, typename T>
+__device__ __forceinline__ Packed<width, T> load_packed(const T* from) {
+  return *reinterpret_cast<const Packed<width, T>*>(from);
+}
+
+template <int width, typename T>
+__device__ __forceinline__ void unpack(const Packed<width, T>& from, float (&to)[width]) {
   if constexpr (width == 1) {
-    to[0] = to_float(*from);
+    to[0] = to_float(from);
   } else if constexpr (sizeof(T) == 4) {
     static_assert(width == 4);
-    const float4 v = *reinterpret_cast<const float4*>(from);
-    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-  } else if constexpr (width == 4) {
-    const uint2 v = *reinterpret_cast<const uint2*>(from);
-    const float2 a = unpack(v.x, T{}), b = unpack(v.y, T{});
-    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+    to[0] = __uint_as_float(from.x), to[1] = __uint_as_float(from.y);
+    to[2] = __uint_as_float(from.z), to[3] = __uint_as_float(from.w);
   } else {
-    static_assert(width == 8);
-    const uint4 v = *reinterpret_cast<const uint4*>(from);
-    const float2 a = unpack(v.x, T{}), b = unpack(v.y, T{}), c = unpack(v.z, T{}), d = unpack(v.w, T{});
-    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y, to[4] = c.x, to[5] = c.y, to[6] = d.x, to[7] = d.y;
+    const float2 a = unpack(from.x, T{}), b = unpack(from.y, T{});
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+    if constexpr (width == 8) {
+      const float2 c = unpack(from.z, T{}), d = unpack(from.w, T{});
+      to[4] = c.x, to[5] = c.y, to[6] = d.x, to[7] = d.y;
+    }
   }
+}
+
+template <int width, typename T>
+__device__ __forceinline__ void load_floats(const T* from, float (&to)[width]) {
+  unpack<width, T>(load_packed<width>(from), to);
 }
 
 template <int width, typename T>

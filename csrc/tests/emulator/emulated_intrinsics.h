@@ -1,6 +1,8 @@
 // The device functions that need no scheduler: atomics, cached loads, fast maths, bit casts. Part of emulator.h.
 #pragma once
 
+#include <math.h>  // isinf and its like without std::, as in device code
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
