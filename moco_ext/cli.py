@@ -249,7 +249,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from . import info
 
-    return info.main(json=args.json)
+    return info.main(as_json=args.json)
 
 
 def _machine(given: dict[str, Any]) -> tuple[Any, int]:
