@@ -76,7 +76,7 @@ def main(as_json: bool = False) -> int:
         print(f"{name:<15}{value}")
     for name, test in facts["self_test"].items():
         verdict = "ok" if test["passed"] else "WRONG"
-        print(f"{'self-test':<15}{name:<28}{verdict:<7}relative error {test['relative_error']:.1e}")
+        print(f"{'self-test':<15}{name:<36}{verdict:<7}relative error {test['relative_error']:.1e}")
     print(f"{'':<15}{'passed' if passed else 'FAILED'} in {facts['self_test_seconds']} s")
     return 0 if passed else 1
 
@@ -102,7 +102,7 @@ def _self_test(device: torch.device) -> dict[str, dict[str, Any]]:
     exact_loss = reference.info_nce(exact_query, key.double(), queue.double())
     exact_loss.backward()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        q = query.to(device).requires_grad_()
+        q = query.to(device, copy=True).requires_grad_()
         loss = ops.info_nce(q, key.to(device), queue.to(device, dtype))
         loss.backward()
         name = f"info_nce ({str(dtype).removeprefix('torch.')} queue)"
