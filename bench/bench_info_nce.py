@@ -1,6 +1,7 @@
 """InfoNCE, raw queries to loss and gradient: ours, the published formulation eager and compiled, the limit."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import official
 import pytest
@@ -11,7 +12,7 @@ from conftest import Row
 import moco_ext
 import moco_ext.reference
 
-TILE = 1024  # keys; [256, 1024] logits and [1024, 128] keys stay in cache, where GEMMs run fastest
+TILE = 256  # keys; with [256, 256] logits they stay in cache, where GEMMs run fastest
 T = 0.07
 
 # N, K, C, queue's dtype; the large ones are for GPUs
@@ -36,7 +37,8 @@ def bench_info_nce(compare, device, case):
     key = torch.randn(N, C, device=device)
     queue = F.normalize(torch.randn(K, C, device=device), dim=1).to(queue_dtype)
     columns = queue.float().t().contiguous()  # [C, K], as published
-    compiled = torch.compile(official.info_nce)
+    torch.compiler.reset()  # else the second size would get code for any size, which is slower
+    compiled = torch.compile(official.info_nce, dynamic=False)
 
     def gradient_of(loss):
         return torch.autograd.grad(loss, query)[0]
@@ -84,7 +86,18 @@ def _cache_limit(query, K, flops) -> Row:
     N, C = query.shape
     threads = torch.get_num_threads()
     # Threads that meet once, at the end: GEMMs that share each tile would also time the wake-ups between them.
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    ready = Barrier(threads + 1)
+
+    def alone():
+        torch.set_num_threads(1)
+        torch.mm(query, query.t())  # a thread keeps the setting that it first computes under
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, initializer=alone)
+    for _ in range(threads):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(threads)  # without this the other rows would run on one thread
 
     def share(tiles):
         tile, logits, gradient = torch.full((TILE, C), 0.1), torch.empty(N, TILE), torch.zeros(N, C)

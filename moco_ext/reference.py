@@ -51,9 +51,7 @@ def info_nce(
         ValueError: queue requires grad, or an unknown reduction.
     """
     if queue.requires_grad:
-        raise ValueError(
-            "queue: expected a tensor without gradient, got one that requires grad; use EndToEnd"
-        )
+        raise ValueError("queue: expected a tensor without gradient, got one that requires grad; use EndToEnd")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
 
@@ -123,14 +121,14 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
         [total] the buffer.
 
     Raises:
-        ValueError: the parameters differ in dtype or device.
+        ValueError: there are no parameters, or they differ in dtype or device.
     """
     params = list(module.parameters())  # a tied parameter comes once
     kinds = sorted({f"{p.dtype} on {p.device}" for p in params})
     if len(kinds) > 1:
         raise ValueError(f"module: expected parameters of one dtype and device, got {', '.join(kinds)}")
     if not params:
-        return torch.empty(0)
+        raise ValueError(f"module: expected parameters to flatten, {type(module).__name__} has none")
 
     total = sum(p.numel() for p in params)
     if _is_packed(params):

@@ -17,9 +17,7 @@ def flatten_(request):
 
 def network(device, dtype=torch.float32) -> nn.Module:
     """Weights of several shapes, a 0-dim one, one frozen, one tied, and buffers."""
-    net = nn.Sequential(
-        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 7), nn.Linear(7, 7)
-    )
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Flatten(), nn.Linear(20, 7), nn.Linear(7, 7))
     net.scale = nn.Parameter(torch.tensor(2.0))
     net[3].bias.requires_grad_(False)
     net[4].tied = net[4].weight
@@ -146,9 +144,7 @@ def test_channels_last_values_survive(device, flatten_):
 
 def test_one_update_of_two_buffers_is_the_update_of_all(device):
     query, key = network(device), network(device)
-    want = [
-        0.9 * k.detach() + 0.1 * q.detach() for k, q in zip(key.parameters(), query.parameters(), strict=True)
-    ]
+    want = [0.9 * k.detach() + 0.1 * q.detach() for k, q in zip(key.parameters(), query.parameters(), strict=True)]
     moco_ext.momentum_update_([moco_ext.flatten_parameters_(key)], [moco_ext.flatten_parameters_(query)], 0.9)
     torch.testing.assert_close([p.detach() for p in key.parameters()], want, rtol=1e-6, atol=1e-6)
 
@@ -165,3 +161,8 @@ def test_mixed_kinds_are_refused_untouched(flatten_):
     net[3].to("meta")
     with pytest.raises(ValueError, match=r"(?s)(?=.*meta)(?=.*cpu)"):
         flatten_(net)
+
+
+def test_nothing_to_flatten_is_said(flatten_):
+    with pytest.raises(ValueError, match="module"):
+        flatten_(nn.ReLU())
