@@ -1,0 +1,164 @@
+"""Shuffling BN: groups on one device against separate batches, and processes against a simulation in one."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_moco import Tiny, tiny_moco
+from torch import nn
+
+import moco_ext
+from moco_ext.shuffle_bn import SplitBatchNorm, convert_split_bn, encode_shuffled, encode_split, shared_permutation
+
+
+@pytest.mark.parametrize(("n", "groups"), [(12, 4), (12, 1), (10, 4), (3, 8)])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(5), nn.BatchNorm2d(5, momentum=None), nn.BatchNorm2d(5, affine=False)]
+)
+def test_each_group_is_normalised_alone(device, layer, n, groups):
+    torch.manual_seed(0)
+    shape = (n, 5) if isinstance(layer, nn.BatchNorm1d) else (n, 5, 3, 4)
+    if n < 2 * groups and isinstance(layer, nn.BatchNorm1d):
+        pytest.skip("BatchNorm refuses a group of one value a channel")
+    x = torch.randn(shape, device=device, requires_grad=True)
+    plain = copy.deepcopy(layer).to(device)
+    split = convert_split_bn(copy.deepcopy(layer).to(device), groups)
+    weight = torch.randn(shape, device=device)
+    out = split(x)
+    (grad,) = torch.autograd.grad((out * weight).sum(), x)
+
+    y = x.detach().clone().requires_grad_()
+    parts = [plain(y[g::groups]) for g in range(min(n, groups))]
+    expected = torch.empty_like(out)
+    for g, part in enumerate(parts):
+        expected[g::groups] = part
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad((expected * weight).sum(), y)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_move_once_by_the_mean_of_the_groups(device):
+    x = torch.randn(8, 3, 2, 2, device=device)
+    split = SplitBatchNorm(3, 2, momentum=0.1).to(device)
+    split(x)
+    means = torch.stack([x[g::2].mean((0, 2, 3)) for g in range(2)]).mean(0)
+    variances = torch.stack([x[g::2].var((0, 2, 3)) for g in range(2)]).mean(0)
+    torch.testing.assert_close(split.running_mean, 0.1 * means)
+    torch.testing.assert_close(split.running_var, 0.9 + 0.1 * variances)
+    assert split.num_batches_tracked.item() == 1
+
+
+def test_evaluation_and_state_dict_are_plain_batchnorms(device):
+    plain = Tiny().to(device)
+    split = convert_split_bn(copy.deepcopy(plain), 4)
+    assert split.state_dict().keys() == plain.state_dict().keys()
+    split.load_state_dict(plain.state_dict())
+    x = torch.randn(6, 3, 8, 8, device=device)
+    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
+
+
+def test_split_keys_come_back_in_order_from_other_groups(device):
+    """Without BatchNorm the order is all that could differ; with it, the groups must."""
+    images = torch.randn(8, 3, 8, 8, device=device)
+    torch.testing.assert_close(encode_split(nn.Flatten(), images), images.flatten(1))
+    encoder = convert_split_bn(Tiny(), 2).to(device)
+    torch.manual_seed(3)
+    assert (encode_split(encoder, images) - encoder(images)).abs().max() > 1e-3
+
+
+def test_model_with_split_bn_trains_on_any_batch(device):
+    model = tiny_moco(device, split_bn=4)
+    for n in (8, 10):
+        out = model(torch.randn(n, 3, 8, 8, device=device), torch.randn(n, 3, 8, 8, device=device))
+        out.loss.backward()
+        model.update(out.keys)
+    assert model.queue_ptr.item() == 18
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+WORLD, PER_RANK = 2, 6
+
+
+def global_images() -> torch.Tensor:
+    return torch.randn(WORLD * PER_RANK, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+
+
+def shuffled_in_one_process(step: int) -> torch.Tensor:
+    """What the ranks together must compute: each permuted slice through BatchNorm of its own, put back in order."""
+    torch.manual_seed(0)
+    encoder = Tiny()
+    order = shared_permutation(WORLD * PER_RANK, step)
+    keys = torch.cat([encoder(global_images()[part]) for part in order.chunk(WORLD)])
+    return keys[order.argsort()].detach()
+
+
+def in_rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    results = {}
+    mine = global_images().chunk(WORLD)[rank]
+    for mode in ("gather", "all_to_all", "none"):
+        for step in (0, 1):
+            torch.manual_seed(0)
+            results[mode, step] = encode_shuffled(Tiny(), mine, mode, step)
+
+    torch.manual_seed(100 + rank)  # DDP must make the encoders equal; the queues are so by construction
+    model = moco_ext.MoCo(Tiny, dim=8, K=30, m=0.9)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
+    for _ in range(4):
+        out = ddp(mine, mine + 0.1)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.update(out.keys)
+    results["state"] = copy.deepcopy(model.state_dict())
+    model.queue.fill_(rank)  # a broadcast of buffers in the next forward would make rank 1's queue rank 0's
+    ddp(mine, mine)
+    results["queue_is_its_own"] = bool((model.queue == rank).all())
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    port = 29500 + os.getpid() % 2000
+    mp.start_processes(in_rank, args=(port, str(folder)), nprocs=WORLD, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("mode", ["gather", "all_to_all"])
+def test_processes_match_a_simulation_in_one(ranks, mode, step):
+    for results in ranks:
+        torch.testing.assert_close(results[mode, step], shuffled_in_one_process(step), rtol=1e-4, atol=1e-5)
+
+
+def test_permutations_differ_by_step_and_mix_ranks():
+    first, second = shared_permutation(64, 0), shared_permutation(64, 1)
+    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, torch.arange(64))
+    assert (first[:32] >= 32).any()
+
+
+def test_without_shuffling_each_rank_encodes_its_own(ranks):
+    torch.manual_seed(0)
+    encoder = Tiny()
+    expected = torch.cat([encoder(part) for part in global_images().chunk(WORLD)])
+    torch.testing.assert_close(ranks[0]["none", 0], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_ranks_hold_equal_models_and_queues(ranks):
+    for name, value in ranks[0]["state"].items():
+        if "running" not in name:  # BatchNorm's statistics are each rank's own until DDP's next forward
+            assert torch.equal(value, ranks[1]["state"][name]), name
+    assert ranks[0]["state"]["queue_ptr"].item() == 4 * WORLD * PER_RANK % 30
+
+
+def test_ddp_does_not_broadcast_the_queue(ranks):
+    assert all(results["queue_is_its_own"] for results in ranks)
