@@ -1,7 +1,8 @@
 // info_nce on CUDA against a float64 loop: every output, every pair of types, fast and generic passes.
 //
 // One source for the device (nvcc; also what compute-sanitizer runs) and for the host emulator (MOCO_EMULATE).
-// Arguments: number of random cases (default 150), seed.
+// Arguments: number of random cases (default 150), seed; in the emulator, multiprocessors (default 1: every block goes
+// through many tiles; with 40 the queue is split over many blocks instead).
 //
 // Tolerances. With u the relative error of a product's operands, a logit is off by at most
 //   delta = u min(1, 2 / sqrt(C)) |q| max |n| / T, for rounding errors of independent signs,
@@ -328,6 +329,9 @@ void test_types(int query_type, int queue_type, const Case& c, const Random& ran
 int main(int argc, char** argv) {
   const int64_t random_cases = argc > 1 ? atoll(argv[1]) : 150;
   Random random{argc > 2 ? static_cast<uint64_t>(atoll(argv[2])) * 2 + 1 : 20191113};
+#ifdef MOCO_EMULATE
+  emu::config().multiprocessors = argc > 3 ? atoi(argv[3]) : 1;
+#endif
   const int64_t all_n[] = {1, 3, 64, 65, 130};
   const int64_t all_k[] = {1, 7, 64, 100, 333};
   const int64_t all_c[] = {64, 128, 256, 512, 1, 3, 17, 96, 520};
@@ -344,6 +348,9 @@ int main(int argc, char** argv) {
     }
   }
   test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);
+  test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);  // most splits
+  test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);
+  test_types(0, 0, {{3, 70, 128}, 0.07, false, true, true, false, false, false, 1e25, -1, -1}, random);
   for (int64_t i = 0; i < random_cases; ++i) {
     const int64_t n = all_n[random.below(5)];
     Case c{{n, all_k[random.below(5)], all_c[random.below(9)]},

@@ -1,6 +1,6 @@
 // What InfoNCE launches whatever the queue's tensor-core pass is: the kernels over rows, and the pass for any C.
-#include "info_nce_generic.cuh"
-#include "info_nce_rows.cuh"
+#include "kernels/cuda/info_nce_generic.cuh"
+#include "kernels/cuda/info_nce_rows.cuh"
 
 namespace moco_ext::cuda {
 

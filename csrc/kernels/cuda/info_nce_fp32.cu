@@ -1,4 +1,4 @@
-#include "info_nce_launch.cuh"
+#include "kernels/cuda/info_nce_launch.cuh"
 
 namespace moco_ext::cuda {
 MOCO_INSTANTIATE_INFO_NCE(float)

@@ -4,7 +4,7 @@
 // nothing here grows with C.
 #pragma once
 
-#include "info_nce_rows.cuh"
+#include "kernels/cuda/info_nce_rows.cuh"
 
 namespace moco_ext::cuda {
 

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "info_nce_mma.cuh"
+#include "kernels/cuda/info_nce_mma.cuh"
 
 namespace moco_ext::cuda {
 

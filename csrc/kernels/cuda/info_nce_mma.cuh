@@ -11,8 +11,9 @@
 
 #include <type_traits>
 
-#include "info_nce_workspace.cuh"
-#include "mma.cuh"
+#include "kernels/cuda/info_nce_workspace.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
 
@@ -112,15 +113,6 @@ __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], 
   }
 }
 
-__device__ __forceinline__ uint32_t pack(__nv_bfloat16, float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-__device__ __forceinline__ uint32_t pack(__half, float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // o [16, kWarpColumns] += P K, 16-bit: the accumulators of two neighbouring 8-key tiles of S, packed, are an A
 // operand as they stand, and ldmatrix.trans makes the B operand of the rows that S read.
 template <typename Element, typename Tile>
@@ -133,8 +125,8 @@ __device__ __forceinline__ void multiply_keys_packed(float (&o)[Tile::kWarpColum
   const int chunk = lane / 16;
 #pragma unroll
   for (int j = 0; j < Tile::kKeys / 16; ++j) {
-    const uint32_t a[4] = {pack(type, p[2 * j][0], p[2 * j][1]), pack(type, p[2 * j][2], p[2 * j][3]),
-                           pack(type, p[2 * j + 1][0], p[2 * j + 1][1]), pack(type, p[2 * j + 1][2], p[2 * j + 1][3])};
+    const uint32_t a[4] = {pack(p[2 * j][0], p[2 * j][1], type), pack(p[2 * j][2], p[2 * j][3], type),
+                           pack(p[2 * j + 1][0], p[2 * j + 1][1], type), pack(p[2 * j + 1][2], p[2 * j + 1][3], type)};
 #pragma unroll
     for (int i = 0; i < Tile::kWarpColumns / 16; ++i) {
       uint32_t b[4];

@@ -3,23 +3,10 @@
 
 #include <cmath>
 
-#include "info_nce_workspace.cuh"
+#include "kernels/cuda/info_nce_workspace.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-template <typename T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16(x);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half(x);
-  } else {
-    return x;
-  }
-}
 
 struct Add {
   template <typename T>
@@ -56,7 +43,7 @@ struct RowOptions {
   int64_t c;
   float eps;
   bool normalize;
-  __device__ float divisor(float norm) const { return normalize ? fmaxf(norm, eps) : 1.0f; }
+  __device__ float divisor(float norm) const { return !normalize ? 1.0f : norm < eps ? eps : norm; }
 };
 
 // A warp per row of query, key [N, C].
@@ -87,8 +74,15 @@ __global__ void info_nce_prepare_kernel(const Query* query, const Query* key, Ro
     key_square += k * k;
     largest = fmaxf(largest, fabsf(q));
   }
-  const float query_norm = sqrtf(warp_join(query_square, Add{}));
-  const float key_norm = sqrtf(warp_join(key_square, Add{}));
+  const auto norm_of = [&](const Query* x, float square) {
+    const float norm = sqrtf(warp_join(square, Add{}));
+    if (!isinf(norm)) return norm;
+    square = 0.0f;  // a norm that fits float although its square does not
+    for (int64_t i = lane; i < options.c; i += 32) square += to_float(x[i]) * 0x1p-80f * (to_float(x[i]) * 0x1p-80f);
+    return sqrtf(warp_join(square, Add{})) * 0x1p80f;
+  };
+  const float query_norm = norm_of(query, query_square);
+  const float key_norm = norm_of(key, key_square);
   const float query_divisor = options.divisor(query_norm);
   const float key_divisor = options.divisor(key_norm);
   largest = warp_join(largest, Max{}) / query_divisor;

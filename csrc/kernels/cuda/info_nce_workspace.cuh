@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../cuda.h"
-#include "cuda_launch.cuh"
+#include "kernels/cuda.h"
+#include "kernels/cuda/cuda_launch.cuh"
 
 namespace moco_ext::cuda {
 

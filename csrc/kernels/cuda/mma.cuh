@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-#include "cuda_launch.cuh"
+#include "kernels/cuda/cuda_launch.cuh"
 
 #ifdef MOCO_EMULATE
 #include <bit>
