@@ -25,6 +25,7 @@ def cmake_archs(torch_arch_list: str) -> str:
     for entry in torch_arch_list.replace(" ", ";").split(";"):
         if entry:
             name = entry.removesuffix("+PTX").replace(".", "")
+            name = "90a" if name == "90" else name  # Hopper's own instructions (wgmma, setmaxnreg) are sm_90a's
             archs.append(name if entry.endswith("+PTX") else f"{name}-real")
     return ";".join(archs)
 
