@@ -38,7 +38,6 @@ bench: .venv/installed
 	$(BIN)/python bench/table.py bench/results/$(or $(NAME),cpu).json
 
 lint: .venv/installed
-	$(BIN)/python -m pip install --quiet ".[dev]" --no-deps
 	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy clang-format==23.1.5
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .stats import InfoNCEStats
 __all__ = ["enqueue_", "info_nce", "l2_normalize", "momentum_update_"]
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
+CUDA_LIBRARY = LIBRARY_FOLDER / "libmoco_ext_cuda.so"
 
 
 def _load_libraries() -> None:
@@ -27,29 +29,20 @@ def _load_libraries() -> None:
             "`pip install -e .` (or import from another folder if you meant the installed package)."
         )
     torch.ops.load_library(cpu)
-    cuda = LIBRARY_FOLDER / "libmoco_ext_cuda.so"
-    if torch.version.cuda and cuda.is_file():
-        torch.ops.load_library(cuda)
+    if torch.version.cuda and CUDA_LIBRARY.is_file():
+        torch.ops.load_library(CUDA_LIBRARY)
     else:
-        _explain_missing_cuda(cuda)
+        for name in ("info_nce_forward", "enqueue_", "momentum_update_", "l2_normalize_forward"):
+            torch.library.impl(f"moco_ext::{name}", "cuda", _missing_cuda_kernel)
 
 
-def _explain_missing_cuda(library: Path) -> None:
-    """CUDA tensors reach an error that says what is missing, instead of the dispatcher's table of backends."""
-
-    def missing(*args: object) -> None:
-        raise RuntimeError(
-            "moco_ext: no CUDA kernels are loaded, so tensors on a GPU cannot be used: "
-            + (
-                f"this torch ({torch.__version__}) has no CUDA"
-                if library.is_file()
-                else "this build is for the CPU only; reinstall where nvcc or an NVIDIA driver can be found "
-                "(MOCO_EXT_CUDA=1 pip install --no-cache-dir .)"
-            )
-        )
-
-    for name in ("info_nce_forward", "enqueue_", "momentum_update_", "l2_normalize_forward"):
-        torch.library.impl(f"moco_ext::{name}", "cuda", missing)
+def _missing_cuda_kernel(*args: object) -> NoReturn:
+    """What CUDA tensors reach where no CUDA library is loaded, instead of the dispatcher's table of backends."""
+    if CUDA_LIBRARY.is_file():
+        why = f"this torch ({torch.__version__}) has no CUDA"
+    else:
+        why = "this build is for the CPU only; reinstall with MOCO_EXT_CUDA=1 pip install --no-cache-dir ."
+    raise RuntimeError(f"moco_ext: no CUDA kernels are loaded, tensors on a GPU cannot be used: {why}")
 
 
 _load_libraries()

@@ -1,0 +1,59 @@
+"""`moco-ext info`, and the numbers of every instruction set this processor has."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moco_ext import info, ops
+
+
+def test_facts_are_of_this_installation():
+    facts = info.collect()
+    assert facts["torch"] == torch.__version__
+    assert "libmoco_ext.so" in facts["libraries"]
+    assert {name.partition(" ")[0] for name in facts["self_test"]} == {
+        "info_nce", "enqueue_", "momentum_update_", "l2_normalize"
+    }  # fmt: skip
+    assert all(test["passed"] for test in facts["self_test"].values())
+    json.dumps(facts)
+
+
+def test_a_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "l2_normalize", lambda x: x)
+    assert info.main() == 1
+    out = capsys.readouterr().out
+    assert "WRONG" in out
+    assert "FAILED" in out
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_computes_the_same(isa):
+    """MOCO_EXT_ISA lowers the instruction set; one the processor lacks falls to the next it has."""
+    run = subprocess.run(
+        [sys.executable, "-m", "moco_ext", "info", "--json"],
+        env=os.environ | {"MOCO_EXT_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    used = json.loads(run.stdout)["cpu_instruction_set"]
+    assert used == isa or ["baseline", "avx2", "avx512"].index(used) < ["baseline", "avx2", "avx512"].index(isa)
+
+
+def test_a_missing_cuda_kernel_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(ops, "CUDA_LIBRARY", tmp_path / "absent.so")
+    with pytest.raises(RuntimeError, match="this build is for the CPU only"):
+        ops._missing_cuda_kernel()
+    monkeypatch.setattr(ops, "CUDA_LIBRARY", ops.LIBRARY_FOLDER / "libmoco_ext.so")
+    with pytest.raises(RuntimeError, match="has no CUDA"):
+        ops._missing_cuda_kernel()
+
+
+@pytest.mark.parametrize("op", ["info_nce_forward", "enqueue_", "momentum_update_", "l2_normalize_forward"])
+def test_every_op_answers_for_cuda(op):
+    """By its kernel, or by the one that says it is missing."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moco_ext::{op}", "CUDA")
