@@ -32,7 +32,8 @@ def linear_top1(
     from sklearn.linear_model import LogisticRegression
 
     mean, std = train_features.mean(0), train_features.std(0)
-    std = std.where(std > 1e-6 * std.max(), std.new_tensor(float("inf")))  # constant features say nothing
+    constant = std <= 1e-6 * train_features.abs().amax(0)  # rounding apart: says nothing, and must not be blown up
+    std = std.masked_fill(constant, float("inf"))
     classifier = LogisticRegression(C=C, max_iter=max_iter)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -124,6 +124,8 @@ def _train_epoch(
     batches = two_crop_batches(
         data, config.augmentation(data), config.batch_size, seed=config.seed, epoch=epoch, workers=run.workers
     )
+    # Convolutions on a CPU are about a fifth faster on channels that lie together.
+    layout = torch.channels_last if run.device.type == "cpu" else torch.preserve_format
     images, sums, started = 0, torch.zeros(3, dtype=torch.float64), time.perf_counter()
 
     def figures() -> dict[str, float]:
@@ -132,7 +134,7 @@ def _train_epoch(
         return {"loss": loss, "acc1": acc1, "acc5": acc5, "images_per_second": speed}
 
     for step, (im_q, im_k) in enumerate(batches):
-        im_q, im_k = (view.to(run.device, non_blocking=True) for view in (im_q, im_k))
+        im_q, im_k = (view.to(run.device, non_blocking=True, memory_format=layout) for view in (im_q, im_k))
         out = model(im_q, im_k)
         loss = out.loss.item()
         if not math.isfinite(loss):

@@ -1,0 +1,145 @@
+"""The commands, in this process, as a user types them."""
+
+import builtins
+import json
+import re
+
+import pytest
+
+from moco_ext import cli
+
+pytest.importorskip("matplotlib")
+
+TINY = ["--epochs", "2", "--schedule", "--knn-every", "1", "--moco-k", "100", "-b", "256", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The directory of a run of two epochs on all digits."""
+    output = tmp_path_factory.mktemp("runs") / "demo"
+    assert cli.main(["pretrain", "--data", "digits", "--output", str(output), *TINY]) == 0
+    return output
+
+
+def test_pretrain_does_the_whole_thing(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"checkpoint.pth", "metrics.jsonl", "summary.json", "config.json", "report.html"}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary.keys() == {"data", "seconds", "knn_top1", "linear_top1"}
+    assert summary["data"] == "digits"
+    assert summary["seconds"] > 0
+    for protocol in ("knn_top1", "linear_top1"):
+        assert summary[protocol].keys() == {"pixels", "untrained", "trained"}
+        assert all(80 < score <= 100 for score in summary[protocol].values())
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["epochs"], config["moco_k"], config["cos"], config["arch"]) == (2, 100, False, "resnet8-small")
+
+
+def test_the_report_stands_alone(finished):
+    page = (finished / "report.html").read_text()
+    # No address but the namespaces of SVG, and no file: everything is in the page.
+    addresses = set(re.findall(r"(?:https?:)?//[\w./-]+", re.sub(r'"data:[^"]*"', "", page)))
+    assert addresses <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+        "//www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd",
+    }
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert page.count("<svg") == 6  # loss, accuracy, kNN, three maps
+    assert page.count("data:image/png;base64,") == 10 * (1 + 3 * 7)
+    summary = json.loads((finished / "summary.json").read_text())
+    for protocol in ("knn_top1", "linear_top1"):
+        for score in summary[protocol].values():
+            assert f"<b>{score:.1f}</b>" in page
+
+
+def test_resume_adds_epochs(finished, capsys, tmp_path):
+    arguments = ["pretrain", "--output", str(tmp_path), *TINY, "--epochs", "3"]
+    assert cli.main([*arguments, "--resume", str(finished / "checkpoint.pth")]) == 0
+    assert "epoch 3/3" in capsys.readouterr().out
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3]
+
+
+@pytest.mark.parametrize("command", ["knn", "linear"])
+def test_knn_and_linear_repeat_the_summary(finished, capsys, command):
+    assert cli.main([command, str(finished), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    summary = json.loads((finished / "summary.json").read_text())
+    for name in ("pixels", "trained"):
+        assert answer[f"{command}_top1"][name] == pytest.approx(summary[f"{command}_top1"][name], abs=0.4)
+
+
+def test_knn_of_a_bare_checkpoint_needs_data(finished, tmp_path, capsys):
+    bare = tmp_path / "bare.pth"
+    bare.write_bytes((finished / "checkpoint.pth").read_bytes())
+    assert cli.main(["knn", str(bare)]) == 1
+    assert "data: expected --data" in capsys.readouterr().err
+    assert cli.main(["knn", str(bare), "--data", "digits", "-k", "1"]) == 0
+    assert re.search(r"encoder\s+│\s+\d\d\.\d\d", capsys.readouterr().out)
+
+
+def test_image_folder_without_val(tmp_path, capsys):
+    from PIL import Image
+
+    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (20, 20), colour).save(tmp_path / "images" / name / f"{i}.png")
+    output = tmp_path / "run"
+    flags = ["-a", "resnet10", "--epochs", "1", "-b", "4", "--moco-k", "8", "-j", "0", "--mlp", "--aug-plus", "--cos"]
+    assert cli.main(["pretrain", str(tmp_path / "images"), "--output", str(output), *flags]) == 0
+    err = capsys.readouterr().err
+    assert "moco-ext: warning: moco_k: 8 keys but only 4 images" in err
+    assert "no val/ folder" in err
+    assert json.loads((output / "summary.json").read_text()).keys() == {"data", "seconds"}
+    assert "Not evaluated" in (output / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pretrain", "--data", "digit"], "data: expected one of digits"),
+        (["pretrain", "some", "--data", "digits"], "data: expected DIR or --data, got both: some and digits"),
+        (["pretrain", "-a", "resnet19"], "arch: expected a torchvision model"),
+        (["pretrain", "--lr", "-1"], "lr: expected a positive number, got -1.0"),
+        (["pretrain", "--device", "tpu9"], "device: "),
+        (["pretrain", "--resume", "none.pth"], "checkpoint: no such file: none.pth"),
+        (["knn", "nowhere"], "data: expected --data"),
+        (["linear", "nowhere", "--data", "digits"], "checkpoint: no such file: nowhere"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MOCO_EXT_DEBUG", raising=False)
+    output = ["--output", str(tmp_path / "run")] if arguments[0] == "pretrain" else []
+    assert cli.main(arguments + output) == 1
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"moco-ext: error: {message}")
+    assert "\n" not in err
+
+
+def test_a_missing_optional_dependency_is_named(capsys, monkeypatch):
+    monkeypatch.delenv("MOCO_EXT_DEBUG", raising=False)
+    genuine = builtins.__import__
+
+    def without_sklearn(name, *rest):
+        if name.split(".")[0] == "sklearn":
+            raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+        return genuine(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_sklearn)
+    assert cli.main(["pretrain", "--data", "digits"]) == 1
+    assert capsys.readouterr().err == (
+        'moco-ext: error: sklearn is needed here and not installed: pip install "moco-ext[train]"\n'
+    )
+
+
+def test_main_moco_flags_keep_their_names():
+    flags = (
+        "DIR -a resnet18 --epochs 9 -b 8 --learning-rate 0.1 --schedule 3 6 --momentum 0.8 --weight-decay 0.01 -p 5 "
+        "--resume f --seed 4 --moco-dim 64 --moco-k 32 --moco-m 0.9 --moco-t 0.1 --mlp --aug-plus --cos -j 2"
+    )
+    given = vars(cli.build_parser().parse_args(["pretrain", *flags.split()]))
+    assert given["schedule"] == [3, 6]
+    assert (given["lr"], given["weight_decay"], given["batch_size"], given["workers"]) == (0.1, 0.01, 8, 2)
+    assert given["mlp"] is given["aug_plus"] is given["cos"] is True
+    assert "knn_every" not in given  # what is not typed is absent, for a preset to fill in

@@ -1,0 +1,121 @@
+"""Weighted kNN, the linear classifier, and the features both look at."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moco_ext import data as mdata
+from moco_ext import encoders
+from moco_ext.evaluate import encoder_features, knn_predict, knn_top1, linear_top1, nearest, pixel_features
+
+pytest.importorskip("sklearn")
+
+
+def brute_force(train, labels, test, k, temperature):
+    """The definition, a vote at a time, in float64."""
+    predictions = []
+    for row in test.double():
+        cosines = [float(row @ other / (row.norm() * other.norm())) for other in train.double()]
+        order = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:k]
+        votes = [0.0] * (int(labels.max()) + 1)
+        for i in order:
+            votes[int(labels[i])] += math.exp(cosines[i] / temperature)
+        predictions.append(votes.index(max(votes)))
+    return predictions
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+@pytest.mark.parametrize("chunk", [7, 16, 1000])
+def test_knn_is_the_brute_force_vote(k, temperature, chunk):
+    train, labels = torch.randn(40, 6), torch.randint(0, 5, (40,))
+    test = torch.randn(23, 6)
+    predicted = knn_predict(train, labels, test, k=k, temperature=temperature, chunk=chunk)
+    assert predicted.tolist() == brute_force(train, labels, test, k, temperature)
+
+
+def test_knn_weights_outvote_numbers():
+    """Three far neighbours of class 1 against one near neighbour of class 0."""
+    near, far = torch.tensor([[1.0, 0.05]]), torch.tensor([[1.0, 1.0]]).repeat(3, 1)
+    train, labels = torch.cat([near, far]), torch.tensor([0, 1, 1, 1])
+    test = torch.tensor([[1.0, 0.0]])
+    assert knn_predict(train, labels, test, k=4, temperature=0.07).tolist() == [0]
+    assert knn_predict(train, labels, test, k=4, temperature=10.0).tolist() == [1]
+
+
+def test_knn_survives_a_tiny_temperature_and_clips_k():
+    train, labels = torch.randn(30, 4), torch.randint(0, 3, (30,))
+    predicted = knn_predict(train, labels, train * 3, k=1000, temperature=1e-4)
+    assert predicted.tolist() == labels.tolist()  # each image's nearest neighbour is itself
+    assert knn_top1(train, labels, train, (labels + 1) % 3, k=1) == 0.0
+    assert knn_predict(train, labels, train[:0]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_features": torch.randn(3, 5)}, r"test_features: expected.*got \[3, 5\]"),
+        ({"train_labels": torch.zeros(3, dtype=torch.int64)}, r"train_labels: expected \[8\], got \[3\]"),
+        ({"k": 0}, "k, temperature, N: expected all positive, got 0"),
+        ({"temperature": -1.0}, "got 200, -1.0, 8"),
+    ],
+)
+def test_knn_errors(changes, message):
+    arguments = {
+        "train_features": torch.randn(8, 4),
+        "train_labels": torch.zeros(8, dtype=torch.int64),
+        "test_features": torch.randn(3, 4),
+        "k": 200,
+        "temperature": 0.07,
+    }
+    with pytest.raises(ValueError, match=message):
+        knn_predict(**(arguments | changes))
+
+
+def test_nearest_orders_by_cosine_whatever_the_chunks():
+    bank, rows = torch.randn(50, 8), torch.randn(9, 8)
+    cosine = nn.functional.cosine_similarity(rows[:, None], bank[None], dim=2)
+    expected = cosine.argsort(dim=1, descending=True)[:, :6]
+    for chunk in (6, 11, 4096):
+        assert torch.equal(nearest(bank, rows, 6, chunk), expected)
+
+
+def test_linear_classifier_finds_what_is_linear_and_nothing_else():
+    x = torch.randn(400, 6)
+    linear = (x[:, 0] - 2 * x[:, 3] > 0).long()
+    noise = torch.randint(0, 2, (400,))
+    assert linear_top1(x[:300], linear[:300], x[300:], linear[300:]) >= 95
+    assert 35 <= linear_top1(x[:300], noise[:300], x[300:], noise[300:]) <= 65  # 3 standard errors of a coin
+
+
+def test_linear_standardises_and_ignores_constant_features():
+    x = torch.randn(400, 3)
+    labels = (x[:, 0] > 0).long()
+    score = linear_top1(x[:300], labels[:300], x[300:], labels[300:])
+    awkward = torch.cat([x * torch.tensor([1e-3, 1e3, 1.0]) + 50, torch.full((400, 1), 7.0)], 1)
+    assert abs(linear_top1(awkward[:300], labels[:300], awkward[300:], labels[300:]) - score) <= 1
+
+
+def test_encoder_features_are_pooled_eval_mode_features_and_leave_no_trace():
+    digits = mdata.load("digits")
+    encoder = encoders.resolve("resnet8-small")(num_classes=16)
+    encoder.bn1.eval()  # a frozen layer stays frozen
+    modes = [module.training for module in encoder.modules()]
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    features = encoder_features(encoder, digits, digits.test, batch_size=100)
+    assert [module.training for module in encoder.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
+    images = torch.cat([images for images, _ in mdata.plain_batches(digits, digits.test)])
+    encoder.eval()
+    torch.testing.assert_close(encoder.fc(features), encoder(images).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_raw_digits_are_easy():
+    digits = mdata.load("digits")
+    train, test = pixel_features(digits, digits.train), pixel_features(digits, digits.test)
+    assert train.shape == (len(digits.train), 64)
+    task = (train, digits.train.labels, test, digits.test.labels)
+    assert knn_top1(*task, k=20) > 96
+    assert linear_top1(*task) > 96
