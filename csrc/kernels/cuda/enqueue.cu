@@ -18,9 +18,9 @@ constexpr int kPositionBits = 40;
 constexpr uint64_t kPositionMask = (uint64_t{1} << kPositionBits) - 1;
 
 // queue [K, C], keys [B, C]. A warp takes a row.
-template <int width, int cached, typename Key, typename Queue>
-__global__ __launch_bounds__(kThreads) void enqueue_kernel(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k,
-                                                           int64_t b, int64_t c, bool normalize, float eps) {
+template <int width, bool fits, typename Key, typename Queue>
+__global__ __launch_bounds__(kThreads, kRowBlocksPerMultiprocessor<fits>) void enqueue_kernel(
+    Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, bool normalize, float eps) {
   __shared__ int64_t first_slot;
   const int64_t skipped = b > k ? b - k : 0;  // rows that later rows of the same batch would overwrite
   if (threadIdx.x == 0) {
@@ -38,7 +38,7 @@ __global__ __launch_bounds__(kThreads) void enqueue_kernel(Queue* queue, int64_t
   // The loop's count is the block's, not the warp's, because of the barrier in it.
   for (int64_t i = skipped + int64_t{blockIdx.x} * kRowsPerBlock; i < b; i += int64_t{gridDim.x} * kRowsPerBlock) {
     const bool mine = i + warp < b;
-    const TeamRow<width, cached, kWarp, Key> row(keys + (i + warp) * c, mine ? c : 0, lane);
+    const TeamRow<width, fits, kWarp, Key> row(keys + (i + warp) * c, mine ? c : 0, lane);
     const float factor = normalize ? 1.0f / row.norm(eps) : 1.0f;
     if (!know_slot) __syncthreads();  // the first row is on its way while the atomic is
     know_slot = true;
@@ -55,7 +55,9 @@ cudaError_t launch_rows(Queue* queue, int64_t* queue_ptr, const Key* keys, int64
                         bool normalize, float eps, cudaStream_t stream) {
   const int64_t rows = b < k ? b : k;
   const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
-  const auto kernel = c <= kWarp * width ? enqueue_kernel<width, 1, Key, Queue> : enqueue_kernel<width, 4, Key, Queue>;
+  constexpr bool kShort = width > 1;  // the scalar path has no variant for short rows
+  auto kernel = enqueue_kernel<width, false, Key, Queue>;
+  if (kShort && c <= kWarp * width) kernel = enqueue_kernel<width, kShort, Key, Queue>;
   return launch(kernel, static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream, queue,
                 queue_ptr, keys, k, b, c, normalize, eps);
 }

@@ -12,13 +12,15 @@ constexpr int kThreads = 256;
 constexpr int64_t kLongRow = 2048;
 
 // x, out [rows, cols]; norm [rows] or null. `team` threads a row: kWarp or kThreads.
-template <int width, int cached, int team, typename T>
-__global__ __launch_bounds__(kThreads) void l2_normalize_kernel(const T* x, T* out, float* norm, int64_t rows,
-                                                                int64_t cols, float eps) {
+template <int width, bool fits, int team, typename T>
+__global__ __launch_bounds__(kThreads,
+                             kRowBlocksPerMultiprocessor<fits>) void l2_normalize_kernel(const T* x, T* out,
+                                                                                         float* norm, int64_t rows,
+                                                                                         int64_t cols, float eps) {
   const int64_t index = int64_t{blockIdx.x} * (kThreads / team) + static_cast<int>(threadIdx.x) / team;
   if (index >= rows) return;  // whole teams leave
   const int member = static_cast<int>(threadIdx.x) % team;
-  const TeamRow<width, cached, team, T> row(x + index * cols, cols, member);
+  const TeamRow<width, fits, team, T> row(x + index * cols, cols, member);
   const float divisor = row.norm(eps);
   row.store(out + index * cols, 1.0f / divisor);
   if (norm != nullptr && member == 0) norm[index] = divisor;
@@ -31,9 +33,10 @@ cudaError_t launch_rows(const T* x, T* out, float* norm, int64_t rows, int64_t c
   const bool is_long = cols > kLongRow;
   const int64_t blocks = is_long ? rows : (rows + kThreads / kWarp - 1) / (kThreads / kWarp);
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;  // 17 G rows; long ones would not fit a device's memory
-  const auto kernel = is_long                 ? l2_normalize_kernel<width, 4, kThreads, T>
-                      : cols <= kWarp * width ? l2_normalize_kernel<width, 1, kWarp, T>
-                                              : l2_normalize_kernel<width, 4, kWarp, T>;
+  constexpr bool kShort = width > 1;                     // the scalar path has no variant for short rows
+  auto kernel = l2_normalize_kernel<width, false, kWarp, T>;
+  if (is_long) kernel = l2_normalize_kernel<width, false, kThreads, T>;
+  if (kShort && cols <= kWarp * width) kernel = l2_normalize_kernel<width, kShort, kWarp, T>;
   return launch(kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, x, out, norm, rows, cols, eps);
 }
 

@@ -136,16 +136,21 @@ __device__ __forceinline__ float team_sum(float x) {
   return x;
 }
 
+// For the launch bounds of kernels of 256 threads that hold a TeamRow: left alone, ptxas aims at more blocks, and
+// spills.
+template <bool fits>
+constexpr int kRowBlocksPerMultiprocessor = fits ? 5 : 3;
+
 // One row, read by a team of threads `width` elements at a time. Its beginning stays in registers between the norm and
-// the store, so that rows up to team * width * cached elements are read from memory once. A small `cached` costs few
-// registers: more warps fit, and keep more loads in flight.
-template <int width, int cached, int team, typename From>
+// the store, so that most rows are read from memory once. `fits` promises cols <= team * width: far fewer registers, so
+// that more warps fit and keep more loads in flight.
+template <int width, bool fits, int team, typename From>
 class TeamRow {
  public:
   __device__ __forceinline__ TeamRow(const From* row, int64_t cols, int member)
       : row_(row), cols_(cols), first_(int64_t{member} * width) {
 #pragma unroll
-    for (int i = 0; i < cached; ++i) {
+    for (int i = 0; i < kCached; ++i) {
 #pragma unroll
       for (int j = 0; j < width; ++j) cache_[i][j] = 0.0f;
       if (first_ + i * kStep < cols_) load_floats<width>(row_ + first_ + i * kStep, cache_[i]);
@@ -166,27 +171,32 @@ class TeamRow {
   template <typename To>
   __device__ __forceinline__ void store(To* to, float factor) const {
 #pragma unroll
-    for (int i = 0; i < cached; ++i) {
+    for (int i = 0; i < kCached; ++i) {
       if (first_ + i * kStep < cols_) store_scaled(to + first_ + i * kStep, cache_[i], factor);
     }
-    for (int64_t at = first_ + cached * kStep; at < cols_; at += kStep) {
-      float values[width];
-      load_floats<width>(row_ + at, values);
-      store_scaled(to + at, values, factor);
+    if constexpr (!fits) {
+      for (int64_t at = first_ + kCached * kStep; at < cols_; at += kStep) {
+        float values[width];
+        load_floats<width>(row_ + at, values);
+        store_scaled(to + at, values, factor);
+      }
     }
   }
 
  private:
+  static constexpr int kCached = fits ? 1 : 4;
   static constexpr int kStep = team * width;
 
   __device__ __forceinline__ float sum_of_squares(float scale) const {
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < cached; ++i) sum = add_squares(sum, cache_[i], scale);
-    for (int64_t at = first_ + cached * kStep; at < cols_; at += kStep) {
-      float values[width];
-      load_floats<width>(row_ + at, values);
-      sum = add_squares(sum, values, scale);
+    for (int i = 0; i < kCached; ++i) sum = add_squares(sum, cache_[i], scale);
+    if constexpr (!fits) {
+      for (int64_t at = first_ + kCached * kStep; at < cols_; at += kStep) {
+        float values[width];
+        load_floats<width>(row_ + at, values);
+        sum = add_squares(sum, values, scale);
+      }
     }
     return sum;
   }
@@ -208,7 +218,7 @@ class TeamRow {
   const From* row_;
   int64_t cols_;
   int64_t first_;
-  float cache_[cached][width];
+  float cache_[kCached][width];
 };
 
 }  // namespace moco_ext::cuda

@@ -2,9 +2,8 @@
 //
 // The kernel's .cu is compiled as ordinary C++ with -DMOCO_EMULATE and linked with this folder:
 //
-//   g++ -std=c++20 -O1 -g -fno-strict-aliasing -Wno-unknown-pragmas -DMOCO_EMULATE -I csrc/tests/emulator -I csrc -I
-//   $CUDA/include
-//       -x c++ test_x.cu x.cu csrc/tests/emulator/*.cpp
+//   g++ -std=c++20 -O1 -g -fno-strict-aliasing -Wno-unknown-pragmas -DMOCO_EMULATE -x c++
+//       -I csrc/tests/emulator -I csrc -I csrc/tests -I $CUDA/include test_x.cu x.cu csrc/tests/emulator/*.cpp
 //
 // (-fsanitize=undefined works as well, and adds misaligned vector accesses and static array bounds to what is found.)
 //
