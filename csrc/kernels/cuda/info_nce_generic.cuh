@@ -14,7 +14,7 @@ constexpr int kGenericItemRows = 4;  // that a thread accumulates at once, for e
 static_assert(kGenericThreads == kGenericRows * kGenericKeys / 2 && kGenericKeys == 32);
 
 template <typename Queue>
-__global__ void __launch_bounds__(kGenericThreads)
+__global__ void __launch_bounds__(kGenericThreads, 2)
     info_nce_generic_kernel(const Queue* queue, int64_t n, int64_t k, int64_t c, int64_t tiles,
                             InfoNceTemperature temperature, InfoNceWorkspace workspace) {
   __shared__ float query[kGenericRows][kGenericColumns + 1];  // one more: columns lie in distinct banks

@@ -21,7 +21,7 @@ struct InfoNcePass {
 };
 
 // More blocks a multiprocessor hide little more latency, but each writes its rows' partial sums.
-constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kMaxBlocksPerMultiprocessor = 2;
 
 // 0 where the kernel cannot run on the current device. `cache` remembers a kernel's answer plus one, by device: the
 // workspace's size and the launch must agree, and both are asked at every step.
@@ -41,7 +41,7 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_b
     static_cast<void>(cudaGetLastError());  // or the next launch would report it
     blocks = 0;
   }
-  const int resident = std::min(blocks, kBlocksPerMultiprocessor) * multiprocessors;
+  const int resident = std::min(blocks, kMaxBlocksPerMultiprocessor) * multiprocessors;
   if (device < kMaxDevices) cache[device].store(resident + 1, std::memory_order_relaxed);
   return resident;
 }
@@ -85,7 +85,7 @@ template <typename Queue>
 InfoNcePass<Queue> generic_pass() {
   int multiprocessors = 0;
   if (multiprocessor_count(&multiprocessors) != cudaSuccess) multiprocessors = 1;
-  return {nullptr, kGenericRows, kGenericKeys, 0, 0, int64_t{kBlocksPerMultiprocessor} * multiprocessors};
+  return {nullptr, kGenericRows, kGenericKeys, 0, 0, int64_t{kMaxBlocksPerMultiprocessor} * multiprocessors};
 }
 
 // Splits of the queue, for the least time: waves of resident blocks, times tiles that a block goes through plus what

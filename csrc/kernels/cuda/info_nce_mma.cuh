@@ -88,27 +88,40 @@ __device__ __forceinline__ void multiply(float (&d)[4], const MmaWords<4, kExact
   mma(Element{}, d, a.high, b.high[at], b.high[at + 1]);
 }
 
-// s [16, kKeys] += this warp's columns of Q K^T.
+// s [16, kKeys] = this warp's columns of Q K^T.
+//
+// Tensor cores round sums towards zero, a bias that grows with their number: so what is exact gathers there only a few
+// steps (here) or one tile (of P K), and adds those up with ordinary additions.
 template <typename Element, bool kExact, typename Tile>
 __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], uint32_t (&query)[Tile::kSteps][4],
                                                 SharedAddress keys, int lane) {
   // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 0, keys 8-15 chunk 1.
   const SharedAddress row = keys + (lane % 8 + lane / 16 * 8) * Tile::kRowBytes;
   const int chunk = lane / 8 % 2;
+  constexpr int kStepsTogether = kExact ? 4 : Tile::kSteps;
 #pragma unroll
-  for (int step = 0; step < Tile::kSteps; ++step) {
-    if constexpr (kExact) {  // split anew for every tile: kept, both halves of all queries would not fit registers
+  for (int first = 0; first < Tile::kSteps; first += kStepsTogether) {
+    float sum[Tile::kKeys / 8][4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) opaque(query[step][i]);
+    for (int step = first; step < first + kStepsTogether; ++step) {
+      if constexpr (kExact) {  // split anew for every tile: kept, both halves of all queries would not fit registers
+#pragma unroll
+        for (int i = 0; i < 4; ++i) opaque(query[step][i]);
+      }
+      const MmaWords<4, kExact> a = mma_words<Element, kExact>(query[step]);
+#pragma unroll
+      for (int j = 0; j < Tile::kKeys / 16; ++j) {
+        uint32_t raw[4];
+        ldmatrix_x4(raw, row + 16 * j * Tile::kRowBytes + ((2 * step + chunk) ^ (lane % 8)) * 16);
+        const MmaWords<4, kExact> b = mma_words<Element, kExact>(raw);
+        multiply<Element, kExact>(sum[2 * j], a, b, 0);
+        multiply<Element, kExact>(sum[2 * j + 1], a, b, 2);
+      }
     }
-    const MmaWords<4, kExact> a = mma_words<Element, kExact>(query[step]);
 #pragma unroll
-    for (int j = 0; j < Tile::kKeys / 16; ++j) {
-      uint32_t raw[4];
-      ldmatrix_x4(raw, row + 16 * j * Tile::kRowBytes + ((2 * step + chunk) ^ (lane % 8)) * 16);
-      const MmaWords<4, kExact> b = mma_words<Element, kExact>(raw);
-      multiply<Element, kExact>(s[2 * j], a, b, 0);
-      multiply<Element, kExact>(s[2 * j + 1], a, b, 2);
+    for (int j = 0; j < Tile::kKeys / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = first == 0 ? sum[j][i] : s[j][i] + sum[j][i];
     }
   }
 }
@@ -147,8 +160,6 @@ __device__ __forceinline__ void multiply_keys_tf32(float (&o)[Tile::kWarpColumns
   const SharedAddress even_row = keys + even_key * Tile::kRowBytes;
 #pragma unroll
   for (int i = 0; i < Tile::kWarpColumns / 32; ++i) {
-    // Tensor cores round sums towards zero, a bias that grows with the number of keys: so what is exact gathers no
-    // more than one tile there, and adds tiles up with ordinary additions.
     float tile[4][4] = {};
     float (*sum)[4] = kExact ? tile : &o[4 * i];
 #pragma unroll
@@ -302,7 +313,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
     load_tile(tile + Tile::kStages - 1);
     const SharedAddress keys = ring + tile % Tile::kStages * Tile::kTileBytes + column_group * Tile::kWarpBytes;
 
-    float s[Tile::kKeys / 8][4] = {};
+    float s[Tile::kKeys / 8][4];
     multiply_scores<Element, kExact, Tile>(s, query, keys, lane);
     if constexpr (Tile::kColumnGroups > 1) {
       float4* exchange = reinterpret_cast<float4*>(shared + Tile::kStages * Tile::kTileBytes) + lane;
