@@ -11,6 +11,7 @@ import copy
 import difflib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ def backbone(encoder: nn.Module) -> nn.Module:
 class _TimmBackbone(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encoder.forward_head(self.encoder.forward_features(images), pre_logits=True)

@@ -92,7 +92,8 @@ def _self_test(device: torch.device) -> dict[str, dict[str, Any]]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    def error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    def error(ours: torch.Tensor | None, exact: torch.Tensor | None) -> float:
+        assert ours is not None and exact is not None
         ours = ours.detach().double().cpu()
         return ((ours - exact).norm() / exact.norm()).item()
 
@@ -100,6 +101,7 @@ def _self_test(device: torch.device) -> dict[str, dict[str, Any]]:
     errors = {}
     exact_query = query.double().requires_grad_()
     exact_loss = reference.info_nce(exact_query, key.double(), queue.double())
+    assert isinstance(exact_loss, torch.Tensor)
     exact_loss.backward()
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         q = query.to(device, copy=True).requires_grad_()

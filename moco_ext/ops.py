@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -69,6 +69,28 @@ def _check_devices(**tensors: Tensor) -> None:
 # --- info_nce ---------------------------------------------------------------------------------------------------------
 
 
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = ...,
+    *,
+    normalize: bool = ...,
+    reduction: str = ...,
+    return_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float | Tensor = ...,
+    *,
+    normalize: bool = ...,
+    reduction: str = ...,
+    return_stats: Literal[True],
+) -> tuple[Tensor, InfoNCEStats]: ...
 def info_nce(
     query: Tensor,
     key: Tensor,

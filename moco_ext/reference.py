@@ -66,7 +66,7 @@ def info_nce(
     logits = torch.cat([positive, negative], dim=1) / temperature  # [N, 1 + K]
     lse = torch.logsumexp(logits, dim=1)
     losses = lse - logits[:, 0]
-    loss = {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+    loss = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
     if not return_stats:
         return loss
 

@@ -110,6 +110,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         # momentum None: a cumulative average, as in torch's BatchNorm
         momentum = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
