@@ -82,8 +82,9 @@ __device__ __forceinline__ void update_chunk(void* key, const void* query, int q
 }
 
 template <int capacity>
-__global__ __launch_bounds__(kThreads, 4) void momentum_update_kernel(
-    const __grid_constant__ TensorTable<capacity> tensors, float m, const float* m_ptr) {
+__global__ __launch_bounds__(kThreads,
+                             4) void momentum_update_kernel(const __grid_constant__ TensorTable<capacity> tensors,
+                                                            float m, const float* m_ptr) {
   int t = 0;  // the last tensor that begins at or before this block
   if constexpr (capacity > 1) {
     int end = tensors.count;
