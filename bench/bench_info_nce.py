@@ -12,7 +12,7 @@ from conftest import Row
 import moco_ext
 import moco_ext.reference
 
-TILE = 256  # keys; with [256, 256] logits they stay in cache, where GEMMs run fastest
+TILE_LOGITS = 65536  # of one tile, which stay in cache with their keys, where GEMMs run fastest
 T = 0.07
 
 # N, K, C, queue's dtype; the large ones are for GPUs
@@ -84,6 +84,7 @@ def bench_info_nce(compare, device, case):
 def _cache_limit(query, K, flops) -> Row:
     """The same products on one tile that never leaves the cache: no implementation on GEMMs is faster."""
     N, C = query.shape
+    size = min(max(TILE_LOGITS // N, 256), 2048)  # keys
     threads = torch.get_num_threads()
     # Threads that meet once, at the end: GEMMs that share each tile would also time the wake-ups between them.
     ready = Barrier(threads + 1)
@@ -100,12 +101,12 @@ def _cache_limit(query, K, flops) -> Row:
     torch.set_num_threads(threads)  # without this the other rows would run on one thread
 
     def share(tiles):
-        tile, logits, gradient = torch.full((TILE, C), 0.1), torch.empty(N, TILE), torch.zeros(N, C)
+        tile, logits, gradient = torch.full((size, C), 0.1), torch.empty(N, size), torch.zeros(N, C)
         for _ in range(tiles):
             torch.mm(query, tile.t(), out=logits)
             torch.addmm(gradient, logits, tile, out=gradient, alpha=1e-6)
 
-    tiles = K // TILE
+    tiles = K // size
     shares = [tiles // threads + (i < tiles % threads) for i in range(threads)]
     return Row("limit: two GEMMs in cache", lambda: list(pool.map(share, shares)), flops=flops)
 
