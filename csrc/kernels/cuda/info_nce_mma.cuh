@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
       for (int i = 0; i < 4; ++i) query[step][i] = words[i % 2 * 8 * kRowWords + step * 8 + i / 2 * 4];
     }
   }
-  constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p > 2^-27 out of fp16's subnormals
+  constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
   SoftmaxRows rows;
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
