@@ -19,7 +19,8 @@ using torch::stable::Tensor;
 
 template <typename... Parts>
 inline void check(bool condition, const Parts&... parts) {
-  if (condition) [[likely]] return;
+  if (condition) [[likely]]
+    return;
   std::ostringstream message;
   (message << ... << parts);
   throw std::invalid_argument(message.str());
@@ -27,14 +28,22 @@ inline void check(bool condition, const Parts&... parts) {
 
 inline std::string dtype_name(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Bool: return "bool";
-    default: return "dtype number " + std::to_string(static_cast<int>(t.scalar_type()));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "dtype number " + std::to_string(static_cast<int>(t.scalar_type()));
   }
 }
 

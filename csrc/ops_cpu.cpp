@@ -11,7 +11,8 @@ namespace {
 using cpu::bfloat16;
 using cpu::float16;
 
-constexpr double kEps = 1e-12;  // floor of a row's norm, as in torch.nn.functional.normalize
+constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
+constexpr double kEps = 1e-12;     // floor of a row's norm, as in torch.nn.functional.normalize
 
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   torch::stable::parallel_for(0, n, grain, body);
@@ -54,10 +55,14 @@ const T* const_data(const Tensor& t) {
 template <typename F>
 void dispatch(const Tensor& t, F&& f) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return f.template operator()<bfloat16>();
-    case ScalarType::Half: return f.template operator()<float16>();
-    case ScalarType::Double: return f.template operator()<double>();
-    default: return f.template operator()<float>();
+    case ScalarType::BFloat16:
+      return f.template operator()<bfloat16>();
+    case ScalarType::Half:
+      return f.template operator()<float16>();
+    case ScalarType::Double:
+      return f.template operator()<double>();
+    default:
+      return f.template operator()<float>();
   }
 }
 
@@ -111,12 +116,30 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
     m = cpu_scalar(*m_tensor);
     check(m >= 0.0 && m <= 1.0, "m: expected a momentum in [0, 1], got ", m);
   }
+  // The tensors as one range of elements, so that a list of many small ones costs a single fork and join.
+  struct Piece {
+    int64_t start;  // of the tensor in that range
+    int64_t numel;
+    std::function<void(int64_t, int64_t)> update;
+  };
+  std::vector<Piece> pieces;
+  pieces.reserve(key_params.size());
+  int64_t total = 0;
   for (size_t i = 0; i < key_params.size(); ++i) {
     dispatch(key_params[i], query_params[i], [&]<typename Key, typename Query>() {
-      cpu::momentum_update(host(), data<Key>(key_params[i]), const_data<Query>(query_params[i]), key_params[i].numel(),
-                           m);
+      pieces.push_back({total, key_params[i].numel(),
+                        [key = data<Key>(key_params[i]), query = const_data<Query>(query_params[i]), m](
+                            int64_t begin, int64_t end) { cpu::momentum_update(key, query, begin, end, m); }});
     });
+    total += key_params[i].numel();
   }
+  parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {
+    for (const Piece& piece : pieces) {
+      const int64_t from = std::max(begin - piece.start, int64_t{0});
+      const int64_t to = std::min(end - piece.start, piece.numel);
+      if (from < to) piece.update(from, to);
+    }
+  });
 }
 
 std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {

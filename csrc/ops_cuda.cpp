@@ -40,9 +40,12 @@ const T* const_data(const Tensor& t) {
 template <typename F>
 void dispatch(const Tensor& t, F&& f) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return f.template operator()<__nv_bfloat16>();
-    case ScalarType::Half: return f.template operator()<__half>();
-    default: return f.template operator()<float>();
+    case ScalarType::BFloat16:
+      return f.template operator()<__nv_bfloat16>();
+    case ScalarType::Half:
+      return f.template operator()<__half>();
+    default:
+      return f.template operator()<float>();
   }
 }
 
@@ -105,9 +108,12 @@ void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, 
 
 cuda::Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::BFloat16: return cuda::Dtype::kBFloat16;
-    case ScalarType::Half: return cuda::Dtype::kFloat16;
-    default: return cuda::Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return cuda::Dtype::kBFloat16;
+    case ScalarType::Half:
+      return cuda::Dtype::kFloat16;
+    default:
+      return cuda::Dtype::kFloat32;
   }
 }
 

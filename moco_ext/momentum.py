@@ -67,7 +67,8 @@ def update_key_encoder_(key_encoder: nn.Module, query_encoder: nn.Module, m: flo
     """
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
-    if flat_key is None or flat_query is None or flat_key.numel() != flat_query.numel():
+    same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
+    if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
         _check_same_structure(key_encoder, query_encoder)
         if len({(p.dtype, p.device) for p in keys + queries}) > 1:
             momentum_update_(keys, queries, m)

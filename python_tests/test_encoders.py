@@ -78,7 +78,7 @@ def test_backbone_of_other_families(arch, width):
 
 
 def test_backbone_needs_a_head():
-    with pytest.raises(ValueError, match="encoder: expected a module with a head named one of fc.*got Conv2d"):
+    with pytest.raises(ValueError, match=r"encoder: expected a module with a head named one of fc.*got Conv2d"):
         encoders.backbone(nn.Conv2d(3, 3, 1))
 
 

@@ -143,6 +143,9 @@ MOVES = {
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True) and model
     ),
     "one encoder channels_last": lambda model: model.encoder_q.to(memory_format=torch.channels_last) and model,
+    "one encoder channels_last and flat": lambda model: (
+        moco_ext.flatten_parameters_(model.encoder_q.to(memory_format=torch.channels_last)) is not None and model
+    ),
     "new layer": lambda model: (
         [setattr(e, "fc", nn.Linear(6, 8).to(next(e.parameters()).device)) for e in (model.encoder_q, model.encoder_k)]
         and model

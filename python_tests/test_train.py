@@ -223,7 +223,7 @@ def test_load_encoder_has_the_same_features(digits, tmp_path, mlp):
 
 def test_load_encoder_of_another_architecture(saved):
     checkpoint = load_checkpoint(saved[0]) | {"arch": "resnet18-small"}
-    with pytest.raises(ValueError, match="expected the layers of resnet18-small under encoder_q.*missing"):
+    with pytest.raises(ValueError, match=r"expected the layers of resnet18-small under encoder_q.*missing"):
         load_encoder(checkpoint)
 
 

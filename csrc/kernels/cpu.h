@@ -60,9 +60,10 @@ template <typename Key, typename Queue>
 void enqueue(const Host& host, Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c,
              bool normalize, double eps);
 
-// key [numel] = m * key + (1 - m) * query
+// key = m * key + (1 - m) * query over elements [begin, end); on the calling thread, so that the caller can spread a
+// whole list of tensors over the threads at once.
 template <typename Key, typename Query>
-void momentum_update(const Host& host, Key* key, const Query* query, int64_t numel, double m);
+void momentum_update(Key* key, const Query* query, int64_t begin, int64_t end, double m);
 
 // The instruction set the vector loops run with: "avx512", "avx2" or "baseline".
 const char* instruction_set();

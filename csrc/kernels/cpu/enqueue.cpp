@@ -6,24 +6,31 @@
 
 namespace moco_ext::cpu {
 
+constexpr int64_t kGrain = 65536;  // elements worth waking a thread for
+
 template <typename Key, typename Queue>
 void enqueue(const Host& host, Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c,
              bool normalize, double eps) {
   using A = accumulate_t<Key>;
   const int64_t ptr = (*queue_ptr % k + k) % k;
   const int64_t skipped = std::max<int64_t>(0, b - k);  // rows that later rows of the same batch would overwrite
-  host.parallel_for(b - skipped, 1 + 16384 / (c + 1), [&](int64_t begin, int64_t end) {
+  host.parallel_for(b - skipped, 1 + kGrain / c, [&](int64_t begin, int64_t end) {
     std::vector<A> row(c);
     for (int64_t i = skipped + begin; i < skipped + end; ++i) {
-      load_row(keys + i * c, row.data(), c, normalize, static_cast<A>(eps));
+      const Key* key = keys + i * c;
       Queue* slot = queue + (ptr + i) % k * c;
-      for (int64_t j = 0; j < c; ++j) slot[j] = convert<Queue>(row[j]);
+      if (normalize) {
+        load_row(key, row.data(), c, true, static_cast<A>(eps));
+        for (int64_t j = 0; j < c; ++j) slot[j] = convert<Queue>(row[j]);
+      } else {
+        for (int64_t j = 0; j < c; ++j) slot[j] = convert<Queue>(convert<A>(key[j]));
+      }
     }
   });
   *queue_ptr = (ptr + b) % k;
 }
 
-#define MOCO_ENQUEUE(Key, Queue)                                                                                 \
+#define MOCO_ENQUEUE(Key, Queue) \
   template void enqueue(const Host&, Queue*, int64_t*, const Key*, int64_t, int64_t, int64_t, bool, double);
 #define MOCO_ENQUEUE_QUEUES(Key) MOCO_ENQUEUE(Key, float) MOCO_ENQUEUE(Key, bfloat16) MOCO_ENQUEUE(Key, float16)
 MOCO_ENQUEUE_QUEUES(float)

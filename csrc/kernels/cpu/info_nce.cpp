@@ -218,10 +218,11 @@ bool info_nce(const Host& host, const Query* query, const Query* key, const Queu
   return std::all_of(partials.begin(), partials.end(), [](const Partial<A>& p) { return p.ok; });
 }
 
-#define MOCO_INFO_NCE(Query, Queue)                                                                            \
-  template bool info_nce(const Host&, const Query*, const Query*, const Queue*, const InfoNceShape&,           \
+#define MOCO_INFO_NCE(Query, Queue)                                                                  \
+  template bool info_nce(const Host&, const Query*, const Query*, const Queue*, const InfoNceShape&, \
                          const InfoNceOptions&, const InfoNceOutputs<accumulate_t<Queue>>&);
-#define MOCO_INFO_NCE_QUEUES(Query) MOCO_INFO_NCE(Query, float) MOCO_INFO_NCE(Query, bfloat16) MOCO_INFO_NCE(Query, float16)
+#define MOCO_INFO_NCE_QUEUES(Query) \
+  MOCO_INFO_NCE(Query, float) MOCO_INFO_NCE(Query, bfloat16) MOCO_INFO_NCE(Query, float16)
 MOCO_INFO_NCE_QUEUES(float)
 MOCO_INFO_NCE_QUEUES(bfloat16)
 MOCO_INFO_NCE_QUEUES(float16)

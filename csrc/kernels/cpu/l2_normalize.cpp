@@ -5,11 +5,12 @@
 
 namespace moco_ext::cpu {
 
+constexpr int64_t kGrain = 65536;  // elements worth waking a thread for
+
 template <typename T>
-void l2_normalize(const Host& host, const T* x, T* out, accumulate_t<T>* norm, int64_t rows, int64_t cols,
-                  double eps) {
+void l2_normalize(const Host& host, const T* x, T* out, accumulate_t<T>* norm, int64_t rows, int64_t cols, double eps) {
   using A = accumulate_t<T>;
-  host.parallel_for(rows, 1 + 16384 / (cols + 1), [&](int64_t begin, int64_t end) {
+  host.parallel_for(rows, 1 + kGrain / (cols + 1), [&](int64_t begin, int64_t end) {
     std::vector<A> unit(cols);
     for (int64_t i = begin; i < end; ++i) {
       const A length = load_row(x + i * cols, unit.data(), cols, true, static_cast<A>(eps));

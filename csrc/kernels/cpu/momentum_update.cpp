@@ -3,19 +3,16 @@
 namespace moco_ext::cpu {
 
 template <typename Key, typename Query>
-void momentum_update(const Host& host, Key* key, const Query* query, int64_t numel, double m) {
+void momentum_update(Key* key, const Query* query, int64_t begin, int64_t end, double m) {
   using A = accumulate_t<Key>;
   const A keep = static_cast<A>(m);
   const A take = static_cast<A>(1.0 - m);
-  host.parallel_for(numel, 32768, [=](int64_t begin, int64_t end) {
-    Key* __restrict k = key + begin;
-    const Query* __restrict q = query + begin;
-    const int64_t n = end - begin;
-    for (int64_t i = 0; i < n; ++i) k[i] = convert<Key>(keep * convert<A>(k[i]) + take * convert<A>(q[i]));
-  });
+  Key* __restrict k = key + begin;
+  const Query* __restrict q = query + begin;
+  for (int64_t i = 0; i < end - begin; ++i) k[i] = convert<Key>(keep * convert<A>(k[i]) + take * convert<A>(q[i]));
 }
 
-#define MOCO_MOMENTUM(Key, Query) template void momentum_update(const Host&, Key*, const Query*, int64_t, double);
+#define MOCO_MOMENTUM(Key, Query) template void momentum_update(Key*, const Query*, int64_t, int64_t, double);
 #define MOCO_MOMENTUM_QUERIES(Key) MOCO_MOMENTUM(Key, float) MOCO_MOMENTUM(Key, bfloat16) MOCO_MOMENTUM(Key, float16)
 MOCO_MOMENTUM_QUERIES(float)
 MOCO_MOMENTUM_QUERIES(bfloat16)

@@ -21,12 +21,10 @@ inline A dot(const A* x, const A* y, int64_t n) {
 // out = x, or x / max(||x||, eps); returns max(||x||, eps), 1 when not normalising.
 template <typename T, typename A>
 inline A load_row(const T* x, A* out, int64_t n, bool normalize, A eps) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = convert<A>(x[i]);
-    sum += static_cast<double>(out[i]) * static_cast<double>(out[i]);
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = convert<A>(x[i]);
   if (!normalize) return A{1};
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(out[i]) * static_cast<double>(out[i]);
   const double length = std::sqrt(sum);
   const double norm = length < static_cast<double>(eps) ? static_cast<double>(eps) : length;  // NaN stays NaN
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<A>(static_cast<double>(out[i]) / norm);

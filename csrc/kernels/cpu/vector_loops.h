@@ -9,8 +9,8 @@
 namespace moco_ext::cpu {
 
 struct RowMax {
-  float max;        // NaN entries are passed over: the sum that follows carries them
-  int64_t above;    // entries strictly above the threshold
+  float max;      // NaN entries are passed over: the sum that follows carries them
+  int64_t above;  // entries strictly above the threshold
 };
 
 struct VectorLoops {
