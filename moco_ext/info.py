@@ -39,7 +39,7 @@ def collect() -> dict[str, Any]:
             "torch_headers": build["torch_headers"],
             "torch_at_least": build["torch_target"],
         },
-        "cuda_archs": [arch for arch in build["cuda_archs"].split(";") if arch],
+        "cuda_archs": build["cuda_archs"].split(),
         "cuda_library_loaded": has_cuda_library and torch.version.cuda is not None,
         "cpu_instruction_set": build["instruction_set"],
         "cpu_threads": torch.get_num_threads(),
