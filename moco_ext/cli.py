@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +211,16 @@ def _evaluate(args: argparse.Namespace) -> int:
     device, workers = _machine(given)
     encoder = load_encoder(load_checkpoint(checkpoint_path)).to(device)
     data = load(name, given.get("data_root", "data"))
-    if data.test is None:
-        raise ValueError(f"data: expected train/ and val/ in {name} to evaluate on, got no val/")
+    train_labels, test_labels = (split.labels for split in data.splits)
+    score: Callable[..., float] = knn_top1 if args.command == "knn" else linear_top1
     if args.command == "knn":
-        score, title = knn_top1, "kNN"
+        title = "kNN"
         options = {
             "k": given.get("knn_k", config.get("knn_k", 200)),
             "temperature": given.get("temperature", 0.07),
         }
     else:
-        score, title = linear_top1, "linear"
+        title = "linear"
         options = {"C": given.get("C", 1.0)}
     scores = {}
     for features in ("pixels", "trained"):
@@ -228,9 +228,9 @@ def _evaluate(args: argparse.Namespace) -> int:
             pixel_features(data, split, workers=workers)
             if features == "pixels"
             else encoder_features(encoder, data, split, device=device, workers=workers)
-            for split in (data.train, data.test)
+            for split in data.splits
         )
-        scores[features] = round(score(train, data.train.labels, test, data.test.labels, **options), 2)
+        scores[features] = round(score(train, train_labels, test, test_labels, **options), 2)
     if given.get("json"):
         print(json.dumps({"data": name, **options, f"{args.command}_top1": scores}))
         return 0

@@ -122,7 +122,8 @@ def _training(config: PretrainConfig, records: list[dict[str, Any]], summary: di
 
 
 def _neighbours(data: ImageData, features: dict[str, tuple[Tensor, Tensor]]) -> str:
-    test_labels, train_labels = data.test.labels, data.train.labels
+    train_split, test_split = data.splits
+    train_labels, test_labels = train_split.labels, test_split.labels
     queries = [int((test_labels == label).nonzero()[0]) for label in test_labels.unique()[:_QUERIES]]
     sample = torch.linspace(0, len(test_labels) - 1, min(_PRECISION_ROWS, len(test_labels))).long()
     found, heads = {}, ""
@@ -135,11 +136,11 @@ def _neighbours(data: ImageData, features: dict[str, tuple[Tensor, Tensor]]) -> 
     for row, query in enumerate(queries):
         label = int(test_labels[query])
         caption = html.escape(data.classes[label])
-        cells = f'<th scope="row">{_thumbnail(data.test, query, data, caption)}<small>{caption}</small></th>'
+        cells = f'<th scope="row">{_thumbnail(test_split, query, data, caption)}<small>{caption}</small></th>'
         for name in features:
             thumbnails = "".join(
                 _thumbnail(
-                    data.train,
+                    train_split,
                     int(index),
                     data,
                     html.escape(data.classes[int(train_labels[index])]),
@@ -158,7 +159,7 @@ def _neighbours(data: ImageData, features: dict[str, tuple[Tensor, Tensor]]) -> 
 
 
 def _map(data: ImageData, features: dict[str, tuple[Tensor, Tensor]]) -> str:
-    labels = data.test.labels
+    labels = data.splits[1].labels
     sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:_MAP_POINTS]
     maps, colours = feature_maps(
         {name: test[sample] for name, (_, test) in features.items()}, labels[sample], len(data.classes)

@@ -6,9 +6,12 @@ import dataclasses
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 # matplotlib knows no CSS variables: these stand for them until the SVG is written.
@@ -33,7 +36,7 @@ _CLASSES = [
     "#b5b02d",
     "#2fb3c4",
 ]
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": _COLOURS["ink"],
@@ -71,9 +74,9 @@ def curves(lines: Sequence[Line], levels: dict[str, float]) -> str:
         for line in lines:
             marker = "o" if len(line.x) <= 12 else None
             axes.plot(line.x, line.y, color=_COLOURS[line.colour], linewidth=2, marker=marker, markersize=4)
-            label = dict(xytext=(5, 0), textcoords="offset points", va="center", color=_COLOURS[line.colour])
+            beside: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
             if len(lines) > 1:
-                axes.annotate(line.label, (line.x[-1], line.y[-1]), annotation_clip=False, **label)
+                axes.annotate(line.label, (line.x[-1], line.y[-1]), color=_COLOURS[line.colour], **beside)
         right = max(max(line.x) for line in lines)
         for label, level in levels.items():
             axes.axhline(level, color=_COLOURS["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
@@ -86,7 +89,7 @@ def curves(lines: Sequence[Line], levels: dict[str, float]) -> str:
                 color=_COLOURS["soft"],
             )
         axes.margins(y=0.12)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         return _svg(figure, "curve" + lines[0].label)
 
@@ -101,7 +104,14 @@ def feature_maps(features: dict[str, Tensor], labels: Tensor, n_classes: int) ->
             figure = Figure(figsize=(3.6, 3.6), layout="constrained")
             axes = figure.add_subplot()
             axes.set_axis_off()
-            axes.scatter(*points.T, s=9, c=[colours[label] for label in labels.tolist()], linewidths=0, alpha=0.85)
+            axes.scatter(
+                points[:, 0],
+                points[:, 1],
+                s=9,
+                c=[colours[label] for label in labels.tolist()],
+                linewidths=0,
+                alpha=0.85,
+            )
             maps[name] = _svg(figure, "map" + name)
     return maps, colours
 
@@ -112,15 +122,15 @@ def class_colours(n: int) -> tuple[str, ...]:
         return tuple(_CLASSES[:n])
     from matplotlib.colors import hsv_to_rgb, to_hex
 
-    return tuple(to_hex(hsv_to_rgb((i / n, 0.62 if i % 2 else 0.8, 0.85 if i % 2 else 0.7))) for i in range(n))
+    return tuple(to_hex(tuple(hsv_to_rgb((i / n, 0.62 if i % 2 else 0.8, 0.85 if i % 2 else 0.7)))) for i in range(n))
 
 
-def _plane(rows: Tensor):
+def _plane(features: Tensor) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
     from torch.nn.functional import normalize
 
-    rows = normalize(rows.float(), dim=1).numpy()  # cosine is what the evaluation goes by
+    rows = normalize(features.float(), dim=1).numpy()  # cosine is what the evaluation goes by
     if len(rows) < 50:
         return PCA(2).fit_transform(rows)
     reduced = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)

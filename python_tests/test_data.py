@@ -311,9 +311,9 @@ def test_batched_and_per_image_jitter_have_equal_moments():
     recipe = still(8, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2)
     torch.manual_seed(0)
     one_by_one = image_transform(recipe, (0.0,) * 3, (1.0,) * 3)
-    theirs = torch.stack([one_by_one(image) for _ in range(600)])
-    ours = torch.cat([augment_batch(image.expand(20, -1, -1, -1), recipe, generator(s)) for s in range(30)])
-    # A pixel's mean and deviation over 600 views: standard errors below 0.2 / sqrt(600) = 0.008, uint8 rounding.
-    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.04, rtol=0)
-    torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.04, rtol=0)
+    theirs = torch.stack([one_by_one(image) for _ in range(300)])
+    ours = torch.cat([augment_batch(image.expand(20, -1, -1, -1), recipe, generator(s)) for s in range(15)])
+    # A pixel's mean and deviation over 300 views: standard errors below 0.2 / sqrt(300) = 0.012, uint8 rounding.
+    torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.05, rtol=0)
+    torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.05, rtol=0)
     assert math.isclose(ours.mean(), theirs.mean(), abs_tol=0.015)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,17 +40,21 @@ class Augmentation:
     flip_p: float = 0.5
 
     @staticmethod
-    def v1(size: int, **changes) -> Augmentation:
+    def v1(size: int, **changes: Any) -> Augmentation:
         """MoCo v1 (arXiv 1911.05722, section 3.3): crop, grayscale, colour jitter, flip."""
         return Augmentation(size, **changes)
 
     @staticmethod
-    def v2(size: int, **changes) -> Augmentation:
+    def v2(size: int, **changes: Any) -> Augmentation:
         """MoCo v2 (arXiv 2003.04297, ``--aug-plus``): jitter with a milder hue and p 0.8, and blur.
 
         Blur is left out below 64 pixels.
         """
-        v2 = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "blur_p": 0.5 if size >= _BLUR_FROM else 0.0}
+        v2: dict[str, Any] = {
+            "jitter": (0.4, 0.4, 0.4, 0.1),
+            "jitter_p": 0.8,
+            "blur_p": 0.5 if size >= _BLUR_FROM else 0.0,
+        }
         return Augmentation(size, **(v2 | changes))
 
 

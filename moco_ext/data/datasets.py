@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .idx import read_idx
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -34,7 +38,7 @@ class TensorSplit:
 class FolderSplit:
     """Images on disk, ``root/CLASS/image``: ``dataset`` is a torchvision ``ImageFolder`` without transform."""
 
-    dataset: Dataset
+    dataset: ImageFolder
     labels: Tensor
 
     def __len__(self) -> int:
@@ -61,6 +65,13 @@ class ImageData:
     flip: bool
     train: Split
     test: Split | None
+
+    @property
+    def splits(self) -> tuple[Split, Split]:
+        """(train, test), for evaluation; a ValueError where there is no test split."""
+        if self.test is None:
+            raise ValueError(f"data: expected train/ and val/ in {self.name} to evaluate on, got no val/")
+        return self.train, self.test
 
 
 def load(name: str, data_root: str | Path = "data") -> ImageData:
@@ -120,7 +131,7 @@ def plain_batches(
 class TransformedImages(Dataset):
     """``dataset`` of (image, label) with ``transform`` applied to the image."""
 
-    def __init__(self, dataset: Dataset, transform) -> None:
+    def __init__(self, dataset: ImageFolder, transform: Callable) -> None:
         self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:

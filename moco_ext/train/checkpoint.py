@@ -14,7 +14,7 @@ from torch import nn
 from ..encoders import HEADS, resolve
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(file)`` on a temporary neighbour of ``path``, flush it to disk, and rename it into place.
 
     Whatever happens, ``path`` holds either its former content or all of the new one.

@@ -73,7 +73,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "digits": _SHORT
     | {
         "arch": "resnet8-small",
-        "epochs": 60,
+        "epochs": 80,
         "batch_size": 128,
         "mlp": False,
         "moco_k": 512,
@@ -83,11 +83,11 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": _SHORT
     | {
         "arch": "resnet10",
-        "epochs": 12,
+        "epochs": 18,
         "batch_size": 128,
         "moco_k": 4096,
         "crop_min": 0.5,
-        "knn_every": 1,
+        "knn_every": 3,
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,

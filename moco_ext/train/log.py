@@ -89,8 +89,9 @@ class TrainingProgress:
 
     def step(self, epoch: int, step: int, figures: dict[str, float] | None) -> None:
         """0-based ``step`` of 1-based ``epoch`` is done; ``figures`` are the epoch's so far, None to leave as is."""
-        shown = {"figures": self._format(figures)} if figures else {}
-        self._bar.update(self._task, completed=(epoch - 1) * self.steps + step + 1, epoch=epoch, **shown)
+        self._bar.update(self._task, completed=(epoch - 1) * self.steps + step + 1, epoch=epoch)
+        if figures:
+            self._bar.update(self._task, figures=self._format(figures))
 
     def epoch_done(self, record: dict[str, Any]) -> None:
         if not self.console.is_terminal:

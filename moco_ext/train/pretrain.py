@@ -101,10 +101,10 @@ def pretrain(config: PretrainConfig, data: ImageData, run: Run, model: MoCo | No
 def encoder_knn(encoder: torch.nn.Module, data: ImageData, run: Run, k: int) -> float:
     """kNN top-1 in percent of an encoder's features on the test split."""
     train, test = (
-        encoder_features(encoder, data, split, device=run.device, workers=run.workers)
-        for split in (data.train, data.test)
+        encoder_features(encoder, data, split, device=run.device, workers=run.workers) for split in data.splits
     )
-    return knn_top1(train, data.train.labels, test, data.test.labels, k=k)
+    train_labels, test_labels = (split.labels for split in data.splits)
+    return knn_top1(train, train_labels, test, test_labels, k=k)
 
 
 def _train_epoch(

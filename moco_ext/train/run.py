@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -54,21 +55,25 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, run: Run) -> 
 
 def all_features(data: ImageData, run: Run, **encoders: nn.Module) -> Features:
     """Features of both splits: pixels first, then each encoder by its name."""
-    splits = (data.train, data.test)
-    features = {"pixels": tuple(pixel_features(data, split, workers=run.workers) for split in splits)}
+    train, test = data.splits
+    features = {
+        "pixels": (pixel_features(data, train, workers=run.workers), pixel_features(data, test, workers=run.workers))
+    }
     for name, encoder in encoders.items():
         encoder.to(run.device)
-        features[name] = tuple(
-            encoder_features(encoder, data, split, device=run.device, workers=run.workers) for split in splits
-        )
+        rows = [
+            encoder_features(encoder, data, split, device=run.device, workers=run.workers) for split in (train, test)
+        ]
+        features[name] = (rows[0], rows[1])
     return features
 
 
 def top1(data: ImageData, features: Features, knn_k: int) -> dict[str, dict[str, float]]:
     """kNN and linear top-1 in percent of every representation."""
     scores: dict[str, dict[str, float]] = {"knn_top1": {}, "linear_top1": {}}
+    train_labels, test_labels = (split.labels for split in data.splits)
     for name, (train, test) in features.items():
-        task = (train, data.train.labels, test, data.test.labels)
+        task = (train, train_labels, test, test_labels)
         scores["knn_top1"][name] = round(knn_top1(*task, k=knn_k), 2)
         scores["linear_top1"][name] = round(linear_top1(*task), 2)
     return scores
@@ -88,5 +93,5 @@ def summary_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _write_json(path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
