@@ -43,6 +43,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh')
 	$(BIN)/mypy
+	$(BIN)/python bench/readme.py --check
 
 # CUDA kernels' source run on the host, against float64 loops; needs the CUDA headers, no GPU.
 native-test: .venv/installed

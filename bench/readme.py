@@ -1,0 +1,107 @@
+"""Figures into README.md, between its markers, from the JSON in bench/results; none is typed.
+
+python bench/readme.py                     writes them
+python bench/readme.py --check             fails if README.md does not hold them already
+python bench/readme.py --record NAME RUN   keeps a run directory's summary as bench/results/NAME.json first
+"""
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+RUNS = {"demo": "digits", "fashion": "fashion-mnist"}  # marker in README.md -> file in bench/results
+
+
+def record(name: str, run: Path) -> None:
+    import torch
+
+    summary = json.loads((run / "summary.json").read_text())
+    summary["machine"] = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    summary["commit"] = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _processor() -> str:
+    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return names[0].strip() if names else platform.processor()
+
+
+def run_section(summary: dict) -> str:
+    columns = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}
+    lines = [
+        f"`{shlex.join(['moco-ext', 'pretrain', '--data', summary['data'], '--output', 'RUN'])}`: "
+        f"{summary['seconds'] / 60:.1f} minutes of training on {summary['machine']} (commit {summary['commit']}).",
+        "",
+        "| top-1 on test images, % | " + " | ".join(columns.values()) + " |",
+        "|---" * 4 + "|",
+    ]
+    for key, label in (("knn_top1", "weighted kNN"), ("linear_top1", "linear probe")):
+        lines.append(f"| {label} | " + " | ".join(f"{summary[key][column]:.1f}" for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def bench_section(report: dict) -> str:
+    machine, commit = report["machine_info"], report["commit_info"]["id"][:10]
+    name = machine["gpu"] or machine["cpu"].get("brand_raw", machine["machine"])
+    lines = [
+        f"{name}, {machine['threads']} CPU threads, torch {machine['torch']}, commit {commit}: medians of runs that "
+        "take turns; a ratio is the median within rounds. Memory is what the call needs beyond its inputs. "
+        "`python bench/table.py bench/results/cpu.json` prints all rows.",
+        "",
+        "| work | implementation | ms | time / ours | memory, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for benchmark in sorted(report["benchmarks"], key=lambda b: b["group"]):
+        rows = benchmark["extra_info"]["rows"]
+        ours = next(iter(rows.values()))
+        for i, (label, row) in enumerate(rows.items()):
+            ratio = statistics.median(a / b for a, b in zip(row["ms"], ours["ms"], strict=True))
+            memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
+            work = benchmark["group"] if i == 0 else ""
+            lines.append(f"| {work} | {label} | {statistics.median(row['ms']):.3g} | {ratio:.2f} | {memory} |")
+    return "\n".join(lines)
+
+
+def sections() -> dict[str, str]:
+    filled = {}
+    for marker, name in RUNS.items():
+        if (RESULTS / f"{name}.json").is_file():
+            filled[marker] = run_section(json.loads((RESULTS / f"{name}.json").read_text()))
+    if (RESULTS / "cpu.json").is_file():
+        filled["bench"] = bench_section(json.loads((RESULTS / "cpu.json").read_text()))
+    return filled
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--record", nargs=2, metavar=("NAME", "RUN"))
+    arguments = parser.parse_args()
+    if arguments.record:
+        record(arguments.record[0], Path(arguments.record[1]))
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    filled = text
+    for marker, section in sections().items():
+        pattern = rf"(<!-- {marker}:start -->\n).*?(<!-- {marker}:end -->)"
+        filled = re.sub(pattern, lambda match, s=section: f"{match[1]}{s}\n{match[2]}", filled, flags=re.DOTALL)
+    if arguments.check:
+        if filled != text:
+            print("README.md: its figures are not those of bench/results; run python bench/readme.py", file=sys.stderr)
+        return int(filled != text)
+    readme.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
