@@ -75,7 +75,8 @@ def _results(summary: dict[str, Any], config: PretrainConfig) -> str:
         f'<table class="results">{head}{rows}</table>',
         f"Top-1 accuracy on the test images, %; bars from {floor} to 100. kNN: {config.knn_k} nearest training images "
         "by cosine, votes weighted by exp(cosine / 0.07). Linear: multinomial logistic regression on standardised "
-        "features. The untrained encoder is the same network at its random start, evaluated in the same way.",
+        "features. The untrained encoder is the same network at its random start, with BatchNorm statistics of the "
+        "training images, evaluated in the same way.",
     )
 
 

@@ -90,9 +90,7 @@ def test_values_beyond_float16_become_infinite(device):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_nan_stays_nan(device, normalize):
     queue = torch.zeros(2, 3, dtype=torch.bfloat16, device=device)
-    moco_ext.enqueue_(
-        queue, pointer(0, device), torch.full((1, 3), torch.nan, device=device), normalize=normalize
-    )
+    moco_ext.enqueue_(queue, pointer(0, device), torch.full((1, 3), torch.nan, device=device), normalize=normalize)
     assert queue[0].isnan().all()
     assert not queue[1].any()
 

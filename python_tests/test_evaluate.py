@@ -8,7 +8,15 @@ from torch import nn
 
 from moco_ext import data as mdata
 from moco_ext import encoders
-from moco_ext.evaluate import encoder_features, knn_predict, knn_top1, linear_top1, nearest, pixel_features
+from moco_ext.evaluate import (
+    encoder_features,
+    estimate_batchnorm_,
+    knn_predict,
+    knn_top1,
+    linear_top1,
+    nearest,
+    pixel_features,
+)
 
 pytest.importorskip("sklearn")
 
@@ -119,3 +127,16 @@ def test_raw_digits_are_easy():
     task = (train, digits.train.labels, test, digits.test.labels)
     assert knn_top1(*task, k=20) > 96
     assert linear_top1(*task) > 96
+
+
+def test_estimated_batchnorm_statistics_are_those_of_the_images():
+    digits = mdata.load("digits")
+    encoder = encoders.resolve("resnet8-small")(num_classes=8)
+    encoder.bn1.momentum, mode = 0.3, encoder.training
+    estimate_batchnorm_(encoder, digits, digits.train, batch_size=len(digits.train))
+    with torch.no_grad():
+        images = torch.cat([images for images, _ in mdata.plain_batches(digits, digits.train, 100)])
+        first = encoder.conv1(images)
+    torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert (encoder.bn1.momentum, encoder.training) == (0.3, mode)

@@ -392,8 +392,7 @@ def test_any_stride_gives_the_same_bits(device, layout):
     raw = laid_out(16, 24, layout, device=device)
     _, key, queue = problem(16, 200, 24, device)
     strided, plain = (
-        run_info_nce(moco_ext.info_nce, q, restrided(key, layout), queue, 0.07)
-        for q in (raw, raw.contiguous())
+        run_info_nce(moco_ext.info_nce, q, restrided(key, layout), queue, 0.07) for q in (raw, raw.contiguous())
     )
     assert torch.equal(strided[0], plain[0])
     assert torch.equal(strided[2]["query"], plain[2]["query"])

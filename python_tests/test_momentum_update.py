@@ -13,9 +13,7 @@ from torch.library import opcheck
 import moco_ext
 import moco_ext.reference
 
-SHAPES = st.lists(
-    st.lists(st.sampled_from([0, 1, 2, 3, 7, 64, 129]), max_size=3).map(tuple), min_size=0, max_size=8
-)
+SHAPES = st.lists(st.lists(st.sampled_from([0, 1, 2, 3, 7, 64, 129]), max_size=3).map(tuple), min_size=0, max_size=8)
 DTYPES = st.sampled_from([torch.float32, torch.float32, *HALF])
 
 
@@ -49,9 +47,7 @@ def test_matches_float64(device, data):
     want = [x.double() for x in keys]
     moco_ext.reference.momentum_update_(want, [x.double() for x in queries], m)
     as_tensor = draw(st.booleans())
-    assert (
-        moco_ext.momentum_update_(keys, queries, torch.tensor(m, device=device) if as_tensor else m) is None
-    )
+    assert moco_ext.momentum_update_(keys, queries, torch.tensor(m, device=device) if as_tensor else m) is None
     assert_close_to(keys, want, before, queries)
 
 

@@ -117,9 +117,7 @@ def test_enqueue(start, batch, normalize):
     for row in keys:
         queue[slot] = unit(row) if normalize else row
         slot = (slot + 1) % 4
-    reference.enqueue_(
-        got, got_ptr, torch.tensor(keys, dtype=torch.float64).view(batch, 2), normalize=normalize
-    )
+    reference.enqueue_(got, got_ptr, torch.tensor(keys, dtype=torch.float64).view(batch, 2), normalize=normalize)
     assert got.tolist() == [pytest.approx(row, rel=1e-15) for row in queue]
     assert got_ptr.tolist() == [slot]
 

@@ -37,6 +37,38 @@ def encoder_features(
     return torch.cat(rows)
 
 
+@torch.no_grad()
+def estimate_batchnorm_(
+    encoder: nn.Module,
+    data: ImageData,
+    split: Split,
+    *,
+    batch_size: int = 512,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> None:
+    """Set BatchNorm's running statistics to averages over the images (no augmentation), in place.
+
+    An encoder at its random start has statistics that fit no data at all; this makes it a fair baseline.
+    """
+    layers = [layer for layer in encoder.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    modes = [(module, module.training) for module in encoder.modules()]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a cumulative average
+    model = backbone(encoder.train())
+    try:
+        for images, _ in plain_batches(data, split, batch_size, workers):
+            if len(images) > 1:  # one image has no variance
+                model(images.to(device, non_blocking=True))
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training
+
+
 def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: int = 0) -> Tensor:
     """The images themselves as rows, float32 [N, D]: what any encoder has to beat.
 

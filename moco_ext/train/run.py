@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..data import ImageData
-from ..evaluate import encoder_features, knn_top1, linear_top1, pixel_features
+from ..evaluate import encoder_features, estimate_batchnorm_, knn_top1, linear_top1, pixel_features
 from .checkpoint import write_atomically
 from .config import PretrainConfig
 from .pretrain import Run, build_model, pretrain
@@ -25,8 +25,8 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, run: Run) -> 
     """Everything ``moco-ext pretrain`` does; returns what it writes to ``summary.json``.
 
     The summary is ``{"data", "seconds", "knn_top1", "linear_top1"}``: training time, and top-1 accuracy in
-    percent for ``"pixels"``, ``"untrained"`` (the encoder at its random start, evaluated in the same way) and
-    ``"trained"``. An image folder without ``val/`` is trained on but not evaluated.
+    percent for ``"pixels"``, ``"untrained"`` (the encoder at its random start, with BatchNorm statistics of the
+    training images) and ``"trained"``. An image folder without ``val/`` is trained on but not evaluated.
     """
     run.output.mkdir(parents=True, exist_ok=True)
     _write_json(run.output / "config.json", dataclasses.asdict(config))
@@ -40,6 +40,8 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, run: Run) -> 
         warnings.warn(f"data: {data.name} has no val/ folder: nothing to evaluate on", stacklevel=2)
     else:
         with run.console.status("evaluating"):
+            untrained.to(run.device)
+            estimate_batchnorm_(untrained, data, data.train, device=run.device, workers=run.workers)
             features = all_features(data, run, untrained=untrained, trained=model.encoder_q)
             summary |= top1(data, features, config.knn_k)
     _write_json(run.output / "summary.json", summary)
