@@ -66,6 +66,13 @@ def _check_devices(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected on the device of {first_name} ({first.device}), got {tensor.device}")
 
 
+def _allow_tf32() -> bool:
+    if torch.compiler.is_compiling():
+        return torch.backends.cuda.matmul.allow_tf32  # the form that torch.compile traces, and guards on
+    # Sees both of torch's switches, old and new; the old one raises where they have been mixed.
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 # --- info_nce ---------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +155,7 @@ def info_nce(
         grad and query.requires_grad,
         grad and key.requires_grad,
         grad and temperature_tensor is not None and temperature_tensor.requires_grad,
-        query.is_cuda and queue.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32,
+        query.is_cuda and queue.dtype == torch.float32 and _allow_tf32(),
     )
     stats = InfoNCEStats(loss.detach(), lse.detach(), positive_logit.detach(), rank) if return_stats else None
     if reduction == "mean":

@@ -408,3 +408,23 @@ def test_opcheck(device, learn_temperature, dtypes):
         torch.ops.moco_ext.info_nce_forward.default,
         (*arguments, True, True, True, learn_temperature, False),
     )
+
+
+def test_the_tf32_switch_follows_torchs():
+    """Old and new switch, mixed too; traceable, and traced anew when it changes."""
+    from moco_ext.ops import _allow_tf32
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    compiled = torch.compile(lambda x: x + _allow_tf32(), fullgraph=True, backend="eager")
+    try:
+        for allowed in (False, True):
+            matmul.allow_tf32 = allowed
+            assert _allow_tf32() == allowed
+            assert compiled(torch.zeros(1)).item() == allowed
+        matmul.fp32_precision = "ieee"
+        assert not _allow_tf32()
+        matmul.fp32_precision = "tf32"
+        assert _allow_tf32()
+    finally:
+        matmul.fp32_precision = before
