@@ -1,4 +1,4 @@
-// Argument checks and dtype dispatch shared by the CPU and CUDA op layers. Every message names the argument, what was
+// Argument checks shared by the CPU and CUDA op layers. Every message names the argument, what was
 // expected and what came. std::invalid_argument arrives in Python as ValueError.
 #pragma once
 
@@ -184,43 +184,5 @@ inline void check_l2_normalize(const Tensor& x, double eps) {
   check_float_dtype(x, "x", x.is_cpu());
   check(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ", eps);
 }
-
-// The value of a 0-dim tensor on the CPU.
-inline double cpu_scalar(const Tensor& t) {
-  const Tensor wide = torch::stable::to(t, ScalarType::Double);
-  return *static_cast<const double*>(wide.const_data_ptr());
-}
-
-// Query and key rows of one dtype, contiguous: float32 where they differ.
-inline std::pair<Tensor, Tensor> same_dtype_rows(const Tensor& query, const Tensor& key) {
-  const auto row_major = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
-  if (query.scalar_type() == key.scalar_type()) return {row_major(query), row_major(key)};
-  return {row_major(torch::stable::to(query, ScalarType::Float)), row_major(torch::stable::to(key, ScalarType::Float))};
-}
-
-// What info_nce_forward returns; a gradient that was not asked for is an empty tensor.
-struct InfoNceTensors {
-  Tensor loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature;
-
-  InfoNceTensors(const Tensor& query, const Tensor& queue, bool query_grad, bool key_grad, bool temperature_grad)
-      : loss(make(queue, {query.size(0)}, true)),
-        lse(make(queue, {query.size(0)}, true)),
-        positive_logit(make(queue, {query.size(0)}, true)),
-        rank(torch::stable::new_empty(queue, {query.size(0)}, ScalarType::Long)),
-        // The temperature's gradient falls out of the query's.
-        grad_query(make(queue, {query.size(0), query.size(1)}, query_grad || temperature_grad)),
-        grad_key(make(queue, {query.size(0), query.size(1)}, key_grad)),
-        grad_temperature(make(queue, {query.size(0)}, temperature_grad)) {}
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
-    return {loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature};
-  }
-
- private:
-  static Tensor make(const Tensor& queue, std::vector<int64_t> sizes, bool wanted) {
-    if (!wanted) sizes = {0};
-    return torch::stable::new_empty(queue, sizes, is_float64(queue) ? ScalarType::Double : ScalarType::Float);
-  }
-};
 
 }  // namespace moco_ext

@@ -2,8 +2,8 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
-#include "checks.h"
 #include "kernels/cpu.h"
+#include "tensors.h"
 
 namespace moco_ext {
 namespace {
@@ -41,29 +41,9 @@ bool gemm(const T* a, const T* b, T* c, int64_t m, int64_t n, int64_t k, bool tr
 
 cpu::Host host() { return {torch::stable::get_num_threads(), parallel_for, gemm<float>, gemm<double>}; }
 
-template <typename T>
-T* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <typename T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-// Calls f.template operator()<T>() with the element type of `t`; checks.h has refused every other dtype.
 template <typename F>
 void dispatch(const Tensor& t, F&& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return f.template operator()<bfloat16>();
-    case ScalarType::Half:
-      return f.template operator()<float16>();
-    case ScalarType::Double:
-      return f.template operator()<double>();
-    default:
-      return f.template operator()<float>();
-  }
+  dispatch_dtype<bfloat16, float16, double>(t, std::forward<F>(f));
 }
 
 // The same for two tensors, which are both float64 or neither is.

@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
-#include "checks.h"
 #include "kernels/cuda.h"
+#include "tensors.h"
 
 namespace moco_ext {
 namespace {
@@ -26,27 +26,9 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-template <typename T>
-T* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <typename T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-// Calls f.template operator()<T>() with the element type of `t`; checks.h has refused every other dtype.
 template <typename F>
 void dispatch(const Tensor& t, F&& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return f.template operator()<__nv_bfloat16>();
-    case ScalarType::Half:
-      return f.template operator()<__half>();
-    default:
-      return f.template operator()<float>();
-  }
+  dispatch_dtype<__nv_bfloat16, __half, void>(t, std::forward<F>(f));
 }
 
 // A scalar argument given as a 0-dim tensor: read by the kernel where it lies on the device, read here (which costs no
