@@ -238,7 +238,6 @@ def test_the_whole_forward_compiles_without_a_break(device):
         ({"dim": 0}, "dim"),
         ({"shuffle_bn": "perhaps"}, "shuffle_bn"),
         ({"split_bn": 0}, "split_bn"),
-        ({"base_encoder": "resnet19"}, "resnet18"),
         ({"base_encoder": lambda num_classes: nn.Sequential(nn.Linear(3, num_classes)), "mlp": True}, "mlp"),
     ],
 )
