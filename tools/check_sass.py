@@ -1,0 +1,74 @@
+"""Reads the machine code of the built CUDA library: are the instructions that the kernels are fast by really there?
+
+    python tools/check_sass.py [LIBRARY]      pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm (or a CUDA toolkit)
+
+For each architecture: every tensor-core kernel multiplies with HMMA, reads its operands with LDSM and fetches key tiles
+with 16-byte LDGSTS; the momentum update moves 16 bytes a load and a store; neither touches local memory.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from build_backend import site_packages
+
+# Part of a kernel's name -> how many of it there must be, instructions each must have, and must not have.
+LOCAL_MEMORY = (r"\bLDL\b", r"\bSTL\b")
+RULES = {
+    # 4 operand types x C in (64, 128, 256, 512) x with and without gradient
+    "info_nce_mma_kernel": (32, (r"\bHMMA\.", r"\bLDSM\.", r"\bLDGSTS\.E\.BYPASS\S*\.128\b"), LOCAL_MEMORY),
+    # tables of 1, 64 and 1,000 tensors
+    "momentum_update_kernel": (3, (r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
+}
+
+
+def find_cuobjdump() -> str:
+    candidates = [shutil.which("cuobjdump"), "/usr/local/cuda/bin/cuobjdump"]
+    candidates += [str(path) for folder in site_packages() for path in folder.glob("nvidia/*/bin/cuobjdump")]
+    found = next((path for path in candidates if path and Path(path).is_file()), None)
+    if found is None:
+        raise SystemExit("check_sass: no cuobjdump; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return found
+
+
+def check(architecture: str, sass: str) -> list[str]:
+    problems = []
+    functions = {
+        name.strip(): code for name, code in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S)
+    }
+    for part, (count, wanted, unwanted) in RULES.items():
+        kernels = {name: code for name, code in functions.items() if part in name}
+        if len(kernels) != count:
+            problems.append(f"{architecture}: expected {count} of {part}, found {len(kernels)}")
+        for name, code in kernels.items():
+            problems += [
+                f"{architecture}: no {pattern} in {name}" for pattern in wanted if not re.search(pattern, code)
+            ]
+            problems += [f"{architecture}: {pattern} in {name}" for pattern in unwanted if re.search(pattern, code)]
+    return problems
+
+
+def main() -> int:
+    default = Path(__file__).parent.parent / "moco_ext" / "lib" / "libmoco_ext_cuda.so"
+    library = sys.argv[1] if len(sys.argv) > 1 else str(default)
+    cuobjdump = find_cuobjdump()
+
+    def run(*options: str) -> str:
+        return subprocess.run([cuobjdump, *options, library], capture_output=True, text=True, check=True).stdout
+
+    architectures = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", run("--list-elf"))))
+    problems = [] if architectures else [f"no machine code in {library}"]
+    for architecture in architectures:
+        problems += check(architecture, run("--dump-sass", "-arch", architecture))
+    print(*problems, sep="\n")
+    print(f"{'wrong' if problems else 'as expected'}: {', '.join(architectures)}")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
