@@ -233,7 +233,7 @@ def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor, *, normalize: bool 
 
     Args:
         queue: [K, C] contiguous; float32, bfloat16 or float16 (float64 on the CPU).
-        queue_ptr: [1] int64 on the queue's device, the next row to write; taken modulo K.
+        queue_ptr: [1] int64 on the queue's device, the next row to write, not negative; taken modulo K.
         keys: [B, C] float rows, of any strides.
         normalize: scale each key to unit length on the way.
 
