@@ -52,11 +52,12 @@ native-test: .venv/installed
 	cmake --build build/tests
 	ctest --test-dir build/tests --output-on-failure --parallel 2
 
-# On a machine with a GPU and its own python with torch; needs no network. Each part also alone; JSON goes to $(OUT).
+# On a machine with a GPU and its own python with torch; needs no network. Each part also alone, and OPS="enqueue ..."
+# for some kernels alone; JSON goes to $(OUT).
 OUT ?= build/gpu
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
 gpu-build gpu-test gpu-sanitize gpu-bench: gpu-%:
-	$(PYTHON) tools/gpu.py $* --out $(OUT)
+	$(PYTHON) tools/gpu.py $* --out $(OUT) $(if $(OPS),--ops $(OPS))
 
 clean:
 	rm -rf .venv build dist *.egg-info moco_ext/lib moco_ext/_C*.so compile_commands.json

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -79,7 +80,7 @@ def device() -> str:
         raise SystemExit("make gpu: no NVIDIA GPU here (nvidia-smi does not answer)") from None
 
 
-def build(part: Part) -> None:
+def build(part: Part, ops: list[str]) -> None:
     capability = device().rsplit(",", 1)[1].strip().splitlines()[0]
     part.environment |= {"MOCO_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
@@ -94,23 +95,24 @@ def build(part: Part) -> None:
     part.run("build kernel tests", ["cmake", "--build", str(BUILD)], 8)
 
 
-def test(part: Part) -> None:
+def test(part: Part, ops: list[str]) -> None:
     part.run("moco-ext info", [sys.executable, "-m", "moco_ext", "info", "--json"], 2)
-    for op in OPS:
+    for op in ops:
         part.run(f"kernel {op}", [str(BUILD / "csrc" / "tests" / f"gpu_test_{op}")], 3)
     part.run("pytest", [sys.executable, "-m", "pytest", "python_tests", "-q", "--durations=10"], 9)
 
 
-def sanitize(part: Part) -> None:
-    for op in OPS:
+def sanitize(part: Part, ops: list[str]) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for op in ops:
         # The sanitizers slow kernels down a hundredfold: fewer random cases, the same shapes and types.
         cases = ["20"] if op == "info_nce" else []
         for tool in SANITIZERS:
             program = [str(BUILD / "csrc" / "tests" / f"gpu_test_{op}"), *cases]
-            part.run(f"{tool} {op}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program], 4)
+            part.run(f"{tool} {op}", [sanitizer, "--tool", tool, "--error-exitcode", "9", *program], 4)
 
 
-def bench(part: Part) -> None:
+def bench(part: Part, ops: list[str]) -> None:
     results = part.path.parent / "bench-gpu.json"
     part.run("bench", [sys.executable, "-m", "pytest", "bench", "-q", f"--benchmark-json={results}"], 9)
 
@@ -119,11 +121,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["build", "test", "sanitize", "bench"])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
+    parser.add_argument("--ops", nargs="*", default=OPS, choices=OPS, help="kernel tests to run or sanitize")
     arguments = parser.parse_args()
     device()
     arguments.out.mkdir(parents=True, exist_ok=True)
     part = Part(arguments.part, arguments.out)
-    {"build": build, "test": test, "sanitize": sanitize, "bench": bench}[arguments.part](part)
+    {"build": build, "test": test, "sanitize": sanitize, "bench": bench}[arguments.part](part, arguments.ops)
     return part.finish()
 
 
