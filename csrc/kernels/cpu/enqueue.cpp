@@ -17,14 +17,8 @@ void enqueue(const Host& host, Queue* queue, int64_t* queue_ptr, const Key* keys
   host.parallel_for(b - skipped, 1 + kGrain / c, [&](int64_t begin, int64_t end) {
     std::vector<A> row(c);
     for (int64_t i = skipped + begin; i < skipped + end; ++i) {
-      const Key* key = keys + i * c;
-      Queue* slot = queue + (ptr + i) % k * c;
-      if (normalize) {
-        load_row(key, row.data(), c, true, static_cast<A>(eps));
-        for (int64_t j = 0; j < c; ++j) slot[j] = convert<Queue>(row[j]);
-      } else {
-        for (int64_t j = 0; j < c; ++j) slot[j] = convert<Queue>(convert<A>(key[j]));
-      }
+      load_row(keys + i * c, row.data(), c, normalize, static_cast<A>(eps));
+      convert_array(row.data(), queue + (ptr + i) % k * c, c);
     }
   });
   *queue_ptr = (ptr + b) % k;

@@ -58,12 +58,9 @@ double exp2_and_sum(double* x, int64_t n, double shift, double scale, bool store
 // Keys as the GEMM reads them: float and double queues in place, 16-bit ones widened a tile at a time.
 inline const float* widen(const float* tile, int64_t, std::vector<float>&) { return tile; }
 inline const double* widen(const double* tile, int64_t, std::vector<double>&) { return tile; }
-inline const float* widen(const bfloat16* tile, int64_t count, std::vector<float>& scratch) {
-  vector_loops().bfloat16_to_float(tile, scratch.data(), count);
-  return scratch.data();
-}
-inline const float* widen(const float16* tile, int64_t count, std::vector<float>& scratch) {
-  vector_loops().float16_to_float(tile, scratch.data(), count);
+template <typename T>
+inline const float* widen(const T* tile, int64_t count, std::vector<float>& scratch) {
+  convert_array(tile, scratch.data(), count);
   return scratch.data();
 }
 

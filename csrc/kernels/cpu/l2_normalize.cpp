@@ -15,7 +15,7 @@ void l2_normalize(const Host& host, const T* x, T* out, accumulate_t<T>* norm, i
     for (int64_t i = begin; i < end; ++i) {
       const A length = load_row(x + i * cols, unit.data(), cols, true, static_cast<A>(eps));
       if (norm != nullptr) norm[i] = length;
-      for (int64_t j = 0; j < cols; ++j) out[i * cols + j] = convert<T>(unit[j]);
+      convert_array(unit.data(), out + i * cols, cols);
     }
   });
 }

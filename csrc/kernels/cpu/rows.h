@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "kernels/cpu/half.h"
+#include "kernels/cpu/vector_loops.h"
 
 namespace moco_ext::cpu {
 
@@ -21,7 +21,7 @@ inline A dot(const A* x, const A* y, int64_t n) {
 // out = x, or x / max(||x||, eps); returns max(||x||, eps), 1 when not normalising.
 template <typename T, typename A>
 inline A load_row(const T* x, A* out, int64_t n, bool normalize, A eps) {
-  for (int64_t i = 0; i < n; ++i) out[i] = convert<A>(x[i]);
+  convert_array(x, out, n);
   if (!normalize) return A{1};
   double sum = 0.0;
   for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(out[i]) * static_cast<double>(out[i]);
