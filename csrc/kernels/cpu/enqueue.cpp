@@ -17,8 +17,15 @@ void enqueue(const Host& host, Queue* queue, int64_t* queue_ptr, const Key* keys
   host.parallel_for(b - skipped, 1 + kGrain / c, [&](int64_t begin, int64_t end) {
     std::vector<A> row(c);
     for (int64_t i = skipped + begin; i < skipped + end; ++i) {
+      Queue* slot = queue + (ptr + i) % k * c;
+      if constexpr (std::is_same_v<Key, A> || std::is_same_v<Key, Queue>) {
+        if (!normalize) {
+          convert_array(keys + i * c, slot, c);
+          continue;
+        }
+      }
       load_row(keys + i * c, row.data(), c, normalize, static_cast<A>(eps));
-      convert_array(row.data(), queue + (ptr + i) % k * c, c);
+      convert_array(row.data(), slot, c);
     }
   });
   *queue_ptr = (ptr + b) % k;
