@@ -82,7 +82,7 @@ def bench_info_nce(compare, device, case):
 
 
 def _cache_limit(query, K, flops) -> Row:
-    """The same products on one tile that never leaves the cache: no implementation on GEMMs is faster."""
+    """The same products on one tile that never leaves the cache: what torch's GEMMs take at their best."""
     N, C = query.shape
     size = min(max(TILE_LOGITS // N, 256), 2048)  # keys
     threads = torch.get_num_threads()

@@ -2,7 +2,7 @@
 
 python bench/readme.py                     writes them
 python bench/readme.py --check             fails if README.md does not hold them already
-python bench/readme.py --record NAME RUN   keeps a run directory's summary as bench/results/NAME.json first
+python bench/readme.py --record NAME RUN   keeps a run's summary, made on this commit, as bench/results/NAME.json
 """
 
 import argparse

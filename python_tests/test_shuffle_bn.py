@@ -13,16 +13,20 @@ from torch import nn
 import moco_ext
 from moco_ext.shuffle_bn import SplitBatchNorm, convert_split_bn, encode_shuffled, encode_split, shared_permutation
 
+LAYERS = {
+    "1d": nn.BatchNorm1d(5),
+    "2d cumulative": nn.BatchNorm2d(5, momentum=None),
+    "2d without affine": nn.BatchNorm2d(5, affine=False),
+}
+# The last: groups of one image, which only have a variance where an image has many values a channel.
+GROUPED = [(name, n, g) for n, g in [(12, 4), (12, 1), (10, 4), (3, 8)] for name in LAYERS if n > g or name != "1d"]
 
-@pytest.mark.parametrize(("n", "groups"), [(12, 4), (12, 1), (10, 4), (3, 8)])
-@pytest.mark.parametrize(
-    "layer", [nn.BatchNorm1d(5), nn.BatchNorm2d(5, momentum=None), nn.BatchNorm2d(5, affine=False)]
-)
+
+@pytest.mark.parametrize(("layer", "n", "groups"), GROUPED)
 def test_each_group_is_normalised_alone(device, layer, n, groups):
     torch.manual_seed(0)
+    layer = LAYERS[layer]
     shape = (n, 5) if isinstance(layer, nn.BatchNorm1d) else (n, 5, 3, 4)
-    if n < 2 * groups and isinstance(layer, nn.BatchNorm1d):
-        pytest.skip("BatchNorm refuses a group of one value a channel")
     x = torch.randn(shape, device=device, requires_grad=True)
     plain = copy.deepcopy(layer).to(device)
     split = convert_split_bn(copy.deepcopy(layer).to(device), groups)

@@ -105,7 +105,7 @@ def test(part: Part, ops: list[str]) -> None:
 def sanitize(part: Part, ops: list[str]) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for op in ops:
-        # The sanitizers slow kernels down a hundredfold: fewer random cases, the same shapes and types.
+        # The sanitizers slow kernels down a great deal: fewer random cases, the same shapes and types.
         cases = ["20"] if op == "info_nce" else []
         for tool in SANITIZERS:
             program = [str(BUILD / "csrc" / "tests" / f"gpu_test_{op}"), *cases]

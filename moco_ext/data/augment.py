@@ -2,7 +2,7 @@
 
 One :class:`Augmentation` says what is done; it is carried out either per image, by torchvision's transforms
 in loader workers (:func:`image_transform`, for image folders), or on whole batches in memory with parameters
-drawn per image (:func:`augment_batch`, for small sets: ten times the images per second on a CPU).
+drawn per image (:func:`augment_batch`, for small sets: without a Python call an image).
 """
 
 from __future__ import annotations
