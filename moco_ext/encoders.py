@@ -70,6 +70,52 @@ def resolve(arch: str | BaseEncoder) -> BaseEncoder:
     )
 
 
+def build(base_encoder: str | BaseEncoder, dim: int, mlp: bool = False) -> nn.Module:
+    """An encoder of images [N, 3, H, W] into [N, dim]; ``mlp`` gives it MoCo v2's head of two layers."""
+    encoder = resolve(base_encoder)(num_classes=dim)
+    if mlp:
+        add_mlp_head(encoder)
+    return encoder
+
+
+def encode(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Features [N, dim] of images [N, 3, H, W], or of sets of patches [N, P, 3, h, w]: the mean over each set."""
+    if images.ndim != 5:
+        return encoder(images)
+    n, patches = images.shape[:2]
+    # Patch by patch, not image by image: split BatchNorm's groups (row mod G) then keep an image's patches together.
+    features = encoder(images.transpose(0, 1).flatten(0, 1))
+    return features.view(patches, n, -1).mean(dim=0)
+
+
+def add_mlp_head(encoder: nn.Module) -> None:
+    """Linear -> Linear, ReLU, Linear, in place (MoCo v2): ``fc`` becomes ``fc.0``, ``fc.2``."""
+    name = _head_name(encoder)
+    head = getattr(encoder, name) if name else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"mlp: expected an encoder whose head is a Linear layer named one of {', '.join(HEADS)}, got "
+            f"{type(encoder).__name__}; give it its own two-layer head and pass mlp=False"
+        )
+    setattr(encoder, str(name), nn.Sequential(nn.Linear(head.in_features, head.in_features), nn.ReLU(), head))
+
+
+def with_own_head(encoder: nn.Module) -> nn.Module:
+    """A second encoder that shares all of the first's layers but the head, of which it has a copy.
+
+    Raises:
+        ValueError: the module has no head under a name known to torchvision or timm.
+    """
+    name = _head_name(encoder)
+    if name is None:
+        raise ValueError(
+            f"key_encoder: expected an encoder with a head named one of {', '.join(HEADS)} for 'partial', got "
+            f"{type(encoder).__name__}"
+        )
+    shared = {id(child): child for child_name, child in encoder.named_children() if child_name != name}
+    return copy.deepcopy(encoder, shared)
+
+
 def backbone(encoder: nn.Module) -> nn.Module:
     """The same encoder with its head replaced by the identity: ``images [N, 3, H, W] -> features [N, D]``.
 
@@ -82,7 +128,7 @@ def backbone(encoder: nn.Module) -> nn.Module:
     """
     if hasattr(encoder, "forward_head") and hasattr(encoder, "forward_features"):  # timm: heads may also pool
         return _TimmBackbone(encoder)
-    name = next((name for name in HEADS if isinstance(getattr(encoder, name, None), nn.Module)), None)
+    name = _head_name(encoder)
     if name is None:
         raise ValueError(
             f"encoder: expected a module with a head named one of {', '.join(HEADS)}, "
@@ -92,6 +138,10 @@ def backbone(encoder: nn.Module) -> nn.Module:
     headless._modules = dict(encoder._modules)  # else the next line would take the head from `encoder` too
     setattr(headless, name, nn.Identity())
     return headless
+
+
+def _head_name(encoder: nn.Module) -> str | None:
+    return next((name for name in HEADS if isinstance(getattr(encoder, name, None), nn.Module)), None)
 
 
 class _TimmBackbone(nn.Module):

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed, encoders
+from .distributed import all_gather, start_all_gather
+from .encoders import encode
 from .momentum import flatten_parameters_, update_key_encoder_
-from .ops import info_nce
+from .ops import info_nce, momentum_update_
 from .queue import KeyQueue
-from .shuffle_bn import check_mode, convert_split_bn, encode_shuffled, encode_split
+from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
 from .stats import InfoNCEStats
+
+# How the key encoder is made from the query encoder.
+KEY_ENCODERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "momentum": copy.deepcopy,
+    "partial": encoders.with_own_head,
+    "identical": lambda encoder: encoder,
+}
 
 
 class MoCoOutput(NamedTuple):
@@ -44,7 +53,8 @@ class MoCo(KeyQueue):
 
     A skipped step calls no ``update``; with gradient accumulation, call it once, with the accumulated keys.
     The state dict has the official implementation's names and layouts (``encoder_q.*``, ``encoder_k.*``,
-    ``queue`` [dim, K], ``queue_ptr`` [1]): checkpoints load both ways.
+    ``queue`` [dim, K], ``queue_ptr`` [1]): checkpoints load both ways. ``query_hook``, if set, is called in each
+    forward pass with the raw queries [N, dim].
 
     Args:
         base_encoder: ``base_encoder(num_classes=dim) -> Module`` mapping images to [N, dim] features, or a name:
@@ -55,10 +65,13 @@ class MoCo(KeyQueue):
         T: temperature of the softmax.
         mlp: v2's head: a hidden layer of the backbone's width and a ReLU before the last linear layer.
         queue_dtype: of the stored keys.
-        shuffle_bn: ``"auto"``, ``"gather"``, ``"all_to_all"`` or ``"none"``: how key images move between processes so
-            that no query shares batch statistics with its key. With one process there is nothing to move.
+        shuffle_bn: ``"auto"``, ``"gather"``, ``"all_to_all"``, ``"loader"`` or ``"none"``: how key images move between
+            processes so that no query shares batch statistics with its key; with ``"loader"`` the loader has done it.
+            With one process there is nothing to move.
         split_bn: number of groups of a device's batch with BatchNorm statistics of their own; more than one gives a
             single device the effect of as many devices.
+        key_encoder: ``"momentum"``, a network of its own that follows the query encoder; ``"partial"``, which shares
+            all but the head with it, and only the head follows; ``"identical"``, the query encoder itself.
 
     Raises:
         ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
@@ -79,46 +92,59 @@ class MoCo(KeyQueue):
         queue_dtype: torch.dtype = torch.float32,
         shuffle_bn: str = "auto",
         split_bn: int = 1,
+        key_encoder: str = "momentum",
     ) -> None:
         super().__init__(dim, K, queue_dtype)
         if not 0.0 <= m <= 1.0:
             raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
-        if not 0.0 < T < float("inf"):
-            raise ValueError(f"T: expected a finite positive temperature, got {T}")
-        if split_bn < 1:
-            raise ValueError(f"split_bn: expected at least one group, got {split_bn}")
+        if key_encoder not in KEY_ENCODERS:
+            raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
         self.m = m
-        self.T = T
+        self.T = check_temperature(T)
         self.shuffle_bn = check_mode(shuffle_bn)
         self.split_bn = split_bn
+        self.key_encoder = key_encoder
+        self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
         self._steps = 0
 
-        encoder = encoders.resolve(base_encoder)(num_classes=dim)
-        if mlp:
-            _add_mlp_head(encoder)
-        if split_bn > 1:
-            encoder = convert_split_bn(encoder, split_bn)
+        encoder = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
         self.encoder_q = encoder
-        self.encoder_k = copy.deepcopy(encoder)
+        self.encoder_k = KEY_ENCODERS[key_encoder](encoder)
+        trained = set(encoder.parameters())
         for parameter in self.encoder_k.parameters():
-            parameter.requires_grad = False
+            if parameter not in trained:
+                parameter.requires_grad = False
         self._flatten()
 
-    def forward(self, im_q: Tensor, im_k: Tensor) -> MoCoOutput:
+    def forward(self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None) -> MoCoOutput:
         """Loss of a batch of two views of the same images.
 
         Args:
-            im_q: [N, ...] the query views.
-            im_k: [N, ...] the key views, row by row of the same images.
+            im_q: [N, 3, H, W] the query views, or [N, P, 3, h, w]: sets of patches, each encoded as their mean.
+            im_k: the key views, row by row of the same images (with ``shuffle_bn="loader"``, of the images that
+                ``key_order`` puts into this rank's slots).
+            key_order: [world * N] int64 on the CPU, equal on all ranks: slot i of the shuffled global batch holds image
+                ``key_order[i]``. By default a permutation drawn from the number of updates so far.
         """
         if im_q.shape[0] != im_k.shape[0]:
             raise ValueError(f"im_k: expected {im_q.shape[0]} images as in im_q, got {im_k.shape[0]}")
-        queries = self.encoder_q(im_q)  # [N, dim]
-        all_keys = self._encode_keys(im_k)  # [world * N, dim]
-        n = queries.shape[0]
-        keys = all_keys[distributed.rank() * n :][:n]
-        loss, stats = info_nce(queries, keys, self.queue, self.T, return_stats=True)
-        return MoCoOutput(loss, all_keys, stats)
+        n = im_q.shape[0]
+        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self._steps, key_order)
+        # Whatever has to travel does so while the queries are encoded: the images, or else the keys.
+        arriving = start_shuffle(im_k, order, self.shuffle_bn)
+        if arriving is None:
+            gathering = start_all_gather(self._encode_keys(im_k))
+            queries = encode(self.encoder_q, im_q)  # [N, dim]
+            keys = gathering()
+        else:
+            queries = encode(self.encoder_q, im_q)
+            keys = all_gather(self._encode_keys(arriving()))
+        keys = unshuffle(keys, order)  # [world * N, dim]
+        if self.query_hook is not None:
+            self.query_hook(queries)
+        mine = keys[distributed.rank() * n :][:n]
+        loss, stats = info_nce(queries, mine, self.queue, self.T, return_stats=True)
+        return MoCoOutput(loss, keys, stats)
 
     @torch.no_grad()
     def update(self, keys: Tensor) -> None:
@@ -127,7 +153,12 @@ class MoCo(KeyQueue):
         Args:
             keys: [B, dim] ``MoCoOutput.keys``, the same on every rank.
         """
-        update_key_encoder_(self.encoder_k, self.encoder_q, self.m)
+        if self.key_encoder == "momentum":
+            update_key_encoder_(self.encoder_k, self.encoder_q, self.m)
+        elif self.key_encoder == "partial":
+            pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
+            own = [(key, query) for key, query in pairs if key is not query]
+            momentum_update_(*map(list, zip(*own, strict=True)), self.m)
         self.enqueue(keys)
         self._steps += 1
 
@@ -135,16 +166,12 @@ class MoCo(KeyQueue):
         return f"K={self.K}, dim={self.queue.shape[1]}, m={self.m}, T={self.T}, queue_dtype={self.queue.dtype}"
 
     @torch.no_grad()
-    def _encode_keys(self, im_k: Tensor) -> Tensor:
-        if distributed.world_size() > 1:
-            return encode_shuffled(self.encoder_k, im_k, self.shuffle_bn, self._steps)
-        if self.split_bn > 1 and self.shuffle_bn != "none":
-            return encode_split(self.encoder_k, im_k)
-        return self.encoder_k(im_k)
+    def _encode_keys(self, images: Tensor) -> Tensor:
+        return encode(self.encoder_k, images)
 
     def _flatten(self) -> None:
         """Lay out each encoder in one buffer. Those of several dtypes are updated as lists; see momentum.py."""
-        for encoder in (self.encoder_q, self.encoder_k):
+        for encoder in (self.encoder_q, self.encoder_k)[: 2 if self.key_encoder == "momentum" else 1]:
             parameters = list(encoder.parameters())
             if len({(p.dtype, p.device) for p in parameters}) == 1 and not parameters[0].is_meta:
                 flatten_parameters_(encoder)
@@ -159,13 +186,7 @@ class MoCo(KeyQueue):
         self._flatten()
 
 
-def _add_mlp_head(encoder: nn.Module) -> None:
-    """Linear -> Linear, ReLU, Linear, in place (MoCo v2): ``fc`` becomes ``fc.0``, ``fc.2``."""
-    name = next((name for name in encoders.HEADS if isinstance(getattr(encoder, name, None), nn.Linear)), None)
-    if name is None:
-        raise ValueError(
-            f"mlp: expected an encoder whose head is a Linear layer named one of {', '.join(encoders.HEADS)}, got "
-            f"{type(encoder).__name__}; give it its own two-layer head and pass mlp=False"
-        )
-    head = getattr(encoder, name)
-    setattr(encoder, name, nn.Sequential(nn.Linear(head.in_features, head.in_features), nn.ReLU(), head))
+def check_temperature(T: float) -> float:
+    if not 0.0 < T < float("inf"):
+        raise ValueError(f"T: expected a finite positive temperature, got {T}")
+    return T

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import all_gather, rank, world_size
+from .distributed import rank, start_all_gather, start_exchange, world_size
 
-MODES = ("auto", "gather", "all_to_all", "none")
+MODES = ("auto", "gather", "all_to_all", "loader", "none")
 
 
 def check_mode(mode: str) -> str:
@@ -30,39 +29,69 @@ def shared_permutation(n: int, step: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step))
 
 
-@torch.no_grad()
-def encode_shuffled(encoder: Callable[[Tensor], Tensor], images: Tensor, mode: str, step: int) -> Tensor:
-    """Encode this rank's images [N, ...] on other ranks; returns all ranks' outputs [world * N, dim], in order.
+def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | None) -> Tensor | None:
+    """The order in which keys are encoded: slot i of the global batch of world * n holds image ``order[i]``.
 
-    ``"gather"`` (as published) collects every image on every rank; ``"all_to_all"`` sends only the rows the
-    permutation moves, 1/world of that; ``"auto"`` is the latter. The outputs are gathered once, which unshuffles them
-    and serves the queue.
+    Args:
+        n: images of this rank.
+        given: [world * n] int64 on the CPU, the same on all ranks, instead of one drawn from the step.
+
+    Returns:
+        [world * n] int64 on the CPU; None where nothing is to be shuffled.
+
+    Raises:
+        ValueError: an order of the wrong length, or none where the loader has already shuffled.
     """
-    world = world_size()
-    if mode == "none":
-        return all_gather(encoder(images))
-    n = images.shape[0]
-    order = shared_permutation(world * n, step)  # slot i of the shuffled global batch holds image order[i]
-    mine = order[rank() * n : (rank() + 1) * n]
-    shuffled = all_gather(images)[mine.to(images.device)] if mode == "gather" else _exchange(images, order, mine)
-    keys = all_gather(encoder(shuffled))
-    return keys[order.argsort().to(keys.device)]
+    total = world_size() * n
+    if mode == "loader" and given is None:
+        raise ValueError(
+            "key_order: expected the permutation by which the loader has shuffled the key images, got none; "
+            "moco_ext.data.TrainLoader(..., shuffled_keys=True) gives it with each batch"
+        )
+    if given is not None and given.shape != (total,):
+        raise ValueError(f"key_order: expected [{total}], a permutation of the global batch, got {list(given.shape)}")
+    if mode == "none" or (mode != "loader" and world_size() == 1 and split_bn == 1):
+        return None
+    return shared_permutation(total, step) if given is None else given
 
 
-def _exchange(images: Tensor, order: Tensor, mine: Tensor) -> Tensor:
-    """Rows ``mine`` of the global batch, sent here by the ranks that hold them."""
+def start_shuffle(images: Tensor, order: Tensor | None, mode: str) -> Callable[[], Tensor] | None:
+    """Set out this rank's images [N, ...] for the slots that ``order`` gives them.
+
+    ``"gather"`` (as published) collects every image on every rank; ``"all_to_all"`` sends only the rows the permutation
+    moves, 1/world of that; ``"auto"`` is the latter. Of ``"loader"`` they are there already.
+
+    Returns:
+        A function that waits for the images of this rank's slots [N, ...] and gives them; None if none has to travel.
+    """
+    if order is None or mode == "loader":
+        return None
     n, world, me = images.shape[0], world_size(), rank()
-    held = order // n  # [world * n] the rank that holds each slot's image
+    mine = order[me * n : (me + 1) * n]
+    if world == 1:
+        shuffled = images[_index(mine, images)]
+        return lambda: shuffled
+    if mode == "gather":
+        gathering = start_all_gather(images)
+        return lambda: gathering()[_index(mine, images)]
+    leaving = order // n == me  # slots filled from here, in the order of their receivers
     wanted_by = torch.arange(world * n) // n
-    leaving = held == me  # slots filled from here, in the order of their receivers
     send_counts = torch.bincount(wanted_by[leaving], minlength=world).tolist()
     receive_counts = torch.bincount(mine // n, minlength=world).tolist()
-    sent = images[(order[leaving] - me * n).to(images.device)]
-    received = images.new_empty(images.shape)
-    dist.all_to_all_single(received, sent, receive_counts, send_counts)
+    exchange = start_exchange(images[_index(order[leaving] - me * n, images)], send_counts, receive_counts)
     # Arrived grouped by sender, within a sender in slot order: a stable sort of the slots by sender, undone.
-    arrival = torch.argsort(mine // n, stable=True)
-    return received[arrival.argsort().to(images.device)]
+    arrival = torch.argsort(mine // n, stable=True).argsort()
+    return lambda: exchange()[_index(arrival, images)]
+
+
+def unshuffle(keys: Tensor, order: Tensor | None) -> Tensor:
+    """All slots' keys [world * N, dim] back in the order of the images."""
+    return keys if order is None else keys[_index(order.argsort(), keys)]
+
+
+def _index(rows: Tensor, like: Tensor) -> Tensor:
+    """Row numbers beside the tensor that they index, without making the host wait for the GPU."""
+    return rows.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else rows
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -122,8 +151,15 @@ def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
     """Replace every BatchNorm in a module by :class:`SplitBatchNorm`; parameters and buffers are the same objects.
 
     Returns:
-        The module, changed in place; a new one if it is itself a BatchNorm.
+        The module, changed in place; a new one if it is itself a BatchNorm. For one group there is nothing to change.
+
+    Raises:
+        ValueError: less than one group.
     """
+    if groups < 1:
+        raise ValueError(f"split_bn: expected at least one group, got {groups}")
+    if groups == 1:
+        return module
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         options = {name: getattr(module, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
         split = SplitBatchNorm(module.num_features, groups, **options)
@@ -133,10 +169,3 @@ def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, convert_split_bn(child, groups))
     return module
-
-
-@torch.no_grad()
-def encode_split(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Encode images [N, ...] in random order and return the outputs in order: other groups than the queries'."""
-    order = torch.randperm(images.shape[0], device=images.device)
-    return encoder(images[order])[order.argsort()]

@@ -11,7 +11,8 @@ from test_moco import Tiny, tiny_moco
 from torch import nn
 
 import moco_ext
-from moco_ext.shuffle_bn import SplitBatchNorm, convert_split_bn, encode_shuffled, encode_split, shared_permutation
+from moco_ext.distributed import all_gather
+from moco_ext.shuffle_bn import SplitBatchNorm, convert_split_bn, shared_permutation, start_shuffle, unshuffle
 
 LAYERS = {
     "1d": nn.BatchNorm1d(5),
@@ -63,13 +64,15 @@ def test_evaluation_and_state_dict_are_plain_batchnorms(device):
     torch.testing.assert_close(split.eval()(x), plain.eval()(x))
 
 
-def test_split_keys_come_back_in_order_from_other_groups(device):
-    """Without BatchNorm the order is all that could differ; with it, the groups must."""
+def test_split_keys_are_encoded_in_other_groups_than_queries(device):
+    """On one device the model permutes the keys across groups, and puts them back in order."""
+    model = tiny_moco(device, split_bn=2)
     images = torch.randn(8, 3, 8, 8, device=device)
-    torch.testing.assert_close(encode_split(nn.Flatten(), images), images.flatten(1))
-    encoder = convert_split_bn(Tiny(), 2).to(device)
-    torch.manual_seed(3)
-    assert (encode_split(encoder, images) - encoder(images)).abs().max() > 1e-3
+    order = torch.randperm(8)
+    keys = model(images, images, key_order=order).keys
+    shuffled = copy.deepcopy(model.encoder_k)(images[order.to(device)])
+    torch.testing.assert_close(keys[order.to(device)], shuffled)
+    assert (keys - model.encoder_k(images)).abs().max() > 1e-3
 
 
 def test_model_with_split_bn_trains_on_any_batch(device):
@@ -99,6 +102,12 @@ def shuffled_in_one_process(step: int) -> torch.Tensor:
     return keys[order.argsort()].detach()
 
 
+def encode_shuffled(encoder, images: torch.Tensor, mode: str, order: torch.Tensor | None) -> torch.Tensor:
+    arriving = start_shuffle(images, order, mode)
+    with torch.no_grad():
+        return unshuffle(all_gather(encoder(images if arriving is None else arriving())), order)
+
+
 def in_rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
@@ -108,7 +117,8 @@ def in_rank(rank: int, port: int, folder: str) -> None:
     for mode in ("gather", "all_to_all", "none"):
         for step in (0, 1):
             torch.manual_seed(0)
-            results[mode, step] = encode_shuffled(Tiny(), mine, mode, step)
+            order = shared_permutation(WORLD * PER_RANK, step)
+            results[mode, step] = encode_shuffled(Tiny(), mine, mode, None if mode == "none" else order)
 
     torch.manual_seed(100 + rank)  # DDP must make the encoders equal; the queues are so by construction
     model = moco_ext.MoCo(Tiny, dim=8, K=30, m=0.9)

@@ -1,0 +1,91 @@
+"""The end-to-end mechanism: the dictionary is the batch, and gradients reach the keys (arXiv 1911.05722, Fig. 2a)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed, encoders
+from .encoders import encode
+from .moco import MoCoOutput, check_temperature
+from .ops import l2_normalize
+from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
+from .stats import InfoNCEStats
+
+
+class EndToEnd(nn.Module):
+    """Two encoders trained by the gradients of one loss: every query against the keys of all ranks' batches.
+
+    The dictionary is as large as the global batch, and always consistent. A training step is that of
+    :class:`moco_ext.MoCo`; ``update`` has nothing to do.
+
+    Args:
+        base_encoder, dim, T, mlp, shuffle_bn, split_bn: as those of :class:`moco_ext.MoCo`.
+        key_encoder: ``"identical"``, one network for queries and keys; ``"partial"``, two heads on one backbone;
+            ``"different"``, two networks of the same kind; or what ``base_encoder`` may be, for one of another kind.
+
+    Raises:
+        ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
+    """
+
+    def __init__(
+        self,
+        base_encoder: str | Callable[..., nn.Module],
+        dim: int = 128,
+        T: float = 0.07,
+        mlp: bool = False,
+        *,
+        shuffle_bn: str = "auto",
+        split_bn: int = 1,
+        key_encoder: str | Callable[..., nn.Module] = "identical",
+    ) -> None:
+        super().__init__()
+        self.T = check_temperature(T)
+        self.shuffle_bn = check_mode(shuffle_bn)
+        self.split_bn = split_bn
+        self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
+        self._steps = 0
+        self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
+        if key_encoder == "identical":
+            self.encoder_k = self.encoder_q
+        elif key_encoder == "partial":
+            self.encoder_k = encoders.with_own_head(self.encoder_q)
+        else:
+            kind = base_encoder if key_encoder == "different" else key_encoder
+            self.encoder_k = convert_split_bn(encoders.build(kind, dim, mlp), split_bn)
+
+    def forward(self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None) -> MoCoOutput:
+        """Loss of a batch of two views of the same images; arguments as those of :meth:`moco_ext.MoCo.forward`."""
+        if im_q.shape[0] != im_k.shape[0]:
+            raise ValueError(f"im_k: expected {im_q.shape[0]} images as in im_q, got {im_k.shape[0]}")
+        n = im_q.shape[0]
+        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self._steps, key_order)
+        arriving = start_shuffle(im_k, order, self.shuffle_bn)
+        queries = encode(self.encoder_q, im_q)
+        keys = encode(self.encoder_k, im_k if arriving is None else arriving())
+        keys = unshuffle(distributed.all_gather_with_grad(keys), order)  # [world * N, dim]
+        if self.query_hook is not None:
+            self.query_hook(queries)
+        stats = contrast(queries, keys, distributed.rank() * n, self.T)
+        return MoCoOutput(stats.loss.mean(), keys.detach(), InfoNCEStats(*(figure.detach() for figure in stats)))
+
+    def update(self, keys: Tensor) -> None:
+        """After the optimizer's step, which has trained both encoders: nothing is left to do but to count it."""
+        self._steps += 1
+
+
+def contrast(queries: Tensor, keys: Tensor, first: int, T: float) -> InfoNCEStats:
+    """InfoNCE of each query [N, C] among all keys [M, C], row n's positive being ``keys[first + n]``.
+
+    Both get gradients. The logits [N, M] are small here: the dictionary is one batch.
+
+    Returns:
+        Per-row figures, with gradient; ``rank`` counts the other keys that score strictly above the positive.
+    """
+    logits = (l2_normalize(queries) @ l2_normalize(keys).T).float() / T
+    rows = torch.arange(len(queries), device=logits.device)
+    positive = logits[rows, first + rows]
+    lse = logits.logsumexp(dim=1)
+    return InfoNCEStats(lse - positive, lse, positive, (logits > positive[:, None]).sum(dim=1))

@@ -1,0 +1,115 @@
+"""The memory bank: a feature of every image of the data set (arXiv 1911.05722, Fig. 2b; arXiv 1805.01978)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import distributed, encoders
+from .encoders import encode
+from .moco import check_temperature
+from .ops import info_nce, l2_normalize
+from .shuffle_bn import convert_split_bn
+from .stats import InfoNCEStats
+
+
+class MemoryBankOutput(NamedTuple):
+    """What one forward pass gives; pass ``keys`` and ``index`` to ``update``.
+
+    Attributes:
+        loss: 0-dim: the mean InfoNCE loss of the batch.
+        keys: [world * N, dim] the features of all ranks' images, in order, without gradient; not yet normalised.
+        index: [world * N] int64 which images they are of.
+        stats: [N] figures of this rank's queries.
+    """
+
+    loss: Tensor
+    keys: Tensor
+    index: Tensor
+    stats: InfoNCEStats
+
+
+class MemoryBank(nn.Module):
+    """One encoder, and a stored feature of each image: its positive is its own, its negatives are K drawn from all.
+
+    Large, but inconsistent: a feature was made by the encoder as it was when its image was last seen. With momentum on
+    the features (not on the encoder), as in the paper's comparison::
+
+        out = model(im_q, index)
+        out.loss.backward()
+        optimizer.step()
+        model.update(out.keys, out.index)      # bank[i] = normalize(m * bank[i] + (1 - m) * feature)
+
+    Args:
+        base_encoder, dim, T, mlp, split_bn: as those of :class:`moco_ext.MoCo`.
+        images: in the data set; the bank takes images * dim * 4 bytes (in float32).
+        K: negatives drawn each step, uniformly with replacement, the same for all queries of a rank.
+        m: momentum of the features, in [0, 1].
+        bank_dtype: of the stored features.
+
+    Raises:
+        ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
+    """
+
+    bank: Tensor
+    # Equal on all ranks by construction, as MoCo's queue.
+    _ddp_params_and_buffers_to_ignore = ("bank",)
+
+    def __init__(
+        self,
+        base_encoder: str | Callable[..., nn.Module],
+        images: int,
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.5,
+        T: float = 0.07,
+        mlp: bool = False,
+        *,
+        split_bn: int = 1,
+        bank_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if images < 1 or K < 1:
+            raise ValueError(f"images, K: expected at least 1 each, got images={images}, K={K}")
+        if not 0.0 <= m <= 1.0:
+            raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
+        self.K = K
+        self.m = m
+        self.T = check_temperature(T)
+        self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
+        self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
+        features = torch.randn(images, dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("bank", nn.functional.normalize(features, dim=1).to(bank_dtype))
+
+    def forward(self, im_q: Tensor, index: Tensor) -> MemoryBankOutput:
+        """Loss of a batch of views, one of each image.
+
+        Args:
+            im_q: [N, 3, H, W], or sets of patches [N, P, 3, h, w].
+            index: [N] int64, which images of the data set they are.
+        """
+        if index.shape != im_q.shape[:1]:
+            raise ValueError(f"index: expected [{im_q.shape[0]}], an image number a row, got {list(index.shape)}")
+        queries = encode(self.encoder_q, im_q)
+        gathering = distributed.start_all_gather(queries)
+        index = index.to(self.bank.device, non_blocking=True)
+        drawn = torch.randint(len(self.bank), (self.K,), device=self.bank.device)
+        if self.query_hook is not None:
+            self.query_hook(queries)
+        loss, stats = info_nce(queries, self.bank[index].to(queries.dtype), self.bank[drawn], self.T, return_stats=True)
+        return MemoryBankOutput(loss, gathering(), distributed.all_gather(index), stats)
+
+    @torch.no_grad()
+    def update(self, keys: Tensor, index: Tensor) -> None:
+        """After the optimizer's step: move the stored features of the batch's images towards their new ones.
+
+        Args:
+            keys: [B, dim] and
+            index: [B] int64, the same on every rank: those of :class:`MemoryBankOutput`. Each image once.
+        """
+        # Mixed and scaled in float32; rounded once, to the bank's dtype.
+        mixed = torch.lerp(l2_normalize(keys.float()), self.bank[index].float(), self.m)
+        self.bank[index] = l2_normalize(mixed).to(self.bank.dtype)
