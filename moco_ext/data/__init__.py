@@ -1,19 +1,21 @@
-"""Data sets, the two-crop augmentations and the batches made of both."""
+"""Data sets, the augmentations and the batches made of both."""
 
-from .augment import Augmentation, TwoCropsTransform, augment_batch, image_transform
+from .augment import Augmentation, TwoCropsTransform, augment_batch
 from .datasets import BUILT_IN, FolderSplit, ImageData, Split, TensorSplit, load, normalize, plain_batches
-from .loader import two_crop_batches
+from .loader import Batch, LabelledLoader, TrainLoader, two_crop_batches
 
 __all__ = [
     "BUILT_IN",
     "Augmentation",
+    "Batch",
     "FolderSplit",
     "ImageData",
+    "LabelledLoader",
     "Split",
     "TensorSplit",
+    "TrainLoader",
     "TwoCropsTransform",
     "augment_batch",
-    "image_transform",
     "load",
     "normalize",
     "plain_batches",

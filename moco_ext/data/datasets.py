@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from .idx import read_idx
+from .images import UnreadableImageError, read_image
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -114,42 +115,51 @@ def plain_batches(
         for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
             yield normalize(images.float() / 255, data.mean, data.std), labels
         return
-    from torchvision.transforms import v2
-
-    steps = [
-        v2.ToImage(),
-        v2.RGB(),
-        v2.Resize(round(data.size * 256 / 224), antialias=True),
-        v2.CenterCrop(data.size),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(data.mean, data.std),
-    ]
-    dataset = TransformedImages(split.dataset, v2.Compose(steps))
-    yield from DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    loader = DataLoader(
+        _PlainImages(split, data.size),
+        batch_sampler=BatchSampler(SequentialSampler(split.labels), batch_size, drop_last=False),
+        collate_fn=_as_it_is,
+        num_workers=workers,
+    )
+    for images, labels in loader:
+        yield normalize(images / 255, data.mean, data.std), labels
 
 
-class TransformedImages(Dataset):
-    """``dataset`` of (image, label) with ``transform`` applied to the image."""
+class _PlainImages(Dataset):
+    """Centre crops of image files, a batch at a time: uint8 [B, 3, size, size] and labels [B]."""
 
-    def __init__(self, dataset: ImageFolder, transform: Callable) -> None:
-        self.dataset, self.transform = dataset, transform
+    def __init__(self, split: FolderSplit, size: int) -> None:
+        self.split, self.size = split, size
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __getitems__(self, index: list[int]) -> tuple[Tensor, Tensor]:
+        return torch.stack([self._image(position) for position in index]), self.split.labels[index]
 
-    def __getitem__(self, index: int):
-        image, label = self.dataset[index]
-        return self.transform(image), label
+    def _image(self, position: int) -> Tensor:
+        from torchvision.transforms.v2 import functional
+
+        try:
+            image = read_image(self.split.dataset.samples[position][0])
+        except UnreadableImageError as error:  # another in its place would change what is measured
+            raise ValueError(f"data: {error}") from None
+        image = functional.resize(image, [round(self.size * 256 / 224)], antialias=True)
+        return functional.center_crop(image, [self.size, self.size])
 
 
-def stratified_split(labels: Tensor, test_fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices (train, test), sorted, with ``round(test_fraction * n)`` test images of every class of n images."""
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def stratified_split(labels: Tensor, test_fraction: float, seed: int = 0, at_least: int = 0) -> tuple[Tensor, Tensor]:
+    """Indices (train, test), sorted: of every class of n images ``round(test_fraction * n)`` are test images.
+
+    But not fewer than ``at_least`` of a class.
+    """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
-        chosen = torch.randperm(len(members), generator=generator)[: round(test_fraction * len(members))]
-        held_out[members[chosen]] = True
+        chosen = torch.randperm(len(members), generator=generator)
+        held_out[members[chosen[: max(at_least, round(test_fraction * len(members)))]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
 
 
