@@ -17,18 +17,18 @@ from .stats import InfoNCEStats
 
 
 class MemoryBankOutput(NamedTuple):
-    """What one forward pass gives; pass ``keys`` and ``index`` to ``update``.
+    """What one forward pass gives; pass ``keys`` and ``images`` to ``update``.
 
     Attributes:
         loss: 0-dim: the mean InfoNCE loss of the batch.
         keys: [world * N, dim] the features of all ranks' images, in order, without gradient; not yet normalised.
-        index: [world * N] int64 which images they are of.
+        images: [world * N] int64 which images they are of.
         stats: [N] figures of this rank's queries.
     """
 
     loss: Tensor
     keys: Tensor
-    index: Tensor
+    images: Tensor
     stats: InfoNCEStats
 
 
@@ -41,7 +41,7 @@ class MemoryBank(nn.Module):
         out = model(im_q, index)
         out.loss.backward()
         optimizer.step()
-        model.update(out.keys, out.index)      # bank[i] = normalize(m * bank[i] + (1 - m) * feature)
+        model.update(out.keys, out.images)      # bank[i] = normalize(m * bank[i] + (1 - m) * feature)
 
     Args:
         base_encoder, dim, T, mlp, split_bn: as those of :class:`moco_ext.MoCo`.

@@ -158,7 +158,7 @@ class MoCo(KeyQueue):
         elif self.key_encoder == "partial":
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
-            momentum_update_(*map(list, zip(*own, strict=True)), self.m)
+            momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
         self.enqueue(keys)
         self._steps += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,34 +33,92 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 def save_checkpoint(
-    path: str | Path, *, epoch: int, arch: str, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: str | Path,
+    *,
+    epoch: int,
+    arch: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trainer: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint atomically. ``epoch`` is the number of finished epochs, as the official trainer counts."""
+    """Write a checkpoint atomically, in the official layout: names in ``state_dict`` start with ``module.``.
+
+    Args:
+        epoch: finished epochs, as the official trainer counts.
+        trainer: what our trainer needs beside that to go on where it stopped; tensors and plain containers.
+    """
     checkpoint = {
         "epoch": epoch,
         "arch": arch,
-        "state_dict": model.state_dict(),
+        "state_dict": {f"module.{name}": value for name, value in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
     }
+    if trainer is not None:
+        checkpoint["trainer"] = trainer
     write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def save_rotating(folder: Path, step: int, keep: int, **content: Any) -> None:
+    """:func:`save_checkpoint` as ``checkpoint_STEP.pth``; ``checkpoint.pth`` points to it; the last ``keep`` stay."""
+    name = f"checkpoint_{step:08d}.pth"
+    save_checkpoint(folder / name, **content)
+    pointer = folder / f".checkpoint.{os.getpid()}.tmp"
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(name)
+    os.replace(pointer, folder / "checkpoint.pth")
+    for old in _numbered(folder)[keep:]:
+        old.unlink(missing_ok=True)
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The newest checkpoint of a run directory that can be read, and its path; None if it has none.
+
+    A file that cannot be read is warned of, and the one before it taken.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be read.
+    """
+    unnumbered = folder / "checkpoint.pth"
+    candidates = _numbered(folder) or ([unnumbered] if unnumbered.exists() else [])
+    for path in candidates:
+        try:
+            return load_checkpoint(path), path
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+    if candidates:
+        raise ValueError(f"resume: expected a checkpoint that can be read in {folder}, got none of {len(candidates)}")
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("checkpoint_[0-9]*.pth"), reverse=True)
+
+
+def read_saved(path: str | Path) -> Any:
+    """What ``torch.save`` wrote to a file, on the CPU. Only tensors and plain containers are unpickled.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, or not such a file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint: no such file: {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no checkpoint?): {reason}") from None
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's dictionary, on the CPU, the ``module.`` of DistributedDataParallel taken off its names.
 
-    Only tensors and plain containers are unpickled.
-
     Raises:
         FileNotFoundError: no such file.
         ValueError: truncated, not a checkpoint, or one without the keys of the official layout.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no checkpoint?): {reason}") from None
+    checkpoint = read_saved(path)
     if not isinstance(checkpoint, dict) or not {"arch", "state_dict"} <= checkpoint.keys():
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"checkpoint: expected epoch, arch, state_dict and optimizer in {path}, got {found}")

@@ -122,6 +122,13 @@ def _in_group(work: Work, args: argparse.Namespace, group: _Group) -> int:
     dist.init_process_group(backend, init_method=group.url, rank=group.rank, world_size=group.world)
     try:
         return work(args, Process(device, group.local_world))
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+            raise ConnectionError(
+                f"process group: rank {group.rank} has lost contact with another rank; the first one to end says why "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
+        raise
     finally:
         # A process that failed must not wait for the others: they learn of it by its end.
         if sys.exc_info()[0] is None:

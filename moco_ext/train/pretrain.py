@@ -1,101 +1,393 @@
-"""The pre-training loop: the four lines of a MoCo step, and what a run needs around them."""
+"""The pre-training loop: steps of MoCo, and what a run needs around them."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import signal
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
-from ..data import ImageData, two_crop_batches
-from ..data.loader import epoch_seed
+from .. import distributed
+from ..data import Batch, ImageData, TrainLoader
 from ..encoders import resolve
+from ..end_to_end import EndToEnd
 from ..evaluate import encoder_features, knn_top1
+from ..memory_bank import MemoryBank
 from ..moco import MoCo
-from .checkpoint import load_checkpoint, save_checkpoint
-from .config import PretrainConfig
-from .log import MetricLog, TrainingProgress
+from .checkpoint import load_checkpoint, load_newest, save_rotating, write_atomically
+from .config import DTYPES, PretrainConfig
+from .health import Health
+from .log import Averages, RunLog
+from .step import Model, NonFiniteLoss, OptimizerStep
 
 
 @dataclasses.dataclass
 class Run:
-    """Where a run executes and what it leaves behind; nothing here changes what is learnt."""
+    """Where a run executes and what it leaves behind; nothing here changes what is learnt.
+
+    Attributes:
+        output: the run directory.
+        resume: a checkpoint to go on from; ``"auto"``: the newest in ``output``, if there is one.
+        workers: loader processes of this process.
+        local_world: processes of this node, which share its batch.
+        print_freq: steps from one set of figures to the next, those of the model's health among them.
+        save_every: steps from one checkpoint to the next, beside those at each epoch's end; 0: only those.
+        keep: checkpoints that stay.
+    """
 
     output: Path
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
-    resume: Path | None = None
+    resume: Path | str | None = None
     workers: int = 0
+    local_world: int = 1
     print_freq: int = 10
+    save_every: int = 0
+    keep: int = 2
     console: Console = dataclasses.field(default_factory=Console)
 
 
-def build_model(config: PretrainConfig) -> MoCo:
-    """The model of a run at its first step: the same weights whenever the seed is the same."""
+def build_model(config: PretrainConfig, images: int = 0) -> Model:
+    """The model of a run at its first step: the same weights whenever the seed is the same.
+
+    Args:
+        images: in the training set; a memory bank has a feature of each.
+    """
     torch.manual_seed(config.seed)
-    return MoCo(
-        resolve(config.arch),
-        dim=config.moco_dim,
-        K=config.moco_k,
-        m=config.moco_m,
-        T=config.moco_t,
-        mlp=config.mlp,
-    )
+    base, split = resolve(config.arch), config.split_bn
+    shared: dict[str, Any] = {"dim": config.moco_dim, "T": config.moco_t, "mlp": config.mlp, "split_bn": split}
+    own: dict[str, Any] = {} if config.key_encoder is None else {"key_encoder": config.key_encoder}
+    if config.dictionary == "end-to-end":
+        return EndToEnd(base, shuffle_bn=config.shuffle_bn, **shared, **own)
+    shared |= {"K": config.moco_k, "m": config.moco_m}
+    dtype = DTYPES[config.queue_dtype]
+    if config.dictionary == "memory-bank":
+        return MemoryBank(base, images, bank_dtype=dtype, **shared)
+    return MoCo(base, queue_dtype=dtype, shuffle_bn=config.shuffle_bn, **shared, **own)
 
 
-def pretrain(config: PretrainConfig, data: ImageData, run: Run, model: MoCo | None = None) -> list[dict[str, Any]]:
-    """Train ``model`` (by default :func:`build_model`'s) in place; one record of metrics an epoch, all
-    returned.
+def pretrain(config: PretrainConfig, data: ImageData, run: Run, model: Model | None = None) -> list[dict[str, Any]]:
+    """Train ``model`` (by default :func:`build_model`'s) in place, on one process or in a process group.
 
-    Writes ``checkpoint.pth`` after every epoch, ``metrics.jsonl`` and ``tensorboard/`` to ``run.output``. A
-    record has epoch (from 1), loss, acc1 and acc5 (contrast accuracy, percent), lr, images_per_second,
-    seconds (training time so far, without evaluations) and, every ``config.knn_every`` epochs and after the
-    last, knn_top1.
+    Writes checkpoints, ``metrics.jsonl`` and ``tensorboard/`` to ``run.output``. A record of metrics has step, epoch,
+    loss, acc1 and acc5 (contrast accuracy, percent), lr, images_per_second, wait (share of the time that went by
+    waiting for data), seconds (training time so far, without evaluations), the figures of :class:`Health`, and, where
+    the features have been evaluated, knn_top1.
 
-    One process, one device, float32.
+    Returns:
+        All records: one an epoch, or one each ``config.log_every`` steps when training by steps.
 
     Raises:
-        FloatingPointError: the loss is not finite. Nothing of that step has entered parameters or queue.
+        FloatingPointError: the loss is not finite. Nothing of that step has entered parameters or queue; the batch
+            and the model are in ``nonfinite.pth``.
+        ValueError: data, configuration or checkpoint do not fit together.
+        SystemExit: 143, after SIGTERM, when a checkpoint has been saved.
     """
-    if config.moco_k > len(data.train):
-        warnings.warn(
-            f"moco_k: {config.moco_k} keys but only {len(data.train)} images in {data.name}: other views of an image "
-            "will be among its negatives; a smaller --moco-k is better",
-            stacklevel=2,
-        )
-    model = (model or build_model(config)).to(run.device)
-    optimizer = torch.optim.SGD(
-        model.encoder_q.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    done = _resume(run.resume, config, model, optimizer) if run.resume else 0
-    log = MetricLog(run.output, keep_epochs=done)
-    seconds = log.records[-1]["seconds"] if log.records else 0.0
-    steps = math.ceil(len(data.train) / config.batch_size)
-    bar = TrainingProgress(run.console, epochs=config.epochs, steps=steps, done_epochs=done, K=config.moco_k)
-    with bar:
-        for epoch in range(done, config.epochs):
-            started = time.perf_counter()
-            record = _train_epoch(config, data, run, model, optimizer, epoch, bar)
-            seconds += time.perf_counter() - started
-            record["seconds"] = round(seconds, 3)
-            last = epoch + 1 == config.epochs
-            if data.test is not None and (last or (config.knn_every and (epoch + 1) % config.knn_every == 0)):
-                record["knn_top1"] = encoder_knn(model.encoder_q, data, run, config.knn_k)
-            log.write(record)
-            bar.epoch_done(record)
-            save_checkpoint(
-                run.output / "checkpoint.pth",
-                epoch=epoch + 1,
-                arch=config.arch,
-                model=model,
-                optimizer=optimizer,
+    return _Trainer(config, data, run, model).train()
+
+
+class _Trainer:
+    def __init__(self, config: PretrainConfig, data: ImageData, run: Run, model: Model | None) -> None:
+        self.config, self.data, self.run = config, data, run
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        if config.dictionary == "queue" and config.moco_k > len(data.train) and self.rank == 0:
+            warnings.warn(
+                f"moco_k: {config.moco_k} keys but only {len(data.train)} images in {data.name}: other views of an "
+                "image will be among its negatives; a smaller --moco-k is better",
+                stacklevel=4,
             )
-    log.close()
-    return log.records
+        if config.batch_size % run.local_world and self.rank == 0:
+            warnings.warn(
+                f"batch_size: {config.batch_size} images do not divide among the node's {run.local_world} processes; "
+                f"each takes {config.batch_size // run.local_world}",
+                stacklevel=4,
+            )
+        cuda = run.device.type == "cuda"
+        wanted = config.channels_last
+        channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
+        self.model = (model or build_model(config, len(data.train))).to(run.device)
+        if channels_last and (cuda or wanted):
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loader = TrainLoader(
+            data,
+            config.augmentation(data),
+            config.batch_size // run.local_world,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            rank=self.rank,
+            world=self.world,
+            workers=run.workers,
+            drop_last=config.drop_last,
+            shuffled_keys=config.shuffle_bn == "loader",
+            patches=config.patches if config.views == "patches" else 0,
+            augment_on=config.augment_on,
+            device=run.device,
+            channels_last=channels_last,
+        )
+        # All parameters, although the key encoder's take no gradient: the optimizer state of published checkpoints.
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        if config.compile:
+            for encoder in self.model.children():  # encoder_q, encoder_k
+                encoder.compile()
+        # Ranks draw different numbers (a memory bank's negatives), the same in every run.
+        torch.manual_seed(config.seed + 1_000_003 * self.rank)
+        self.per_epoch = self.loader.steps_per_epoch
+        self.total = config.total_steps(self.per_epoch)
+        self.step, self.seconds, self.averages, self.health_averages = 0, 0.0, Averages(), Averages()
+        self.skipped_steps, self.images, self.epoch_seconds, self.waited = 0, 0, 0.0, 0.0  # the last three: of a record
+        self.optimizer_step = OptimizerStep(self.model, self.optimizer, config.precision, config.symmetric)
+        self.health = Health(self.model, every=run.print_freq if self.rank == 0 else 0)
+        if run.resume:
+            self._resume(run.resume)
+
+    def train(self) -> list[dict[str, Any]]:
+        config, run = self.config, self.run
+        log = RunLog(
+            run.output,
+            run.console,
+            total_steps=self.total,
+            steps_per_epoch=self.per_epoch,
+            done_steps=self.step,
+            chance=None if config.dictionary == "end-to-end" else math.log(config.moco_k + 1),
+            print_freq=run.print_freq,
+            enabled=self.rank == 0,
+        )
+        with log, _Preemption() as preemption:
+            while self.step < self.total:
+                self.model.train()
+                epoch = self.step // self.per_epoch
+                for batches, waited in _steps(self.loader.epoch(epoch)):
+                    self._train_step(batches, waited, log)
+                    done = self.step == self.total
+                    every = config.log_every if config.steps else self.per_epoch
+                    if done or self.step % every == 0:
+                        self._record(log)
+                    recorded = done or self.step % every == 0
+                    if recorded or (run.save_every and self.step % run.save_every == 0):
+                        self._save(last=done)
+                    if not done and preemption.agreed(self.step % run.print_freq == 0):
+                        self._stop_for(preemption, saved=recorded)
+                    if done:
+                        break
+        return log.records
+
+    def _train_step(self, batches: list[Batch], waited: float, log: RunLog) -> None:
+        config, started = self.config, time.perf_counter()
+        lr = config.learning_rate(self.step, self.per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if hasattr(self.model, "m"):
+            self.model.m = config.key_momentum(self.step, self.per_epoch)
+        due = self.health.every and (self.step + 1) % self.health.every == 0
+        health: dict[str, float] = {}
+
+        def examine(scale: float) -> None:
+            health.update(self.health.after(self.step + 1, batches[0].im_k, grad_scale=scale * batches[0].share))
+
+        self.health.before(self.step + 1)
+        try:
+            result = self.optimizer_step(batches, examine if due else None)
+        except NonFiniteLoss as error:
+            self._dump(error, lr)
+        self.step += 1
+        self.skipped_steps += result.skipped
+        self.images += result.images
+        self.averages.add(result.images, **result.figures)
+        if health:
+            self.health_averages.add(1, **health)
+        spent = waited + time.perf_counter() - started
+        self.seconds += spent
+        self.epoch_seconds += spent
+        self.waited += waited
+        log.step(self.step, result.figures | health | {"images": result.images, "wait": waited, "lr": lr})
+
+    def _record(self, log: RunLog) -> None:
+        means = _mean_over_ranks(self.averages.means(), self.run.device)
+        record: dict[str, Any] = {"step": self.step, "epoch": _whole(self.step / self.per_epoch), **means}
+        record |= {
+            "lr": self.config.learning_rate(self.step - 1, self.per_epoch),
+            "images_per_second": self.images / self.epoch_seconds,
+            "wait": self.waited / self.epoch_seconds,
+            "seconds": round(self.seconds, 3),
+            **self.health_averages.means(),
+        }
+        counts = {"skipped_images": self.loader.skipped, "skipped_steps": self.skipped_steps}
+        record |= {name: count for name, count in counts.items() if count}
+        if self.data.test is not None and self._evaluation_is_due():
+            record["knn_top1"] = self._knn()
+        log.record(record)
+        self.averages.clear()
+        self.health_averages.clear()
+        self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0
+
+    def _evaluation_is_due(self) -> bool:
+        if self.step == self.total:
+            return True
+        every = self.config.online_knn * (1 if self.config.steps else self.per_epoch)
+        return every > 0 and self.step % every == 0
+
+    def _knn(self) -> float:
+        if self.world > 1:  # in training each rank's BatchNorm has statistics of its own; rank 0's count
+            for buffer in self.model.encoder_q.buffers():
+                dist.broadcast(buffer, 0)
+        return encoder_knn(self.model.encoder_q, self.data, self.run, self.config.knn_k)
+
+    def _save(self, last: bool) -> None:
+        """A checkpoint by rank 0. A disk that is full costs this one, not the run; at the end it is an error."""
+        random = {"cpu": _of_all_ranks(torch.get_rng_state())}
+        if self.run.device.type == "cuda":
+            random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.run.device))
+        if self.rank > 0:
+            return
+        trainer = {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "scaler": self.optimizer_step.scaler.state_dict(),
+            "random": random,
+            "averages": self.averages.state_dict(),
+            "health_averages": self.health_averages.state_dict(),
+            "seconds": [self.seconds, self.epoch_seconds, self.waited],
+            "images": self.images,
+            "skipped_steps": self.skipped_steps,
+            "updates": getattr(self.model, "_steps", 0),
+            "config": dataclasses.asdict(self.config),
+        }
+        try:
+            save_rotating(
+                self.run.output,
+                self.step,
+                self.run.keep,
+                epoch=self.step // self.per_epoch,
+                arch=self.config.arch,
+                model=self.model,
+                optimizer=self.optimizer,
+                trainer=trainer,
+            )
+        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+            if last:
+                raise OSError(f"output: the last checkpoint could not be written: {error}") from error
+            warnings.warn(f"checkpoint of step {self.step} not written, training goes on: {error}", stacklevel=2)
+
+    def _resume(self, source: Path | str) -> None:
+        config = self.config
+        if source == "auto":
+            found = load_newest(self.run.output)
+            if found is None:
+                return
+            checkpoint, path = found
+        else:
+            path = Path(source)
+            checkpoint = load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
+        if checkpoint["arch"] != config.arch:
+            raise ValueError(f"resume: expected a checkpoint of {config.arch}, got one of {checkpoint['arch']}: {path}")
+        absent = {"epoch", "optimizer"} - checkpoint.keys()
+        if absent:
+            raise ValueError(
+                f"resume: expected epoch and optimizer in {path}, got no {' and no '.join(sorted(absent))}"
+            )
+        try:
+            self.model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
+        if "trainer" in checkpoint:
+            self._restore(checkpoint["trainer"])
+        else:  # the official trainer's, saved after whole epochs
+            self.step = checkpoint["epoch"] * self.per_epoch
+        if self.rank == 0:
+            self.run.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
+            if self.step >= self.total:
+                warnings.warn(f"resume: {path} has all of its {self.total} steps behind it", stacklevel=5)
+
+    def _restore(self, trainer: dict[str, Any]) -> None:
+        self.step = trainer["step"]
+        self.loader.load_state_dict(trainer["loader"])
+        self.optimizer_step.scaler.load_state_dict(trainer["scaler"])
+        self.averages.load_state_dict(trainer["averages"])
+        self.health_averages.load_state_dict(trainer["health_averages"])
+        self.seconds, self.epoch_seconds, self.waited = trainer["seconds"]
+        self.skipped_steps, self.images = trainer["skipped_steps"], trainer["images"]
+        self.model._steps = trainer["updates"]
+        random = trainer["random"]
+        if len(random["cpu"]) != self.world:
+            return  # other processes: what they draw at random begins anew
+        torch.set_rng_state(random["cpu"][self.rank])
+        if "cuda" in random and self.run.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"][self.rank], self.run.device)
+
+    def _stop_for(self, preemption: _Preemption, saved: bool) -> NoReturn:
+        if not saved:
+            self._save(last=True)
+        if self.rank == 0:
+            self.run.console.print(
+                f"stopped by {preemption.name} after step {self.step:,}; saved, go on with --resume auto",
+                highlight=False,
+            )
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _dump(self, error: NonFiniteLoss, lr: float) -> NoReturn:
+        path = self.run.output / "nonfinite.pth"
+        content = {
+            "step": self.step + 1,
+            "rank": self.rank,
+            "lr": lr,
+            "index": torch.cat([batch.index for batch in error.batches]),
+            "im_q": torch.cat([batch.im_q for batch in error.batches]).cpu(),
+            "im_k": torch.cat([batch.im_k for batch in error.batches]).cpu(),
+            "state_dict": self.model.state_dict(),
+        }
+        written = f"; its batch and the model as it was are in {path}"
+        try:
+            write_atomically(path, lambda file: torch.save(content, file))
+        except (OSError, RuntimeError) as failure:
+            written = f"; what it was could not be written: {failure}"
+        epoch, step = divmod(self.step, self.per_epoch)
+        raise FloatingPointError(
+            f"{error} in epoch {epoch + 1}, step {step + 1} (lr {lr:g}, moco_t {self.config.moco_t:g}); a lower "
+            f"learning rate may help{written}"
+        ) from None
+
+
+class _Preemption:
+    """Takes note of SIGTERM, so that the step under way is finished and saved."""
+
+    name = "SIGTERM"
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def __enter__(self) -> _Preemption:
+        self._before: Any = None
+        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere they are not ours
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def agreed(self, ask: bool) -> bool:
+        """Whether to stop here. Several ranks ask each other, at steps where all of them ``ask``."""
+        if distributed.world_size() == 1:
+            return self._received
+        if not ask:
+            return False
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return bool(distributed.all_reduce(torch.tensor(float(self._received), device=device)).item())
+
+    def _note(self, *_: Any) -> None:
+        self._received = True
 
 
 def encoder_knn(encoder: torch.nn.Module, data: ImageData, run: Run, k: int) -> float:
@@ -107,69 +399,36 @@ def encoder_knn(encoder: torch.nn.Module, data: ImageData, run: Run, k: int) -> 
     return knn_top1(train, train_labels, test, test_labels, k=k)
 
 
-def _train_epoch(
-    config: PretrainConfig,
-    data: ImageData,
-    run: Run,
-    model: MoCo,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    bar: TrainingProgress,
-) -> dict[str, Any]:
-    model.train()
-    lr = config.learning_rate(epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    torch.manual_seed(epoch_seed(config.seed, epoch))  # for the permutations of shuffling BN, should it draw any
-    batches = two_crop_batches(
-        data, config.augmentation(data), config.batch_size, seed=config.seed, epoch=epoch, workers=run.workers
-    )
-    # Convolutions on a CPU prefer channels that lie together.
-    layout = torch.channels_last if run.device.type == "cpu" else torch.preserve_format
-    images, sums, started = 0, torch.zeros(3, dtype=torch.float64), time.perf_counter()
-
-    def figures() -> dict[str, float]:
-        loss, acc1, acc5 = (sums / images).tolist()
-        speed = images / (time.perf_counter() - started)
-        return {"loss": loss, "acc1": acc1, "acc5": acc5, "images_per_second": speed}
-
-    for step, (im_q, im_k) in enumerate(batches):
-        im_q, im_k = (view.to(run.device, non_blocking=True, memory_format=layout) for view in (im_q, im_k))
-        out = model(im_q, im_k)
-        loss = out.loss.item()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"loss: expected a finite number, got {loss} in epoch {epoch + 1}, step {step + 1} "
-                f"(lr {lr:g}, moco_t {config.moco_t:g}); a lower learning rate may help"
-            )
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        model.update(out.keys)
-
-        acc1, acc5 = (float(value) for value in out.stats.accuracy((1, 5)))
-        images += len(im_q)
-        sums += len(im_q) * torch.tensor([loss, acc1, acc5], dtype=torch.float64)
-        bar.step(epoch + 1, step, figures() if step % run.print_freq == 0 else None)
-    if images == 0:
-        raise ValueError(f"data: expected at least 2 images to train on, got {len(data.train)} in {data.name}")
-    return {"epoch": epoch + 1, "lr": lr} | figures()
+def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
+    """The micro-batches of one optimizer step after another, and the seconds waited for them."""
+    while True:
+        started = time.perf_counter()
+        step: list[Batch] = []
+        for batch in batches:
+            step.append(batch)
+            if batch.last:
+                break
+        if not step:
+            return
+        yield step, time.perf_counter() - started
 
 
-def _resume(path: Path, config: PretrainConfig, model: MoCo, optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint into model and optimizer; the number of epochs it has behind it."""
-    checkpoint = load_checkpoint(path)
-    if checkpoint["arch"] != config.arch:
-        raise ValueError(f"resume: expected a checkpoint of {config.arch}, got one of {checkpoint['arch']}: {path}")
-    absent = {"epoch", "optimizer"} - checkpoint.keys()
-    if absent:
-        raise ValueError(f"resume: expected epoch and optimizer in {path}, got no {' and no '.join(sorted(absent))}")
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint["epoch"] >= config.epochs:
-        warnings.warn(f"resume: {path} has {checkpoint['epoch']} epochs of {config.epochs} done", stacklevel=3)
-    return checkpoint["epoch"]
+def _mean_over_ranks(means: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Every rank has had as many images, so the plain mean is that over all of them."""
+    world = distributed.world_size()
+    if world == 1:
+        return means
+    total = distributed.all_reduce(torch.tensor(list(means.values()), dtype=torch.float64, device=device))
+    return dict(zip(means, (total / world).tolist(), strict=True))
+
+
+def _of_all_ranks(state: torch.Tensor) -> list[torch.Tensor]:
+    """A CPU tensor of each rank, on all. Waits for every rank: no checkpoint is written if one is lost."""
+    if distributed.world_size() == 1:
+        return [state]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return [part.cpu() for part in distributed.all_gather(state.to(device)).chunk(distributed.world_size())]
+
+
+def _whole(epoch: float) -> float | int:
+    return int(epoch) if epoch == int(epoch) else round(epoch, 4)

@@ -12,12 +12,14 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor, nn
 
+from .. import distributed
 from ..data import ImageData
 from ..evaluate import encoder_features, estimate_batchnorm_, knn_top1, linear_top1, pixel_features
 from .checkpoint import write_atomically
 from .config import PretrainConfig
 from .pretrain import Run, build_model, pretrain
 
+_EVALUATED = 200_000  # images; of more, features and a solved linear classifier are a job of their own
 Features = dict[str, tuple[Tensor, Tensor]]  # representation -> rows of the train and of the test split
 
 
@@ -26,24 +28,36 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, run: Run) -> 
 
     The summary is ``{"data", "seconds", "knn_top1", "linear_top1"}``: training time, and top-1 accuracy in
     percent for ``"pixels"``, ``"untrained"`` (the encoder at its random start, with BatchNorm statistics of the
-    training images) and ``"trained"``. An image folder without ``val/`` is trained on but not evaluated.
+    training images) and ``"trained"``. An image folder without ``val/`` is trained on but not evaluated, one of more
+    than 200,000 images not here: ``moco-ext linear`` is for that.
     """
-    run.output.mkdir(parents=True, exist_ok=True)
-    _write_json(run.output / "config.json", dataclasses.asdict(config))
-    model = build_model(config)
+    first = distributed.rank() == 0
+    if first:
+        run.output.mkdir(parents=True, exist_ok=True)
+        _write_json(run.output / "config.json", dataclasses.asdict(config))
+    model = build_model(config, len(data.train))
     untrained = copy.deepcopy(model.encoder_q)
     records = pretrain(config, data, run, model)
 
-    summary: dict[str, Any] = {"data": config.data, "seconds": records[-1]["seconds"]}
+    summary: dict[str, Any] = {"data": config.data}
     features: Features = {}
     if data.test is None:
-        warnings.warn(f"data: {data.name} has no val/ folder: nothing to evaluate on", stacklevel=2)
+        why = f"{data.name} has no val/ folder: nothing to evaluate on"
+    elif len(data.train) > _EVALUATED:
+        why = f"{len(data.train):,} images are many: evaluate with moco-ext linear {run.output}"
     else:
+        why = ""
         with run.console.status("evaluating"):
             untrained.to(run.device)
             estimate_batchnorm_(untrained, data, data.train, device=run.device, workers=run.workers)
             features = all_features(data, run, untrained=untrained, trained=model.encoder_q)
-            summary |= top1(data, features, config.knn_k)
+            if first:
+                summary |= top1(data, features, config.knn_k)
+    if not first:
+        return summary
+    if why:
+        warnings.warn(f"data: {why}", stacklevel=2)
+    summary["seconds"] = records[-1]["seconds"]
     _write_json(run.output / "summary.json", summary)
 
     from ..report import write_report
