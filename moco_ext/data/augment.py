@@ -11,8 +11,9 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,8 @@ from .draws import uniforms
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as torchvision's grayscale
 _BLUR_FROM = 64  # pixels; below, a published blur would leave nothing to tell images apart
 _TRIES = 10  # of RandomResizedCrop, before it settles for a crop at the centre
+_BLUR_SIGMAS = 3  # where a kernel ends
+_ORDERS = np.array(list(itertools.permutations(range(4))))  # [24, 4]
 _CPU_CHUNK = 2**18  # values; steps over them follow each other in the cache
 
 
@@ -81,16 +84,6 @@ class TwoCropsTransform:
         return [self.base_transform(image), self.base_transform(image)]
 
 
-class _Draws:
-    """The random numbers of N views, one row of uniform ones each; what each of them is for stands here."""
-
-    def __init__(self, seeds: Tensor) -> None:
-        crop, self.flip, self.gray, self.jitter, self.order, self.factors, self.blur, self.sigma = uniforms(
-            seeds, 2 * _TRIES + 12
-        ).split([2 * _TRIES + 2, 1, 1, 1, 1, 4, 1, 1], dim=1)
-        self.crop = crop
-
-
 def augment_batch(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> Tensor:
     """One view of each image in memory.
 
@@ -103,18 +96,52 @@ def augment_batch(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> 
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images: expected shape [N, 1 or 3, H, W], got {list(images.shape)}")
+    if seeds.shape != images.shape[:1] or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds: expected int64 [{len(images)}], got {seeds.dtype} {list(seeds.shape)}")
     images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     return recolour(_resized_crop(images, augmentation, seeds), augmentation, seeds)
 
 
+def file_crops(image: Tensor, augmentation: Augmentation, seeds: Tensor) -> list[Tensor]:
+    """The crops of one decoded image, uint8 [3, H, W], that each of ``seeds`` asks for: uint8 [3, size, size] each."""
+    from torchvision.transforms.v2.functional import resized_crop
+
+    a, (height, width) = augmentation, image.shape[-2:]
+    boxes = crop_boxes(_draws(seeds)["crop"], height, width, a.scale, a.ratio, whole=True)
+    return [resized_crop(image, *box, size=[a.size, a.size], antialias=True) for box in boxes.astype(int).tolist()]
+
+
+def recolour(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> Tensor:
+    """What follows the crop: jitter and grayscale, blur, flip.
+
+    Args:
+        images: uint8, or float32 in [0, 1], [N, C, H, W], C = 1 or 3, on any device.
+        seeds: int64 [N] on the CPU, those of the crops.
+
+    Returns:
+        New images of the same shape, dtype and device; uint8 is rounded once, at the end.
+    """
+    choices = _Choices.of(augmentation, seeds, images.device)
+    chunk = max(1, _CPU_CHUNK // images[:1].numel()) if images.is_cpu and len(images) else max(1, len(images))
+    out = torch.empty_like(images, memory_format=torch.contiguous_format)
+    for start in range(0, len(images), chunk):
+        rows = slice(start, start + chunk)
+        mine = choices.of_rows(rows)
+        if images.dtype == torch.uint8:
+            out[rows] = _recolour(images[rows].float().div_(255), augmentation, mine).mul_(255).round_()
+        else:
+            out[rows] = _recolour(images[rows].clone(), augmentation, mine)
+    return out
+
+
 def crop_boxes(
-    draws: Tensor,
+    draws: np.ndarray,
     height: int,
     width: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     whole: bool = False,
-) -> Tensor:
+) -> np.ndarray:
     """Boxes as ``RandomResizedCrop`` draws them, in an image of ``height`` x ``width`` pixels.
 
     Area uniform in ``scale``, aspect log-uniform in ``ratio``, the first of ten draws that fits; else the largest
@@ -125,106 +152,98 @@ def crop_boxes(
         whole: round to whole pixels, as is published; else fractions of pixels, which small images need.
 
     Returns:
-        [N, 4] float32: top, left, height, width in pixels.
+        [N, 4]: top, left, height, width in pixels.
     """
-    area = (scale[0] + (scale[1] - scale[0]) * draws[:, :_TRIES]) * height * width
-    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[:, _TRIES : 2 * _TRIES])
-    h, w = (area / aspect).sqrt(), (area * aspect).sqrt()  # [N, 10]
-    if whole:
-        h, w = h.round(), w.round()
-    fits = (h <= height) & (w <= width) & (h > 0) & (w > 0)
-    first, any_fits = fits.int().argmax(1, keepdim=True), fits.any(1)
-    fallback = min(max(width / height, ratio[0]), ratio[1])
-    h = torch.where(any_fits, h.gather(1, first)[:, 0], min(height, width / fallback))
-    w = torch.where(any_fits, w.gather(1, first)[:, 0], min(width, height * fallback))
-    y, x = torch.where(any_fits, draws[:, 2 * _TRIES :].T, 0.5)
-    if whole:
-        h, w = h.round(), w.round()
-        return torch.stack([(y * (height - h + 1)).floor(), (x * (width - w + 1)).floor(), h, w], dim=1)
-    return torch.stack([y * (height - h), x * (width - w), h, w], dim=1)
+    area = (scale[0] + (scale[1] - scale[0]) * draws[:, :_TRIES]) * (height * width)
+    aspect = np.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * draws[:, _TRIES : 2 * _TRIES])
+    rounded = np.round if whole else np.asarray
+    sides = rounded(np.sqrt(np.stack([area / aspect, area * aspect])))  # [2, N, 10]
+    room = np.array([[height], [width]])
+    fits = np.all((sides <= room[..., None]) & (sides > 0), axis=0)
+    aspect_then = min(max(width / height, ratio[0]), ratio[1])
+    centred = rounded(np.array([[min(height, width / aspect_then)], [min(width, height * aspect_then)]]))
+    any_fits, rows = np.any(fits, axis=1), np.arange(len(draws))
+    sides = np.where(any_fits, sides[:, rows, fits.argmax(1)], centred)  # [2, N]
+    place = np.where(any_fits, draws[:, 2 * _TRIES :].T, 0.5)
+    corner = np.floor(place * (room - sides + 1)) if whole else place * (room - sides)
+    return np.concatenate([corner, sides]).T
 
 
-def file_crops(image: Tensor, augmentation: Augmentation, seeds: Tensor) -> list[Tensor]:
-    """The crops of one decoded image, uint8 [3, H, W], that each of ``seeds`` asks for: uint8 [3, size, size] each."""
-    from torchvision.transforms.v2.functional import resized_crop
+def _draws(seeds: Tensor) -> dict[str, np.ndarray]:
+    """The random numbers of N views, and what each is for: uniform in [0, 1), [N, ...]."""
+    numbers = uniforms(seeds, 2 * _TRIES + 12)
+    names = ("flip", "gray", "jitter", "order", "blur", "sigma")
+    named = {name: numbers[:, 2 * _TRIES + 6 + i] for i, name in enumerate(names)}
+    return named | {"crop": numbers[:, : 2 * _TRIES + 2], "factors": numbers[:, 2 * _TRIES + 2 :][:, :4]}
 
-    a, (height, width) = augmentation, image.shape[-2:]
-    boxes = crop_boxes(_Draws(seeds).crop, height, width, a.scale, a.ratio, whole=True)
-    return [resized_crop(image, *box, size=[a.size, a.size], antialias=True) for box in boxes.int().tolist()]
 
+class _Choices(NamedTuple):
+    """What happens to each of N views after its crop.
 
-def recolour(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> Tensor:
-    """What follows the crop: jitter, grayscale, blur, flip.
-
-    Args:
-        images: uint8, or float32 in [0, 1], [N, C, H, W], C = 1 or 3, on any device.
-        seeds: int64 [N] on the CPU, those of the crops.
-
-    Returns:
-        New images of the same shape, dtype and device; uint8 is rounded once, at the end.
+    Which rows a step applies to is known on the CPU, so that a GPU is never asked; the steps' parameters are on the
+    images' device.
     """
-    per_image = max(images[0].numel(), 1) if len(images) else 1
-    rows = max(1, _CPU_CHUNK // per_image) if images.device.type == "cpu" else max(1, len(images))
-    out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    for part, part_seeds, target in zip(images.split(rows), seeds.split(rows), out.split(rows), strict=True):
-        if images.dtype == torch.uint8:
-            target.copy_(_recolour(part / 255, augmentation, part_seeds).mul_(255).round_())
-        else:
-            target.copy_(_recolour(part.clone(), augmentation, part_seeds))
-    return out
+
+    gray: np.ndarray  # [N] bool
+    order: np.ndarray  # [N, 4] which of the jitter's steps comes first, second, ...; -1: none
+    factors: Tensor  # [N, 4, 1, 1, 1] of brightness, contrast, saturation; turns of hue
+    radius: np.ndarray  # [N] of the blur's kernel, in pixels; 0: no blur
+    kernels: Tensor  # [N, 2 r + 1], r the largest radius that can be drawn
+    flip: np.ndarray  # [N] bool
+
+    @staticmethod
+    def of(a: Augmentation, seeds: Tensor, device: torch.device) -> _Choices:
+        draws = _draws(seeds)
+        strengths = np.array(a.jitter)
+        middle = np.array([1, 1, 1, 0])  # factors around 1, turns around 0
+        low, high = np.maximum(middle - strengths, middle - 1), middle + strengths
+        factors = torch.from_numpy((low + (high - low) * draws["factors"]).astype(np.float32))
+        orders = _ORDERS[(draws["order"] * len(_ORDERS)).astype(int)]
+        order = np.where((draws["jitter"] < a.jitter_p)[:, None], orders, -1)
+        sigma = a.blur_sigma[0] + (a.blur_sigma[1] - a.blur_sigma[0]) * draws["sigma"]
+        radius = np.where(draws["blur"] < a.blur_p, np.ceil(_BLUR_SIGMAS * sigma), 0).astype(int)
+        kernels = gaussian_kernels(torch.from_numpy(sigma), math.ceil(_BLUR_SIGMAS * a.blur_sigma[1]))
+        on_device = [values.to(device, non_blocking=True) for values in (factors.view(-1, 4, 1, 1, 1), kernels)]
+        return _Choices(draws["gray"] < a.gray_p, order, on_device[0], radius, on_device[1], draws["flip"] < a.flip_p)
+
+    def of_rows(self, rows: slice) -> _Choices:
+        gray, order, factors, radius, kernels, flip = self
+        return _Choices(gray[rows], order[rows], factors[rows], radius[rows], kernels[rows], flip[rows])
 
 
-def _recolour(images: Tensor, a: Augmentation, seeds: Tensor) -> Tensor:
+def _recolour(images: Tensor, a: Augmentation, choices: _Choices) -> Tensor:
     """float32 images, overwritten."""
-    draws = _Draws(seeds)
-    gray = draws.gray[:, 0] < a.gray_p
-
-    def grayscale(images: Tensor) -> Tensor:
-        if images.shape[1] == 1:
-            return images
-        return _on_rows(images, gray, lambda rows, _: _luma(rows).repeat(1, 3, 1, 1))
-
-    if a.gray_first:
-        images = grayscale(images)
-    images = _jitter(images, a, draws)
-    if not a.gray_first:
-        images = grayscale(images)
-    sigmas = a.blur_sigma[0] + (a.blur_sigma[1] - a.blur_sigma[0]) * draws.sigma[:, 0]
-    kernels = gaussian_kernels(sigmas, math.ceil(3 * a.blur_sigma[1])) if a.blur_p > 0 else sigmas
-    images = _on_rows(images, draws.blur[:, 0] < a.blur_p, lambda rows, at: blur(rows, kernels[at].to(rows.device)))
-    return _on_rows(images, draws.flip[:, 0] < a.flip_p, lambda rows, _: rows.flip(3))
+    colour = images.shape[1] == 3
+    if colour and a.gray_first:
+        images = _on_rows(images, choices.gray, _grayscale)
+    for place, step in itertools.product(range(4), range(4)):
+        chosen = choices.order[:, place] == step
+        if step >= 2 and a.gray_first:
+            chosen &= ~choices.gray  # which have no saturation and no hue to change
+        if a.jitter[step] and (colour or step < 2):
+            images = _on_rows(images, chosen, _JITTERS[step], choices.factors[:, step])
+    if colour and not a.gray_first:
+        images = _on_rows(images, choices.gray, _grayscale)
+    spare = choices.kernels.shape[1] // 2 - int(choices.radius.max())  # taps that are zero in every kernel
+    kernels = choices.kernels[:, spare : choices.kernels.shape[1] - spare]
+    images = _on_rows(images, choices.radius > 0, blur, kernels)
+    return _on_rows(images, choices.flip, lambda rows: rows.flip(3))
 
 
-def _on_rows(images: Tensor, chosen: Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """``step(rows, indices)`` in place of the chosen rows; ``chosen`` bool [N] on the CPU, so that no GPU is asked."""
-    at = chosen.nonzero()[:, 0]
-    if len(at) == 0:
+def _on_rows(images: Tensor, chosen: np.ndarray, step: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """``step`` on those rows alone, with their rows of the parameters; may overwrite ``images``."""
+    count = np.count_nonzero(chosen)
+    if count == 0:
         return images
-    if len(at) == len(images):
-        return step(images, at)
-    index = at.to(images.device, non_blocking=True)
-    return images.index_copy_(0, index, step(images.index_select(0, index), at))
+    if count == len(images):
+        return step(images, *parameters)
+    index = torch.from_numpy(np.flatnonzero(chosen)).to(images.device, non_blocking=True)
+    rows = (values.index_select(0, index) for values in (images, *parameters))
+    return images.index_copy_(0, index, step(*rows))
 
 
-_ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # [24, 4]
-
-
-def _jitter(images: Tensor, a: Augmentation, draws: _Draws) -> Tensor:
-    """Brightness, contrast, saturation and hue in an order drawn per image."""
-    strengths = torch.tensor(a.jitter)
-    low = torch.cat([(1 - strengths[:3]).clamp_min(0), -strengths[3:]])
-    high = torch.cat([1 + strengths[:3], strengths[3:]])
-    factors = low + (high - low) * draws.factors  # [N, 4]
-    orders = _ORDERS[(draws.order[:, 0] * len(_ORDERS)).long()]  # [N, 4]
-    applied = draws.jitter[:, 0] < a.jitter_p
-    steps = [step for step in range(4) if a.jitter[step] and (step < 2 or images.shape[1] == 3)]
-    for place, step in itertools.product(range(4), steps):
-
-        def turn(rows: Tensor, at: Tensor, step: int = step) -> Tensor:
-            return _JITTERS[step](rows, factors[at, step].to(rows.device, non_blocking=True).view(-1, 1, 1, 1))
-
-        images = _on_rows(images, applied & (orders[:, place] == step), turn)
-    return images
+def _grayscale(images: Tensor) -> Tensor:
+    return _luma(images).repeat(1, 3, 1, 1)
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
@@ -234,7 +253,7 @@ def _brightness(images: Tensor, factor: Tensor) -> Tensor:
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     # Row sums first: a sum over all pixels is cut up by the number of threads, and its last bit with it.
     mean = _luma(images).mean(3, keepdim=True).mean(2, keepdim=True)
-    return torch.lerp(mean, images, factor).clamp_(0, 1)
+    return images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def _saturation(images: Tensor, factor: Tensor) -> Tensor:
@@ -250,49 +269,53 @@ def _luma(images: Tensor) -> Tensor:
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """RGB images [N, 3, H, W] in [0, 1] turned around the HSV hue circle by ``shift`` (broadcast; in turns)."""
+    """RGB images [N, 3, H, W] in [0, 1] turned around the HSV hue circle by ``shift`` [N or 1, 1, 1, 1], in turns."""
     red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
-    chroma = value - low
-    safe = torch.where(chroma > 0, chroma, 1)
-    sextant = torch.where(
-        value == red,
-        (green - blue) / safe,
-        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
-    )
-    turned = sextant + 6 * shift.flatten(1)[:, :, None]
-    # A channel falls from `value` to `low` as the hue leaves it; each is a third of a turn from the next.
-    offset = images.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1)
-    position = (offset + turned[:, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(position, 4 - position).clamp_(0, 1)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = torch.maximum(torch.maximum(red, green), blue).sub_(low)
+    # The hue in sixths of a turn from red, -3 to 3. Its distance from red is 1 + green + blue - red, once low is 0 and
+    # chroma 1, in all six sextants; its side is green's or blue's. No case has to be told from another.
+    hue = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-12)).add_(1)
+    hue = torch.copysign(hue, green - blue).add_(6 * shift.flatten(1)[:, :, None])
+    hue.sub_((hue / 6).floor_(), alpha=6)
+    # A channel is at low + chroma within a sixth of its own hue, and at low beyond two: red's distance is taken from
+    # the opposite hue, so that none crosses 0.
+    distance = torch.stack((hue - 3, hue - 2, hue - 4), 1).abs_()
+    share = torch.cat((distance[:, :1].sub_(1), 2 - distance[:, 1:]), 1).clamp_(0, 1)
+    return torch.addcmul(low[:, None], chroma[:, None], share)
 
 
 _JITTERS = (_brightness, _contrast, _saturation, shift_hue)
 
 
 def gaussian_kernels(sigmas: Tensor, radius: int) -> Tensor:
-    """Gaussians sampled at whole pixels, sum 1: sigmas [N] in pixels -> [N, 2 radius + 1]."""
+    """Gaussians sampled at whole pixels up to three sigmas, sum 1: sigmas [N] -> float32 [N, 2 radius + 1]."""
     at = torch.arange(-radius, radius + 1)
-    return torch.softmax(-0.5 * (at / sigmas[:, None]).square(), dim=1)
+    exponents = -0.5 * (at / sigmas[:, None]).square()
+    beyond = at.abs() > (_BLUR_SIGMAS * sigmas).ceil()[:, None]
+    return torch.softmax(exponents.masked_fill_(beyond, -math.inf), dim=1).float()
 
 
 def blur(images: Tensor, kernels: Tensor) -> Tensor:
-    """Each image [C, H, W] convolved along both axes with its own kernel [k], k odd; edges continue outwards.
+    """Each of [N, C, H, W] convolved along both axes with its own kernel of [N, k], k odd; edges continue outwards.
 
     Outwards as in PIL, whose blur the published training uses.
     """
-    n, channels, height, width = images.shape
-    radius = kernels.shape[1] // 2
-    groups = n * channels
-    kernels = kernels.to(images.device).repeat_interleave(channels, dim=0)
-    images = F.pad(images, (radius,) * 4, mode="replicate").view(1, groups, height + 2 * radius, width + 2 * radius)
-    images = F.conv2d(images, kernels.view(groups, 1, 1, -1), groups=groups)
-    return F.conv2d(images, kernels.view(groups, 1, -1, 1), groups=groups).view(n, channels, height, width)
+    taps = kernels.shape[1]
+    weights = kernels.view(len(kernels), taps, 1, 1, 1).unbind(1)
+    images = F.pad(images, (taps // 2,) * 4, mode="replicate")
+    for dim in (3, 2):  # shifted sums: with a kernel an image, faster than a grouped convolution
+        size = images.shape[dim] - taps + 1
+        total = images.narrow(dim, 0, size) * weights[0]
+        for place in range(1, taps):
+            total.addcmul_(images.narrow(dim, place, size), weights[place])
+        images = total
+    return images
 
 
 def _resized_crop(images: Tensor, a: Augmentation, seeds: Tensor) -> Tensor:
     height, width = images.shape[2:]
-    boxes = crop_boxes(_Draws(seeds).crop, height, width, a.scale, a.ratio)
+    boxes = torch.from_numpy(crop_boxes(_draws(seeds)["crop"], height, width, a.scale, a.ratio)).float()
     # An output pixel's centre, as a share of the box; then where it lies in the image, from -1 to 1.
     centres = (torch.arange(a.size) + 0.5) / a.size
     y, x = ((boxes[:, i, None] + boxes[:, i + 2, None] * centres) * 2 / (height, width)[i] - 1 for i in (0, 1))

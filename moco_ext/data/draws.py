@@ -7,7 +7,6 @@ so they are the same in whatever process, batch or order the view is made, and a
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -22,8 +21,8 @@ def hashed(*values: int | Tensor) -> np.ndarray:
     return (state >> np.uint64(1)).astype(np.int64)
 
 
-def uniforms(seeds: Tensor, count: int) -> Tensor:
-    """``count`` numbers uniform in [0, 1) for each seed: seeds int64 [N] -> float32 [N, count] on the CPU.
+def uniforms(seeds: Tensor, count: int) -> np.ndarray:
+    """``count`` numbers uniform in [0, 1) for each seed: seeds int64 [N], on the CPU -> float32 [N, count].
 
     SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), whose n-th number is a hash of (seed, n): rows of a batch
     are independent of each other, and all are made at once.
@@ -31,7 +30,7 @@ def uniforms(seeds: Tensor, count: int) -> Tensor:
     steps = np.arange(1, count + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         bits = _mix(_unsigned(seeds)[:, None] + steps * _GOLDEN)
-    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))  # what float32 holds
+    return (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)  # the 24 bits that float32 holds
 
 
 def _unsigned(value: int | Tensor) -> np.ndarray:
