@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data import ImageData, Split, TensorSplit, plain_batches
+from ..data import FolderSplit, ImageData, Split, TensorSplit, plain_batches
+from ..distributed import all_gather, rank, world_size
 from ..encoders import backbone
+
+_GATHERED_ROWS = 8192  # of each rank at a time: 64 MB of 2048 features
 
 
 @torch.no_grad()
@@ -21,20 +27,65 @@ def encoder_features(
 ) -> Tensor:
     """Pooled features under the head, float32 [N, D] on the CPU, of the images as they are (no augmentation).
 
-    Runs in evaluation mode and leaves every layer in the mode it was in.
+    Runs in evaluation mode and leaves every layer in the mode it was in. In a process group every rank must call it:
+    each encodes its share of the images, and all get all rows.
     """
     was_training = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
+    # A rank without a share encodes one image all the same: its number of features is that of the gathered rows.
+    mine = rank_share(split) or take(split, len(split) - 1, len(split))
     try:
         model = backbone(encoder)
         rows = [
             model(images.to(device, non_blocking=True)).flatten(1).float().cpu()
-            for images, _ in plain_batches(data, split, batch_size, workers)
+            for images, _ in plain_batches(data, mine, batch_size, workers)
         ]
     finally:
         for module, training in was_training:
             module.training = training
-    return torch.cat(rows)
+    return _gather(torch.cat(rows), len(split), device)
+
+
+def rank_share(split: Split) -> Split:
+    """This rank's part of a split: ceil(N / world) images in a row, less or none on the last ranks."""
+    size = _share_size(len(split))
+    return take(split, min(rank() * size, len(split)), min((rank() + 1) * size, len(split)))
+
+
+def take(split: Split, start: int, stop: int) -> Split:
+    """Images ``start`` to ``stop`` - 1."""
+    if (start, stop) == (0, len(split)):
+        return split
+    if isinstance(split, TensorSplit):
+        return TensorSplit(split.images[start:stop], split.labels[start:stop])
+    dataset = copy.copy(split.dataset)
+    dataset.samples = dataset.imgs = dataset.samples[start:stop]
+    dataset.targets = dataset.targets[start:stop]
+    return FolderSplit(dataset, split.labels[start:stop])
+
+
+def collective_device(device: torch.device | str | None) -> torch.device:
+    """Where a tensor must be for a collective: NCCL moves GPU memory only."""
+    nccl = dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device(device or "cuda") if nccl else torch.device("cpu")
+
+
+def _share_size(n: int) -> int:
+    return -(-n // world_size())
+
+
+def _gather(rows: Tensor, n: int, device: torch.device | str) -> Tensor:
+    """The ranks' shares of :func:`rank_share`, [<= ceil(n / world), D] on the CPU, as one [n, D] there."""
+    world, size = world_size(), _share_size(n)
+    if world == 1:
+        return rows
+    rows = nn.functional.pad(rows, (0, 0, 0, size - len(rows)))
+    everyone = rows.new_empty(world, size, rows.shape[1])
+    transit = collective_device(device)  # a part at a time: the whole set need not fit there
+    for start in range(0, size, _GATHERED_ROWS):
+        part = rows[start : start + _GATHERED_ROWS]
+        everyone[:, start : start + len(part)] = all_gather(part.to(transit)).view(world, *part.shape).cpu()
+    return everyone.flatten(0, 1)[:n]
 
 
 @torch.no_grad()

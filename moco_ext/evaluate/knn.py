@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed import all_reduce, rank, world_size
+from .features import collective_device
+
 
 @torch.no_grad()
 def knn_predict(
@@ -15,7 +18,8 @@ def knn_predict(
     *,
     k: int = 200,
     temperature: float = 0.07,
-    chunk: int = 1024,
+    chunk: int = 4096,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """The class with the most votes among the k nearest training images, each vote exp(cosine / temperature).
 
@@ -24,11 +28,12 @@ def knn_predict(
         train_labels: int64 [N], classes 0 .. n-1.
         test_features: [M, D].
         k: neighbours; clipped to N.
-        chunk: test rows and training rows looked at together, so that memory stays O(chunk * (chunk + k))
-            whatever N and M are.
+        chunk: test rows and training rows looked at together, so that memory beyond the arguments stays
+            O(chunk * (chunk + k + D)) whatever N and M are.
+        device: where to compute, by default where test_features are; features come there a chunk at a time.
 
     Returns:
-        int64 [M].
+        int64 [M], where test_features are.
     """
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
         raise ValueError(
@@ -40,15 +45,15 @@ def knn_predict(
     if k < 1 or temperature <= 0 or len(train_features) == 0:
         raise ValueError(f"k, temperature, N: expected all positive, got {k}, {temperature}, {len(train_features)}")
     n_classes = int(train_labels.max()) + 1
-    k = min(k, len(train_features))
-    bank = F.normalize(train_features.float(), dim=1)
+    device = torch.device(device or test_features.device)
+    labels = train_labels.to(device)
     predictions = []
     for rows in test_features.split(chunk):
-        similarity, index = _nearest(F.normalize(rows.float(), dim=1), bank, k, chunk)
+        similarity, index = _nearest(rows.to(device), train_features, min(k, len(train_features)), chunk)
         # exp(s/T) up to a factor common to the row's votes, which keeps small temperatures finite
         votes = torch.exp((similarity - similarity[:, :1]) / temperature)
-        scores = votes.new_zeros(len(rows), n_classes).scatter_add_(1, train_labels[index], votes)
-        predictions.append(scores.argmax(1))
+        scores = votes.new_zeros(len(rows), n_classes).scatter_add_(1, labels[index], votes)
+        predictions.append(scores.argmax(1).to(test_features.device))
     return torch.cat(predictions) if predictions else train_labels.new_empty(0)
 
 
@@ -60,26 +65,39 @@ def knn_top1(
     *,
     k: int = 200,
     temperature: float = 0.07,
+    device: torch.device | str | None = None,
+    sharded: bool = False,
 ) -> float:
-    """Top-1 accuracy in percent of :func:`knn_predict`."""
-    predicted = knn_predict(train_features, train_labels, test_features, k=k, temperature=temperature)
-    return 100 * (predicted == test_labels).double().mean().item()
+    """Top-1 accuracy in percent of :func:`knn_predict`.
+
+    With ``sharded`` every rank of a process group calls this with the same features, classifies its share of the test
+    images, and gets the accuracy on all of them.
+    """
+    mine = slice(rank(), None, world_size()) if sharded else slice(None)
+    predicted = knn_predict(
+        train_features, train_labels, test_features[mine], k=k, temperature=temperature, device=device
+    )
+    correct = (predicted == test_labels[mine]).sum()
+    if sharded:
+        correct = all_reduce(correct.to(collective_device(device)))
+    return 100 * correct.item() / len(test_labels)
 
 
 def nearest(bank_features: Tensor, features: Tensor, k: int, chunk: int = 4096) -> Tensor:
     """Indices int64 [M, k] of the k rows of ``bank_features`` with the highest cosine, nearest first."""
-    bank, rows = F.normalize(bank_features.float(), dim=1), F.normalize(features.float(), dim=1)
-    return _nearest(rows, bank, min(k, len(bank)), chunk)[1]
+    return _nearest(features, bank_features, min(k, len(bank_features)), chunk)[1]
 
 
 def _nearest(rows: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Cosines and indices of the k nearest of unit rows, in decreasing order, merged chunk by chunk."""
-    best, where = (
-        rows.new_empty(len(rows), 0),
-        torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device),
-    )
+    """Cosines and indices [M, k] of the k nearest, in decreasing order, merged over chunks of ``bank``.
+
+    Cosines are taken in float32 on the device of ``rows``, where one chunk of the bank lies at a time.
+    """
+    rows = F.normalize(rows.float(), dim=1)
+    best, where = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
     for start in range(0, len(bank), max(chunk, k)):
-        similarity, index = (rows @ bank[start : start + max(chunk, k)].T).topk(min(k, len(bank) - start), dim=1)
+        part = F.normalize(bank[start : start + max(chunk, k)].to(rows.device).float(), dim=1)
+        similarity, index = (rows @ part.T).topk(min(k, len(part)), dim=1)
         merged, indices = torch.cat([best, similarity], 1), torch.cat([where, index + start], 1)
         best, order = merged.topk(min(k, merged.shape[1]), dim=1)
         where = indices.gather(1, order)
