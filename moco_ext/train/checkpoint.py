@@ -39,22 +39,21 @@ def save_checkpoint(
     arch: str,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    trainer: dict[str, Any] | None = None,
+    **more: Any,
 ) -> None:
     """Write a checkpoint atomically, in the official layout: names in ``state_dict`` start with ``module.``.
 
     Args:
         epoch: finished epochs, as the official trainer counts.
-        trainer: what our trainer needs beside that to go on where it stopped; tensors and plain containers.
+        more: further entries, tensors and plain containers: what a trainer needs to go on where it stopped.
     """
     checkpoint = {
         "epoch": epoch,
         "arch": arch,
         "state_dict": {f"module.{name}": value for name, value in model.state_dict().items()},
         "optimizer": optimizer.state_dict(),
+        **more,
     }
-    if trainer is not None:
-        checkpoint["trainer"] = trainer
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 

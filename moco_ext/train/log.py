@@ -187,6 +187,8 @@ class RunLog:
             "loss": lambda v: f"loss {v:.3f}{chance}",
             "acc1": lambda v: f"acc@1 {v:.1f} %",
             "acc5": lambda v: f"acc@5 {v:.1f} %",
+            "val_acc1": lambda v: f"val acc@1 {v:.2f} %",
+            "val_acc5": lambda v: f"val acc@5 {v:.2f} %",
             "images_per_second": lambda v: f"{v:,.0f} images/s" if v >= 10 else f"{v:.2f} images/s",
             "data_wait": lambda v: f"data wait {v:.0f} %",
             "knn_top1": lambda v: f"kNN {v:.1f} %",

@@ -1,0 +1,126 @@
+"""Encoders from files: ours, the official ones, torchvision's, plain state dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..encoders import HEADS, resolve
+from ..train.checkpoint import read_saved
+
+_BY_NAME = "torchvision:"
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # heads of GoogLeNet and Inception, which encoders lack
+
+
+def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
+    """An encoder with pretrained weights under a head that means nothing, and its architecture's name.
+
+    :func:`moco_ext.encoders.backbone` takes the head off. All layers under it come from the file, or it is an error.
+
+    Args:
+        source: a run directory (its ``checkpoint.pth``); a checkpoint of this package or of the official MoCo v1 or v2
+            (the query encoder is taken), or of linear evaluation or fine-tuning; a state dictionary of the encoder
+            alone, as torchvision's files are, pickled or ``.safetensors``; or ``"torchvision:NAME"``, the weights that
+            torchvision knows by that name for ``arch`` (``"torchvision:IMAGENET1K_V2"``), which it downloads.
+        arch: a name for :func:`moco_ext.encoders.resolve`; needed where the source does not say.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, of another architecture, or no architecture known; the message says how many of its
+            layers were found.
+    """
+    if str(source).startswith(_BY_NAME):
+        return _torchvision(str(source).removeprefix(_BY_NAME), arch)
+    path = Path(source)
+    if path.is_dir():
+        path = path / "checkpoint.pth"
+    found, said = _read(path)
+    if said is not None and arch not in (None, said):
+        raise ValueError(f"arch: expected {said}, which {path} holds, got {arch}")
+    name = arch or said
+    if name is None:
+        raise ValueError(f"arch: expected --arch, as {path} holds a state dictionary without a name, got none")
+    encoder = resolve(name)(num_classes=1)
+    _fill(encoder, found, name, path)
+    return encoder, name
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """An encoder's state dictionary, and the architecture if the file names it."""
+    content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else read_saved(path)
+    arch = None
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        arch, content = content.get("arch"), content["state_dict"]
+    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
+        raise ValueError(
+            f"checkpoint: expected a state dictionary, or one under state_dict, in {path}, got {_kind(content)}"
+        )
+    state = {str(name).removeprefix("module."): value for name, value in content.items()}
+    query = {n.removeprefix("encoder_q."): value for n, value in state.items() if n.startswith("encoder_q.")}
+    return query or state, arch
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no such file: {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no safetensors?): {error}") from None
+
+
+def _fill(encoder: nn.Module, found: dict[str, Tensor], arch: str, path: Path) -> None:
+    heads = _head_names(encoder)
+    wanted = {name: value for name, value in encoder.state_dict().items() if not name.startswith(heads)}
+    fitting = {
+        name: found[name] for name, value in wanted.items() if name in found and found[name].shape == value.shape
+    }
+    # Files older than this counter, which only cumulative averages read, lack it.
+    unfit = [name for name in wanted if name not in fitting and not name.endswith("num_batches_tracked")]
+    # A deeper network holds a shallower one's layers.
+    foreign = [name for name in found if name not in wanted and not name.startswith((*heads, *_prefixes(_AUXILIARY)))]
+    if unfit or foreign:
+        name = (unfit or foreign)[0]
+        expected, got = (list(state[name].shape) if name in state else "none" for state in (wanted, found))
+        raise ValueError(
+            f"checkpoint: expected the {len(wanted)} tensors of {arch} in {path}, got {len(fitting)} that fit, "
+            f"{len(unfit)} missing or of another shape, {len(foreign)} foreign: {name}, expected {expected}, got {got}"
+        )
+    encoder.load_state_dict(fitting, strict=False)
+
+
+def _head_names(encoder: nn.Module) -> tuple[str, ...]:
+    """Prefixes of names that belong to no backbone."""
+    classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier")  # timm: its `head` may hold a norm to keep
+    if classifier is None:
+        return _prefixes(HEADS)
+    return _prefixes(("fc", *([classifier] if isinstance(classifier, str) else classifier)))
+
+
+def _prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in names)
+
+
+def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
+    from torchvision import models
+
+    if arch is None:
+        raise ValueError(f"arch: expected --arch with {_BY_NAME}{name}, as several architectures have such weights")
+    if arch not in models.list_models(module=models):
+        raise ValueError(f"arch: expected a torchvision model with {_BY_NAME}{name}, got {arch!r}")
+    known = models.get_model_weights(arch).__members__
+    if name not in known:
+        raise ValueError(f"pretrained: expected one of {', '.join(known)} of {arch}, got {name!r}")
+    return models.get_model(arch, weights=known[name]), arch
+
+
+def _kind(content: Any) -> str:
+    return (
+        f"a dictionary of {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else str(type(content))
+    )
