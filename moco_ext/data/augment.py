@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .draws import uniforms
 
-_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as torchvision's grayscale
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as PIL's
 _BLUR_FROM = 64  # pixels; below, a published blur would leave nothing to tell images apart
 _TRIES = 10  # of RandomResizedCrop, before it settles for a crop at the centre
 _BLUR_SIGMAS = 3  # where a kernel ends

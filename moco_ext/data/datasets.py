@@ -121,26 +121,29 @@ def plain_batches(
         collate_fn=_as_it_is,
         num_workers=workers,
     )
-    for images, labels in loader:
+    for batch in loader:
+        if isinstance(batch, ValueError):
+            raise batch
+        images, labels = batch
         yield normalize(images / 255, data.mean, data.std), labels
 
 
 class _PlainImages(Dataset):
-    """Centre crops of image files, a batch at a time: uint8 [B, 3, size, size] and labels [B]."""
+    """Centre crops of image files, a batch at a time: uint8 [B, 3, size, size] and labels [B]; or an error to raise."""
 
     def __init__(self, split: FolderSplit, size: int) -> None:
         self.split, self.size = split, size
 
-    def __getitems__(self, index: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.stack([self._image(position) for position in index]), self.split.labels[index]
+    def __getitems__(self, index: list[int]) -> tuple[Tensor, Tensor] | ValueError:
+        try:
+            return torch.stack([self._image(position) for position in index]), self.split.labels[index]
+        except UnreadableImageError as error:  # another in its place would change what is measured
+            return ValueError(f"data: {error}")
 
     def _image(self, position: int) -> Tensor:
         from torchvision.transforms.v2 import functional
 
-        try:
-            image = read_image(self.split.dataset.samples[position][0])
-        except UnreadableImageError as error:  # another in its place would change what is measured
-            raise ValueError(f"data: {error}") from None
+        image = read_image(self.split.dataset.samples[position][0])
         image = functional.resize(image, [round(self.size * 256 / 224)], antialias=True)
         return functional.center_crop(image, [self.size, self.size])
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from .augment import Augmentation, augment_batch, recolour
 from .datasets import ImageData, TensorSplit, normalize, stratified_split
 from .draws import hashed
-from .plan import EpochPlan
+from .plan import EpochPlan, MicroBatch
 from .views import Request, ViewDataset, Views
 
 _CPU = torch.device("cpu")
@@ -128,8 +128,7 @@ class TrainLoader:
         """The batches of 0-based ``epoch``; after ``load_state_dict``, those that are left of the state's epoch."""
         first_step = self._step if self._resuming and epoch == self._epoch else 0
         self._epoch, self._step, self._resuming = epoch, first_step, False
-        micro_batches = self._plan.micro_batches(epoch, first_step)
-        for micro, views in zip(micro_batches, self._loader.views(epoch, first_step), strict=True):
+        for micro, views in self._loader.batches(epoch, first_step):
             seeds = torch.cat([micro.seeds, micro.key_seeds])
             im_q, im_k = self._finished(views.images, seeds).chunk(2)
             self._step += micro.last
@@ -236,7 +235,7 @@ class LabelledLoader:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of 0-based ``epoch``: images float32 [n, 3, s, s], standardised, and labels int64 [n], both on the device."""
-        for views in self._loader.views(epoch, 0):
+        for _, views in self._loader.batches(epoch, 0):
             images = standardised(views.images.to(self._device, non_blocking=True), self._data)
             labels = self._data.train.labels[views.index]
             yield images.contiguous(), labels.to(self._device, non_blocking=True)
@@ -257,7 +256,7 @@ class _ViewLoader:
     def __init__(self, dataset: ViewDataset, plan: EpochPlan, *, two_views: bool, workers: int, pin: bool) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected 0 or more processes, got {workers}")
-        self.skipped = 0
+        self.skipped, self._warned = 0, False
         self._requests = _Requests(plan, two_views)
         self._loader = DataLoader(
             dataset,
@@ -269,16 +268,20 @@ class _ViewLoader:
             generator=torch.Generator(),  # the workers' seeds, which nothing here uses; else the global one would move
         )
 
-    def views(self, epoch: int, first_step: int) -> Iterator[Views]:
+    def batches(self, epoch: int, first_step: int) -> Iterator[tuple[MicroBatch, Views]]:
         self._requests.epoch, self._requests.first_step = epoch, first_step
-        for views in self._loader:
-            if views.unreadable and self.skipped == 0:
+        micro_batches = self._requests.plan.micro_batches(epoch, first_step)
+        for micro, views in zip(micro_batches, self._loader, strict=True):
+            if isinstance(views, ValueError):
+                raise views
+            if views.unreadable and not self._warned:
+                self._warned = True
                 warnings.warn(
                     f"data: {views.reason}; another image takes its place (further ones are counted, not named)",
                     stacklevel=3,
                 )
-            self.skipped += len(views.unreadable)
-            yield views
+            self.skipped += len(set(views.unreadable) & set(micro.index.tolist()))  # keys are another rank's queries
+            yield micro, views
 
 
 class _Requests:

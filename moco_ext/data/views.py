@@ -22,13 +22,13 @@ class Views(NamedTuple):
     Attributes:
         images: [rows, C, H, W] uint8, or float32 in [0, 1]; not standardised: bytes travel better.
         index: [rows] int64 position of the image that each row really shows.
-        unreadable: files that could not be decoded, each once.
+        unreadable: positions whose files could not be decoded, each once.
         reason: why the first of them could not, or empty.
     """
 
     images: Tensor
     index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
-    unreadable: list[str]
+    unreadable: list[int]
     reason: str
 
 
@@ -46,14 +46,18 @@ class ViewDataset(Dataset):
     def __init__(self, split: Split, augmentation: Augmentation, colour: bool, members: Tensor | None = None) -> None:
         self.split, self.augmentation, self.colour, self.members = split, augmentation, colour, members
 
-    def __getitems__(self, request: Request) -> Views:
+    def __getitems__(self, request: Request) -> Views | ValueError:
+        """The views; or an error, to be raised where it can be read: out of a worker it would come as a traceback."""
         index, seeds = torch.tensor(request, dtype=torch.int64).unbind(1)
         if isinstance(self.split, TensorSplit):
             images = self.split.images[index]
             if self.colour:
                 images = augment_batch(images, self.augmentation, seeds)
             return Views(images, index, [], "")
-        return self._from_files(index, seeds)
+        try:
+            return self._from_files(index, seeds)
+        except ValueError as error:
+            return error
 
     def _from_files(self, index: Tensor, seeds: Tensor) -> Views:
         rows_of: dict[int, list[int]] = {}
@@ -61,16 +65,17 @@ class ViewDataset(Dataset):
             rows_of.setdefault(position, []).append(row)
         size = self.augmentation.size
         images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)
-        shown, unreadable, reason = index.clone(), [], ""
+        shown, reason = index.clone(), ""
+        unreadable: list[int] = []
         for position, rows in rows_of.items():
             try:
                 image = read_image(self._path(position))
             except UnreadableImageError as error:
-                unreadable.append(self._path(position))
+                unreadable.append(position)
                 reason = reason or str(error)
                 if len(unreadable) > len(rows_of) / 2:
                     raise ValueError(
-                        f"data: expected images, got {len(unreadable)} unreadable files in a batch of {len(rows_of)}; "
+                        f"data: expected images, got a batch of {len(rows_of)} of which more than half are unreadable; "
                         f"the first: {reason}"
                     ) from None
                 image, shown[rows] = self._substitute(position)
