@@ -12,6 +12,15 @@ from moco_ext import MoCo
 from moco_ext.train.health import Health
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small are slower on two, and on a busy machine much slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Encoder(nn.Sequential):
     """With all that an extra forward pass could disturb: running statistics and a random number per unit."""
 

@@ -182,15 +182,15 @@ class RunLog:
         return {"images_per_second": images / seconds, "data_wait": 100 * min(1.0, wait / seconds)}
 
     def _line(self, figures: Mapping[str, Any]) -> str:
-        chance = "" if self._chance is None else f" (chance {self._chance:.3f})"
+        chance = "" if self._chance is None else f" (chance {self._chance:.2f})"
         formats = {
             "loss": lambda v: f"loss {v:.3f}{chance}",
-            "acc1": lambda v: f"acc@1 {v:.1f} %",
-            "acc5": lambda v: f"acc@5 {v:.1f} %",
+            "acc1": lambda v: f"acc@1 {v:.1f}",
+            "acc5": lambda v: f"acc@5 {v:.1f}",
             "val_acc1": lambda v: f"val acc@1 {v:.2f} %",
             "val_acc5": lambda v: f"val acc@5 {v:.2f} %",
             "images_per_second": lambda v: f"{v:,.0f} images/s" if v >= 10 else f"{v:.2f} images/s",
-            "data_wait": lambda v: f"data wait {v:.0f} %",
+            "data_wait": lambda v: f"wait {v:.0f} %",
             "knn_top1": lambda v: f"kNN {v:.1f} %",
         }
         return "  ".join(text(figures[name]) for name, text in formats.items() if figures.get(name) is not None)
