@@ -115,8 +115,8 @@ def test_tensorboard_has_means_since_the_last_point(tmp_path):
     assert found["train/loss"] == [(4, 2.5), (8, 6.5), (10, (9 * 10 + 10 * 30) / 40)]
     assert found["epoch/loss"] == [(10, 5.5)]
     assert found["epoch/knn_top1"] == [(10, 80.0)]
-    assert {"train/acc1", "train/acc5", "train/lr", "train/images_per_second", "train/data_wait"} <= found.keys()
-    assert not {"train/images", "train/wait", "epoch/step", "epoch/epoch"} & found.keys()
+    assert {"train/acc1", "train/acc5", "train/lr", "train/images_per_second", "train/wait"} <= found.keys()
+    assert not {"train/images", "epoch/step", "epoch/epoch"} & found.keys()
 
 
 def test_figures_that_only_some_steps_have(tmp_path):
@@ -145,7 +145,7 @@ def test_speed_and_wait(tmp_path, monkeypatch):
         log.step(3, figures(images=100, wait=0.5))
     found = scalars(tmp_path)
     assert found["train/images_per_second"] == [(1, 50.0), (2, 50.0), (3, 50.0)]
-    assert found["train/data_wait"] == [(1, 25.0), (2, 25.0), (3, 25.0)]
+    assert found["train/wait"] == [(1, 0.25), (2, 0.25), (3, 0.25)]
 
 
 # --- what is shown ------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ class RunLog:
 
     def _speed(self) -> dict[str, float]:
         seconds, images, wait = (sum(column) for column in zip(*self._window, strict=True))
-        return {"images_per_second": images / seconds, "data_wait": 100 * min(1.0, wait / seconds)}
+        return {"images_per_second": images / seconds, "wait": min(1.0, wait / seconds)}
 
     def _line(self, figures: Mapping[str, Any]) -> str:
         chance = "" if self._chance is None else f" (chance {self._chance:.2f})"
@@ -190,7 +190,7 @@ class RunLog:
             "val_acc1": lambda v: f"val acc@1 {v:.2f} %",
             "val_acc5": lambda v: f"val acc@5 {v:.2f} %",
             "images_per_second": lambda v: f"{v:,.0f} images/s" if v >= 10 else f"{v:.2f} images/s",
-            "data_wait": lambda v: f"wait {v:.0f} %",
+            "wait": lambda v: f"wait {100 * v:.0f} %",
             "knn_top1": lambda v: f"kNN {v:.1f} %",
         }
         return "  ".join(text(figures[name]) for name, text in formats.items() if figures.get(name) is not None)
@@ -217,85 +217,3 @@ class _Bar(Progress):
     def get_renderables(self):
         yield from super().get_renderables()
         yield self.figures
-
-
-class MetricLog:
-    """One record an epoch, to ``metrics.jsonl`` and to TensorBoard's ``tensorboard/`` in the run directory.
-
-    Records up to ``keep_epochs`` of a run that is resumed stay; later ones, which it will write anew, go.
-    """
-
-    def __init__(self, output: Path, keep_epochs: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = output / "metrics.jsonl"
-        self.records = [record for record in read_metrics(self.path) if record["epoch"] <= keep_epochs]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        self._board = SummaryWriter(output / "tensorboard", purge_step=keep_epochs + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "epoch":
-                self._board.add_scalar(name, value, record["epoch"])
-
-    def close(self) -> None:
-        self._board.close()
-
-
-class TrainingProgress:
-    """A bar over all steps of a run in a terminal; elsewhere (a log file, a pipe) one line an epoch.
-
-    The loss stands beside log(K+1), that of a model that cannot tell the positive from the K negatives.
-    """
-
-    def __init__(self, console: Console, *, epochs: int, steps: int, done_epochs: int, K: int) -> None:
-        self.console, self.epochs, self.steps = console, epochs, steps
-        self._chance = math.log(K + 1)
-        self._bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:3.0f}%"),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-            expand=True,
-        )
-        self._task = self._bar.add_task(
-            "train",
-            total=epochs * steps,
-            completed=done_epochs * steps,
-            epoch=done_epochs,
-            epochs=epochs,
-            figures="",
-        )
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def step(self, epoch: int, step: int, figures: dict[str, float] | None) -> None:
-        """0-based ``step`` of 1-based ``epoch`` is done; ``figures`` are the epoch's so far, None to leave as is."""
-        self._bar.update(self._task, completed=(epoch - 1) * self.steps + step + 1, epoch=epoch)
-        if figures:
-            self._bar.update(self._task, figures=self._format(figures))
-
-    def epoch_done(self, record: dict[str, Any]) -> None:
-        if not self.console.is_terminal:
-            knn = f"  kNN {record['knn_top1']:.1f} %" if "knn_top1" in record else ""
-            stamp = time.strftime("%H:%M:%S")
-            line = f"{stamp}  epoch {record['epoch']}/{self.epochs}  {self._format(record)}{knn}"
-            self.console.print(line, soft_wrap=True, highlight=False)
-
-    def _format(self, figures: dict[str, float]) -> str:
-        return (
-            f"loss {figures['loss']:.3f} (chance {self._chance:.3f})  "
-            f"acc@1 {figures['acc1']:.1f}  acc@5 {figures['acc5']:.1f}  {figures['images_per_second']:,.0f} images/s"
-        )
