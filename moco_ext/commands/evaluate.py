@@ -1,91 +1,123 @@
-"""``moco-ext knn`` and ``moco-ext linear``."""
+"""What ``moco-ext knn``, ``linear`` and ``finetune`` share: where weights and data come from, where results go."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import add_data_flags, add_machine_flags, workers
+from . import add_data_flags, add_launch_flags, add_machine_flags, workers
 
+if TYPE_CHECKING:
+    from torch import nn
 
-def add_parser(commands) -> None:
-    for name, summary in (
-        ("knn", "weighted k-nearest-neighbour top-1"),
-        ("linear", "linear classification top-1"),
-    ):
-        command = commands.add_parser(
-            name,
-            help=f"{summary} of a trained encoder",
-            description=f"{summary[0].upper()}{summary[1:]} on the pooled features of a run's or checkpoint's query "
-            "encoder, beside raw pixels.",
-            argument_default=argparse.SUPPRESS,
-        )
-        command.set_defaults(run=run)
-        command.add_argument("checkpoint", metavar="RUN", help="run directory or checkpoint file")
-        add_data_flags(command, "the run's own")
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-        if name == "knn":
-            command.add_argument("-k", type=int, dest="knn_k", metavar="N", help="(default: the run's own, or 200)")
-            command.add_argument("-t", "--temperature", type=float, metavar="T", help="(default: 0.07)")
-        else:
-            command.add_argument("-C", type=float, metavar="C", help="inverse L2 penalty (default: 1)")
-        add_machine_flags(command)
+    from ..data import ImageData
+    from ..train.launch import Process
 
 
-def run(args: argparse.Namespace) -> int:
-    given = vars(args)
-    path = Path(args.checkpoint)
-    checkpoint_path = path / "checkpoint.pth" if path.is_dir() else path
-    config_path = checkpoint_path.with_name("config.json")
-    config: dict[str, Any] = json.loads(config_path.read_text()) if config_path.is_file() else {}
-    name = given.get("data", config.get("data"))
-    if name is None:
-        raise ValueError(f"data: expected --data, as {path} has no config.json beside it that says")
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "source",
+        metavar="RUN|DATA",
+        help="run directory or weights; with --pretrained, the data: an image folder or a name, as --data takes",
+    )
+    add(
+        "--pretrained",
+        metavar="WEIGHTS",
+        help="run directory; checkpoint, ours or the official MoCo's; state dict, pickled or .safetensors; "
+        "torchvision:NAME, as in torchvision:IMAGENET1K_V2",
+    )
+    add("-a", "--arch", metavar="ARCH", help="encoder, where the weights do not say")
+    add_data_flags(parser, "the run's own")
+    add("--output", metavar="DIR", help="where results go (default: the run directory, else runs/COMMAND-DATA)")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add_machine_flags(parser)
+    add_launch_flags(parser)
 
+
+class Source(NamedTuple):
+    """What is evaluated.
+
+    Attributes:
+        weights: for :func:`moco_ext.evaluate.weights.load_pretrained`; None: from scratch.
+        data: name or folder.
+        config: of the pre-training run; empty if there is none.
+        output: where results go.
+    """
+
+    weights: str | None
+    data: str
+    config: dict[str, Any]
+    output: Path
+
+
+def find_source(given: dict[str, Any]) -> Source:
+    """What the flags name; a ValueError if they name no data, or two."""
+    named, weights = given["source"], given.get("pretrained")
+    names_data = weights is not None or (given.get("scratch", False) and "arch" in given)
+    weights = weights if names_data else named
+    config, run = _configuration(weights)
+    data = named if names_data else given.get("data", config.get("data"))
+    if names_data and given.get("data", data) != data:
+        raise ValueError(f"data: expected DATA or --data, got both: {data} and {given['data']}")
+    if data is None:
+        raise ValueError(f"data: expected --data, as {weights} has no config.json beside it that says")
+    default = run or Path("runs") / f"{given['command']}-{Path(data).name}"
+    return Source(weights, data, config, Path(given.get("output", default)))
+
+
+def _configuration(weights: str | None) -> tuple[dict[str, Any], Path | None]:
+    """The configuration of the pre-training run that the weights are of, and its directory."""
+    if weights is None:
+        return {}, None
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    file = folder / "config.json"
+    return (json.loads(file.read_text()), folder) if file.is_file() else ({}, None)
+
+
+def load_source(given: dict[str, Any], source: Source) -> tuple[nn.Module, str, ImageData]:
+    """Encoder, its architecture, and data; the encoder first, as data may be a download."""
+    from ..data import load
+    from ..evaluate.weights import load_pretrained
+
+    assert source.weights is not None
+    encoder, arch = load_pretrained(source.weights, given.get("arch"))
+    return encoder, arch, load(source.data, given.get("data_root", "data"))
+
+
+def process_workers(given: dict[str, Any], process: Process) -> int:
+    return -(-workers(given) // process.local_world)
+
+
+def percent(value: float) -> float:
+    return round(value, 2)
+
+
+def write_result(source: Source, name: str, result: dict[str, Any]) -> None:
+    from ..train.checkpoint import write_atomically
+
+    source.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=2) + "\n"
+    write_atomically(source.output / f"{name}.json", lambda file: file.write(text.encode()))
+
+
+def show(
+    given: dict[str, Any], result: dict[str, Any], title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Print ``result``, or a table: of each row a label and its figures, and a caption of the options."""
     from rich.console import Console
     from rich.table import Table
 
-    from ..data import load
-    from ..evaluate import encoder_features, knn_top1, linear_top1, pixel_features
-    from ..train.checkpoint import load_checkpoint, load_encoder
-    from ..train.launch import local_device
-
-    device = local_device(given)
-    encoder = load_encoder(load_checkpoint(checkpoint_path)).to(device)
-    data = load(name, given.get("data_root", "data"))
-    train_labels, test_labels = (split.labels for split in data.splits)
-    score: Callable[..., float] = knn_top1 if args.command == "knn" else linear_top1
-    if args.command == "knn":
-        title = "kNN"
-        options = {
-            "k": given.get("knn_k", config.get("knn_k", 200)),
-            "temperature": given.get("temperature", 0.07),
-        }
-    else:
-        title = "linear"
-        options = {"C": given.get("C", 1.0)}
-    scores = {}
-    for features in ("pixels", "trained"):
-        train, test = (
-            pixel_features(data, split, workers=workers(given))
-            if features == "pixels"
-            else encoder_features(encoder, data, split, device=device, workers=workers(given))
-            for split in data.splits
-        )
-        scores[features] = round(score(train, train_labels, test, test_labels, **options), 2)
     if given.get("json"):
-        print(json.dumps({"data": name, **options, f"{args.command}_top1": scores}))
-        return 0
-    table = Table(
-        "features",
-        title=f"{name}: {title} top-1, %",
-        caption=" ".join(f"{k}={v}" for k, v in options.items()),
-    )
-    table.add_column(title, justify="right")
-    for features, value in scores.items():
-        table.add_row({"pixels": "raw pixels", "trained": "encoder"}[features], f"{value:.2f}")
+        print(json.dumps(result))
+        return
+    options = {name: result[name] for name in ("solver", "k", "temperature", "C", "fraction") if name in result}
+    table = Table(columns[0], title=title, caption=" ".join(f"{name}={value}" for name, value in options.items()))
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for label, *figures in rows:
+        table.add_row(label, *(f"{figure:.2f}" for figure in figures))
     Console().print(table)
-    return 0

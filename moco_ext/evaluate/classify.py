@@ -22,12 +22,12 @@ from ..distributed import all_reduce, rank, world_size
 from ..encoders import backbone
 from ..train.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from ..train.log import RunLog
-from .features import rank_share
+from .features import rank_share, to_device
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a classifier is trained; the defaults are those of the published linear evaluation.
+    """How a classifier is trained.
 
     Attributes:
         batch_size: images of a node, all its processes together.
@@ -38,11 +38,11 @@ class Protocol:
         crop_min: the smallest share of a training image's area that a view shows.
     """
 
-    epochs: int = 100
-    batch_size: int = 256
-    lr: float = 30.0
+    epochs: int
+    lr: float
     lr_head: float | None = None
-    schedule: tuple[int, ...] = (60, 80)
+    schedule: tuple[int, ...] = ()
+    batch_size: int = 256
     momentum: float = 0.9
     weight_decay: float = 0.0
     fraction: float = 1.0
@@ -181,7 +181,7 @@ def evaluate(
         with torch.no_grad():
             for images, labels in plain_batches(data, share, batch_size, workers) if len(share) else ():
                 labels = labels.to(device, non_blocking=True)
-                sums += _sums(model(images.to(device, non_blocking=True)), labels)
+                sums += _sums(model(to_device(images, device)), labels)
     finally:
         model.train(training)
     return _means(all_reduce(sums))
@@ -198,9 +198,9 @@ def train_classifier(
 ) -> list[dict[str, Any]]:
     """Train by SGD, in place, on one process or in a process group; all records, one an epoch.
 
-    A record has epoch (from 1), step, lr, loss, acc1, acc5 (of the training views), val_loss, val_acc1, val_acc5,
-    images_per_second and seconds. After each epoch the checkpoint is written, in the official layout, and again as the
-    best if val_acc1 is higher than ever before.
+    A record has epoch (from 1), step, lr (of the new layers), loss, acc1, acc5 (of the training views), val_loss,
+    val_acc1, val_acc5, best_acc1 (the highest val_acc1 so far), images_per_second and seconds. After each epoch the
+    checkpoint is written, in the official layout, and again as the best if val_acc1 is higher than ever before.
 
     Where BatchNorm is trained by several processes, its statistics are synchronised on GPUs; on CPUs, for which torch
     has no such layer, each process has its own, and those of the first are evaluated and kept.
@@ -265,9 +265,9 @@ def train_classifier(
             record |= {f"val_{name}": value for name, value in val.items()} | {"seconds": round(seconds, 3)}
             if reference is not None:
                 check_unchanged(model.backbone, reference)
-            log.record(record)
-            is_best = record["val_acc1"] > best
-            best = max(best, record["val_acc1"])
+            is_best = val["acc1"] > best
+            best = max(best, val["acc1"])
+            log.record(record | {"best_acc1": best})
             if rank() == 0:
                 save_checkpoint(
                     place.checkpoint, epoch=epoch + 1, arch=arch, model=model, optimizer=optimizer, best_acc1=best
@@ -336,7 +336,7 @@ class _Epochs:
         step = 0
         for step, (images, labels) in enumerate(self.loader.epoch(epoch), 1):
             wait = time.perf_counter() - before
-            logits = self.model(images)
+            logits = self.model(to_device(images, device))
             loss = F.cross_entropy(logits, labels)
             self.optimizer.zero_grad()
             loss.backward()

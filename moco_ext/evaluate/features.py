@@ -32,13 +32,11 @@ def encoder_features(
     """
     was_training = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
-    # A rank without a share encodes one image all the same: its number of features is that of the gathered rows.
-    mine = rank_share(split) or take(split, len(split) - 1, len(split))
     try:
         model = backbone(encoder)
         rows = [
-            model(images.to(device, non_blocking=True)).flatten(1).float().cpu()
-            for images, _ in plain_batches(data, mine, batch_size, workers)
+            model(to_device(images, device)).flatten(1).float().cpu()
+            for images, _ in plain_batches(data, _some_share(split), batch_size, workers)
         ]
     finally:
         for module, training in was_training:
@@ -46,10 +44,21 @@ def encoder_features(
     return _gather(torch.cat(rows), len(split), device)
 
 
+def to_device(images: Tensor, device: torch.device | str) -> Tensor:
+    """Images as an encoder reads them fastest: convolutions on a CPU prefer channels that lie together."""
+    layout = torch.channels_last if torch.device(device).type == "cpu" else torch.preserve_format
+    return images.to(device, non_blocking=True, memory_format=layout)
+
+
 def rank_share(split: Split) -> Split:
     """This rank's part of a split: ceil(N / world) images in a row, less or none on the last ranks."""
     size = _share_size(len(split))
     return take(split, min(rank() * size, len(split)), min((rank() + 1) * size, len(split)))
+
+
+def _some_share(split: Split) -> Split:
+    """A rank without a share takes one image all the same: it must know how wide the gathered rows are."""
+    return rank_share(split) or take(split, len(split) - 1, len(split))
 
 
 def take(split: Split, start: int, stop: int) -> Split:
@@ -74,7 +83,7 @@ def _share_size(n: int) -> int:
     return -(-n // world_size())
 
 
-def _gather(rows: Tensor, n: int, device: torch.device | str) -> Tensor:
+def _gather(rows: Tensor, n: int, device: torch.device | str | None = None) -> Tensor:
     """The ranks' shares of :func:`rank_share`, [<= ceil(n / world), D] on the CPU, as one [n, D] there."""
     world, size = world_size(), _share_size(n)
     if world == 1:
@@ -112,7 +121,7 @@ def estimate_batchnorm_(
     try:
         for images, _ in plain_batches(data, split, batch_size, workers):
             if len(images) > 1:  # one image has no variance
-                model(images.to(device, non_blocking=True))
+                model(to_device(images, device))
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
@@ -124,12 +133,12 @@ def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: in
     """The images themselves as rows, float32 [N, D]: what any encoder has to beat.
 
     Small sets keep every pixel and their own channels, in [0, 1]; larger images are averaged down to ``size``
-    pixels a side.
+    pixels a side, and in a process group each rank, all of which must call this, averages its share.
     """
     if isinstance(split, TensorSplit):
         return split.images.flatten(1).float() / 255
     rows = [
         nn.functional.adaptive_avg_pool2d(images, size).flatten(1)
-        for images, _ in plain_batches(data, split, 256, workers)
+        for images, _ in plain_batches(data, _some_share(split), 256, workers)
     ]
-    return torch.cat(rows)
+    return _gather(torch.cat(rows), len(split))
