@@ -2,7 +2,7 @@
 
 from .augment import Augmentation, TwoCropsTransform, augment_batch
 from .datasets import BUILT_IN, FolderSplit, ImageData, Split, TensorSplit, load, normalize, plain_batches
-from .loader import Batch, LabelledLoader, TrainLoader, two_crop_batches
+from .loader import Batch, LabelledLoader, TrainLoader
 
 __all__ = [
     "BUILT_IN",
@@ -19,5 +19,4 @@ __all__ = [
     "load",
     "normalize",
     "plain_batches",
-    "two_crop_batches",
 ]

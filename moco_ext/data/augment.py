@@ -128,7 +128,11 @@ def recolour(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> Tenso
         rows = slice(start, start + chunk)
         mine = choices.of_rows(rows)
         if images.dtype == torch.uint8:
-            out[rows] = _recolour(images[rows].float().div_(255), augmentation, mine).mul_(255).round_()
+            view = _recolour(images[rows].float().div_(255), augmentation, mine).mul_(255).round_()
+            if view.is_cpu:  # a conversion that torch does value by value
+                np.copyto(out[rows].numpy(), view.numpy(), casting="unsafe")
+            else:
+                out[rows] = view
         else:
             out[rows] = _recolour(images[rows].clone(), augmentation, mine)
     return out
@@ -280,8 +284,11 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     hue.sub_((hue / 6).floor_(), alpha=6)
     # A channel is at low + chroma within a sixth of its own hue, and at low beyond two: red's distance is taken from
     # the opposite hue, so that none crosses 0.
-    distance = torch.stack((hue - 3, hue - 2, hue - 4), 1).abs_()
-    share = torch.cat((distance[:, :1].sub_(1), 2 - distance[:, 1:]), 1).clamp_(0, 1)
+    share = torch.empty_like(images)
+    for channel, centre in enumerate((3, 2, 4)):
+        distance = torch.sub(hue, centre, out=share[:, channel]).abs_()
+        torch.sub(*((distance, 1) if channel == 0 else (2, distance)), out=distance)
+    share.clamp_(0, 1)
     return torch.addcmul(low[:, None], chroma[:, None], share)
 
 
@@ -320,4 +327,4 @@ def _resized_crop(images: Tensor, a: Augmentation, seeds: Tensor) -> Tensor:
     centres = (torch.arange(a.size) + 0.5) / a.size
     y, x = ((boxes[:, i, None] + boxes[:, i + 2, None] * centres) * 2 / (height, width)[i] - 1 for i in (0, 1))
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)  # [N, size, size, 2]
-    return F.grid_sample(images, grid.to(images.device), padding_mode="border", align_corners=False)
+    return F.grid_sample(images, grid.to(images.device, non_blocking=True), padding_mode="border", align_corners=False)

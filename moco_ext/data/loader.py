@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .augment import Augmentation, augment_batch, recolour
-from .datasets import ImageData, TensorSplit, normalize, stratified_split
+from .datasets import ImageData, TensorSplit, stratified_split
 from .draws import hashed
 from .plan import EpochPlan, MicroBatch
 from .views import Request, ViewDataset, Views
@@ -109,7 +109,8 @@ class TrainLoader:
             shuffled_keys=shuffled_keys,
         )
         self._device_augmentation = augmentation if augment_on == "device" else None
-        self._data, self._device, self._channels_last = data, device, channels_last
+        self._whole_images = isinstance(data.train, TensorSplit)  # which workers do not crop, if the device augments
+        self._device, self._channels_last, self._standardise = device, channels_last, Standardise(data, device)
         dataset = ViewDataset(data.train, augmentation, colour=augment_on == "loader")
         self._loader = _ViewLoader(dataset, self._plan, two_views=True, workers=workers, pin=device.type == "cuda")
         self._epoch, self._step, self._resuming = 0, 0, False
@@ -166,9 +167,8 @@ class TrainLoader:
         """Both views of a batch [2n, C, h, w] as the encoders take them."""
         images = images.to(self._device, non_blocking=True)
         if self._device_augmentation is not None:
-            whole = isinstance(self._data.train, TensorSplit)  # not yet cropped
-            images = (augment_batch if whole else recolour)(images, self._device_augmentation, seeds)
-        images = standardised(images, self._data)
+            images = (augment_batch if self._whole_images else recolour)(images, self._device_augmentation, seeds)
+        images = self._standardise(images)
         n, g = len(images), self._grid
         if g:
             side = images.shape[-1] // g
@@ -218,7 +218,7 @@ class LabelledLoader:
             members = stratified_split(data.train.labels, fraction, int(hashed(seed)), at_least=1)[1]
         images = len(data.train) if members is None else len(members)
         self._plan = EpochPlan(images, batch_size, seed=seed, rank=rank, world=world, members=members)
-        self._data, self._device = data, device
+        self._labels, self._device, self._standardise = data.train.labels, device, Standardise(data, device)
         augmentation = Augmentation.supervised(data.size, crop_min=crop_min, flip_p=0.5 if data.flip else 0.0)
         dataset = ViewDataset(data.train, augmentation, colour=True, members=members)
         self._loader = _ViewLoader(dataset, self._plan, two_views=False, workers=workers, pin=device.type == "cuda")
@@ -236,14 +236,25 @@ class LabelledLoader:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Of 0-based ``epoch``: images float32 [n, 3, s, s], standardised, and labels int64 [n], both on the device."""
         for _, views in self._loader.batches(epoch, 0):
-            images = standardised(views.images.to(self._device, non_blocking=True), self._data)
-            labels = self._data.train.labels[views.index]
+            images = self._standardise(views.images.to(self._device, non_blocking=True))
+            labels = self._labels[views.index]
             yield images.contiguous(), labels.to(self._device, non_blocking=True)
 
 
-def standardised(images: Tensor, data: ImageData) -> Tensor:
-    """uint8, or float32 in [0, 1], [N, C, H, W] -> float32 [N, 3, H, W], standardised as ``data`` says."""
-    return normalize(images / 255 if images.dtype == torch.uint8 else images, data.mean, data.std)
+class Standardise:
+    """uint8, or float32 in [0, 1], [N, C, H, W] -> float32 [N, 3, H, W], standardised as ``data`` says.
+
+    Its constants wait on the device: made from numbers at every step, they would make the GPU wait.
+    """
+
+    def __init__(self, data: ImageData, device: torch.device) -> None:
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
+        self.shift, self.scale = (-mean / std).to(device), (1 / std).to(device)
+        self.byte_scale = self.scale / 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
+        return torch.addcmul(self.shift, images.float(), scale).expand(-1, 3, -1, -1)
 
 
 class _ViewLoader:
@@ -298,16 +309,3 @@ class _Requests:
 
 def _as_it_is(views: Any) -> Any:
     return views
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed of its own for every epoch of every run."""
-    return int(hashed(seed, epoch))
-
-
-def two_crop_batches(
-    data: ImageData, augmentation: Augmentation, batch_size: int, *, seed: int = 0, epoch: int = 0, workers: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``(im_q, im_k)`` of one epoch of a :class:`TrainLoader`."""
-    for batch in TrainLoader(data, augmentation, batch_size, seed=seed, workers=workers).epoch(epoch):
-        yield batch.im_q, batch.im_k
