@@ -26,3 +26,12 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(20)
+
+
+@pytest.fixture
+def one_thread():
+    """Of such small convolutions one core does as many a second as two, and on a busy machine more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,108 @@
+"""What a run is made of: published defaults, recipes, presets, and settings that contradict each other."""
+
+import dataclasses
+import math
+
+import pytest
+
+pytest.importorskip("torchvision")
+from training import tiny
+
+from moco_ext.train import resolve_config
+
+
+def test_defaults_are_the_published_ones():
+    config = resolve_config("/some/folder", {})
+    assert (config.arch, config.epochs, config.batch_size, config.lr) == ("resnet50", 200, 256, 0.03)
+    assert (config.schedule, config.momentum, config.weight_decay, config.cos) == ((120, 160), 0.9, 1e-4, False)
+    assert (config.moco_dim, config.moco_k, config.moco_m, config.moco_t) == (128, 65536, 0.999, 0.07)
+    assert (config.mlp, config.aug_plus, config.dictionary, config.precision) == (False, False, "queue", "fp32")
+
+
+def test_explicit_settings_win_over_a_preset():
+    preset = resolve_config("digits", {})
+    assert preset.cos
+    assert preset.moco_k < 1258
+    assert resolve_config("digits", {"lr": 7.0}) == dataclasses.replace(preset, lr=7.0)
+    assert not resolve_config("digits", {"schedule": (3,)}).cos
+    assert resolve_config("digits", {"schedule": (3,), "cos": True}).cos
+
+
+def test_recipes_are_the_published_ones():
+    v2 = resolve_config("/some/folder", {}, "moco-v2")
+    assert (v2.mlp, v2.moco_t, v2.aug_plus, v2.cos, v2.lr, v2.epochs) == (True, 0.2, True, True, 0.03, 200)
+    billion = resolve_config("/some/folder", {"batch_size": 512}, "moco-v1-1b")
+    assert (billion.lr, billion.steps, billion.batch_size) == (0.12, 1_250_000, 512)
+    assert billion.learning_rate(62_499, 1) == 0.12
+    assert billion.learning_rate(62_500, 1) == pytest.approx(0.12 * 0.9)
+    assert billion.learning_rate(1_249_999, 1) == pytest.approx(0.12 * 0.9**19)
+
+
+def test_a_recipe_keeps_only_what_belongs_to_the_data():
+    config = resolve_config("digits", {}, "moco-v1")
+    assert (config.arch, config.crop_min) == ("resnet8-small", 0.5)
+    assert (config.moco_k, config.epochs, config.cos, config.moco_t) == (65536, 200, False, 0.07)
+    with pytest.raises(ValueError, match="recipe: expected one of moco-v1, .* got 'v3'"):
+        resolve_config("digits", {}, "v3")
+
+
+def test_a_memory_bank_has_the_momentum_of_the_paper():
+    assert resolve_config("digits", {"dictionary": "memory-bank"}).moco_m == 0.5
+    assert resolve_config("digits", {"dictionary": "memory-bank", "moco_m": 0.9}).moco_m == 0.9
+
+
+def test_learning_rates_by_epochs():
+    step = tiny(lr=1.0, epochs=200)
+    assert [step.learning_rate(epoch * 10, 10) for epoch in (0, 119)] == [1.0, 1.0]
+    assert [step.learning_rate(epoch * 10 + 9, 10) for epoch in (120, 159, 160)] == pytest.approx([0.1, 0.1, 0.01])
+    cosine = tiny(lr=1.0, epochs=10, cos=True)
+    assert [cosine.learning_rate(step, 4) for step in (0, 3, 20)] == pytest.approx([1.0, 1.0, 0.5])
+    assert cosine.learning_rate(39, 4) == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
+
+
+def test_a_cosine_by_steps_moves_each_step():
+    config = tiny(lr=1.0, steps=100, cos=True)
+    assert config.total_steps(7) == 100
+    assert config.learning_rate(25, 7) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+
+
+def test_momentum_schedules():
+    assert tiny(moco_m=0.9).key_momentum(150, 10) == 0.9
+    rising = tiny(moco_m=0.9, momentum_schedule="cosine", steps=100)
+    assert [rising.key_momentum(step, 10) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"moco_t": -1.0},
+        {"moco_m": 1.5},
+        {"moco_k": 0},
+        {"steps": -1},
+        {"accumulate": 0},
+        {"precision": "fp8"},
+        {"dictionary": "heap"},
+        {"shuffle_bn": "sometimes"},
+    ],
+)
+def test_impossible_settings(changes):
+    (name, value), *_ = changes.items()
+    with pytest.raises(ValueError, match=f"{name}: expected .*got {value!r}"):
+        tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"symmetric": True, "dictionary": "memory-bank"},
+        {"symmetric": True, "shuffle_bn": "loader"},
+        {"key_encoder": "partial", "dictionary": "memory-bank"},
+    ],
+)
+def test_settings_that_contradict_each_other(changes):
+    with pytest.raises(ValueError, match=f"^{next(iter(changes))}: expected"):
+        tiny(**changes)
