@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from ..train.launch import Process
 
 # Flags of where and how, not of what is learnt; all others are settings of PretrainConfig.
-_RUN_FLAGS = (
+_RUN = (
     "command run dir data data_root output resume start_epoch recipe dry_run print_freq save_every keep "
     "workers device threads gpu multiprocessing_distributed world_size rank dist_url dist_backend"
 )
+RUN_FLAGS = frozenset(_RUN.split())
 
 
 def add_parser(commands) -> None:
@@ -103,14 +104,15 @@ def run(args: argparse.Namespace) -> int:
     if given.get("dry_run"):
         from ..train.memory import print_plan
 
-        return print_plan(_config(given), launch.local_device(given))
+        return print_plan(given_config(given), launch.local_device(given))
     return launch.run(_work, args)
 
 
-def _config(given: dict[str, Any]) -> PretrainConfig:
+def given_config(given: dict[str, Any]) -> PretrainConfig:
+    """The configuration that parsed flags ask for; absent is default."""
     from ..train.config import resolve_config
 
-    explicit = {name: value for name, value in given.items() if name not in _RUN_FLAGS.split()}
+    explicit = {name: value for name, value in given.items() if name not in RUN_FLAGS}
     if "schedule" in explicit:
         explicit["schedule"] = tuple(explicit["schedule"])
     return resolve_config(given.get("dir", given.get("data", "digits")), explicit, given.get("recipe"))
@@ -126,7 +128,7 @@ def _work(args: argparse.Namespace, process: Process) -> int:
     from ..train.run import pretrain_and_evaluate
 
     given = vars(args)
-    config = _config(given)
+    config = given_config(given)
     console = Console(quiet=distributed.rank() > 0)
     data = load(config.data, given.get("data_root", "data"))
     if process.device.type == "cpu" and "device" not in given:
