@@ -82,15 +82,16 @@ def _fill(encoder: nn.Module, found: dict[str, Tensor], arch: str, path: Path) -
         name: found[name] for name, value in wanted.items() if name in found and found[name].shape == value.shape
     }
     # Files older than this counter, which only cumulative averages read, lack it.
-    unfit = [name for name in wanted if name not in fitting and not name.endswith("num_batches_tracked")]
+    needed = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    unfit = [name for name in needed if name not in fitting]
     # A deeper network holds a shallower one's layers.
     foreign = [name for name in found if name not in wanted and not name.startswith((*heads, *_prefixes(_AUXILIARY)))]
     if unfit or foreign:
         name = (unfit or foreign)[0]
         expected, got = (list(state[name].shape) if name in state else "none" for state in (wanted, found))
         raise ValueError(
-            f"checkpoint: expected the {len(wanted)} tensors of {arch} in {path}, got {len(fitting)} that fit, "
-            f"{len(unfit)} missing or of another shape, {len(foreign)} foreign: {name}, expected {expected}, got {got}"
+            f"checkpoint: expected the {len(needed)} tensors of {arch} in {path}, got "
+            f"{len(needed) - len(unfit)} that fit, {len(unfit)} missing or of another shape, {len(foreign)} foreign: {name}, expected {expected}, got {got}"
         )
     encoder.load_state_dict(fitting, strict=False)
 

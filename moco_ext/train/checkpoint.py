@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -105,7 +104,7 @@ def read_saved(path: str | Path) -> Any:
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the bytes of a foreign file are read as instructions, and may fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no checkpoint?): {reason}") from None
 
