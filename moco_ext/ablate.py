@@ -244,7 +244,7 @@ def _evaluate_untrained(config: PretrainConfig, data: ImageData, run: Run) -> No
         if path.is_file():
             continue
         run.console.print(f"evaluating {name}", highlight=False)
-        result = {"name": name, "status": "untrained", "made_with": _made_with(run.device)}
+        result: dict[str, Any] = {"name": name, "status": "untrained", "made_with": _made_with(run.device)}
         if name == "pixels":
             train, test = (pixel_features(data, split, workers=run.workers) for split in data.splits)
             result |= _scores(data, config, train, test)
