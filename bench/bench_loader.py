@@ -33,7 +33,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """JPEGs of ImageNet's usual size: noise on three scales, and shapes; about 90 kB each."""
+    """JPEGs of ImageNet's usual size: noise on three scales, and shapes; about 70 kB each."""
     root = tmp_path_factory.mktemp("jpegs")
     (root / "any").mkdir()
     rng = np.random.default_rng(0)
