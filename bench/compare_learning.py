@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,10 @@ from moco_ext.encoders import resolve
 from moco_ext.evaluate import encoder_features, estimate_batchnorm_, knn_top1, linear_top1
 from moco_ext.train.config import PretrainConfig, resolve_config
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "python_tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 import official
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 DATA = "fashion-mnist"
 
 
@@ -86,7 +86,8 @@ class Lightly:
         from lightly.models.utils import deactivate_requires_grad, update_momentum
 
         self.encoder: nn.Module = copy.deepcopy(start.encoder_q)
-        hidden, _, last = self.encoder.fc
+        layers: Any = self.encoder.fc
+        hidden, _, last = layers
         self.encoder.fc = nn.Identity()
         self.head = MoCoProjectionHead(hidden.in_features, hidden.out_features, last.out_features)
         for ours, theirs in zip((hidden, last), (self.head.layers[0], self.head.layers[2]), strict=True):

@@ -48,6 +48,9 @@ class MoCo(nn.Module):
     With one process it shuffles nothing, where the published model stops with an error.
     """
 
+    queue: Tensor
+    queue_ptr: Tensor
+
     def __init__(
         self, base_encoder: Callable[..., nn.Module], dim: int = 128, K: int = 65536, m: float = 0.999, T: float = 0.07
     ) -> None:
