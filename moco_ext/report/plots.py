@@ -11,19 +11,13 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-# matplotlib knows no CSS variables: these stand for them until the SVG is written.
-_STAND_INS = {
-    "#010101": "var(--ink)",
-    "#020202": "var(--soft)",
-    "#030303": "var(--line)",
-    "#040404": "var(--pixels)",
-    "#050505": "var(--untrained)",
-    "#060606": "var(--trained)",
-}
-_COLOURS = {variable[6:-1]: stand_in for stand_in, variable in _STAND_INS.items()}
+RUN_COLOURS = 8  # --run0 ... of the page; further runs take them again, dashed
+# matplotlib knows no CSS variables: these colours stand for them until the SVG is written.
+_VARIABLES = ("ink", "soft", "line", *(f"run{i}" for i in range(RUN_COLOURS)))
+_COLOURS = {name: f"#0102{i:02x}" for i, name in enumerate(_VARIABLES)}
 _CLASSES = [
     "#3b7ddd",
     "#e8873a",
@@ -57,41 +51,54 @@ _STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve; ``colour`` is pixels, untrained or trained."""
+    """One curve of run number ``run``, which gives it its colour."""
 
     x: Sequence[float]
     y: Sequence[float]
-    colour: str
-    label: str
+    run: int
 
 
-def curves(lines: Sequence[Line], levels: dict[str, float]) -> str:
-    """Lines over epochs, and dashed horizontal levels, each labelled where it stands; an SVG."""
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """What a chart's axes are: ``levels`` are dashed horizontals, by what they mean; ``floor`` is where y begins."""
+
+    x: str = "epoch"
+    levels: dict[str, float] = dataclasses.field(default_factory=dict)
+    floor: float | None = None
+    log: bool = False
+
+
+def curves(name: str, lines: Sequence[Line], axes: Axes) -> str:
+    """Lines over epochs or steps, and levels; an SVG.
+
+    The lines of run i are in a group of class ``r<i>``, so that the page can hide them.
+    """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.9, 2.7), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(axis="x", visible=False)
+        figure = Figure(figsize=(3.9, 2.6), layout="constrained")
+        plot = figure.add_subplot()
+        plot.grid(axis="x", visible=False)
         for line in lines:
+            colour = _COLOURS[f"run{line.run % RUN_COLOURS}"]
+            dashes = "solid" if line.run < RUN_COLOURS else (0, (5, 2))
             marker = "o" if len(line.x) <= 12 else None
-            axes.plot(line.x, line.y, color=_COLOURS[line.colour], linewidth=2, marker=marker, markersize=4)
-            beside: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-            if len(lines) > 1:
-                axes.annotate(line.label, (line.x[-1], line.y[-1]), color=_COLOURS[line.colour], **beside)
+            (drawn,) = plot.plot(line.x, line.y, color=colour, linewidth=1.8, ls=dashes, marker=marker, markersize=3.5)
+            drawn.set_gid(f"of-run:{line.run}")
+        for level in axes.levels.values():
+            plot.axhline(level, color=_COLOURS["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
+        plot.margins(y=0.12)
+        if axes.log:
+            plot.set_yscale("log")
+            plot.yaxis.set_major_locator(LogLocator(10))
+            plot.yaxis.set_minor_locator(NullLocator())
+            plot.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if axes.floor is not None:
+            plot.set_ylim(bottom=axes.floor)
         right = max(max(line.x) for line in lines)
-        for label, level in levels.items():
-            axes.axhline(level, color=_COLOURS["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
-            axes.annotate(
-                label,
-                (right, level),
-                xytext=(0, 4),
-                textcoords="offset points",
-                ha="right",
-                color=_COLOURS["soft"],
-            )
-        axes.margins(y=0.12)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch")
-        return _svg(figure, "curve" + lines[0].label)
+        plot.xaxis.set_major_locator(MaxNLocator(6, integer=right > 4))
+        if right >= 10_000:
+            plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f}k" if value else "0"))
+        plot.set_xlabel(axes.x)
+        return _svg(figure, "curve" + name)
 
 
 def feature_maps(features: dict[str, Tensor], labels: Tensor, n_classes: int) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -102,16 +109,10 @@ def feature_maps(features: dict[str, Tensor], labels: Tensor, n_classes: int) ->
         points = _plane(rows)
         with matplotlib.rc_context(_STYLE):
             figure = Figure(figsize=(3.6, 3.6), layout="constrained")
-            axes = figure.add_subplot()
-            axes.set_axis_off()
-            axes.scatter(
-                points[:, 0],
-                points[:, 1],
-                s=9,
-                c=[colours[label] for label in labels.tolist()],
-                linewidths=0,
-                alpha=0.85,
-            )
+            plot = figure.add_subplot()
+            plot.set_axis_off()
+            point_colours = [colours[label] for label in labels.tolist()]
+            plot.scatter(points[:, 0], points[:, 1], s=9, c=point_colours, linewidths=0, alpha=0.85)
             maps[name] = _svg(figure, "map" + name)
     return maps, colours
 
@@ -144,6 +145,9 @@ def _svg(figure: Figure, salt: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for stand_in, variable in _STAND_INS.items():
-        svg = svg.replace(stand_in, variable)
+    svg = re.sub(r'<g id="of-run:(\d+)"', r'<g class="r\1"', svg)
+    # matplotlib's own group ids repeat from figure to figure and nothing refers to them.
+    svg = re.sub(r'<g id="[a-zA-Z]\w*"', "<g", svg)
+    for name, stand_in in _COLOURS.items():
+        svg = svg.replace(stand_in, f"var(--{name})")
     return svg
