@@ -68,8 +68,8 @@ def observe(model, query, key=None, **options):
 
 def test_training_is_bit_for_bit_the_same():
     states = []
-    for every in (0, 1, 3):
-        model, optimizer, _ = run(every)
+    for every in (0, 1, 3, 6):
+        model, optimizer, _ = run(every, steps=13)
         momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
         states.append([*model.state_dict().values(), *momenta, torch.get_rng_state()])
     for other in states[1:]:
@@ -175,6 +175,10 @@ def test_key_drift_is_that_of_keys_still_in_the_queue():
     assert [f["key_age"] for f in figures[1:]] == [1, 2, 3, 4, 4, 4, 4]
     _, _, sparse = run(3, steps=9)
     assert [f.get("key_age") for f in sparse[2::3]] == [None, 3, 3]
+    _, _, sparser = run(6, steps=18)  # due more rarely than a key lives: probed once more in between
+    assert [f.get("key_age") for f in sparser[5::6]] == [None, 4, 4]
+    _, _, short = run(2, steps=6, K=11)  # no key outlives its step
+    assert [f.get("key_age") for f in short[1::2]] == [None, None, None]
 
 
 def test_key_drift_is_one_minus_cosine_of_the_probed_images():

@@ -72,11 +72,14 @@ class Health:
         self._grad: Tensor | None = None
         self._rows = 0  # queries of all forward passes of a due step: as many keys enter the queue
         self._images: Tensor | None = None
+        self._next_probe = -1
         self._probes: collections.deque[tuple[int, Tensor]] = collections.deque()  # (step, unit keys [probe, dim])
         self._warned = False
 
     def before(self, step: int) -> None:
         """Step ``step`` (from 1) is about to run: watch its queries if it is due."""
+        if self._images is not None and step == self._next_probe:
+            self._probes.append((step, self._probe_keys()))
         if self._due(step):
             self._query, self._grad, self._rows = None, None, 0
             self.model.query_hook = self._watch
@@ -127,7 +130,7 @@ class Health:
         if isinstance(self.model, MoCo):
             queue, keys_per_step = self.model.queue, distributed.world_size() * self._rows
             on_device["effective_negatives"] = _effective_negatives(unit[:_QUERIES], queue, self.model.T)
-            age, drift = self._drift(step, self.model.encoder_k, im_k, lifetime=len(queue) / keys_per_step)
+            age, drift = self._drift(step, im_k, lifetime=len(queue) / keys_per_step)
             if age is not None:
                 on_device["key_drift"] = drift
         # One copy to the host for everything; in float64, since squaring halves the digits of small singular values.
@@ -140,18 +143,27 @@ class Health:
             figures["key_age"] = float(age)
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
-    def _drift(self, step: int, encoder: nn.Module, im_k: Tensor, lifetime: float) -> tuple[int | None, Tensor]:
+    def _drift(self, step: int, im_k: Tensor, lifetime: float) -> tuple[int | None, Tensor]:
         """Encode the probe images anew: the age in steps of the oldest earlier keys in the queue, and their drift."""
         if self._images is None:
             self._images = im_k[: self.probe].clone()
-        with _eval_mode(encoder):
-            keys = normalize(encode(encoder, self._images).float(), dim=1)
+        keys = self._probe_keys()
         while self._probes and step - self._probes[0][0] > lifetime:
             self._probes.popleft()
         age = step - self._probes[0][0] if self._probes else None
         drift = 1 - (keys * (self._probes[0][1] if self._probes else keys)).sum(1).mean()
         self._probes.append((step, keys))
+        # Where keys do not live from one due step to the next, they are probed once more in between.
+        self._next_probe = step + self.every - int(lifetime) if 1 <= lifetime < self.every else -1
         return age, drift
+
+    @torch.no_grad()
+    def _probe_keys(self) -> Tensor:
+        """The key encoder's unit keys [probe, dim] of the probe images, now."""
+        assert self._images is not None
+        encoder = self.model.get_submodule("encoder_k")
+        with _eval_mode(encoder):
+            return normalize(encode(encoder, self._images).float(), dim=1)
 
     def _warn_of_collapse(self, figures: dict[str, float], step: int) -> None:
         spread, rank = figures.get("feature_std", math.inf), figures.get("effective_rank", math.inf)
