@@ -91,7 +91,8 @@ def _fill(encoder: nn.Module, found: dict[str, Tensor], arch: str, path: Path) -
         expected, got = (list(state[name].shape) if name in state else "none" for state in (wanted, found))
         raise ValueError(
             f"checkpoint: expected the {len(needed)} tensors of {arch} in {path}, got "
-            f"{len(needed) - len(unfit)} that fit, {len(unfit)} missing or of another shape, {len(foreign)} foreign: {name}, expected {expected}, got {got}"
+            f"{len(needed) - len(unfit)} that fit, {len(unfit)} missing or of another shape, {len(foreign)} foreign: "
+            f"{name}, expected {expected}, got {got}"
         )
     encoder.load_state_dict(fitting, strict=False)
 

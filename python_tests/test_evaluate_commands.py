@@ -1,0 +1,141 @@
+"""``moco-ext knn``, ``linear`` and ``finetune``, in this process, as a user types them."""
+
+import json
+
+import pytest
+import torch
+from test_classify import ARCH, encoder_of
+
+from moco_ext import MoCo, cli, encoders
+from moco_ext import data as mdata
+from moco_ext.evaluate.classify import Classifier
+from moco_ext.evaluate.weights import load_pretrained
+from moco_ext.train.checkpoint import save_checkpoint
+
+pytest.importorskip("tensorboard")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory as pre-training leaves it, of an encoder on all digits, though an untrained one."""
+    folder = tmp_path_factory.mktemp("run")
+    model = MoCo(ARCH, dim=8, K=16)
+    model.encoder_q.load_state_dict(encoder_of(mdata.load("digits")).state_dict() | state_of_head(model))
+    save_checkpoint(
+        folder / "checkpoint.pth", epoch=1, arch=ARCH, model=model, optimizer=torch.optim.SGD(model.parameters(), 0.1)
+    )
+    (folder / "config.json").write_text(json.dumps({"data": "digits", "arch": ARCH, "knn_k": 20}))
+    return folder
+
+
+def state_of_head(model) -> dict:
+    return {name: value for name, value in model.encoder_q.state_dict().items() if name.startswith("fc.")}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of small PNGs and JPEGs, a horizontal and a vertical wave, sixteen to train on."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("photos")
+    wave = (127 + 100 * torch.sin(torch.arange(48) / 3)).to(torch.uint8)
+    for part, n in (("train", 8), ("val", 3)):
+        for name, image in (("rows", wave[:, None].expand(48, 40)), ("columns", wave[None, :40].expand(48, 40))):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(image.contiguous().numpy()).save(
+                    root / part / name / f"{i}.{'png' if i % 2 else 'jpg'}"
+                )
+    return root
+
+
+def answer(capsys, *arguments) -> dict:
+    assert cli.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_linear_solves_unless_sgd_is_meant(run, tmp_path, capsys):
+    solved = answer(capsys, "linear", run)
+    assert solved["solver"] == "lbfgs"
+    assert solved == json.loads((run / "linear.json").read_text())
+    sgd = ("linear", run, "--epochs", 1, "--lr", 1, "--schedule", "--output", tmp_path, "--threads", 1)
+    trained = answer(capsys, *sgd)
+    assert (trained["solver"], trained["epochs"], trained["schedule"]) == ("sgd", 1, [])
+    assert trained["crop_min"] == 0.5  # as in the pre-training of digits
+    assert 20 < trained["top1"] <= trained["top5"] <= 100  # a guess is right in 10 % of the cases
+    assert trained == json.loads((tmp_path / "linear.json").read_text())
+    again = answer(capsys, "linear", run, "--evaluate", "--output", tmp_path)
+    assert [again[name] for name in ("top1", "top5", "epochs")] == [trained["top1"], trained["top5"], 1]
+    more = answer(capsys, *sgd[:2], "--resume", "auto", "--epochs", 2, "--lr", 1, "--schedule", "--output", tmp_path)
+    assert more["epochs"] == 2
+    assert len((tmp_path / "linear" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_resumed_classifier_of_other_features_is_noticed(run, tmp_path, capsys):
+    model = Classifier(encoders.resolve(ARCH)(num_classes=1), 10, 8)
+    optimizer = torch.optim.SGD(model.fc.parameters(), 0.1)
+    save_checkpoint(tmp_path / "x.pth", epoch=1, arch=ARCH, model=model, optimizer=optimizer, best_acc1=1.0)
+    assert cli.main(["linear", str(run), "-e", "--resume", str(tmp_path / "x.pth"), "--output", str(tmp_path)]) == 1
+    assert "encoder: expected all 54 frozen tensors as in the weights file" in capsys.readouterr().err
+
+
+def test_finetune_and_the_comparison_from_scratch(run, tmp_path, capsys):
+    flags = ("--epochs", 1, "--fraction", 0.1, "-b", 32, "--output", tmp_path, "--threads", 1)
+    tuned = answer(capsys, "finetune", run, *flags)
+    scratch = answer(capsys, "finetune", run, "--scratch", *flags)
+    assert (tuned["fraction"], tuned["lr"], tuned["lr_head"], tuned["weight_decay"]) == (0.1, 0.01, 0.1, 1e-4)
+    assert tuned["top1"] != scratch["top1"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"finetune.json", "finetune.pth", "finetune_best.pth", "finetune", "scratch.json", "scratch.pth"}
+    assert load_pretrained(tmp_path / "finetune.pth")[1] == ARCH
+    assert "fc.0.running_mean" in {
+        n.removeprefix("module.") for n in torch.load(tmp_path / "finetune.pth")["state_dict"]
+    }
+
+
+def test_an_image_folder_and_torchvision_weights(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs/ is made here
+    torch.save(encoders.resolve("resnet10")(num_classes=1000).state_dict(), "weights.pth")
+    source = (photos, "--pretrained", "weights.pth", "-a", "resnet10", "-j", 0, "--threads", 1)
+    assert answer(capsys, "knn", *source, "-k", 3)["knn_top1"]["pixels"] == 100
+    trained = answer(capsys, "linear", *source, "--epochs", 1, "-b", 8)
+    assert (trained["solver"], trained["lr"], trained["crop_min"], trained["top5"]) == ("sgd", 30, 0.08, 100)
+    assert (tmp_path / "runs" / f"linear-{photos.name}" / "linear_best.pth").is_file()
+    assert answer(capsys, "linear", *source, "--solver", "lbfgs")["linear_top1"].keys() == {"pixels", "trained"}
+    scratch = answer(capsys, "finetune", photos, "--scratch", "-a", "resnet10", "--epochs", 1, "-b", 8, "-j", 0)
+    assert scratch["arch"] == "resnet10"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["linear", "RUN", "--solver", "lbfgs", "--lr", "3"], "solver: expected no --lr with lbfgs"),
+        (["linear", "RUN", "-C", "2", "--epochs", "3"], "solver: expected no --epochs with lbfgs"),
+        (["linear", "RUN", "-C", "2", "--solver", "sgd"], "solver: expected no -C with sgd"),
+        (["linear", "digits", "--pretrained", "RUN", "--data", "cifar10"], "data: expected DATA or --data, got both"),
+        (["linear", "RUN", "-e", "--output", "nowhere"], "checkpoint: no such file: nowhere/linear.pth"),
+        (["linear", "RUN", "-a", "resnet18"], f"arch: expected {ARCH}"),
+        (["finetune", "RUN", "--fraction", "0"], "fraction: expected a share"),
+        (["finetune", "digits", "--pretrained", "torchvision:DEFAULT"], "arch: expected --arch"),
+        (["finetune", "RUN", "--epochs", "0"], "epochs: expected at least 1"),
+    ],
+)
+def test_errors_are_one_line(run, arguments, message, capsys, monkeypatch):
+    monkeypatch.delenv("MOCO_EXT_DEBUG", raising=False)
+    assert cli.main([str(run) if word == "RUN" else word for word in arguments]) == 1
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"moco-ext: error: {message}")
+    assert "\n" not in err
+
+
+def test_main_lincls_flags_keep_their_names():
+    flags = (
+        "DIR -a resnet50 -j 4 --epochs 100 --start-epoch 3 -b 256 --learning-rate 30 --schedule 60 80 --momentum 0.9 "
+        "--weight-decay 0 -p 10 --resume f -e --world-size 1 --rank 0 --dist-url tcp://h:1 --dist-backend nccl "
+        "--seed 1 --gpu 0 --multiprocessing-distributed --pretrained w"
+    )
+    for command in ("linear", "finetune"):
+        given = vars(cli.build_parser().parse_args([command, *flags.split()]))
+        assert (given["source"], given["pretrained"], given["lr"], given["weight_decay"]) == ("DIR", "w", 30.0, 0.0)
+        assert given["schedule"] == [60, 80]
+        assert given["evaluate"] is given["multiprocessing_distributed"] is True
