@@ -40,6 +40,7 @@ def start_all_gather(x: Tensor) -> Callable[[], Tensor]:
 @torch.no_grad()
 def start_exchange(x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Callable[[], Tensor]:
     """Begin to send rows of x [N, ...], the first ``send_counts[0]`` to rank 0 and so on; gives those received."""
+    x = x.contiguous()
     received = x.new_empty(sum(receive_counts), *x.shape[1:])
     work = dist.all_to_all_single(received, x, receive_counts, send_counts, async_op=True)
     return _result_of(work, received, x)

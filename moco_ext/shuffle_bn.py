@@ -71,17 +71,25 @@ def start_shuffle(images: Tensor, order: Tensor | None, mode: str) -> Callable[[
     if world == 1:
         shuffled = images[_index(mine, images)]
         return lambda: shuffled
+    # Collectives send memory as it lies: images whose channels lie together travel, and arrive, that way.
+    channels_last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
+    rows = images.permute(0, 2, 3, 1) if channels_last else images
     if mode == "gather":
-        gathering = start_all_gather(images)
-        return lambda: gathering()[_index(mine, images)]
-    leaving = order // n == me  # slots filled from here, in the order of their receivers
-    wanted_by = torch.arange(world * n) // n
-    send_counts = torch.bincount(wanted_by[leaving], minlength=world).tolist()
-    receive_counts = torch.bincount(mine // n, minlength=world).tolist()
-    exchange = start_exchange(images[_index(order[leaving] - me * n, images)], send_counts, receive_counts)
-    # Arrived grouped by sender, within a sender in slot order: a stable sort of the slots by sender, undone.
-    arrival = torch.argsort(mine // n, stable=True).argsort()
-    return lambda: exchange()[_index(arrival, images)]
+        arriving, place = start_all_gather(rows), mine
+    else:
+        leaving = order // n == me  # slots filled from here, in the order of their receivers
+        wanted_by = torch.arange(world * n) // n
+        send_counts = torch.bincount(wanted_by[leaving], minlength=world).tolist()
+        receive_counts = torch.bincount(mine // n, minlength=world).tolist()
+        arriving = start_exchange(rows[_index(order[leaving] - me * n, rows)], send_counts, receive_counts)
+        # Arrived grouped by sender, within a sender in slot order: a stable sort of the slots by sender, undone.
+        place = torch.argsort(mine // n, stable=True).argsort()
+
+    def arrived() -> Tensor:
+        slots = arriving()[_index(place, images)]
+        return slots.permute(0, 3, 1, 2) if channels_last else slots
+
+    return arrived
 
 
 def unshuffle(keys: Tensor, order: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """Shuffling BN: groups on one device against separate batches, and processes against a simulation in one."""
 
+import contextlib
 import copy
 import os
 
@@ -108,17 +109,42 @@ def encode_shuffled(encoder, images: torch.Tensor, mode: str, order: torch.Tenso
         return unshuffle(all_gather(encoder(images if arriving is None else arriving())), order)
 
 
+@contextlib.contextmanager
+def received_bytes():
+    """Bytes that collectives write here, one number a call."""
+    sizes = []
+    originals = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "all_to_all_single")}
+
+    def counted(name):
+        def collective(out, *args, **options):
+            sizes.append(out.numel() * out.element_size())
+            return originals[name](out, *args, **options)
+
+        return collective
+
+    for name in originals:
+        setattr(dist, name, counted(name))
+    try:
+        yield sizes
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
 def in_rank(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     results = {}
     mine = global_images().chunk(WORLD)[rank]
-    for mode in ("gather", "all_to_all", "none"):
+    for mode in ("gather", "all_to_all", "loader", "none"):
         for step in (0, 1):
             torch.manual_seed(0)
             order = shared_permutation(WORLD * PER_RANK, step)
-            results[mode, step] = encode_shuffled(Tiny(), mine, mode, None if mode == "none" else order)
+            given = global_images()[order].chunk(WORLD)[rank] if mode == "loader" else mine
+            with received_bytes() as received:
+                results[mode, step] = encode_shuffled(Tiny(), given, mode, None if mode == "none" else order)
+            results["bytes", mode] = sum(received)
 
     torch.manual_seed(100 + rank)  # DDP must make the encoders equal; the queues are so by construction
     model = moco_ext.MoCo(Tiny, dim=8, K=30, m=0.9)
@@ -147,10 +173,39 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("mode", ["gather", "all_to_all"])
+@pytest.mark.parametrize("mode", ["gather", "all_to_all", "loader"])
 def test_processes_match_a_simulation_in_one(ranks, mode, step):
     for results in ranks:
         torch.testing.assert_close(results[mode, step], shuffled_in_one_process(step), rtol=1e-4, atol=1e-5)
+
+
+def test_bytes_that_travel(ranks):
+    """all_to_all moves 1/world of gather's images, loader none; the keys of all ranks come on top, once."""
+    image, key = 3 * 8 * 8 * 4, 8 * 4
+    keys = WORLD * PER_RANK * key
+    for results in ranks:
+        assert results["bytes", "gather"] == WORLD * PER_RANK * image + keys
+        assert results["bytes", "all_to_all"] == results["bytes", "gather"] // WORLD + keys // WORLD
+        assert results["bytes", "loader"] == results["bytes", "none"] == keys
+
+
+def test_keys_are_encoded_anywhere():
+    """A rank's slots take keys from the whole global batch: by chance 1/world of its own, as in the published code."""
+    n, world, draws = 32, 8, 50
+    own = torch.arange(world)[:, None]
+    stay = [(shared_permutation(world * n, step).view(world, n) // n == own).double().mean() for step in range(draws)]
+    sigma = (1 / world * (1 - 1 / world) / (draws * world * n)) ** 0.5
+    assert abs(sum(stay) / draws - 1 / world) < 5 * sigma
+
+
+def test_an_order_of_the_wrong_length(device):
+    model = tiny_moco(device, split_bn=2)
+    images = torch.randn(4, 3, 8, 8, device=device)
+    with pytest.raises(ValueError, match=r"key_order: expected \[4\], .* got \[3\]"):
+        model(images, images, key_order=torch.arange(3))
+    model = tiny_moco(device, shuffle_bn="loader")
+    with pytest.raises(ValueError, match="key_order: expected the permutation by which the loader has shuffled"):
+        model(images, images)
 
 
 def test_permutations_differ_by_step_and_mix_ranks():

@@ -1,6 +1,5 @@
 """What the trainer's tests share: a little of the digits, a tiny configuration, and runs of several processes."""
 
-import argparse
 import dataclasses
 import os
 import subprocess
@@ -12,8 +11,7 @@ from rich.console import Console
 
 from moco_ext import data as mdata
 from moco_ext.data import TensorSplit
-from moco_ext.train import PretrainConfig, Run, pretrain
-from moco_ext.train.launch import Process
+from moco_ext.train import PretrainConfig, Run
 
 
 def few_digits(images: int = 150) -> mdata.ImageData:
@@ -55,19 +53,3 @@ def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=environment()
     )
-
-
-def pretrain_in_group(args: argparse.Namespace, process: Process) -> int:
-    """Work for ``launch.run``: train on a few digits; each rank leaves its model and the losses of its records."""
-    from moco_ext import distributed
-    from moco_ext.train import build_model
-
-    data = few_digits(args.images)
-    model = build_model(args.config, len(data.train))
-    run = run_in(args.folder, device=process.device, local_world=process.local_world)
-    records = pretrain(args.config, data, run, model)
-    torch.save(
-        {"state": model.state_dict(), "losses": [r["loss"] for r in records]},
-        args.folder / f"rank{distributed.rank()}.pth",
-    )
-    return 0

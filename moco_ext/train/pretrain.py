@@ -427,7 +427,8 @@ def _of_all_ranks(state: torch.Tensor) -> list[torch.Tensor]:
     if distributed.world_size() == 1:
         return [state]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return [part.cpu() for part in distributed.all_gather(state.to(device)).chunk(distributed.world_size())]
+    parts = distributed.all_gather(state.to(device)).chunk(distributed.world_size())
+    return [part.cpu().clone() for part in parts]  # each in memory of its own: set_rng_state misreads a view
 
 
 def _whole(epoch: float) -> float | int:

@@ -1,0 +1,277 @@
+"""The trainer in several processes (gloo): the same training whatever the mode, and what happens when a rank fails."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+pytest.importorskip("torchvision")
+pytest.importorskip("tensorboard")
+from test_moco import Tiny
+from training import assert_equal_states, environment, few_digits, run_in, tiny, torchrun
+
+from moco_ext import EndToEnd, MoCo
+from moco_ext.end_to_end import contrast
+from moco_ext.train import build_model, pretrain
+from moco_ext.train import launch as launching
+
+WORLD = 2
+MODES = ("gather", "all_to_all", "loader", "none")
+
+
+def of_a_group(rank: int, port: int, work, *arguments: object) -> None:
+    """A process of a group of two, found as torchrun's processes find theirs."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank)
+    )
+    os.environ.update(WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    args = argparse.Namespace(arguments=arguments, device="cpu")
+    launching.run(work, args)
+
+
+def in_two_processes(work, *arguments: object) -> None:
+    port = 31500 + os.getpid() % 2000
+    mp.start_processes(of_a_group, args=(port, work, *arguments), nprocs=WORLD, start_method="spawn")
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def batches(steps: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7)
+    return [(torch.randn(n, 3, 8, 8, generator=generator), torch.randn(n, 3, 8, 8, generator=generator))] * steps
+
+
+def model_steps(args: argparse.Namespace, process: launching.Process) -> int:
+    """Ten steps on every second image of each batch; the losses, averaged over the ranks."""
+    rank, (folder,) = dist.get_rank(), args.arguments
+    torch.manual_seed(0)
+    model = MoCo(Tiny, dim=8, K=48, m=0.9)
+    ddp = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    losses = []
+    for step, (im_q, im_k) in enumerate(batches(10, 12)):
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(step))
+        out = ddp(im_q[rank::WORLD], im_k[rank::WORLD], key_order=order)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.update(out.keys)
+        loss = out.loss.detach()
+        dist.all_reduce(loss)
+        losses.append(loss.item() / WORLD)
+
+    torch.manual_seed(
+        1
+    )  # end to end: every rank's keys are negatives of all, gradients go back to where they came from
+    both = EndToEnd(Tiny, dim=8, key_encoder="different", shuffle_bn="all_to_all")
+    ddp = torch.nn.parallel.DistributedDataParallel(both, broadcast_buffers=False)
+    im_q, im_k = batches(1, 12)[0]
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    ddp(im_q.chunk(WORLD)[rank], im_k.chunk(WORLD)[rank], key_order=order).loss.backward()
+    grads = {name: parameter.grad for name, parameter in both.named_parameters()}
+    torch.save({"losses": losses, "grads": grads}, f"{folder}/model{rank}.pt")
+    return 0
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    in_two_processes(model_steps, str(folder))
+    return [torch.load(folder / f"model{rank}.pt") for rank in range(WORLD)]
+
+
+def test_split_bn_on_one_device_equals_as_many_processes(of_ranks):
+    """Group g of a batch is every image i = g mod G; so are the images given to process g above."""
+    torch.manual_seed(0)
+    model = MoCo(Tiny, dim=8, K=48, m=0.9, split_bn=WORLD)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    n = 12 // WORLD
+    slots = torch.arange(12)
+    strided = WORLD * (slots % n) + slots // n  # row r * n + i of the processes' batch is image i * WORLD + r
+    losses = []
+    for step, (im_q, im_k) in enumerate(batches(10, 12)):
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(step))
+        here = torch.empty_like(order)
+        here[strided] = strided[order]
+        out = model(im_q, im_k, key_order=here)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.update(out.keys)
+        losses.append(out.loss.item())
+    assert len(set(losses)) == 10
+    assert of_ranks[0]["losses"] == of_ranks[1]["losses"]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(of_ranks[0]["losses"]), rtol=1e-5, atol=1e-5)
+
+
+def test_end_to_end_gradients_cross_processes(of_ranks):
+    torch.manual_seed(1)
+    model = EndToEnd(Tiny, dim=8, key_encoder="different", shuffle_bn="all_to_all")
+    im_q, im_k = batches(1, 12)[0]
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    queries = torch.cat([model.encoder_q(part) for part in im_q.chunk(WORLD)])
+    keys = torch.cat([model.encoder_k(im_k[part]) for part in order.chunk(WORLD)])[order.argsort()]
+    contrast(queries, keys, 0, model.T).loss.mean().backward()
+    for name, parameter in model.named_parameters():
+        for results in of_ranks:
+            torch.testing.assert_close(results["grads"][name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def train_in_every_mode(args: argparse.Namespace, process: launching.Process) -> int:
+    """A record's loss and this rank's state for each mode of shuffling BN, and for a run resumed in the middle."""
+    (folder,) = args.arguments
+    data, results = few_digits(), {}
+    for mode in MODES:
+        config = tiny(epochs=1, shuffle_bn=mode)
+        model = build_model(config)
+        run = run_in(Path(folder) / mode, local_world=process.local_world, save_every=3, keep=9)
+        records = pretrain(config, data, run, model)
+        results[mode] = {"state": model.state_dict(), "losses": [record["loss"] for record in records]}
+    config = tiny(epochs=1, shuffle_bn="gather")
+    model = build_model(config)
+    middle = Path(folder) / "gather" / "checkpoint_00000003.pth"
+    run = run_in(Path(folder) / "resumed", local_world=process.local_world, resume=middle)
+    pretrain(config, data, run, model)
+    results["resumed"] = {"state": model.state_dict()}
+    torch.save(results, f"{folder}/rank{dist.get_rank()}.pt")
+    return 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    in_two_processes(train_in_every_mode, str(folder))
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+def learnt(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without BatchNorm's running statistics, which are each rank's own."""
+    return {name: value for name, value in state.items() if "running" not in name}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_agree(trained, mode):
+    assert_equal_states(*(learnt(results[mode]["state"]) for results in trained))
+    # 150 images: four batches of 32 and one of 22, eleven a rank; K = 100
+    assert trained[0][mode]["state"]["queue_ptr"].item() == 50
+
+
+@pytest.mark.parametrize("mode", ["all_to_all", "loader"])
+def test_modes_are_the_same_training(trained, mode):
+    """The same permutation, so the same keys in the same groups: only the way of the images differs."""
+    assert_equal_states(trained[0]["gather"]["state"], trained[0][mode]["state"])
+
+
+def test_without_shuffling_it_is_another_training(trained):
+    assert trained[0]["gather"]["losses"] != trained[0]["none"]["losses"]
+
+
+def test_resumed_in_a_group(trained):
+    """Exact on rank 0, whose statistics are in the checkpoint; on the others in all that is learnt."""
+    assert_equal_states(trained[0]["gather"]["state"], trained[0]["resumed"]["state"])
+    assert_equal_states(learnt(trained[1]["gather"]["state"]), learnt(trained[1]["resumed"]["state"]))
+
+
+# --- failures and flags -----------------------------------------------------------------------------------------------
+
+FAILING = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from moco_ext import distributed
+from moco_ext.cli import guarded
+from moco_ext.train import build_model, launch, pretrain
+from moco_ext.train.pretrain import _Trainer
+from training import few_digits, run_in, tiny
+import argparse
+
+def work(args, process):
+    train_step = _Trainer._train_step
+    def fail(self, batches, *rest):
+        if self.step == 7 and distributed.rank() == 1:
+            if sys.argv[2] == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            batches[0].im_q.fill_(float("nan"))
+        train_step(self, batches, *rest)
+    _Trainer._train_step = fail
+    run = run_in(Path(sys.argv[1]), local_world=process.local_world, save_every=1)
+    pretrain(tiny(shuffle_bn="none"), few_digits(), run)
+    return 0
+
+sys.exit(guarded(lambda: launch.run(work, argparse.Namespace(device="cpu"))))
+"""
+
+
+@pytest.mark.parametrize("how", ["dies", "nan"])
+def test_a_lost_rank_ends_the_run_and_loses_nothing(tmp_path, how):
+    """The other rank ends too, and the last checkpoint is of before: never one with a bad step in it."""
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING)
+    done = torchrun(WORLD, program, tmp_path / "run", how)
+    assert done.returncode != 0
+    message = {
+        "dies": "process group: rank 0 has lost contact with another rank",
+        "nan": "loss: expected a finite number, got nan in epoch 2, step 3",
+    }[how]
+    assert message in done.stderr
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert checkpoint["trainer"]["step"] == 7
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_multiprocessing_distributed_on_a_machine_without_gpus(tmp_path):
+    """It launches: one process, said, trained, evaluated."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    command = [sys.executable, "-m", "moco_ext", "pretrain", "--data", "digits", "--multiprocessing-distributed"]
+    flags = ["--world-size", "1", "--rank", "0", "--steps", "2", "--output", str(tmp_path), "-j", "0"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert "no GPU that torch can use: training on the CPU" in done.stdout
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"multiprocessing_distributed": True, "world_size": 2}, "dist_url: expected where the 2 nodes meet"),
+        ({"world_size": 2, "rank": 0}, "rank, dist_url: expected both with --world-size 2, got --rank"),
+        ({"device": "gpu"}, "device: "),
+    ],
+)
+def test_flags_that_do_not_fit(flags, message):
+    with pytest.raises(ValueError, match=message):
+        launching.run(lambda args, process: 0, argparse.Namespace(**flags))
+
+
+def test_nccl_needs_gpus(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="dist_backend: nccl works between GPUs, got cpu"):
+        launching.run(lambda args, process: 0, argparse.Namespace(device="cpu", dist_backend="nccl"))
+
+
+def test_sigterm_is_agreed_on_by_all_ranks(tmp_path):
+    """One rank is told to stop; both end after the same step, and it is in the checkpoint."""
+    program = tmp_path / "stopped.py"
+    program.write_text(
+        FAILING.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGTERM)")
+        .replace("save_every=1", "print_freq=4")
+        .replace("batches[0].im_q.fill_", "batches[0].share == 0 and batches[0].im_q.fill_")
+    )
+    done = torchrun(WORLD, program, tmp_path / "run", "dies")
+    assert done.returncode != 0
+    assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["trainer"]["step"] == 8
+    assert "exitcode" in done.stderr or signal.SIGTERM.name in done.stderr

@@ -1,0 +1,164 @@
+"""End-to-end and memory bank against their definitions; encoders that share layers; sets of patches."""
+
+import copy
+
+import pytest
+import torch
+from test_moco import Tiny, tiny_moco
+from torch.nn import functional as F
+
+from moco_ext import EndToEnd, MemoryBank
+from moco_ext.encoders import encode
+from moco_ext.end_to_end import contrast
+
+
+def images(device, n=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, 8, generator=generator).to(device)
+
+
+# --- end to end -----------------------------------------------------------------------------------------------------
+
+
+def test_contrast_is_cross_entropy_over_the_batch(device):
+    """Against torch's cross-entropy in float64, with gradients to both sides."""
+    torch.manual_seed(1)
+    queries = torch.randn(4, 7, device=device, requires_grad=True)
+    keys = torch.randn(12, 7, device=device, requires_grad=True)
+    stats = contrast(queries, keys, 4, 0.2)
+    stats.loss.mean().backward()
+    wide_q, wide_k = (x.detach().double().requires_grad_() for x in (queries, keys))
+    logits = F.normalize(wide_q, dim=1) @ F.normalize(wide_k, dim=1).T / 0.2
+    labels = torch.arange(4, 8, device=device)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    torch.testing.assert_close(stats.loss.mean().double(), loss, rtol=1e-5, atol=1e-6)
+    for mine, wide in ((queries, wide_q), (keys, wide_k)):
+        torch.testing.assert_close(mine.grad.double(), wide.grad, rtol=1e-4, atol=1e-6)
+    best = logits.argsort(dim=1, descending=True)
+    assert torch.equal(stats.rank, (best == labels[:, None]).int().argmax(dim=1))
+
+
+@pytest.mark.parametrize("kind", ["identical", "partial", "different"])
+def test_key_encoders_of_end_to_end(device, kind):
+    torch.manual_seed(0)
+    model = EndToEnd(lambda num_classes: Tiny(num_classes), dim=8, key_encoder=kind).to(device)
+    q, k = dict(model.encoder_q.named_parameters()), dict(model.encoder_k.named_parameters())
+    shared = {name for name in q if q[name] is k[name]}
+    heads = {name for name in q if name.startswith("fc.")}
+    assert shared == {"identical": set(q), "partial": set(q) - heads, "different": set()}[kind]
+    out = model(images(device), images(device, seed=1))
+    out.loss.backward()
+    for name, parameter in [*q.items(), *k.items()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    assert out.keys.shape == (6, 8)
+    assert not out.keys.requires_grad
+    again = EndToEnd(lambda num_classes: Tiny(num_classes), dim=8, key_encoder=kind).to(device)
+    again.load_state_dict(model.state_dict())
+    for mine, other in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_shuffled_groups_of_end_to_end_come_back_in_order(device):
+    """In evaluation an order changes nothing but rounding; in training, the groups change the keys."""
+    torch.manual_seed(0)
+    model = EndToEnd(lambda num_classes: Tiny(num_classes), dim=8, split_bn=2).to(device)
+    plain = copy.deepcopy(model)
+    plain.shuffle_bn = "none"
+    q, k = images(device), images(device, seed=1)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    torch.testing.assert_close(model.eval()(q, k, key_order=order).keys, plain.eval()(q, k).keys)
+    assert (model.train()(q, k, key_order=order).keys - plain.train()(q, k).keys).abs().max() > 1e-3
+
+
+# --- memory bank ----------------------------------------------------------------------------------------------------
+
+
+def tiny_bank(device, **options):
+    torch.manual_seed(0)
+    return MemoryBank(lambda num_classes: Tiny(num_classes), 20, dim=8, K=12, **options).to(device)
+
+
+def test_memory_bank_step_by_hand(device):
+    model = tiny_bank(device, m=0.3, T=0.1)
+    index = torch.tensor([4, 17, 0, 9])
+    bank = model.bank.double()
+    torch.manual_seed(5)
+    out = model(images(device, 4), index)
+    torch.manual_seed(5)
+    drawn = torch.randint(20, (12,), device=device)
+    where = index.to(device)
+    queries = F.normalize(out.keys.double(), dim=1)
+    logits = torch.cat([(queries * bank[where]).sum(1, keepdim=True), queries @ bank[drawn].T], dim=1) / 0.1
+    expected = F.cross_entropy(logits, torch.zeros(4, dtype=torch.long, device=device))
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    model.update(out.keys, out.images)
+    moved = bank.clone()
+    moved[where] = F.normalize(0.3 * bank[where] + 0.7 * queries, dim=1)
+    torch.testing.assert_close(model.bank.double(), moved, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_bank_trains_its_encoder(device):
+    model = tiny_bank(device, bank_dtype=torch.bfloat16)
+    out = model(images(device, 4), torch.arange(4))
+    out.loss.backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.encoder_q.parameters())
+    assert "bank" in model.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": 0}, "images, K: expected at least 1 each, got images=0"),
+        ({"m": 1.5}, r"m: expected a momentum in \[0, 1\], got 1.5"),
+        ({"T": 0.0}, "T: expected a finite positive temperature, got 0.0"),
+        ({"split_bn": 0}, "split_bn: expected at least one group, got 0"),
+    ],
+)
+def test_memory_bank_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        MemoryBank(**({"base_encoder": lambda num_classes: Tiny(num_classes), "images": 3} | options))
+
+
+def test_memory_bank_wants_an_image_number_a_row(device):
+    with pytest.raises(ValueError, match=r"index: expected \[4\], an image number a row, got \[3\]"):
+        tiny_bank(device)(images(device, 4), torch.arange(3))
+
+
+# --- the queue's key encoders, and patches ----------------------------------------------------------------------------
+
+
+def test_partial_moves_only_the_key_encoders_own_head(device):
+    model = tiny_moco(device, key_encoder="partial", m=0.9)
+    own = {id(p) for p in model.encoder_k.parameters()} - {id(p) for p in model.encoder_q.parameters()}
+    assert own == {id(p) for p in model.encoder_k.fc.parameters()}
+    with torch.no_grad():
+        for parameter in model.encoder_q.parameters():
+            parameter.add_(1.0)
+    backbone = {n: p.clone() for n, p in model.encoder_q.named_parameters() if not n.startswith("fc.")}
+    heads = [p.clone() for p in model.encoder_k.fc.parameters()]
+    model.update(torch.randn(2, model.queue.shape[1], device=device))
+    for name, before in backbone.items():
+        assert torch.equal(dict(model.encoder_k.named_parameters())[name], before)
+    for before, now, query in zip(heads, model.encoder_k.fc.parameters(), model.encoder_q.fc.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.9 * before + 0.1 * query)
+    assert all(p.requires_grad for p in model.encoder_q.parameters())
+    assert not any(p.requires_grad for p in model.encoder_k.fc.parameters())
+
+
+def test_identical_encodes_keys_with_the_query_encoder(device):
+    model = tiny_moco(device, key_encoder="identical")
+    assert model.encoder_k is model.encoder_q
+    out = model(images(device), images(device, seed=1))
+    out.loss.backward()
+    model.update(out.keys)
+    assert not out.keys.requires_grad
+    assert model.queue_ptr.item() == 6
+
+
+def test_a_set_of_patches_is_the_mean_of_its_patches(device):
+    encoder = Tiny().to(device).eval()
+    patches = torch.randn(3, 4, 3, 8, 8, device=device)
+    expected = torch.stack([encoder(patches[:, p]) for p in range(4)]).mean(0)
+    torch.testing.assert_close(encode(encoder, patches), expected)
