@@ -11,14 +11,7 @@ from torch.nn.functional import normalize
 from moco_ext import MoCo
 from moco_ext.train.health import Health
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small are slower on two, and on a busy machine much slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Encoder(nn.Sequential):

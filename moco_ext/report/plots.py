@@ -147,7 +147,7 @@ def _svg(figure: Figure, salt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="of-run:(\d+)"', r'<g class="r\1"', svg)
     # matplotlib's own group ids repeat from figure to figure and nothing refers to them.
-    svg = re.sub(r'<g id="[a-zA-Z]\w*"', "<g", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for name, stand_in in _COLOURS.items():
         svg = svg.replace(stand_in, f"var(--{name})")
     return svg
