@@ -215,6 +215,8 @@ def train_classifier(
     """
     device, world = place.device, world_size()
     model = model.to(device)
+    if device.type == "cpu":  # weights laid out as the images are, or DDP has to copy each gradient
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if world > 1 and not model.frozen:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
