@@ -1,7 +1,7 @@
-"""Figures into README.md, between its markers, from the JSON in bench/results; none is typed.
+"""Figures into README.md and docs/, between their markers, from the JSON in bench/results; none is typed.
 
 python bench/readme.py                     writes them
-python bench/readme.py --check             fails if README.md does not hold them already
+python bench/readme.py --check             fails if a page does not hold them already
 python bench/readme.py --record NAME RUN   keeps a run's summary, made on this commit, as bench/results/NAME.json
 """
 
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md"]
 RESULTS = ROOT / "bench" / "results"
 WORK = {  # group of a benchmark -> as the README calls it; bench/table.py prints the others too
     "info_nce N=256 K=65536 C=128 float32 queue, cpu": "InfoNCE and its gradient, N = 256, K = 65,536, C = 128",
@@ -81,6 +82,33 @@ def bench_section(report: dict) -> str:
     return "\n".join(lines)
 
 
+def loader_section(report: dict) -> str:
+    machine, commit = report["machine_info"], report["commit_info"]["id"][:10]
+    name = machine["cpu"].get("brand_raw", machine["machine"])
+    lines = [
+        f"Images a second of one core ({name}, torch {machine['torch']}, commit {commit}; two views of each image; a "
+        "ratio is the median within rounds). `pytest bench/bench_loader.py` measures it.",
+        "",
+        "| work | implementation | images/s | speed / official |",
+        "|---|---|---|---|",
+    ]
+    for benchmark in report["benchmarks"]:
+        rows, group = benchmark["extra_info"]["rows"], benchmark["group"]
+        if not group.startswith("loader"):
+            continue
+        images = int(re.search(r"(\d+) (?:JPEGs|views)", group)[1])
+        first = next((row for label, row in rows.items() if "official" in label), None)
+        for i, (label, row) in enumerate(rows.items()):
+            ratio = (
+                ""
+                if first is None
+                else f"{statistics.median(b / a for a, b in zip(row['ms'], first['ms'], strict=True)):.2f}"
+            )
+            speed = 1e3 * images / statistics.median(row["ms"])
+            lines.append(f"| {'' if i else group.rsplit(',', 2)[0]} | {label} | {speed:.0f} | {ratio} |")
+    return "\n".join(lines)
+
+
 def sections() -> dict[str, str]:
     filled = {}
     for marker, name in RUNS.items():
@@ -88,6 +116,8 @@ def sections() -> dict[str, str]:
             filled[marker] = run_section(json.loads((RESULTS / f"{name}.json").read_text()))
     if (RESULTS / "cpu.json").is_file():
         filled["bench"] = bench_section(json.loads((RESULTS / "cpu.json").read_text()))
+    if (RESULTS / "loader.json").is_file():
+        filled["loader"] = loader_section(json.loads((RESULTS / "loader.json").read_text()))
     return filled
 
 
@@ -98,17 +128,19 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.record:
         record(arguments.record[0], Path(arguments.record[1]))
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    filled = text
-    for marker, section in sections().items():
-        pattern = rf"(<!-- {marker}:start -->\n).*?(<!-- {marker}:end -->)"
-        filled = re.sub(pattern, lambda match, s=section: f"{match[1]}{s}\n{match[2]}", filled, flags=re.DOTALL)
-    if arguments.check:
+    found, stale = sections(), []
+    for page in PAGES:
+        text = filled = page.read_text()
+        for marker, section in found.items():
+            pattern = rf"(<!-- {marker}:start -->\n).*?(<!-- {marker}:end -->)"
+            filled = re.sub(pattern, lambda match, s=section: f"{match[1]}{s}\n{match[2]}", filled, flags=re.DOTALL)
         if filled != text:
-            print("README.md: its figures are not those of bench/results; run python bench/readme.py", file=sys.stderr)
-        return int(filled != text)
-    readme.write_text(filled)
+            stale.append(page.name)
+            if not arguments.check:
+                page.write_text(filled)
+    if arguments.check and stale:
+        print(f"{', '.join(stale)}: figures are not those of bench/results; run bench/readme.py", file=sys.stderr)
+        return 1
     return 0
 
 

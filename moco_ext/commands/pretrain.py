@@ -43,7 +43,7 @@ def add_parser(commands) -> None:
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, metavar="N", help="(default: 200)")
     add("--steps", type=int, metavar="N", help="train for so many optimizer steps instead")
-    add("--start-epoch", type=int, metavar="N", help="taken from the checkpoint; accepted if it agrees")
+    add("--start-epoch", type=int, metavar="N", help="number of the first, without --resume (default: 0)")
     add("-b", "--batch-size", type=int, metavar="N", help="images of a node in one pass, all GPUs (default: 256)")
     add("--accumulate", type=int, metavar="A", help="batches whose gradients make one step (default: 1)")
     add("--lr", "--learning-rate", type=float, dest="lr", metavar="LR", help="(default: 0.03)")
@@ -145,6 +145,7 @@ def _work(args: argparse.Namespace, process: Process) -> int:
         Path(given.get("output", Path("runs") / Path(config.data).name)),
         process.device,
         given.get("resume"),
+        given.get("start_epoch", 0),
         -(-workers(given) // process.local_world),
         process.local_world,
         print_freq=max(1, given.get("print_freq", 10)),

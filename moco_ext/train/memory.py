@@ -60,9 +60,9 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
     }
 
 
-def print_plan(config: PretrainConfig, device: torch.device) -> int:
+def print_plan(config: PretrainConfig, data_root: str, device: torch.device) -> int:
     """What ``--dry-run`` shows: the configuration as resolved, the steps, and :func:`estimate` for this machine."""
-    data = load(config.data)
+    data = load(config.data, data_root)
     console = Console()
     settings = Table("setting", "value", title=f"pretrain on {data.name}", title_justify="left")
     for name, value in dataclasses.asdict(config).items():

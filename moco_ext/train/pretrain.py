@@ -37,6 +37,7 @@ class Run:
     Attributes:
         output: the run directory.
         resume: a checkpoint to go on from; ``"auto"``: the newest in ``output``, if there is one.
+        start_epoch: number of the first epoch, without ``resume``: its rates and its images.
         workers: loader processes of this process.
         local_world: processes of this node, which share its batch.
         print_freq: steps from one set of figures to the next, those of the model's health among them.
@@ -47,6 +48,7 @@ class Run:
     output: Path
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     resume: Path | str | None = None
+    start_epoch: int = 0
     workers: int = 0
     local_world: int = 1
     print_freq: int = 10
@@ -143,7 +145,8 @@ class _Trainer:
         torch.manual_seed(config.seed + 1_000_003 * self.rank)
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.total_steps(self.per_epoch)
-        self.step, self.seconds, self.averages, self.health_averages = 0, 0.0, Averages(), Averages()
+        self.step = run.start_epoch * self.per_epoch
+        self.seconds, self.averages, self.health_averages = 0.0, Averages(), Averages()
         self.skipped_steps, self.images, self.epoch_seconds, self.waited = 0, 0, 0.0, 0.0  # the last three: of a record
         self.optimizer_step = OptimizerStep(self.model, self.optimizer, config.precision, config.symmetric)
         self.health = Health(self.model, every=run.print_freq if self.rank == 0 else 0)
