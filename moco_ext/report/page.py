@@ -222,7 +222,7 @@ def _training(runs: Sequence[ReportedRun]) -> str:
 
 def _ends(runs: Sequence[ReportedRun]) -> str:
     """Where each run stood at its last record."""
-    heads = ("", "done", "time", "loss", "top-1, %", "top-5, %", "images/s", "data wait")
+    heads = ("", "trained", "time", "loss", "top-1, %", "top-5, %", "images/s", "data wait")
     rows = ""
     for i, run in enumerate(runs):
         last = run.records[-1]
@@ -243,7 +243,7 @@ def _ends(runs: Sequence[ReportedRun]) -> str:
 
 def _health(runs: Sequence[ReportedRun]) -> str:
     x = _axis(runs)
-    sizes = {run.config["moco_k"] for run in runs if run.curve("effective_negatives")[1]}
+    sizes = sorted({run.config["moco_k"] for run in runs if run.curve("effective_negatives")[1]})
     all_keys = {f"all K = {k:,}": float(k) for k in sizes}
     ages = sorted({round(age[-1]) for run in runs if (age := run.curve("key_age")[1])})
     old = f", {' or '.join(map(str, ages))} steps" if ages else ""
@@ -299,15 +299,15 @@ def _grid(charts: Sequence[str]) -> str:
 
 
 def _differing(runs: Sequence[ReportedRun]) -> list[str]:
-    """Settings whose values are not the same in all runs; absent is a value too."""
+    """Settings whose values are not the same in all runs that have them."""
     names = dict.fromkeys(name for run in runs for name in run.config)
-    return [name for name in names if len({_setting(run, name) for run in runs}) > 1]
+    return [name for name in names if len({_plain(run.config[name]) for run in runs if name in run.config}) > 1]
 
 
 def _differences(runs: Sequence[ReportedRun]) -> str:
     differing = _differing(runs)
     if not differing:
-        return section("What differs", "<p>Nothing: all settings are the same.</p>")
+        return section("What differs", "<p>Nothing: all settings are the same.</p>", _unrecorded(runs))
     head = "".join(
         f'<th class="r{i}"><i class="dot" style="background:{_colour(i)}"></i>{html.escape(run.name)}</th>'
         for i, run in enumerate(runs)
@@ -318,8 +318,20 @@ def _differences(runs: Sequence[ReportedRun]) -> str:
         + "</tr>"
         for name in differing
     )
-    return section(
-        "What differs", f'<div class="scroll"><table class="figures"><tr><th></th>{head}</tr>{rows}</table></div>'
+    table = f'<table class="figures"><tr><th></th>{head}</tr>{rows}</table>'
+    return section("What differs", f'<div class="scroll">{table}</div>', _unrecorded(runs))
+
+
+def _unrecorded(runs: Sequence[ReportedRun]) -> str:
+    """Settings that some runs, of another version, do not know."""
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    lacking: dict[str, list[str]] = {}
+    for run in runs:
+        lacking.setdefault(", ".join(name for name in names if name not in run.config), []).append(run.name)
+    return " ".join(
+        html.escape(f"Not recorded by {', '.join(whose)}: {settings}.")
+        for settings, whose in lacking.items()
+        if settings
     )
 
 
@@ -327,7 +339,7 @@ def _configuration(runs: Sequence[ReportedRun]) -> str:
     differing = _differing(runs)
     cells = "".join(
         f"<div><dt>{html.escape(name)}</dt><dd>{_plain(value)}</dd></div>"
-        for name, value in runs[0].config.items()
+        for name, value in {name: value for run in runs for name, value in run.config.items()}.items()
         if name not in differing
     )
     title = "Configuration" if len(runs) == 1 else "What is the same"
@@ -338,7 +350,7 @@ def _progress(run: ReportedRun) -> str:
     last = run.records[-1]
     if run.config.get("steps"):
         return f"{last['step']:,} steps"
-    return f"{last['epoch']:g} epochs"
+    return "1 epoch" if last["epoch"] == 1 else f"{last['epoch']:g} epochs"
 
 
 def _colour(run: int) -> str:

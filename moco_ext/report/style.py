@@ -75,7 +75,8 @@ tr:first-child > th { color: var(--soft); font-size: 14px; }
 .figures td, .figures th { padding: 7px 0 7px 24px; text-align: right; border-top: 1px solid var(--line);
   white-space: nowrap; }
 .figures tr:first-child > * { border: 0; }
-.figures th[scope] { text-align: left; padding-left: 0; }
+.figures th[scope] { text-align: left; padding-left: 0; padding-right: 8px; }
+.scroll th[scope] { position: sticky; left: 0; background: var(--card); }
 .dot { display: inline-block; width: 10px; height: 10px; border-radius: 50%; margin-right: 8px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); gap: 26px; }
 .charts.of2, .charts.of4 { grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
@@ -104,7 +105,8 @@ dt { color: var(--soft); font-size: 13px; } dd { margin: 0; overflow-wrap: anywh
 @media (max-width: 640px) {
   main { padding: 28px 12px 40px; } h1 { font-size: 27px; } header p { margin-bottom: 22px; }
   section { padding: 20px 16px; border-radius: 12px; } nav { padding: 10px 16px; border-radius: 12px; }
-  .results .bar { display: none; } .results td, .results th { padding-right: 14px; } .score b { text-align: left; }
+  .score { flex-direction: column-reverse; align-items: stretch; gap: 5px; } .score b { text-align: left; }
+  .bar { height: 6px; flex: none; } .bar s { height: 12px; } .results td, .results th { padding-right: 16px; }
   .figures td, .figures th { padding-left: 16px; font-size: 14px; }
   dl { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)); gap: 12px 16px; }
 }
