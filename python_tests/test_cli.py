@@ -10,7 +10,7 @@ from moco_ext import cli
 
 pytest.importorskip("matplotlib")
 
-TINY = ["--epochs", "2", "--schedule", "--knn-every", "1", "--moco-k", "100", "-b", "256", "--threads", "1"]
+TINY = ["--epochs", "2", "--schedule", "--online-knn", "1", "--moco-k", "100", "-b", "256", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +127,44 @@ def test_main_moco_flags_keep_their_names():
     assert (given["lr"], given["weight_decay"], given["batch_size"], given["workers"]) == (0.1, 0.01, 8, 2)
     assert given["mlp"] is given["aug_plus"] is given["cos"] is True
     assert "knn_every" not in given  # what is not typed is absent, for a preset to fill in
+
+
+def test_dry_run_prints_the_configuration_and_the_memory(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli.main(["pretrain", "--data", "digits", "--recipe", "moco-v2", "--moco-k", "1000", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"moco_t\W+0\.2\b", out)
+    assert re.search(r"dictionary\W+0\.5\b", out)  # 1000 * 128 * 4 bytes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_estimated_memory():
+    """Parameters and dictionary are counted exactly; activations grow with the batch."""
+    from moco_ext.train import PretrainConfig
+    from moco_ext.train.memory import estimate
+
+    config = PretrainConfig("digits", arch="resnet18", moco_dim=128, moco_k=1000, queue_dtype="bf16")
+    parts = estimate(config, 32, 100, 8)
+    parameters = (11_689_512 - 513_000 + 512 * 128 + 128) * 4  # torchvision's count, with a head of 128
+    assert parts["encoders"] == 2 * parameters
+    assert parts["gradients"] == parts["optimizer"] == parameters
+    assert parts["dictionary"] == 1000 * 128 * 2
+    assert parts["images"] == 2 * 8 * 3 * 32 * 32 * 4
+    twice = estimate(config, 32, 100, 16)
+    assert twice["activations"] == pytest.approx(2 * parts["activations"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "v9"], "recipe: expected one of moco-v1"),
+        (["--dictionary", "heap"], "dictionary: expected one of queue"),
+        (["--shuffle-bn", "loader", "--symmetric"], "symmetric: expected"),
+        (["some/dir", "--data", "digits"], "data: expected DIR or --data, got both"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", *flags]) == 1
+    assert f"moco-ext: error: {message}" in capsys.readouterr().err

@@ -106,6 +106,13 @@ def test_training_by_steps_crosses_epochs(digits, tmp_path):
     assert math.isfinite(by_steps[1]["loss"])
 
 
+def test_a_first_epoch_other_than_zero(digits, tmp_path):
+    """main_moco.py's --start-epoch: the images, and the rates, of that epoch and those after it."""
+    records = pretrain(tiny(epochs=4, cos=True), digits, run_in(tmp_path, start_epoch=3))
+    assert [(record["step"], record["epoch"]) for record in records] == [(20, 4)]
+    assert records[0]["lr"] == pytest.approx(0.03 * 0.5 * (1 + math.cos(math.pi * 3 / 4)))
+
+
 def test_seeds(digits, tmp_path):
     losses = [
         pretrain(tiny(epochs=1, seed=seed), digits, run_in(tmp_path / str(i)))[0]["loss"]

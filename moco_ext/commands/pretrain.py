@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if given.get("dry_run"):
         from ..train.memory import print_plan
 
-        return print_plan(given_config(given), launch.local_device(given))
+        return print_plan(given_config(given), given.get("data_root", "data"), launch.local_device(given))
     return launch.run(_work, args)
 
 

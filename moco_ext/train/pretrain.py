@@ -399,7 +399,7 @@ def encoder_knn(encoder: torch.nn.Module, data: ImageData, run: Run, k: int) -> 
         encoder_features(encoder, data, split, device=run.device, workers=run.workers) for split in data.splits
     )
     train_labels, test_labels = (split.labels for split in data.splits)
-    return knn_top1(train, train_labels, test, test_labels, k=k)
+    return knn_top1(train, train_labels, test, test_labels, k=k, device=run.device, sharded=True)
 
 
 def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
