@@ -7,10 +7,11 @@ from a torchvision name (``resnet50``), a small-image ResNet (``resnet18-small``
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -86,6 +87,17 @@ def encode(encoder: nn.Module, images: Tensor) -> Tensor:
     # Patch by patch, not image by image: split BatchNorm's groups (row mod G) then keep an image's patches together.
     features = encoder(images.transpose(0, 1).flatten(0, 1))
     return features.view(patches, n, -1).mean(dim=0)
+
+
+@contextlib.contextmanager
+def restored_modes(module: nn.Module) -> Iterator[None]:
+    """Afterwards every layer is back in the mode, training or evaluation, that it was in before."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
 
 
 def add_mlp_head(encoder: nn.Module) -> None:

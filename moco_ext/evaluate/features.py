@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..data import FolderSplit, ImageData, Split, TensorSplit, plain_batches
 from ..distributed import all_gather, rank, world_size
-from ..encoders import backbone
+from ..encoders import backbone, restored_modes
 
 _GATHERED_ROWS = 8192  # of each rank at a time: 64 MB of 2048 features
 
@@ -30,17 +30,12 @@ def encoder_features(
     Runs in evaluation mode and leaves every layer in the mode it was in. In a process group every rank must call it:
     each encodes its share of the images, and all get all rows.
     """
-    was_training = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    try:
-        model = backbone(encoder)
+    with restored_modes(encoder):
+        model = backbone(encoder.eval())
         rows = [
             model(to_device(images, device)).flatten(1).float().cpu()
             for images, _ in plain_batches(data, _some_share(split), batch_size, workers)
         ]
-    finally:
-        for module, training in was_training:
-            module.training = training
     return _gather(torch.cat(rows), len(split), device)
 
 
@@ -112,21 +107,17 @@ def estimate_batchnorm_(
     An encoder at its random start has statistics that fit no data at all; this makes it a fair baseline.
     """
     layers = [layer for layer in encoder.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    modes = [(module, module.training) for module in encoder.modules()]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative average
-    model = backbone(encoder.train())
-    try:
+    with restored_modes(encoder):
+        model = backbone(encoder.train())
         for images, _ in plain_batches(data, split, batch_size, workers):
             if len(images) > 1:  # one image has no variance
                 model(to_device(images, device))
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, training in modes:
-            module.training = training
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
 
 
 def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: int = 0) -> Tensor:

@@ -84,7 +84,7 @@ def galleries(
     Raises:
         ValueError: the data of a run, or its checkpoint, cannot be found or read.
     """
-    from ..train.checkpoint import load_checkpoint, load_encoder
+    from ..evaluate.weights import load_pretrained
     from ..train.run import Run, all_features
 
     found = []
@@ -93,7 +93,7 @@ def galleries(
         if data.test is None:
             continue
         members = [i for i, run in enumerate(runs) if run.config["data"] == name][:GALLERY_RUNS]
-        encoders = {f"run{i}": load_encoder(load_checkpoint(Path(folders[i]) / "checkpoint.pth")) for i in members}
+        encoders = {f"run{i}": load_pretrained(folders[i])[0] for i in members}
         labels = {f"run{i}": runs[i].name for i in members}
         place = Run(Path(), device, workers=workers)
         if len(runs) == 1:

@@ -1,6 +1,6 @@
 """The thin trainer: configuration, loop, checkpoints, logs, and whole runs with their evaluation."""
 
-from .checkpoint import load_checkpoint, load_encoder, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .config import PretrainConfig, resolve_config
 from .pretrain import Run, build_model, pretrain
 
@@ -9,7 +9,6 @@ __all__ = [
     "Run",
     "build_model",
     "load_checkpoint",
-    "load_encoder",
     "pretrain",
     "resolve_config",
     "save_checkpoint",

@@ -11,8 +11,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from ..encoders import HEADS, resolve
-
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write(file)`` on a temporary neighbour of ``path``, flush it to disk, and rename it into place.
@@ -123,25 +121,3 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     names = checkpoint["state_dict"]
     checkpoint["state_dict"] = {name.removeprefix("module."): value for name, value in names.items()}
     return checkpoint
-
-
-def load_encoder(checkpoint: dict[str, Any]) -> nn.Module:
-    """The query encoder of a checkpoint, for :func:`moco_ext.encoders.backbone`: its head is a fresh one.
-
-    Raises:
-        ValueError: the checkpoint's encoder is not the architecture that it names.
-    """
-    encoder = resolve(checkpoint["arch"])(num_classes=1)
-    names = checkpoint["state_dict"]
-    found = {n.removeprefix("encoder_q."): value for n, value in names.items() if n.startswith("encoder_q.")}
-    wanted = encoder.state_dict()
-    fitting = {n: value for n, value in found.items() if n in wanted and value.shape == wanted[n].shape}
-    heads = tuple(f"{head}." for head in HEADS)
-    absent = [n for n in wanted if n not in fitting and not n.startswith(heads)]
-    if absent:
-        raise ValueError(
-            f"checkpoint: expected the layers of {checkpoint['arch']} under encoder_q., "
-            f"got {len(absent)} of them missing or of another shape, {absent[0]} the first"
-        )
-    encoder.load_state_dict(fitting, strict=False)
-    return encoder

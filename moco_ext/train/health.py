@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from .. import distributed
-from ..encoders import encode
+from ..encoders import encode, restored_modes
 from ..moco import MoCo
 
 if TYPE_CHECKING:
@@ -162,7 +160,8 @@ class Health:
         """The key encoder's unit keys [probe, dim] of the probe images, now."""
         assert self._images is not None
         encoder = self.model.get_submodule("encoder_k")
-        with _eval_mode(encoder):
+        with restored_modes(encoder):
+            encoder.eval()
             return normalize(encode(encoder, self._images).float(), dim=1)
 
     def _warn_of_collapse(self, figures: dict[str, float], step: int) -> None:
@@ -188,15 +187,3 @@ def _effective_rank(gram: Tensor) -> float:
         return math.nan
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     return torch.special.entr(singular / singular.sum()).sum().exp().item()
-
-
-@contextlib.contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then every layer back in the mode that it was in."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training

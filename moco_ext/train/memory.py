@@ -38,12 +38,13 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
     both = parameters * (1 if config.dictionary == "memory-bank" or config.key_encoder == "identical" else 2)
     trained = both if config.dictionary == "end-to-end" else parameters
     rows = {"queue": config.moco_k, "end-to-end": 0, "memory-bank": images}[config.dictionary]
-    known = {id(p) for p in encoder.parameters()}
+    known = {id(tensor) for tensor in [*encoder.parameters(), *encoder.buffers()]}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            kept[id(tensor)] = tensor  # held, so that no id is given twice
+        memory = tensor if tensor._base is None else tensor._base  # a view takes none of its own
+        if id(memory) not in known:
+            kept[id(memory)] = memory  # held, so that no id is given twice
         return tensor
 
     dtype = DTYPES[config.precision]
