@@ -23,6 +23,15 @@ _TITLES = {
     "shuffle_bn": "shuffling BN",
     "key_encoder": "key encoder",
 }
+_COLUMNS = {  # heading -> figure, digits
+    "kNN top-1, %": ("knn_top1", 2),
+    "linear top-1, %": ("linear_top1", 2),
+    "contrast acc@1, %": ("acc1", 1),
+    "loss": ("loss", 3),
+    "spread": ("feature_std", 2),
+    "key drift": ("key_drift", 2),
+    "seconds": ("seconds", 0),
+}
 _NUMBERS = ("moco_m", "moco_k", "moco_t")
 _PROTOCOLS = {"knn_top1": ("kNN", "#2b6cb0", "o"), "linear_top1": ("linear", "#c05621", "s")}
 _LINES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5")
@@ -47,15 +56,20 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Tables, one an axis: mean ± standard error over the seeds."""
+    """Tables, one an axis: mean ± standard error over the seeds; figures of training are those of its last record.
+
+    Spread and key drift are the ``feature_std`` and ``key_drift`` of :class:`moco_ext.train.health.Health`.
+    """
     tables = [_setting(results)]
     for title, rows in results["tables"].items():
-        head = ["contrast acc@1, %", "final loss", "kNN top-1, %", "linear top-1, %", "seconds", "seeds"]
-        lines = [f"| {' | '.join([_TITLES.get(title, title), *head])} |", f"|---{'|--:' * len(head)}|"]
+        lines = [f"| {' | '.join([_TITLES.get(title, title), *_COLUMNS, 'seeds'])} |"]
+        lines.append(f"|---{'|--:' * (len(_COLUMNS) + 1)}|")
         for label, name in rows:
             runs = _finished(results, name)
-            figures = [("acc1", 1), ("loss", 3), ("knn_top1", 2), ("linear_top1", 2), ("seconds", 0)]
-            cells = [mean_and_error([run[figure] for run in runs], digits) for figure, digits in figures]
+            cells = []
+            for figure, digits in _COLUMNS.values():
+                found = [run["records"][-1] | run for run in runs]
+                cells.append(mean_and_error([run[figure] for run in found if figure in run], digits))
             seeds = ", ".join(str(run["seed"]) for run in runs)
             failed = ", ".join(str(run["seed"]) for run in _runs(results, name) if run["status"] == "failed")
             cells.append(seeds + f" (failed: {failed})" * bool(failed))
@@ -66,7 +80,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def mean_and_error(values: Sequence[float], digits: int) -> str:
-    """ "12.3 ± 0.4"; of one value no error, of none nothing."""
+    """Like 12.3 ± 0.4, with the standard error of the mean; of one value no error, of none nothing."""
     if not values:
         return ""
     error = f" ± {_standard_error(values):.{digits}f}" if len(values) > 1 else ""
@@ -87,7 +101,7 @@ def write_plots(results: dict[str, Any], folder: Path) -> list[str]:
             _accuracy(axes, title, table, results)
         for axes in panels[len(tables) :]:
             axes.set_axis_off()
-        panels[0].legend(frameon=False)
+        panels[min(len(tables), len(panels) - 1)].legend(*panels[0].get_legend_handles_labels(), frameon=False)
         written.append(_save(figure, folder / "accuracy.svg"))
         if any(len(_curves(results, name)) for _, name in tables.get("shuffle_bn", [])):
             figure = Figure(figsize=(8.4, 3), layout="constrained")
