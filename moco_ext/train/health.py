@@ -78,7 +78,7 @@ class Health:
         """Step ``step`` (from 1) is about to run: watch its queries if it is due."""
         if self._images is not None and step == self._next_probe:
             self._probes.append((step, self._probe_keys()))
-        if self._due(step):
+        if self.due(step):
             self._query, self._grad, self._rows = None, None, 0
             self.model.query_hook = self._watch
 
@@ -90,7 +90,7 @@ class Health:
             grad_scale: what the loss was multiplied by before its backward pass (a scaler's factor, 1 / the number of
                 accumulated batches); a 0-dim tensor is not fetched from its device.
         """
-        if not self._due(step):
+        if not self.due(step):
             return {}
         self.model.query_hook = None
         if self._query is None:
@@ -101,7 +101,8 @@ class Health:
         self._warn_of_collapse(figures, step)
         return figures
 
-    def _due(self, step: int) -> bool:
+    def due(self, step: int) -> bool:
+        """Whether step ``step`` (from 1) is one whose figures are wanted."""
         return self.every > 0 and step % self.every == 0
 
     def _watch(self, query: Tensor) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from .. import distributed
 
 
 class Process(NamedTuple):
@@ -100,6 +104,37 @@ def local_device(given: dict[str, Any], local_rank: int | None = None) -> torch.
     if device.index is not None and device.index >= torch.cuda.device_count():
         raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {device}")
     return device
+
+
+class Preemption:
+    """Takes note of SIGTERM, so that the step under way is finished and saved."""
+
+    name = "SIGTERM"
+
+    def __init__(self) -> None:
+        self._received = False
+
+    def __enter__(self) -> Preemption:
+        self._before: Any = None
+        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere they are not ours
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def agreed(self, ask: bool) -> bool:
+        """Whether to stop here. Several ranks ask each other, at steps where all of them ``ask``."""
+        if distributed.world_size() == 1:
+            return self._received
+        if not ask:
+            return False
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return bool(distributed.all_reduce(torch.tensor(float(self._received), device=device)).item())
+
+    def _note(self, *_: Any) -> None:
+        self._received = True
 
 
 def _spawned(local_rank: int, work: Work, args: argparse.Namespace, group: _Group) -> None:

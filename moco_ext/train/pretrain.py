@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import signal
@@ -26,6 +25,7 @@ from ..moco import MoCo
 from .checkpoint import load_checkpoint, load_newest, save_rotating, write_atomically
 from .config import DTYPES, PretrainConfig
 from .health import Health
+from .launch import Preemption
 from .log import Averages, RunLog
 from .step import Model, NonFiniteLoss, OptimizerStep
 
@@ -165,7 +165,7 @@ class _Trainer:
             print_freq=run.print_freq,
             enabled=self.rank == 0,
         )
-        with log, _Preemption() as preemption:
+        with log, Preemption() as preemption:
             while self.step < self.total:
                 self.model.train()
                 epoch = self.step // self.per_epoch
@@ -191,7 +191,6 @@ class _Trainer:
             group["lr"] = lr
         if hasattr(self.model, "m"):
             self.model.m = config.key_momentum(self.step, self.per_epoch)
-        due = self.health.every and (self.step + 1) % self.health.every == 0
         health: dict[str, float] = {}
 
         def examine(scale: float) -> None:
@@ -199,7 +198,7 @@ class _Trainer:
 
         self.health.before(self.step + 1)
         try:
-            result = self.optimizer_step(batches, examine if due else None)
+            result = self.optimizer_step(batches, examine if self.health.due(self.step + 1) else None)
         except NonFiniteLoss as error:
             self._dump(error, lr)
         self.step += 1
@@ -329,7 +328,7 @@ class _Trainer:
         if "cuda" in random and self.run.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"][self.rank], self.run.device)
 
-    def _stop_for(self, preemption: _Preemption, saved: bool) -> NoReturn:
+    def _stop_for(self, preemption: Preemption, saved: bool) -> NoReturn:
         if not saved:
             self._save(last=True)
         if self.rank == 0:
@@ -360,37 +359,6 @@ class _Trainer:
             f"{error} in epoch {epoch + 1}, step {step + 1} (lr {lr:g}, moco_t {self.config.moco_t:g}); a lower "
             f"learning rate may help{written}"
         ) from None
-
-
-class _Preemption:
-    """Takes note of SIGTERM, so that the step under way is finished and saved."""
-
-    name = "SIGTERM"
-
-    def __init__(self) -> None:
-        self._received = False
-
-    def __enter__(self) -> _Preemption:
-        self._before: Any = None
-        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere they are not ours
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def agreed(self, ask: bool) -> bool:
-        """Whether to stop here. Several ranks ask each other, at steps where all of them ``ask``."""
-        if distributed.world_size() == 1:
-            return self._received
-        if not ask:
-            return False
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return bool(distributed.all_reduce(torch.tensor(float(self._received), device=device)).item())
-
-    def _note(self, *_: Any) -> None:
-        self._received = True
 
 
 def encoder_knn(encoder: torch.nn.Module, data: ImageData, run: Run, k: int) -> float:
