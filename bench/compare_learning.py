@@ -242,8 +242,8 @@ def tables(runs: list[dict]) -> str:
         parts.append("\n".join(lines))
         paired = [
             f"| {NAMES[name]} | {difference(by_name, name, 'knn_top1')} | {difference(by_name, name, 'linear_top1')} |"
-            for name in by_name
-            if name != "ours" and "ours" in by_name
+            for name in ("official", "lightly")
+            if {name, "ours"} <= by_name.keys()
         ]
         if paired:
             head = "| ours minus | kNN top-1 | linear top-1 |\n|---|---|---|"
