@@ -72,6 +72,7 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)
         if self.editable_mode:  # setuptools itself brings only the module into the source folder, not the libraries
+            shutil.rmtree(ROOT / "moco_ext" / "lib", ignore_errors=True)  # a CUDA library of an earlier build
             subprocess.run(["cmake", "--install", str(build), "--prefix", str(ROOT / "moco_ext")], check=True)
         shutil.copyfile(build / "compile_commands.json", ROOT / "compile_commands.json")
 

@@ -98,25 +98,80 @@ inline void check_queue(const Tensor& queue) {
         queue.stride(1), "]");
 }
 
-inline void check_info_nce(const Tensor& query, const Tensor& key, const Tensor& queue,
-                           const std::optional<Tensor>& temperature_tensor) {
-  check_queue(queue);
-  check_matrix(query, "query", "[N, C]");
-  check_matrix(key, "key", "[N, C]");
-  check_same_device(query, "query", queue, "queue");
-  check_same_device(key, "key", queue, "queue");
-  check_float_dtype(query, "query", queue.is_cpu());
-  check_float_dtype(key, "key", queue.is_cpu());
-  check_all_float64(query, "query", queue, "queue");
-  check_all_float64(key, "key", queue, "queue");
-  check(query.size(1) == queue.size(1), "query: expected ", queue.size(1), " features as in queue, got shape ",
-        shape_name(query));
-  check(key.size(0) == query.size(0) && key.size(1) == query.size(1), "key: expected the shape of query ",
-        shape_name(query), ", got ", shape_name(key));
+// The rows of one side of InfoNCE, which go with those of the other: the queue, or the keys where there is none.
+inline void check_rows(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
+  check_matrix(t, name, "[N, C]");
+  check_same_device(t, name, as, as_name);
+  check_float_dtype(t, name, as.is_cpu());
+  check_all_float64(t, name, as, as_name);
+  check(t.size(1) == as.size(1), name, ": expected ", as.size(1), " features as in ", as_name, ", got shape ",
+        shape_name(t));
+}
+
+inline void check_temperature_tensor(const std::optional<Tensor>& temperature_tensor) {
   if (temperature_tensor) {
     check(temperature_tensor->numel() == 1 && temperature_tensor->dim() == 0,
           "temperature: expected a 0-dim tensor, got shape ", shape_name(*temperature_tensor));
     check_float_dtype(*temperature_tensor, "temperature", true);
+  }
+}
+
+inline void check_info_nce(const Tensor& query, const Tensor& key, const Tensor& queue,
+                           const std::optional<Tensor>& temperature_tensor) {
+  check_queue(queue);
+  check_rows(query, "query", queue, "queue");
+  check_rows(key, "key", queue, "queue");
+  check(key.size(0) == query.size(0), "key: expected the shape of query ", shape_name(query), ", got ",
+        shape_name(key));
+  check_temperature_tensor(temperature_tensor);
+}
+
+inline void check_ids(const std::optional<Tensor>& ids, const char* name, int64_t rows, const char* of,
+                      const Tensor& on) {
+  if (!ids) return;
+  check(ids->scalar_type() == ScalarType::Long, name, ": expected int64, got ", dtype_name(*ids));
+  check(ids->dim() == 1 && ids->size(0) == rows, name, ": expected shape [", rows, "], an id for each row of ", of,
+        ", got ", shape_name(*ids));
+  check_same_device(*ids, name, on, "query");
+}
+
+// What info_nce_contrast_* take besides the plain arguments. key_ids: what Python calls query_ids.
+inline void check_info_nce_contrast(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
+                                    const std::optional<Tensor>& temperature_tensor, bool in_batch, int64_t first,
+                                    const std::optional<Tensor>& valid_tensor, int64_t valid, double label_smoothing,
+                                    const std::optional<Tensor>& key_ids, const std::optional<Tensor>& queue_ids) {
+  if (queue) {
+    check_queue(*queue);
+    check_rows(query, "query", *queue, "queue");
+  } else {
+    check_matrix(query, "query", "[N, C]");
+    check_float_dtype(query, "query", query.is_cpu());
+    check(query.size(1) > 0, "query: expected at least one feature, got shape ", shape_name(query));
+    check(in_batch, "queue: expected a tensor, or in_batch keys to compare with, got neither");
+  }
+  check_rows(key, "key", query, "query");
+  const int64_t n = query.size(0);
+  const int64_t m = key.size(0);
+  check(in_batch || m == n, "key: expected the shape of query ", shape_name(query), ", got ", shape_name(key),
+        "; more keys than queries need in_batch");
+  check(first >= 0 && first + n <= m, "first_key: expected 0 to ", m - n, " for ", n, " queries among ", m,
+        " keys, got ", first);
+  check_temperature_tensor(temperature_tensor);
+  check(std::isfinite(label_smoothing) && label_smoothing >= 0 && label_smoothing < 1,
+        "label_smoothing: expected a number in [0, 1), got ", label_smoothing);
+  check_ids(key_ids, "query_ids", m, in_batch ? "key" : "query", query);
+  check(!queue_ids || queue, "queue_ids: expected none without a queue");
+  if (queue) check_ids(queue_ids, "queue_ids", queue->size(0), "queue", query);
+  check(!queue_ids || key_ids, "query_ids: expected together with queue_ids");
+  check(!key_ids || queue_ids || in_batch, "queue_ids: expected together with query_ids");
+  if (valid_tensor) {
+    check(valid_tensor->scalar_type() == ScalarType::Long, "valid: expected int64, got ", dtype_name(*valid_tensor));
+    check(valid_tensor->numel() == 1 && valid_tensor->dim() <= 1, "valid: expected one number, got shape ",
+          shape_name(*valid_tensor));
+    check_same_device(*valid_tensor, "valid", query, "query");
+  } else {
+    check(valid == -1 || (queue && valid >= 0 && valid <= queue->size(0)), "valid: expected 0 to ",
+          queue ? queue->size(0) : 0, " keys of the queue, got ", valid);
   }
 }
 

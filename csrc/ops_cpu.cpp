@@ -1,5 +1,4 @@
-// CPU registrations: tensors -> pointers. Threads and GEMM are torch's own.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+// CPU registrations: tensors -> pointers. Threads are torch's own.
 #include <torch/csrc/stable/library.h>
 
 #include "kernels/cpu.h"
@@ -18,28 +17,7 @@ void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, in
   torch::stable::parallel_for(0, n, grain, body);
 }
 
-// A strided view of memory the kernel owns. Made where it is used: a tensor made under inference mode on the calling
-// thread could not be written by a worker outside of it.
-template <typename T>
-Tensor matrix(const T* data, int64_t rows, int64_t cols, bool transposed = false) {
-  const int64_t sizes[] = {rows, cols};
-  const int64_t strides[] = {transposed ? 1 : cols, transposed ? rows : 1};
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-      const_cast<T*>(data), 2, sizes, strides, 0,
-      std::is_same_v<T, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(),
-      0, &handle));
-  return Tensor(handle);
-}
-
-template <typename T>
-bool gemm(const T* a, const T* b, T* c, int64_t m, int64_t n, int64_t k, bool transpose_b, bool accumulate) {
-  const Tensor out = matrix(c, m, n);
-  return aoti_torch_cpu_addmm_out(out.get(), out.get(), matrix(a, m, k).get(), matrix(b, k, n, transpose_b).get(),
-                                  accumulate ? 1.0 : 0.0, 1.0) == AOTI_TORCH_SUCCESS;
-}
-
-cpu::Host host() { return {torch::stable::get_num_threads(), parallel_for, gemm<float>, gemm<double>}; }
+cpu::Host host() { return {torch::stable::get_num_threads(), parallel_for}; }
 
 template <typename F>
 void dispatch(const Tensor& t, F&& f) {
@@ -56,27 +34,94 @@ void dispatch(const Tensor& a, const Tensor& b, F&& f) {
   });
 }
 
+double temperature_value(const std::optional<Tensor>& tensor, double number, const Tensor& on) {
+  if (tensor) {
+    check_same_device(*tensor, "temperature", on, "query");
+    number = cpu_scalar(*tensor);
+  }
+  check_temperature(number);
+  return number;
+}
+
+template <typename A>
+cpu::InfoNceOutputs<A> outputs(const InfoNceTensors& out) {
+  return {data<A>(out.loss),       data<A>(out.lse),      data<A>(out.positive_logit),  data<int64_t>(out.rank),
+          data<A>(out.grad_query), data<A>(out.grad_key), data<A>(out.grad_temperature)};
+}
+
 auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queue,
                       const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
                       bool query_grad, bool key_grad, bool temperature_grad, bool /*allow_tf32*/) {
   check_info_nce(query, key, queue, temperature_tensor);
-  if (temperature_tensor) {
-    check_same_device(*temperature_tensor, "temperature", queue, "queue");
-    temperature = cpu_scalar(*temperature_tensor);
-  }
-  check_temperature(temperature);
+  temperature = temperature_value(temperature_tensor, temperature, query);
   const auto [q, k] = same_dtype_rows(query, key);
-  const InfoNceTensors out(q, queue, query_grad, key_grad, temperature_grad);
-  bool ok = true;
+  const InfoNceTensors out(q, query_grad, key_grad, temperature_grad);
   dispatch(q, queue, [&]<typename Query, typename Queue>() {
-    using A = cpu::accumulate_t<Queue>;
-    ok = cpu::info_nce(host(), const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue),
-                       {q.size(0), queue.size(0), queue.size(1)}, {temperature, kEps, normalize},
-                       {data<A>(out.loss), data<A>(out.lse), data<A>(out.positive_logit), data<int64_t>(out.rank),
-                        data<A>(out.grad_query), data<A>(out.grad_key), data<A>(out.grad_temperature)});
+    cpu::info_nce(host(), const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue),
+                  {q.size(0), queue.size(0), queue.size(1)}, {temperature, kEps, normalize}, {},
+                  outputs<cpu::accumulate_t<Queue>>(out));
   });
-  if (!ok) throw std::runtime_error("info_nce: torch's GEMM failed on a tile (its own message is above)");
   return out.as_tuple();
+}
+
+// Contiguous, or nothing.
+std::optional<Tensor> contiguous_ids(const std::optional<Tensor>& ids) {
+  return ids ? std::optional(torch::stable::contiguous(*ids)) : std::nullopt;
+}
+
+const int64_t* ids_data(const std::optional<Tensor>& ids) { return ids ? const_data<int64_t>(*ids) : nullptr; }
+
+auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
+                               const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
+                               bool query_grad, bool key_grad, bool temperature_grad, bool /*allow_tf32*/,
+                               bool in_batch, int64_t first, const std::optional<Tensor>& valid_tensor, int64_t valid,
+                               double label_smoothing, const std::optional<Tensor>& key_ids,
+                               const std::optional<Tensor>& queue_ids, bool same_id_positive) {
+  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, first, valid_tensor, valid, label_smoothing,
+                          key_ids, queue_ids);
+  temperature = temperature_value(temperature_tensor, temperature, query);
+  const auto [q, k] = same_dtype_rows(query, key);
+  int64_t queue_keys = queue ? queue->size(0) : 0;
+  if (valid_tensor) {
+    queue_keys = std::clamp<int64_t>(*const_data<int64_t>(*valid_tensor), 0, queue_keys);
+  } else if (valid >= 0) {
+    queue_keys = valid;
+  }
+  const std::optional<Tensor> key_id_rows = contiguous_ids(key_ids);
+  const std::optional<Tensor> queue_id_rows = contiguous_ids(queue_ids);
+  const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
+  dispatch(q, queue ? *queue : q, [&]<typename Query, typename Queue>() {
+    using A = cpu::accumulate_t<Queue>;
+    cpu::InfoNceOutputs<A> pointers = outputs<A>(out);
+    pointers.weights = data<A>(out.weights);
+    cpu::info_nce(host(), const_data<Query>(q), const_data<Query>(k), queue ? const_data<Queue>(*queue) : nullptr,
+                  {q.size(0), queue_keys, q.size(1)}, {temperature, kEps, normalize},
+                  {in_batch, k.size(0), first, label_smoothing, ids_data(key_id_rows), ids_data(queue_id_rows),
+                   same_id_positive},
+                  pointers);
+  });
+  return out.as_tuple();
+}
+
+Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
+                                  const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
+                                  bool /*allow_tf32*/, int64_t first, const std::optional<Tensor>& key_ids,
+                                  bool same_id_positive, const Tensor& lse, const Tensor& weights,
+                                  const Tensor& grad_loss) {
+  temperature = temperature_value(temperature_tensor, temperature, query);
+  const auto [q, k] = same_dtype_rows(query, key);
+  const std::optional<Tensor> id_rows = contiguous_ids(key_ids);
+  const Tensor upstream = torch::stable::contiguous(grad_loss);
+  const Tensor grad_key = InfoNceTensors::make(q, {k.size(0), k.size(1)}, true);
+  dispatch(q, [&]<typename Query>() {
+    using A = cpu::accumulate_t<Query>;
+    cpu::info_nce_keys_backward(host(), const_data<Query>(q), const_data<Query>(k), {q.size(0), 0, q.size(1)},
+                                {temperature, kEps, normalize},
+                                {true, k.size(0), first, 0.0, ids_data(id_rows), nullptr, same_id_positive},
+                                const_data<A>(lse), const_data<A>(weights), const_data<A>(upstream),
+                                data<A>(grad_key));
+  });
+  return grad_key;
 }
 
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
@@ -139,6 +184,8 @@ std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
 
 STABLE_TORCH_LIBRARY_IMPL(moco_ext, CPU, m) {
   m.impl("info_nce_forward", TORCH_BOX(&info_nce_forward));
+  m.impl("info_nce_contrast_forward", TORCH_BOX(&info_nce_contrast_forward));
+  m.impl("info_nce_contrast_backward", TORCH_BOX(&info_nce_contrast_backward));
   m.impl("enqueue_", TORCH_BOX(&enqueue_));
   m.impl("momentum_update_", TORCH_BOX(&momentum_update_));
   m.impl("l2_normalize_forward", TORCH_BOX(&l2_normalize_forward));

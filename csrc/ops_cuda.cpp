@@ -56,7 +56,7 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
   if (device_temperature.pointer() == nullptr) check_temperature(temperature);
   const Launch launch(queue);
   const auto [q, k] = same_dtype_rows(query, key);
-  const InfoNceTensors out(q, queue, query_grad, key_grad, temperature_grad);
+  const InfoNceTensors out(q, query_grad, key_grad, temperature_grad);
   dispatch(q, [&]<typename Query>() {
     dispatch(queue, [&]<typename Queue>() {
       const cuda::InfoNceShape shape{q.size(0), queue.size(0), queue.size(1)};

@@ -57,24 +57,37 @@ inline std::pair<Tensor, Tensor> same_dtype_rows(const Tensor& query, const Tens
 struct InfoNceTensors {
   Tensor loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature;
 
-  InfoNceTensors(const Tensor& query, const Tensor& queue, bool query_grad, bool key_grad, bool temperature_grad)
-      : loss(make(queue, {query.size(0)}, true)),
-        lse(make(queue, {query.size(0)}, true)),
-        positive_logit(make(queue, {query.size(0)}, true)),
-        rank(torch::stable::new_empty(queue, {query.size(0)}, ScalarType::Long)),
+  InfoNceTensors(const Tensor& query, bool query_grad, bool key_grad, bool temperature_grad)
+      : loss(make(query, {query.size(0)}, true)),
+        lse(make(query, {query.size(0)}, true)),
+        positive_logit(make(query, {query.size(0)}, true)),
+        rank(torch::stable::new_empty(query, {query.size(0)}, ScalarType::Long)),
         // The temperature's gradient falls out of the query's.
-        grad_query(make(queue, {query.size(0), query.size(1)}, query_grad || temperature_grad)),
-        grad_key(make(queue, {query.size(0), query.size(1)}, key_grad)),
-        grad_temperature(make(queue, {query.size(0)}, temperature_grad)) {}
+        grad_query(make(query, {query.size(0), query.size(1)}, query_grad || temperature_grad)),
+        grad_key(make(query, {query.size(0), query.size(1)}, key_grad)),
+        grad_temperature(make(query, {query.size(0)}, temperature_grad)) {}
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
     return {loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature};
   }
 
- private:
-  static Tensor make(const Tensor& queue, std::vector<int64_t> sizes, bool wanted) {
+  // Of the accumulation type, on the device of `like`.
+  static Tensor make(const Tensor& like, std::vector<int64_t> sizes, bool wanted) {
     if (!wanted) sizes = {0};
-    return torch::stable::new_empty(queue, sizes, is_float64(queue) ? ScalarType::Double : ScalarType::Float);
+    return torch::stable::new_empty(like, sizes, is_float64(like) ? ScalarType::Double : ScalarType::Float);
+  }
+};
+
+// What info_nce_contrast_forward returns: with in-batch keys their gradient is backward's business, which needs weights.
+struct InfoNceContrastTensors : InfoNceTensors {
+  Tensor weights;
+
+  InfoNceContrastTensors(const Tensor& query, bool query_grad, bool key_grad, bool temperature_grad, bool in_batch)
+      : InfoNceTensors(query, query_grad, key_grad && !in_batch, temperature_grad),
+        weights(make(query, {query.size(0), 2}, key_grad && in_batch)) {}
+
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
+    return std::tuple_cat(InfoNceTensors::as_tuple(), std::make_tuple(weights));
   }
 };
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _C, __version__, ops, reference
+from . import _C, __version__, library, ops, reference
 
 
 def collect() -> dict[str, Any]:
@@ -19,7 +19,7 @@ def collect() -> dict[str, Any]:
     ``self_test`` maps ``"op on device"`` to the relative error against float64 and whether it is within tolerance.
     """
     build = _C.build_info()
-    libraries = sorted(ops.LIBRARY_FOLDER.glob("*.so"))
+    libraries = sorted(library.LIBRARY_FOLDER.glob("*.so"))
     has_cuda_library = any("cuda" in path.name for path in libraries)
     gpus = [_describe_gpu(i) for i in range(torch.cuda.device_count())]
     started = time.perf_counter()

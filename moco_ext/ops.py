@@ -7,45 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, NoReturn, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from .library import load_libraries
 from .stats import InfoNCEStats
 
 __all__ = ["enqueue_", "info_nce", "l2_normalize", "momentum_update_"]
 
-LIBRARY_FOLDER = Path(__file__).parent / "lib"
-CUDA_LIBRARY = LIBRARY_FOLDER / "libmoco_ext_cuda.so"
-
-
-def _load_libraries() -> None:
-    cpu = LIBRARY_FOLDER / "libmoco_ext.so"
-    if not cpu.is_file():
-        raise ImportError(
-            f"moco_ext: the native library is missing, expected {cpu}. In a source checkout, run "
-            "`pip install -e .` (or import from another folder if you meant the installed package)."
-        )
-    torch.ops.load_library(cpu)
-    if torch.version.cuda and CUDA_LIBRARY.is_file():
-        torch.ops.load_library(CUDA_LIBRARY)
-    else:
-        for name in ("info_nce_forward", "enqueue_", "momentum_update_", "l2_normalize_forward"):
-            torch.library.impl(f"moco_ext::{name}", "cuda", _missing_cuda_kernel)
-
-
-def _missing_cuda_kernel(*args: object) -> NoReturn:
-    """What CUDA tensors reach where no CUDA library is loaded, instead of the dispatcher's table of backends."""
-    if CUDA_LIBRARY.is_file():
-        why = f"this torch ({torch.__version__}) has no CUDA"
-    else:
-        why = "this build is for the CPU only; reinstall with MOCO_EXT_CUDA=1 pip install --no-cache-dir ."
-    raise RuntimeError(f"moco_ext: no CUDA kernels are loaded, tensors on a GPU cannot be used: {why}")
-
-
-_load_libraries()
+load_libraries()
 
 
 def _scalar(name: str, value: float | Tensor) -> tuple[Tensor | None, float]:
@@ -80,33 +52,54 @@ def _allow_tf32() -> bool:
 def info_nce(
     query: Tensor,
     key: Tensor,
-    queue: Tensor,
+    queue: Tensor | None,
     temperature: float | Tensor = ...,
     *,
     normalize: bool = ...,
     reduction: str = ...,
     return_stats: Literal[False] = ...,
+    label_smoothing: float = ...,
+    valid: int | Tensor | None = ...,
+    in_batch: bool = ...,
+    first_key: int = ...,
+    query_ids: Tensor | None = ...,
+    queue_ids: Tensor | None = ...,
+    same_id: str = ...,
 ) -> Tensor: ...
 @overload
 def info_nce(
     query: Tensor,
     key: Tensor,
-    queue: Tensor,
+    queue: Tensor | None,
     temperature: float | Tensor = ...,
     *,
     normalize: bool = ...,
     reduction: str = ...,
     return_stats: Literal[True],
+    label_smoothing: float = ...,
+    valid: int | Tensor | None = ...,
+    in_batch: bool = ...,
+    first_key: int = ...,
+    query_ids: Tensor | None = ...,
+    queue_ids: Tensor | None = ...,
+    same_id: str = ...,
 ) -> tuple[Tensor, InfoNCEStats]: ...
 def info_nce(
     query: Tensor,
     key: Tensor,
-    queue: Tensor,
+    queue: Tensor | None,
     temperature: float | Tensor = 0.07,
     *,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
+    label_smoothing: float = 0.0,
+    valid: int | Tensor | None = None,
+    in_batch: bool = False,
+    first_key: int = 0,
+    query_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    same_id: str = "mask",
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
     """InfoNCE of queries against their positive key and a queue of negatives (MoCo, arXiv 1911.05722, Eq. 1).
 
@@ -118,16 +111,34 @@ def info_nce(
         query: [N, C] features; float32, bfloat16 or float16 (float64 on the CPU, for gradient checks).
         key: [N, C] the positive of each row; gradient flows to it if it requires one.
         queue: [K, C] negatives, contiguous rows, unit length if ``normalize``; its dtype may differ from query's.
-            It takes no gradient.
+            It takes no gradient. None: the batch's keys alone (``in_batch``).
         temperature: a positive number, or a 0-dim tensor on the queue's device, which may require a gradient.
         normalize: scale query and key rows to unit length first (``x / max(||x||, 1e-12)``). ``False`` takes all
             three as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the N rows.
         return_stats: also return :class:`InfoNCEStats` (loss, lse, positive_logit, rank; [N] each, no gradient).
+        label_smoothing: this share of the target distribution, in [0, 1), is spread evenly over the positive and
+            all negatives, as in ``torch.nn.functional.cross_entropy``.
+        valid: only the queue's first ``valid`` keys count (a queue that starts empty); a number, or int64 of one
+            element on the queue's device.
+        in_batch: every other key of the batch is a negative too. Then key may be [M, C] with M >= N, the keys of all
+            ranks say, of which row n's positive is ``key[first_key + n]``. With ``queue=None`` this is the end-to-end
+            mechanism. Keys that require a gradient get it as positives and as negatives, by a second pass in
+            ``backward()``.
+        query_ids: [N] int64, which image (text, class) each query is of; [M], those of all keys, if ``in_batch``.
+            Negative: not known, equal to none.
+        queue_ids: [K] int64, the same for the queue.
+        same_id: what a negative with the query's own id is: ``"mask"``, no negative; ``"positive"``, a further
+            positive (the loss is the cross-entropy of a target distribution even over the positives).
+
+    Several problems in one call: query and key [G, N, C], with one queue [K, C] for all or one each [G, K, C] (ids
+    likewise). The symmetric loss of two views is
+    ``info_nce(torch.stack([q1, q2]), torch.stack([k2, k1]), queue)``, which passes over the queue once.
 
     Returns:
-        The loss, float32 (float64 for float64 input): 0-dim, or [N] for ``reduction="none"``; with ``return_stats``
-        the pair ``(loss, stats)``. N = 0 gives NaN for the mean, as in ``torch.nn.functional.cross_entropy``.
+        The loss, float32 (float64 for float64 input): 0-dim, or [N] ([G, N]) for ``reduction="none"``; with
+        ``return_stats`` the pair ``(loss, stats)``. N = 0 gives NaN for the mean, as in
+        ``torch.nn.functional.cross_entropy``.
 
     Precision: accumulation is float32. On CUDA a bfloat16 or float16 queue is multiplied on tensor cores in its own
     dtype; a float32 queue in float32 accuracy, or in tf32 where ``torch.backends.cuda.matmul.allow_tf32`` is set.
@@ -136,16 +147,46 @@ def info_nce(
         ValueError: an argument of wrong shape, dtype, device or value; the message names it. Nothing is computed.
         RuntimeError: a second derivative is asked for, or no kernel exists for the device.
     """
-    if queue.requires_grad:
+    if queue is not None and queue.requires_grad:
         raise ValueError(
             "queue: expected a tensor without gradient, got one that requires it; for gradients into the keys use "
-            "EndToEnd, or pass queue.detach()"
+            "in_batch or EndToEnd, or pass queue.detach()"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    problem = _info_nce_groups if query.dim() == 3 else _info_nce_rows
+    loss, *others = problem(
+        query, key, queue, temperature, normalize, label_smoothing, valid, in_batch, first_key, query_ids, queue_ids,
+        same_id,
+    )  # fmt: skip
+    stats = InfoNCEStats(loss.detach(), *(figure.detach() for figure in others)) if return_stats else None
+    if reduction == "mean":
+        loss = loss.mean()
+    elif reduction == "sum":
+        loss = loss.sum()
+    return loss if stats is None else (loss, stats)
+
+
+def _info_nce_rows(
+    query,
+    key,
+    queue,
+    temperature,
+    normalize,
+    label_smoothing,
+    valid,
+    in_batch,
+    first_key,
+    query_ids,
+    queue_ids,
+    same_id,
+) -> tuple[Tensor, ...]:
+    """(loss, lse, positive_logit, rank), [N] each."""
+    if same_id not in ("mask", "positive"):
+        raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
     grad = torch.is_grad_enabled()
     temperature_tensor, temperature_value = _scalar("temperature", temperature)
-    loss, lse, positive_logit, rank, _, _, _ = torch.ops.moco_ext.info_nce_forward(
+    rows = (
         query,
         key,
         queue,
@@ -155,14 +196,61 @@ def info_nce(
         grad and query.requires_grad,
         grad and key.requires_grad,
         grad and temperature_tensor is not None and temperature_tensor.requires_grad,
-        query.is_cuda and queue.dtype == torch.float32 and _allow_tf32(),
+        query.is_cuda and (key if queue is None else queue).dtype == torch.float32 and _allow_tf32(),
     )
-    stats = InfoNCEStats(loss.detach(), lse.detach(), positive_logit.detach(), rank) if return_stats else None
-    if reduction == "mean":
-        loss = loss.mean()
-    elif reduction == "sum":
-        loss = loss.sum()
-    return loss if stats is None else (loss, stats)
+    no_ids = query_ids is None and queue_ids is None
+    if queue is not None and no_ids and valid is None and not in_batch and first_key == 0 and label_smoothing == 0:
+        return torch.ops.moco_ext.info_nce_forward(*rows)[:4]
+    if valid is not None and not isinstance(valid, Tensor) and valid < 0:
+        raise ValueError(f"valid: expected a number of keys, got {valid}")
+    valid_tensor, valid_number = (valid, -1) if isinstance(valid, Tensor) else (None, -1 if valid is None else valid)
+    return torch.ops.moco_ext.info_nce_contrast_forward(
+        *rows,
+        in_batch,
+        first_key,
+        valid_tensor,
+        valid_number,
+        label_smoothing,
+        query_ids,
+        queue_ids,
+        same_id == "positive",
+    )[:4]
+
+
+def _info_nce_groups(
+    query,
+    key,
+    queue,
+    temperature,
+    normalize,
+    label_smoothing,
+    valid,
+    in_batch,
+    first_key,
+    query_ids,
+    queue_ids,
+    same_id,
+) -> tuple[Tensor, ...]:
+    """The same for G problems, [G, N] each. Those that share a queue, and no keys of the batch, are one batch."""
+    groups, n = query.shape[:2]
+    if key.dim() != 3 or len(key) != groups:
+        raise ValueError(f"key: expected [{groups}, N, C] as query, got {list(key.shape)}")
+    if queue is not None and queue.dim() == 3 and len(queue) != groups:
+        raise ValueError(f"queue: expected [K, C], or [{groups}, K, C] as query, got {list(queue.shape)}")
+    options = temperature, normalize, label_smoothing, valid, in_batch, first_key
+
+    def of(x, group, dims):  # the group's own x, where they do not share one
+        return x[group] if x is not None and x.dim() > dims else x
+
+    if not in_batch and queue is not None and queue.dim() == 2 and (queue_ids is None or queue_ids.dim() == 1):
+        ids = None if query_ids is None else query_ids.expand(groups, n).flatten()
+        figures = _info_nce_rows(query.flatten(0, 1), key.flatten(0, 1), queue, *options, ids, queue_ids, same_id)
+        return tuple(figure.unflatten(0, (groups, n)) for figure in figures)
+    parts = [
+        _info_nce_rows(query[g], key[g], of(queue, g, 2), *options, of(query_ids, g, 1), of(queue_ids, g, 1), same_id)
+        for g in range(groups)
+    ]
+    return tuple(torch.stack(figures) for figures in zip(*parts, strict=True))
 
 
 @torch.library.register_fake("moco_ext::info_nce_forward")
@@ -180,45 +268,96 @@ def _(
 ):
     _check_devices(queue=queue, query=query, key=key)
     n, c = query.shape
-    dtype = torch.float64 if queue.dtype == torch.float64 else torch.float32
-    row = [queue.new_empty(n, dtype=dtype) for _ in range(3)]
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    row = [query.new_empty(n, dtype=dtype) for _ in range(3)]
     return (
         *row,
-        queue.new_empty(n, dtype=torch.int64),
-        queue.new_empty((n, c) if query_grad or temperature_grad else 0, dtype=dtype),
-        queue.new_empty((n, c) if key_grad else 0, dtype=dtype),
-        queue.new_empty(n if temperature_grad else 0, dtype=dtype),
+        query.new_empty(n, dtype=torch.int64),
+        query.new_empty((n, c) if query_grad or temperature_grad else 0, dtype=dtype),
+        query.new_empty((n, c) if key_grad else 0, dtype=dtype),
+        query.new_empty(n if temperature_grad else 0, dtype=dtype),
     )
+
+
+@torch.library.register_fake("moco_ext::info_nce_contrast_forward")
+def _(
+    query,
+    key,
+    queue,
+    temperature_tensor,
+    temperature,
+    normalize,
+    query_grad,
+    key_grad,
+    temperature_grad,
+    _tf32,
+    in_batch,
+    *_,
+):
+    _check_devices(query=query, key=key, **({} if queue is None else {"queue": queue}))
+    n, c = query.shape
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    row = [query.new_empty(n, dtype=dtype) for _ in range(3)]
+    return (
+        *row,
+        query.new_empty(n, dtype=torch.int64),
+        query.new_empty((n, c) if query_grad or temperature_grad else 0, dtype=dtype),
+        query.new_empty((n, c) if key_grad and not in_batch else 0, dtype=dtype),
+        query.new_empty(n if temperature_grad else 0, dtype=dtype),
+        query.new_empty((n, 2) if key_grad and in_batch else (0,), dtype=dtype),
+    )
+
+
+@torch.library.register_fake("moco_ext::info_nce_contrast_backward")
+def _(query, key, temperature_tensor, temperature, normalize, _tf32, first, key_ids, same_id_positive, lse, *_):
+    return key.new_empty(key.shape, dtype=lse.dtype)
 
 
 def _info_nce_setup_context(ctx, inputs, output):
-    query, key, _, temperature_tensor, _, _, *ctx.wanted, _ = inputs
-    _, lse, positive_logit, rank, grad_query, grad_key, grad_temperature = output
-    ctx.mark_non_differentiable(lse, positive_logit, rank, grad_query, grad_key, grad_temperature)
+    query, key, _, temperature_tensor, temperature, normalize, *ctx.wanted, tf32 = inputs[:10]
+    _, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, *weights = output
+    ctx.mark_non_differentiable(lse, positive_logit, rank, grad_query, grad_key, grad_temperature, *weights)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_query, grad_key, grad_temperature)
     ctx.dtypes = query.dtype, key.dtype, None if temperature_tensor is None else temperature_tensor.dtype
+    ctx.second_pass = bool(weights) and inputs[10] and ctx.wanted[1]  # in-batch keys that want a gradient
+    saved = [grad_query, grad_key, grad_temperature]
+    if ctx.second_pass:
+        _in_batch, ctx.first, _, _, _, key_ids, _, ctx.same_id_positive = inputs[10:]
+        ctx.options = temperature, normalize, tf32
+        saved += [query, key, temperature_tensor, key_ids, lse, *weights]
+    ctx.save_for_backward(*saved)
+    ctx.inputs = len(inputs)
 
 
 def _info_nce_backward(ctx, grad_loss, *_):
-    grad_query, grad_key, grad_temperature = ctx.saved_tensors
     if grad_loss is None:
-        return (None,) * 10
+        return (None,) * ctx.inputs
     if torch.is_grad_enabled():  # create_graph=True: going on would make the penalty a constant, silently
         raise RuntimeError("info_nce: second derivatives are not implemented (the gradient is computed in forward)")
+    grad_query, grad_key, grad_temperature, *saved = ctx.saved_tensors
     query_grad, key_grad, temperature_grad = ctx.wanted
     query_dtype, key_dtype, temperature_dtype = ctx.dtypes
     row = grad_loss.unsqueeze(1)
+    if ctx.second_pass:
+        query, key, temperature_tensor, key_ids, lse, weights = saved
+        temperature, normalize, tf32 = ctx.options
+        wanted_key = torch.ops.moco_ext.info_nce_contrast_backward(
+            query, key, temperature_tensor, temperature, normalize, tf32, ctx.first, key_ids, ctx.same_id_positive, lse,
+            weights, grad_loss,
+        )  # fmt: skip
+    else:
+        wanted_key = row * grad_key if key_grad else None
     return (
         (row * grad_query).to(query_dtype) if query_grad else None,
-        (row * grad_key).to(key_dtype) if key_grad else None,
+        wanted_key.to(key_dtype) if key_grad else None,
         None,
         grad_loss.dot(grad_temperature).to(temperature_dtype) if temperature_grad else None,
-        *(None,) * 6,
+        *(None,) * (ctx.inputs - 4),
     )
 
 
-torch.library.register_autograd("moco_ext::info_nce_forward", _info_nce_backward, setup_context=_info_nce_setup_context)
+for _operator in ("info_nce_forward", "info_nce_contrast_forward"):
+    torch.library.register_autograd(f"moco_ext::{_operator}", _info_nce_backward, setup_context=_info_nce_setup_context)
 
 
 # --- enqueue_ ---------------------------------------------------------------------------------------------------------

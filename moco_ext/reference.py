@@ -29,48 +29,82 @@ def l2_normalize(x: Tensor, eps: float = NORM_FLOOR) -> Tensor:
 def info_nce(
     query: Tensor,
     key: Tensor,
-    queue: Tensor,
+    queue: Tensor | None,
     temperature: float | Tensor = 0.07,
     *,
     normalize: bool = True,
     reduction: str = "mean",
     return_stats: bool = False,
+    label_smoothing: float = 0.0,
+    valid: int | Tensor | None = None,
+    in_batch: bool = False,
+    first_key: int = 0,
+    query_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    same_id: str = "mask",
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
-    """Cross-entropy of each query's positive key among itself and K negatives (MoCo, equation 1).
+    """Cross-entropy of each query's positive key among itself and its negatives (MoCo, equation 1).
 
     Args:
         query: [N, C].
-        key: [N, C], row i the positive of query i.
-        queue: [K, C] negatives, shared by all rows.
+        key: [N, C], row i the positive of query i; [M, C] with in_batch, row first_key + i.
+        queue: [K, C] negatives, shared by all rows, or None.
         temperature: a float, or a 0-dim tensor (which may require grad).
         normalize: scale the rows of query and key, but not of queue, to length 1 first.
         reduction: "mean", "sum" or "none". With N = 0 the mean is NaN, as in ``F.cross_entropy``.
         return_stats: return ``(loss, InfoNCEStats)``.
+        label_smoothing: share of the target distribution that is spread evenly over all classes.
+        valid: keys of the queue that count.
+        in_batch: the other keys of the batch are negatives too.
+        query_ids: [N], or [M] with in_batch; queue_ids: [K]; same_id: negatives of the query's id are masked out
+            ("mask") or share the target with the positive ("positive"). Negative ids are equal to none.
 
     Raises:
         ValueError: queue requires grad, or an unknown reduction.
     """
-    if queue.requires_grad:
+    if queue is not None and queue.requires_grad:
         raise ValueError("queue: expected a tensor without gradient, got one that requires grad; use EndToEnd")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
 
-    dtype = _compute_dtype(query, key, queue)
-    query, key, queue = query.to(dtype), key.to(dtype), queue.to(dtype)
+    dtype = _compute_dtype(query, key)
+    query, key = query.to(dtype), key.to(dtype)
+    queue = key[:0].detach() if queue is None else queue.to(dtype)
+    if valid is not None:
+        queue, queue_ids = queue[:valid], None if queue_ids is None else queue_ids[:valid]
     if normalize:
         query = query / _row_norms(query)
         key = key / _row_norms(key)
 
-    positive = (query * key).sum(1, keepdim=True)  # [N, 1]
-    negative = query @ queue.t()  # [N, K]
-    logits = torch.cat([positive, negative], dim=1) / temperature  # [N, 1 + K]
-    lse = torch.logsumexp(logits, dim=1)
-    losses = lse - logits[:, 0]
+    rows = torch.arange(len(query), device=query.device)
+    own = key[first_key + rows] if in_batch else key
+    positive = (query * own).sum(1, keepdim=True)  # [N, 1]
+    negatives = torch.cat([key, queue]) if in_batch else queue  # [M + K, C] or [K, C]
+    logits = torch.cat([positive, query @ negatives.t()], dim=1) / temperature  # [N, 1 + negatives]
+
+    masked = torch.zeros_like(logits, dtype=torch.bool)
+    positives = torch.zeros_like(masked)
+    positives[:, 0] = True
+    if query_ids is not None:
+        none = query_ids[:0]
+        in_queue = none.new_full((len(queue),), -1) if queue_ids is None else queue_ids
+        ids = torch.cat([query_ids if in_batch else none, in_queue])
+        own_ids = query_ids[first_key + rows] if in_batch else query_ids
+        same = (own_ids[:, None] == ids) & (own_ids >= 0)[:, None]
+        (masked if same_id == "mask" else positives)[:, 1:] = same
+    if in_batch:  # the positive is among the keys once more
+        masked[rows, 1 + first_key + rows] = True
+        positives[rows, 1 + first_key + rows] = False
+
+    lse = torch.logsumexp(logits.masked_fill(masked, -torch.inf), dim=1)
+    target = (1 - label_smoothing) * positives / positives.sum(1, keepdim=True)
+    target = target + label_smoothing * ~masked / (~masked).sum(1, keepdim=True)
+    losses = lse - torch.where(target > 0, target * logits, 0.0).sum(1)
     loss = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
     if not return_stats:
         return loss
 
-    rank = (logits[:, 1:] > logits[:, :1]).sum(1)
+    rank = ((logits > logits[:, :1]) & ~masked & ~positives).sum(1)
     return loss, InfoNCEStats(losses.detach(), lse.detach(), logits[:, 0].detach(), rank)
 
 

@@ -65,27 +65,22 @@ def rel_error(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want).norm() / want.norm()).item()
 
 
-def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=True, reduction="mean"):
+def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=True, reduction="mean", **contrast):
     """Hold loss, stats and every gradient of moco_ext.info_nce to the reference in float64.
 
     Tolerance. A float32 logit of size L carries a rounding error of about 2^-24 L, and that error, absolute,
     becomes the relative error of each softmax weight. So errors are bounded by 1e-5 max(1, L / 20), with L
     the row's largest logit (14 at T = 0.07), of each gradient's largest possible size, which cancellation
     may undercut. Float64 scales the same bound down. A result returned in a 16-bit dtype is rounded once
-    more; on CUDA a 16-bit queue or query also rounds the operands of the products.
+    more; on CUDA a 16-bit queue or query also rounds the operands of the products. In-batch keys get a
+    gradient from every row: their bound is the sum of the rows' bounds.
     """
-    tensors = (query, key, queue)
+    tensors = (query, key) if queue is None else (query, key, queue)
     wide = any(t.dtype == torch.float64 for t in tensors)
-    got_loss, got, got_grads = run_info_nce(
-        moco_ext.info_nce, *tensors, temperature, upstream, normalize=normalize, reduction=reduction
-    )
+    options = {"normalize": normalize, "reduction": reduction} | contrast
+    got_loss, got, got_grads = run_info_nce(moco_ext.info_nce, query, key, queue, temperature, upstream, **options)
     want_loss, want, want_grads = run_info_nce(
-        moco_ext.reference.info_nce,
-        *map(double, tensors),
-        double(temperature),
-        double(upstream),
-        normalize=normalize,
-        reduction=reduction,
+        moco_ext.reference.info_nce, *map(double, (query, key, queue, temperature, upstream)), **options
     )
     assert got_loss.dtype == (torch.float64 if wide else torch.float32)
     assert got_loss.shape == want_loss.shape
@@ -97,10 +92,15 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
         return
 
     T = float(temperature)
-    q, k, n = map(double, tensors)
-    q_norm, k_norm = (x.norm(dim=1).clamp_min(1e-12) if normalize else torch.ones(N).to(x) for x in (q, k))
+    in_batch = contrast.get("in_batch", False)
+    q, k = double(query), double(key)
+    q_norm, k_norm = (x.norm(dim=1).clamp_min(1e-12) if normalize else torch.ones(len(x)).to(x) for x in (q, k))
     q, k = q / q_norm[:, None], k / k_norm[:, None]
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ n.t()], dim=1) / T
+    own = k[contrast.get("first_key", 0) :][:N]
+    n = k[:0] if queue is None else double(queue)[: contrast.get("valid")]
+    if in_batch:
+        n = torch.cat([k, n])
+    logits = torch.cat([(q * own).sum(1, keepdim=True), q @ n.t()], dim=1) / T
     L = logits.abs().amax(1)
     unit = 1e-13 if wide else 1e-5
     if query.device.type == "cuda" and any(t.dtype in HALF for t in tensors):
@@ -112,23 +112,25 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
         torch.ones(N).to(q) if upstream is None else double(upstream).abs().expand(N)
     )
 
-    for name in ("loss", "lse", "positive_logit"):
+    # the loss of a target distribution is the difference of lse and another logit, of any size up to L
+    sizes = {"loss": L if contrast else want.loss.abs(), "lse": want.lse.abs(), "positive_logit": L}
+    for name, size in sizes.items():
         value = getattr(want, name)
-        assert (getattr(got, name).double() - value).abs().le(tol * value.abs().clamp_min(1)).all(), name
+        assert (getattr(got, name).double() - value).abs().le(tol * size.clamp_min(1)).all(), name
         assert getattr(got, name).dtype == got_loss.dtype
         assert not getattr(got, name).requires_grad
-    loss_tol = tol * want.loss.clamp_min(1)
+    loss_tol = tol * sizes["loss"].clamp_min(1)
     loss_tol = {"mean": loss_tol.mean, "sum": loss_tol.sum, "none": lambda: loss_tol}[reduction]()
     assert (got_loss.double() - want_loss).abs().le(loss_tol).all()
 
     # scores closer to the positive's than rounding can tell apart may fall on either side of it
-    margin = (tol * L.clamp_min(1))[:, None]
     assert got.rank.dtype == torch.int64
-    assert ((logits[:, 1:] > logits[:, :1] + margin).sum(1) <= got.rank).all()
-    assert ((logits[:, 1:] > logits[:, :1] - margin).sum(1) >= got.rank).all()
+    near = (logits[:, 1:] - logits[:, :1]).abs() <= (tol * L.clamp_min(1))[:, None]
+    assert ((got.rank - want.rank).abs() <= near.sum(1)).all()
 
-    longest = torch.maximum(k.norm(dim=1), n.norm(dim=1).amax())
-    largest = {"query": longest / q_norm, "key": q.norm(dim=1) / k_norm}
+    longest = torch.maximum(own.norm(dim=1), n.norm(dim=1).amax() if len(n) else torch.zeros(()).to(n))
+    bounds = {"query": tol * longest / q_norm * weight / T, "key": tol * q.norm(dim=1) * weight / T}
+    bounds["key"] = (bounds["key"].sum() if in_batch else bounds["key"]) / k_norm
     for name, x in (("query", query), ("key", key)):
         grad, value = got_grads[name], want_grads[name]
         assert grad.dtype == x.dtype
@@ -137,11 +139,7 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
         if x.dtype in HALF:  # half an ulp, or half a step among fp16's subnormals
             rounding = value.abs() * torch.finfo(x.dtype).eps + torch.finfo(x.dtype).smallest_normal / 1000
         error = ((grad.double() - value).abs() - rounding).clamp_min(0).norm(dim=1)
-        assert error.le(tol * largest[name] * weight / T).all(), (
-            name,
-            error,
-            tol * largest[name] * weight / T,
-        )
+        assert error.le(bounds[name]).all(), (name, error, bounds[name])
     if "temperature" in got_grads:
         assert got_grads["temperature"].shape == ()
         assert got_grads["temperature"].dtype == temperature.dtype

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moco_ext import info, ops
+from moco_ext import info, library, ops
 
 
 def test_facts_are_of_this_installation():
@@ -45,15 +45,15 @@ def test_every_instruction_set_computes_the_same(isa):
 
 
 def test_a_missing_cuda_kernel_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(ops, "CUDA_LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(library, "CUDA_LIBRARY", tmp_path / "absent.so")
     with pytest.raises(RuntimeError, match="this build is for the CPU only"):
-        ops._missing_cuda_kernel()
-    monkeypatch.setattr(ops, "CUDA_LIBRARY", ops.LIBRARY_FOLDER / "libmoco_ext.so")
+        library.missing_cuda_kernel()
+    monkeypatch.setattr(library, "CUDA_LIBRARY", library.LIBRARY_FOLDER / "libmoco_ext.so")
     with pytest.raises(RuntimeError, match="has no CUDA"):
-        ops._missing_cuda_kernel()
+        library.missing_cuda_kernel()
 
 
-@pytest.mark.parametrize("op", ["info_nce_forward", "enqueue_", "momentum_update_", "l2_normalize_forward"])
+@pytest.mark.parametrize("op", library.OPERATORS)
 def test_every_op_answers_for_cuda(op):
     """By its kernel, or by the one that says it is missing."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moco_ext::{op}", "CUDA")

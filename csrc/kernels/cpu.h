@@ -1,6 +1,6 @@
 // What the CPU kernels offer the op layer: typed pointers, int64 sizes; no torch.
 //
-// Threads and BLAS are the host framework's own, handed in by the op layer, so that thread settings users already know
+// Threads are the host framework's own, handed in by the op layer, so that thread settings users already know
 // (torch.set_num_threads, OMP_NUM_THREADS) hold here too. Elements are float, double, bfloat16 or float16; tensors are
 // contiguous; accumulation is float32, float64 for double.
 #pragma once
@@ -16,16 +16,11 @@ struct Host {
   int64_t threads;
   // Splits [0, n) into ranges of at least `grain` and runs body(begin, end) on them in parallel.
   void (*parallel_for)(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
-  // c [m, n] = a [m, k] @ b + (accumulate ? c : 0), with b [k, n], or [n, k] when transpose_b. False: it failed.
-  bool (*gemm_float)(const float* a, const float* b, float* c, int64_t m, int64_t n, int64_t k, bool transpose_b,
-                     bool accumulate);
-  bool (*gemm_double)(const double* a, const double* b, double* c, int64_t m, int64_t n, int64_t k, bool transpose_b,
-                      bool accumulate);
 };
 
 struct InfoNceShape {
   int64_t n;  // queries
-  int64_t k;  // keys in the queue, >= 1
+  int64_t k;  // keys in the queue, 0 only with in_batch or a queue still empty
   int64_t c;  // features, >= 1
 };
 
@@ -35,21 +30,42 @@ struct InfoNceOptions {
   bool normalize;  // false: query and key rows are taken as they are, logits are unbounded
 };
 
+// What goes beyond one positive a row against a queue of negatives. By default nothing does.
+struct InfoNceContrast {
+  bool in_batch = false;  // all key rows but a query's own are its negatives too
+  int64_t keys = 0;       // M, of key [M, C] if in_batch; else N
+  int64_t first = 0;      // query i's positive is key row first + i
+  double label_smoothing = 0;
+  const int64_t* key_ids = nullptr;    // [M] or null; a negative id matches none
+  const int64_t* queue_ids = nullptr;  // [K] or null
+  bool same_id_positive = false;       // a match is a further positive; else it is masked out
+};
+
 template <typename Accumulate>
 struct InfoNceOutputs {
   Accumulate* loss;              // [N]
-  Accumulate* lse;               // [N] logsumexp over the K+1 logits
+  Accumulate* lse;               // [N] logsumexp over the logits
   Accumulate* positive_logit;    // [N] divided by the temperature
   int64_t* rank;                 // [N] negatives scoring strictly above the positive
   Accumulate* grad_query;        // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
-  Accumulate* grad_key;          // [N, C] or null
+  Accumulate* grad_key;          // [N, C] or null; not with in_batch
   Accumulate* grad_temperature;  // [N] or null; needs grad_query
+  Accumulate* weights = nullptr;  // [N, 2] or null: the target's share of each positive, and of each class
 };
 
-// query, key [N, C]; queue [K, C]. Scratch: O(N*C) a thread and one tile of logits a thread. False: a GEMM failed.
+// query [N, C]; key [N, C], or [M, C] with in_batch; queue [K, C]. Scratch: O(N*C) a thread and a tile of logits.
 template <typename Query, typename Queue>
-bool info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-              const InfoNceOptions& options, const InfoNceOutputs<accumulate_t<Queue>>& outputs);
+void info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
+              const InfoNceOptions& options, const InfoNceContrast& contrast,
+              const InfoNceOutputs<accumulate_t<Queue>>& outputs);
+
+// The gradient of keys [M, C] that are one another's negatives (in_batch), once the rows' own gradients are known:
+// sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 2].
+template <typename Query>
+void info_nce_keys_backward(const Host& host, const Query* query, const Query* key, const InfoNceShape& shape,
+                            const InfoNceOptions& options, const InfoNceContrast& contrast,
+                            const accumulate_t<Query>* lse, const accumulate_t<Query>* weights,
+                            const accumulate_t<Query>* upstream, accumulate_t<Query>* grad_key);
 
 // x, out [rows, cols]; norm [rows] or null: max(||x||, eps)
 template <typename T>

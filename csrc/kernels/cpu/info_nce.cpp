@@ -1,223 +1,300 @@
-// InfoNCE against a queue: loss and gradient in one pass over the keys.
+// InfoNCE: loss and gradient in one pass over the keys.
 //
-// The queue is cut into one slab a thread; a slab is walked in tiles small enough that a tile of logits stays in cache
-// between its two GEMMs:
-//   S = q @ tile^T        [N, tile]
-//   P = exp2(S - max)     the epilogue, with a running maximum a row
-//   sum += rowsum(P),  acc += P @ tile    [N, C]
+// The keys are cut into one slab a thread; a slab is walked in tiles small enough that a tile of logits stays in cache
+// between its two products:
+//   S = tile @ panel            [keys, rows], rows of queries side by side in a vector's lanes
+//   P = exp2(S - max)           with a running maximum a row
+//   sum += P,  acc += tile^T @ P    [C, rows]
 // Slabs are then merged in fixed order, so a result depends on the number of threads but not on their timing.
-#include <algorithm>
+//
+// A loss other than the plain one differs from it by a vector a row only, the target, of which nothing is relative to a
+// maximum: loss = logsumexp(q . n / T) - q . target / T, with target = sum of w n over the keys that have a weight w in
+// the cross-entropy's target distribution. So it is gathered on the way, and finish_row puts it in the key's place.
 #include <cmath>
-#include <memory>
 #include <numbers>
-#include <vector>
+#include <optional>
+#include <utility>
 
-#include "kernels/cpu.h"
-#include "kernels/cpu/rows.h"
-#include "kernels/cpu/vector_loops.h"
+#include "kernels/cpu/info_nce_rows.h"
 
 namespace moco_ext::cpu {
 namespace {
 
-constexpr int64_t kTileElements = 128 * 1024;  // logits in a tile: half a megabyte of float32, half of a usual L2
-constexpr int64_t kMaxRowBlock = 512;
-
-// The element loops in the accumulation type: vectors for float, plain loops for the double of gradient checks.
-inline RowMax max_and_count(const float* x, int64_t n, float floor, float threshold) {
-  return vector_loops().max_and_count(x, n, floor, threshold);
-}
-
-inline float exp2_and_sum(float* x, int64_t n, float shift, float scale, bool store) {
-  return vector_loops().exp2_and_sum(x, n, shift, scale, store);
-}
-
-struct RowMaxDouble {
-  double max;
-  int64_t above;
-};
-
-RowMaxDouble max_and_count(const double* x, int64_t n, double floor, double threshold) {
-  RowMaxDouble result{floor, 0};
-  for (int64_t i = 0; i < n; ++i) {
-    result.max = x[i] > result.max ? x[i] : result.max;
-    result.above += x[i] > threshold ? 1 : 0;
-  }
-  return result;
-}
-
-double exp2_and_sum(double* x, int64_t n, double shift, double scale, bool store) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double p = std::exp2((x[i] - shift) * scale);
-    if (store) x[i] = p;
-    sum += p;
-  }
-  return sum;
-}
-
-// Keys as the GEMM reads them: float and double queues in place, 16-bit ones widened a tile at a time.
-inline const float* widen(const float* tile, int64_t, std::vector<float>&) { return tile; }
-inline const double* widen(const double* tile, int64_t, std::vector<double>&) { return tile; }
-template <typename T>
-inline const float* widen(const T* tile, int64_t count, std::vector<float>& scratch) {
-  convert_array(tile, scratch.data(), count);
-  return scratch.data();
-}
-
-inline bool gemm(const Host& host, const float* a, const float* b, float* c, int64_t m, int64_t n, int64_t k,
-                 bool transpose_b, bool accumulate) {
-  return host.gemm_float(a, b, c, m, n, k, transpose_b, accumulate);
-}
-inline bool gemm(const Host& host, const double* a, const double* b, double* c, int64_t m, int64_t n, int64_t k,
-                 bool transpose_b, bool accumulate) {
-  return host.gemm_double(a, b, c, m, n, k, transpose_b, accumulate);
-}
-
-// What one slab of the queue contributes to every row.
-template <typename A>
-struct Partial {
-  std::vector<A> max;          // [N] of the raw scores, at least the positive's
-  std::vector<A> sum;          // [N] of exp2((score - max) * scale) over the negatives
-  std::vector<A> acc;          // [N, C] of the same weights times the keys; empty without gradient
-  std::vector<int64_t> above;  // [N]
-  bool ok = true;
-};
+constexpr int64_t kSlabWork = 1 << 21;  // multiplications worth waking a thread for
 
 // The inputs all slabs share.
 template <typename A>
-struct Rows {
-  std::vector<A> query, key;            // [N, C] in the accumulation type, unit length if so asked
-  std::vector<A> query_norm, key_norm;  // [N]
-  std::vector<A> positive;              // [N] query . key
+struct Problem {
+  Panels panels;
+  int64_t n, c;
+  const UnitRows<A>& query;
+  const UnitRows<A>& key;
+  const AlignedArray<A>& packed;    // the queries in panels
+  const AlignedArray<A>& positive;  // [padded N] of query . key
+  A scale;                          // from a score to the exponent of 2
+  const RowsById* by_id;            // or null
+  const InfoNceContrast& contrast;
 };
 
-template <typename A, typename Queue>
-void walk_slab(const Host& host, const Rows<A>& rows, const Queue* queue, const InfoNceShape& shape, A scale,
-               int64_t tile, int64_t key_begin, int64_t key_end, bool gradient, Partial<A>& partial) {
-  const auto [n, k, c] = shape;
-  partial.max = rows.positive;
-  partial.sum.assign(n, A{0});
-  partial.above.assign(n, 0);
-  if (gradient) partial.acc.assign(n * c, A{0});
-  const int64_t row_block = std::min(n, kMaxRowBlock);
-  const auto scores = std::make_unique_for_overwrite<A[]>(row_block * tile);
-  std::vector<A> widened(std::is_same_v<Queue, A> ? 0 : tile * c);
+// What one slab of the keys contributes to every row.
+template <typename A>
+struct Partial {
+  AlignedArray<A> max;             // [padded N] of the raw scores, at least the positive's
+  AlignedArray<A> sum;             // [padded N] of exp2((score - max) * scale) over the negatives
+  AlignedArray<count_t<A>> above;  // [padded N]
+  AlignedArray<A> acc;             // panels [C, width] of the same weights times the keys; none without gradient
+  std::vector<double> column_sum;  // [C] of the slab's keys, for label smoothing
+  std::vector<int64_t> matches;    // [N] keys with the row's id
+  std::vector<A> match_sum;        // [N, C] their sum, where it is wanted
 
-  for (int64_t key = key_begin; key < key_end; key += tile) {
-    const int64_t keys = std::min(tile, key_end - key);
-    const A* key_tile = widen(queue + key * c, keys * c, widened);
-    for (int64_t row = 0; row < n; row += row_block) {
-      const int64_t rows_here = std::min(row_block, n - row);
-      partial.ok &= gemm(host, rows.query.data() + row * c, key_tile, scores.get(), rows_here, keys, c, true, false);
-      for (int64_t r = 0; r < rows_here; ++r) {
-        const int64_t i = row + r;
-        A* s = scores.get() + r * keys;
-        const auto [max, above] = max_and_count(s, keys, partial.max[i], rows.positive[i]);
-        partial.above[i] += above;
-        if (max > partial.max[i]) {
-          const A shrink = std::exp2((partial.max[i] - max) * scale);
-          partial.max[i] = max;
-          partial.sum[i] *= shrink;
-          if (gradient) {
-            for (int64_t j = 0; j < c; ++j) partial.acc[i * c + j] *= shrink;
-          }
+  Partial(const Problem<A>& p, bool gradient)
+      : max(p.panels.padded()),
+        sum(p.panels.padded(), A{0}),
+        above(p.panels.padded(), count_t<A>{0}),
+        acc(gradient ? AlignedArray<A>(p.panels.padded() * p.c, A{0}) : AlignedArray<A>()) {
+    std::copy(p.positive.get(), p.positive.get() + p.panels.padded(), max.get());
+    if (p.contrast.label_smoothing > 0) column_sum.assign(p.c, 0.0);
+    if (p.by_id != nullptr) {
+      matches.assign(p.n, 0);
+      if (p.contrast.same_id_positive || p.contrast.label_smoothing > 0) match_sum.assign(p.n * p.c, A{0});
+    }
+  }
+};
+
+// Walks keys [begin, end) of one source: the queue, or the batch's own keys, where key `own` + i is row i's positive.
+template <typename A, typename Key>
+void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optional<int64_t> own, int64_t begin,
+          int64_t end, Partial<A>& partial) {
+  const auto [n, c] = std::pair{p.n, p.c};
+  const TileLoops<A>& loops = tile_loops<A>();
+  const AlignedArray<A> widened(std::is_same_v<Key, A> ? 0 : kTileKeys * c);
+  const AlignedArray<A> scores(kTileKeys * std::min(kPanelWidth, p.panels.padded()));
+  struct Match {
+    int64_t row, key;
+    bool is_own;
+  };
+  std::vector<std::vector<Match>> matches(ids == nullptr && !own ? 0 : p.panels.count());  // of a tile, by panel
+
+  for (int64_t first = begin; first < end; first += kTileKeys) {
+    const int64_t count = std::min(kTileKeys, end - first);
+    const A* tile = widen(keys + first * c, count * c, widened.get());
+    for (auto& of_panel : matches) of_panel.clear();
+    for (int64_t j = 0; own && j < count; ++j) {
+      const int64_t row = first + j - *own;
+      if (row >= 0 && row < n) matches[row / kPanelWidth].push_back({row, j, true});
+    }
+    for (int64_t j = 0; ids != nullptr && j < count; ++j) {
+      p.by_id->for_each(ids[first + j], [&](int64_t row) {
+        if (own && row == first + j - *own) return;
+        matches[row / kPanelWidth].push_back({row, j, false});
+        ++partial.matches[row];
+        if (partial.match_sum.empty()) return;
+        for (int64_t f = 0; f < c; ++f) partial.match_sum[row * c + f] += tile[j * c + f];
+      });
+    }
+    for (int64_t j = 0; !partial.column_sum.empty() && j < count; ++j) {
+      for (int64_t f = 0; f < c; ++f) partial.column_sum[f] += tile[j * c + f];
+    }
+
+    for (int64_t panel = 0; panel < p.panels.count(); ++panel) {
+      const int64_t at = p.panels.first(panel);
+      const int64_t width = p.panels.width(panel);
+      loops.scores(tile, p.packed.get() + at * c, scores.get(), count, c, width);
+      for (size_t i = 0; !matches.empty() && i < matches[panel].size(); ++i) {
+        const auto [row, j, is_own] = matches[panel][i];
+        A& score = scores[j * width + row - at];
+        if (is_own || !p.contrast.same_id_positive) {
+          score = -std::numeric_limits<A>::infinity();
+        } else if (score > p.positive[row]) {
+          --partial.above[row];
         }
-        partial.sum[i] += exp2_and_sum(s, keys, partial.max[i], scale, gradient);
       }
-      if (gradient) {
-        partial.ok &= gemm(host, scores.get(), key_tile, partial.acc.data() + row * c, rows_here, c, keys, false, true);
-      }
+      A* const acc = partial.acc.get() == nullptr ? nullptr : partial.acc.get() + at * c;
+      loops.softmax(scores.get(), count, c, width, p.scale,
+                    {p.positive.get() + at, partial.max.get() + at, partial.sum.get() + at, partial.above.get() + at,
+                     acc});
+      if (acc != nullptr) loops.accumulate(tile, scores.get(), acc, count, c, width);
     }
   }
 }
 
-// Merges the slabs of row i, adds the positive, and writes every output of the row.
+// What all slabs say together of the cross-entropy's target distribution.
 template <typename A>
-void finish_row(int64_t i, int64_t c, const Rows<A>& rows, std::vector<Partial<A>>& partials,
-                const InfoNceOptions& options, A scale, const InfoNceOutputs<A>& out) {
+struct Target {
+  int64_t candidates;              // keys besides a row's positive, before masking
+  std::vector<double> column_sum;  // [C] over all keys, a row's own in-batch key included
+  const std::vector<Partial<A>>& partials;
+
+  Target(const Problem<A>& p, const std::vector<Partial<A>>& slabs, int64_t queue_keys)
+      : candidates(queue_keys + (p.contrast.in_batch ? p.contrast.keys - 1 : 0)),
+        column_sum(slabs[0].column_sum.size()),
+        partials(slabs) {
+    for (const Partial<A>& slab : slabs) {
+      for (size_t f = 0; f < column_sum.size(); ++f) column_sum[f] += slab.column_sum[f];
+    }
+  }
+
+  // target [C] of row i; returns its share of each positive, and of each class.
+  std::pair<A, A> row(const Problem<A>& p, int64_t i, A* target) const {
+    const auto& x = p.contrast;
+    const A* key = p.key.row(x.first + i);
+    int64_t matches = 0;
+    std::vector<A> match_sum(partials[0].match_sum.empty() ? 0 : p.c);
+    for (const Partial<A>& slab : partials) {
+      if (p.by_id != nullptr) matches += slab.matches[i];
+      for (size_t f = 0; f < match_sum.size(); ++f) match_sum[f] += slab.match_sum[i * p.c + f];
+    }
+    const int64_t positives = 1 + (x.same_id_positive ? matches : 0);
+    const int64_t classes = 1 + candidates - (x.same_id_positive ? 0 : matches);
+    const double share = (1 - x.label_smoothing) / static_cast<double>(positives);
+    const double floor = x.label_smoothing / static_cast<double>(classes);
+    for (int64_t f = 0; f < p.c; ++f) {
+      const double matched = match_sum.empty() ? 0 : match_sum[f];
+      double all = 0;
+      if (!column_sum.empty()) {
+        all = column_sum[f] + (x.in_batch ? 0 : key[f]) - (x.same_id_positive ? 0 : matched);
+      }
+      target[f] = static_cast<A>(share * (key[f] + (x.same_id_positive ? matched : 0)) + floor * all);
+    }
+    return {static_cast<A>(share), static_cast<A>(floor)};
+  }
+};
+
+// Merges the slabs of row i, adds the positive, and writes every output of the row. scratch [2, C]
+template <typename A>
+void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& partials, const Target<A>* targets,
+                const InfoNceOptions& options, A* scratch, const InfoNceOutputs<A>& out) {
+  const int64_t c = p.c;
   const A temperature = static_cast<A>(options.temperature);
-  const A positive = rows.positive[i];
+  const A eps = static_cast<A>(options.eps);
+  const A positive = p.positive[i];
+  const A* query = p.query.row(i);
+  const A* key = p.key.row(p.contrast.first + i);
   A max = positive;
-  for (const Partial<A>& p : partials) max = std::max(max, p.max[i]);
+  for (const Partial<A>& slab : partials) max = std::max(max, slab.max[i]);
+  const auto slab_weight = [&](const Partial<A>& slab) { return std::exp2((slab.max[i] - max) * p.scale); };
   A sum = 0;
   int64_t above = 0;
-  for (Partial<A>& p : partials) {
-    const A weight = std::exp2((p.max[i] - max) * scale);
-    sum += p.sum[i] * weight;
-    above += p.above[i];
-    p.max[i] = weight;  // what acc of this slab is to be scaled by
+  for (const Partial<A>& slab : partials) {
+    sum += slab.sum[i] * slab_weight(slab);
+    above += slab.above[i];
   }
   // Relative to the positive, so that a small loss is not the difference of two large numbers.
-  const A positive_weight = std::exp2((positive - max) * scale);
-  const A loss = max > positive ? (max - positive) / temperature + std::log(sum + positive_weight) : std::log1p(sum);
-  out.loss[i] = loss;
+  const A positive_weight = std::exp2((positive - max) * p.scale);
+  const A plain_loss = max > positive ? (max - positive) / temperature + std::log(sum + positive_weight)
+                                      : std::log1p(sum);
   out.positive_logit[i] = positive / temperature;
-  out.lse[i] = loss + positive / temperature;
+  out.lse[i] = plain_loss + positive / temperature;
   out.rank[i] = above;
-  if (out.grad_query == nullptr && out.grad_key == nullptr) return;
 
+  // The target: the key itself, of weight 1, unless asked for another. `rest` is its weight less its probability.
   const A total = sum + positive_weight;
-  const A negative_mass = sum / total;  // 1 - p of the positive, without cancellation
-  const A* query = rows.query.data() + i * c;
-  const A* key = rows.key.data() + i * c;
+  A rest = sum / total;  // 1 - p of the positive, without cancellation
+  const A* target = key;
+  A target_score = positive;
+  if (targets != nullptr) {
+    const auto [share, floor] = targets->row(p, i, scratch);
+    if (out.weights != nullptr) {
+      out.weights[2 * i] = share;
+      out.weights[2 * i + 1] = floor;
+    }
+    rest -= 1 - (share + floor);
+    target = scratch;
+    target_score = dot(query, target, c);
+  }
+  out.loss[i] = plain_loss + (positive - target_score) / temperature;
+
   if (out.grad_query != nullptr) {
+    A* const expected = scratch + c;  // sum of p n over the negatives
+    std::fill(expected, expected + c, A{0});
+    for (const Partial<A>& slab : partials) {
+      const A weight = slab_weight(slab) / total;
+      const A* const acc = slab.acc.get() + p.panels.at(i, 0, c);
+      const int64_t stride = p.panels.width(i / kPanelWidth);
+      for (int64_t f = 0; f < c; ++f) expected[f] += weight * acc[f * stride];
+    }
+    const A key_probability = positive_weight / total;
     A* g = out.grad_query + i * c;
-    std::fill(g, g + c, A{0});
-    for (const Partial<A>& p : partials) {
-      const A weight = p.max[i] / total;
-      for (int64_t j = 0; j < c; ++j) g[j] += weight * p.acc[i * c + j];
+    for (int64_t f = 0; f < c; ++f) {
+      // One expression a case, so that the plain one does not take the key's probability from 1.
+      g[f] = (targets == nullptr ? expected[f] - rest * key[f] : expected[f] + key_probability * key[f] - target[f]) /
+             temperature;
     }
-    if (out.grad_temperature != nullptr) {
-      const A expected = dot(query, g, c) - negative_mass * positive;  // sum of p * (score - positive)
-      out.grad_temperature[i] = -expected / (temperature * temperature);
-    }
-    for (int64_t j = 0; j < c; ++j) g[j] = (g[j] - negative_mass * key[j]) / temperature;
-    if (options.normalize) normalize_backward(query, rows.query_norm[i], static_cast<A>(options.eps), g, c);
+    if (out.grad_temperature != nullptr) out.grad_temperature[i] = -dot(query, g, c) / temperature;
+    if (options.normalize) normalize_backward(query, p.query.norm[i], eps, g, c);
   }
   if (out.grad_key != nullptr) {
     A* g = out.grad_key + i * c;
-    for (int64_t j = 0; j < c; ++j) g[j] = -negative_mass * query[j] / temperature;
-    if (options.normalize) normalize_backward(key, rows.key_norm[i], static_cast<A>(options.eps), g, c);
+    for (int64_t f = 0; f < c; ++f) g[f] = -rest * query[f] / temperature;
+    if (options.normalize) normalize_backward(key, p.key.norm[i], eps, g, c);
   }
 }
 
 }  // namespace
 
 template <typename Query, typename Queue>
-bool info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-              const InfoNceOptions& options, const InfoNceOutputs<accumulate_t<Queue>>& outputs) {
+void info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
+              const InfoNceOptions& options, const InfoNceContrast& contrast,
+              const InfoNceOutputs<accumulate_t<Queue>>& outputs) {
   using A = accumulate_t<Queue>;
   const auto [n, k, c] = shape;
-  if (n == 0) return true;
-  const A scale = static_cast<A>(std::numbers::log2e / options.temperature);
+  if (n == 0) return;
+  const int64_t key_rows = contrast.in_batch ? contrast.keys : n;
+  const UnitRows<A> queries(host, query, n, c, options);
+  const UnitRows<A> keys(host, key, key_rows, c, options);
+  const Panels panels{n};
+  const AlignedArray<A> packed = panels.pack(queries.data.data(), c);
+  const AlignedArray<A> positive(panels.padded(), A{0});
+  for (int64_t i = 0; i < n; ++i) positive[i] = dot(queries.row(i), keys.row(contrast.first + i), c);
+  std::optional<RowsById> by_id;
+  if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.first, n);
+  const Problem<A> problem{panels,
+                           n,
+                           c,
+                           queries,
+                           keys,
+                           packed,
+                           positive,
+                           static_cast<A>(std::numbers::log2e / options.temperature),
+                           by_id ? &*by_id : nullptr,
+                           contrast};
 
-  Rows<A> rows{std::vector<A>(n * c), std::vector<A>(n * c), std::vector<A>(n), std::vector<A>(n), std::vector<A>(n)};
-  for (int64_t i = 0; i < n; ++i) {
-    A* q = rows.query.data() + i * c;
-    A* p = rows.key.data() + i * c;
-    rows.query_norm[i] = load_row(query + i * c, q, c, options.normalize, static_cast<A>(options.eps));
-    rows.key_norm[i] = load_row(key + i * c, p, c, options.normalize, static_cast<A>(options.eps));
-    rows.positive[i] = dot(q, p, c);
-  }
-
-  const int64_t row_block = std::min(n, kMaxRowBlock);
-  const int64_t tile = std::clamp<int64_t>(kTileElements / row_block / 64 * 64, 256, 4096);
-  const int64_t tiles = (k + tile - 1) / tile;
-  const int64_t slabs = std::clamp<int64_t>(tiles, 1, host.threads);
-  std::vector<Partial<A>> partials(slabs);
+  const int64_t batch_keys = contrast.in_batch ? key_rows : 0;
+  const auto tiles = [](int64_t count) { return (count + kTileKeys - 1) / kTileKeys; };
+  const int64_t worth = panels.padded() * (k + batch_keys) * c / kSlabWork;
+  const int64_t slabs = std::max<int64_t>(1, std::min({host.threads, tiles(k) + tiles(batch_keys), worth}));
+  std::vector<Partial<A>> partials;
+  partials.reserve(slabs);
+  for (int64_t i = 0; i < slabs; ++i) partials.emplace_back(problem, outputs.grad_query != nullptr);
+  const auto range = [&](int64_t count, int64_t slab) {
+    const auto edge = [&](int64_t s) { return std::min(count, s * tiles(count) / slabs * kTileKeys); };
+    return std::pair{edge(slab), edge(slab + 1)};
+  };
   host.parallel_for(slabs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slab = begin; slab < end; ++slab) {
-      walk_slab(host, rows, queue, shape, scale, tile, slab * tiles / slabs * tile,
-                std::min(k, (slab + 1) * tiles / slabs * tile), outputs.grad_query != nullptr, partials[slab]);
+      const auto [first, last] = range(k, slab);
+      walk(problem, queue, contrast.queue_ids, std::nullopt, first, last, partials[slab]);
+      if (!contrast.in_batch) continue;
+      const auto [first_key, last_key] = range(batch_keys, slab);
+      walk(problem, keys.data.data(), contrast.key_ids, contrast.first, first_key, last_key, partials[slab]);
     }
   });
-  for (int64_t i = 0; i < n; ++i) finish_row(i, c, rows, partials, options, scale, outputs);
-  return std::all_of(partials.begin(), partials.end(), [](const Partial<A>& p) { return p.ok; });
+
+  const bool plain = !by_id && contrast.label_smoothing == 0;
+  const bool weighted = !plain || outputs.weights != nullptr;
+  std::optional<Target<A>> targets;
+  if (weighted) targets.emplace(problem, partials, k);
+  host.parallel_for(n, 1 + 65536 / c, [&](int64_t begin, int64_t end) {
+    std::vector<A> scratch(2 * c);
+    for (int64_t i = begin; i < end; ++i) {
+      finish_row(i, problem, partials, weighted ? &*targets : nullptr, options, scratch.data(), outputs);
+    }
+  });
 }
 
 #define MOCO_INFO_NCE(Query, Queue)                                                                  \
-  template bool info_nce(const Host&, const Query*, const Query*, const Queue*, const InfoNceShape&, \
-                         const InfoNceOptions&, const InfoNceOutputs<accumulate_t<Queue>>&);
+  template void info_nce(const Host&, const Query*, const Query*, const Queue*, const InfoNceShape&, \
+                         const InfoNceOptions&, const InfoNceContrast&, const InfoNceOutputs<accumulate_t<Queue>>&);
 #define MOCO_INFO_NCE_QUEUES(Query) \
   MOCO_INFO_NCE(Query, float) MOCO_INFO_NCE(Query, bfloat16) MOCO_INFO_NCE(Query, float16)
 MOCO_INFO_NCE_QUEUES(float)

@@ -1,5 +1,5 @@
-// The element loops that deserve wide vectors. vector_loops.inc is compiled once for every instruction set; the best
-// one this processor runs is chosen once, at the first call.
+// The loops that deserve wide vectors. vector_loops.inc and tiles.inc are compiled once for every instruction set; the
+// best one this processor runs is chosen once, at the first call.
 #pragma once
 
 #include <algorithm>
@@ -9,17 +9,41 @@
 
 namespace moco_ext::cpu {
 
-struct RowMax {
-  float max;      // NaN entries are passed over: the sum that follows carries them
-  int64_t above;  // entries strictly above the threshold
+template <typename A>
+using count_t = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;  // as wide as a lane
+
+// The running softmax of a panel: `width` rows side by side, a lane each.
+template <typename A>
+struct PanelSoftmax {
+  const A* positive;  // [width]
+  A* max;             // [width] of the scores so far; NaN is passed over: the sum that follows carries it
+  A* sum;             // [width] of exp2((score - max) * scale)
+  count_t<A>* above;  // [width] scores strictly above the positive
+  A* acc;             // [C, width] what else is relative to max, or null
 };
+
+// What a tile of keys goes through. Rows lie in panels [C, width], width a multiple of kPanelStep, so that a vector
+// holds one feature of several rows, and any C and any number of keys will do.
+template <typename A>
+struct TileLoops {
+  // scores [keys, width] = tile [keys, C] @ panel [C, width]
+  void (*scores)(const A* tile, const A* panel, A* scores, int64_t keys, int64_t c, int64_t width);
+  // acc [C, width] += tile [keys, C]^T @ weights [keys, width]
+  void (*accumulate)(const A* tile, const A* weights, A* acc, int64_t keys, int64_t c, int64_t width);
+  // scores [keys, width] -> exp2((score - max) * scale), in place when there is an acc, with max brought up to date.
+  void (*softmax)(A* scores, int64_t keys, int64_t c, int64_t width, A scale, const PanelSoftmax<A>& rows);
+  // scores [keys, width] -> weight * (exp2((score - shift) * scale) - minus), with three numbers a key.
+  void (*weigh)(A* scores, int64_t keys, int64_t width, A scale, const A* shift, const A* minus, const A* weight);
+};
+
+constexpr int64_t kPanelStep = 16;
+constexpr int64_t kPanelWidth = 64;
 
 struct VectorLoops {
   const char* name;
-  // x [n]: its maximum, at least `floor`, and how many entries lie above `threshold`.
-  RowMax (*max_and_count)(const float* x, int64_t n, float floor, float threshold);
-  // x [n] -> exp2((x - shift) * scale), in place when `store`; returns the sum. Needs (x - shift) * scale <= 0.
-  float (*exp2_and_sum)(float* x, int64_t n, float shift, float scale, bool store);
+  void (*exp2)(float* x, int64_t n);  // in place, of x <= 0; for tests of its error
+  TileLoops<float> tile_float;
+  TileLoops<double> tile_double;
   void (*bfloat16_to_float)(const bfloat16* x, float* out, int64_t n);
   void (*float16_to_float)(const float16* x, float* out, int64_t n);
   void (*float_to_bfloat16)(const float* x, bfloat16* out, int64_t n);
@@ -27,6 +51,15 @@ struct VectorLoops {
 };
 
 const VectorLoops& vector_loops();
+
+template <typename A>
+inline const TileLoops<A>& tile_loops() {
+  if constexpr (std::is_same_v<A, double>) {
+    return vector_loops().tile_double;
+  } else {
+    return vector_loops().tile_float;
+  }
+}
 
 // out [n] = x [n], converted.
 inline void convert_array(const bfloat16* x, float* out, int64_t n) { vector_loops().bfloat16_to_float(x, out, n); }

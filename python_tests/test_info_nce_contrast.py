@@ -1,0 +1,277 @@
+"""What info_nce takes beyond one positive and a queue: smoothing, ids, in-batch keys, a valid count, groups."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import HALF, check_info_nce, powers, rel_error, run_info_nce, unit_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+import moco_ext
+
+
+def problem(n=8, k=300, c=32, device="cpu", dtype=torch.float32, queue_dtype=None, m=None, first=0):
+    """Random raw queries, keys of which [first, first + n) lie near them, and a queue of unit rows."""
+    query = torch.randn(n, c, device=device, dtype=torch.float64)
+    key = torch.randn(m or n, c, device=device, dtype=torch.float64)
+    key[first : first + n] += 0.5 * query
+    return query.to(dtype), key.to(dtype), unit_rows(k, c, queue_dtype or dtype, device)
+
+
+@given(data=st.data())
+def test_matches_float64(device, data):
+    """Every option with every other, any shape, dtype and temperature."""
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    n, c = draw(st.integers(0, 70)), draw(st.sampled_from([1, 3, 17, 64, 128, 129, 520]))
+    k = draw(st.sampled_from([1, 63, 64, 65, 257, 1500]))
+    in_batch = draw(st.booleans())
+    m = n + draw(st.integers(0, 70)) if in_batch else n
+    first = draw(st.integers(0, m - n))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, *HALF]))
+    queue_dtype = draw(st.sampled_from([torch.float32, torch.float32, *HALF]))
+    normalize = draw(st.booleans())
+    query, key, queue = problem(n, k, c, device, dtype, queue_dtype, m, first)
+    query, key = query / math.sqrt(c), key / math.sqrt(c)
+    options = {"in_batch": in_batch, "first_key": first}
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 0.9]))
+    if in_batch and m and draw(st.booleans()):
+        queue = None
+    elif draw(st.booleans()):
+        options["valid"] = draw(st.sampled_from([0, 1, k // 2, k]))
+    if draw(st.booleans()):
+        names = draw(st.sampled_from([1, 5, 100]))  # one name: all are the same
+        options["same_id"] = draw(st.sampled_from(["mask", "positive"]))
+        options["query_ids"] = torch.randint(-1, names, (m,), device=device)
+        if queue is not None:
+            options["queue_ids"] = torch.randint(-1, names, (k,), device=device)
+    temperature = torch.tensor(draw(powers(-2, 1)), device=device)
+    reduction = draw(st.sampled_from(["mean", "sum", "none"]))
+    upstream = torch.randn(n if reduction == "none" else (), device=device)
+    check_info_nce(query, key, queue, temperature, upstream, normalize=normalize, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("queue_dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("c", [64, 128, 256, 512, 96])
+def test_everything_at_once_at_the_fast_widths(device, c, queue_dtype):
+    query, key, queue = problem(70, 1000, c, device, queue_dtype=queue_dtype, m=150, first=40)
+    ids = {"query_ids": torch.arange(150, device=device) % 60, "queue_ids": torch.arange(1000, device=device) % 300}
+    for same_id in ("mask", "positive"):
+        check_info_nce(
+            query, key, queue, 0.07, in_batch=True, first_key=40, label_smoothing=0.1, valid=900, same_id=same_id, **ids
+        )
+
+
+@pytest.mark.parametrize("same_id", ["mask", "positive"])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_gradcheck(in_batch, same_id):
+    query, key, queue = problem(4, 9, 5, dtype=torch.float64, m=6 if in_batch else 4, first=1 if in_batch else 0)
+    options = {"label_smoothing": 0.2, "valid": 7, "in_batch": in_batch, "first_key": int(in_batch)}
+    ids = {"query_ids": torch.tensor([0, 1, 2, 0, 1, -1])[: len(key)], "queue_ids": torch.arange(9) % 4}
+
+    def loss(query, key, temperature):
+        return moco_ext.info_nce(query, key, queue, temperature, reduction="none", same_id=same_id, **options, **ids)
+
+    temperature = torch.tensor(0.3, dtype=torch.float64)
+    assert gradcheck(loss, [x.requires_grad_() for x in (query, key, temperature)])
+
+
+def test_smoothing_is_that_of_cross_entropy(device):
+    query, key, queue = problem(9, 200, 16, device)
+    q, k = F.normalize(query, dim=1), F.normalize(key, dim=1)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.t()], 1) / 0.2
+    want = F.cross_entropy(logits, torch.zeros(9, dtype=torch.long, device=device), label_smoothing=0.3)
+    assert rel_error(moco_ext.info_nce(query, key, queue, 0.2, label_smoothing=0.3), want) <= 1e-5
+
+
+def test_in_batch_alone_is_the_symmetric_batch_loss(device):
+    """Without a queue: the two halves of CLIP's loss, gradients to both sides, as plain torch has them."""
+    query, key, _ = problem(33, 1, 24, device)
+    sides = [x.requires_grad_() for x in (query, key)]
+    loss = moco_ext.info_nce(query, key, None, 0.1, in_batch=True)
+    loss = loss + moco_ext.info_nce(key, query, None, 0.1, in_batch=True)
+    got = torch.autograd.grad(loss, sides)
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).t() / 0.1
+    labels = torch.arange(33, device=device)
+    want_loss = F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)
+    assert rel_error(loss, want_loss) <= 1e-5
+    for a, b in zip(got, torch.autograd.grad(want_loss, sides), strict=True):
+        assert rel_error(a, b) <= 1e-5
+
+
+def test_a_masked_row_of_the_queue_is_as_if_it_were_not_there(device):
+    """Also when it is the query's own key, which would dominate the sum."""
+    query, key, queue = problem(1, 100, 16, device)
+    queue[17] = F.normalize(key, dim=1)[0]
+    queue_ids = torch.arange(100, device=device)
+    got = run_info_nce(
+        moco_ext.info_nce, query, key, queue, 0.07, query_ids=torch.tensor([17], device=device), queue_ids=queue_ids
+    )
+    without = torch.cat([queue[:17], queue[18:]])
+    want = run_info_nce(moco_ext.info_nce, query, key, without, 0.07)
+    assert rel_error(got[0], want[0]) <= 1e-6
+    assert torch.equal(got[1].rank, want[1].rank)
+    for name in ("query", "key"):
+        assert rel_error(got[2][name], want[2][name]) <= 1e-5
+
+
+def test_what_lies_beyond_valid_is_never_read(device):
+    query, key, queue = problem(8, 300, 32, device)
+    want = moco_ext.info_nce(query, key, queue[:100], reduction="none")
+    queue[100:] = math.nan
+    for valid in (100, torch.tensor([100], device=device), torch.tensor(100, device=device)):
+        assert torch.equal(moco_ext.info_nce(query, key, queue, valid=valid, reduction="none"), want)
+    nothing = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07, valid=0)
+    assert nothing[0] == 0
+    assert not nothing[2]["query"].any()
+
+
+@pytest.mark.parametrize("beyond", [-5, 301])
+def test_a_valid_count_on_the_device_is_clamped(device, beyond):
+    """A tensor's value is not known without waiting for the device, so it cannot be an error."""
+    query, key, queue = problem(8, 300, 32, device)
+    got = moco_ext.info_nce(query, key, queue, valid=torch.tensor([beyond], device=device))
+    assert torch.equal(got, moco_ext.info_nce(query, key, queue, valid=min(max(beyond, 0), 300)))
+
+
+def test_a_bad_row_stays_alone(device):
+    """But for in-batch keys, which meet every row."""
+    query, key, queue = problem(12, 500, 32, device)
+    options = {"query_ids": torch.arange(12, device=device), "queue_ids": torch.arange(500, device=device) % 40}
+    options |= {"label_smoothing": 0.1, "reduction": "none"}
+    clean = moco_ext.info_nce(query, key, queue, **options)
+    query[5, 3] = math.nan
+    loss = moco_ext.info_nce(query, key, queue, **options)
+    others = torch.arange(12, device=device) != 5
+    assert loss[5].isnan()
+    assert torch.equal(loss[others], clean[others])
+
+
+# ---- groups ----
+
+
+def test_groups_with_one_queue_are_the_symmetric_loss(device):
+    q1, k2, queue = problem(16, 400, 32, device)
+    q2, k1, _ = problem(16, 400, 32, device)
+    pair = torch.stack([q1, q2]), torch.stack([k2, k1])
+    loss, stats = moco_ext.info_nce(*pair, queue, 0.1, return_stats=True)
+    alone = [moco_ext.info_nce(q, k, queue, 0.1, reduction="none") for q, k in zip(*pair, strict=True)]
+    assert rel_error(loss, torch.cat(alone).mean()) <= 1e-6
+    assert stats.loss.shape == stats.rank.shape == (2, 16)
+    assert rel_error(stats.loss, torch.stack(alone)) <= 1e-6
+    assert stats.accuracy()[0].shape == ()
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_groups_with_queues_of_their_own(device, in_batch):
+    """Image and text, say: two queues with one set of ids, one learnable temperature, gradients to both sides."""
+    query, key, queue = (torch.stack(x) for x in zip(*(problem(8, 100, 16, device) for _ in range(2)), strict=True))
+    ids = {"query_ids": torch.arange(8, device=device), "queue_ids": torch.arange(100, device=device) % 20}
+    options = {"same_id": "positive", "in_batch": in_batch, "reduction": "sum"} | ids
+    temperature = torch.tensor(0.1, device=device)
+    loss, stats, grads = run_info_nce(moco_ext.info_nce, query, key, queue, temperature, **options)
+    alone = [run_info_nce(moco_ext.info_nce, query[g], key[g], queue[g], temperature, **options) for g in range(2)]
+    assert rel_error(loss, alone[0][0] + alone[1][0]) <= 1e-6
+    assert torch.equal(stats.rank, torch.stack([a[1].rank for a in alone]))
+    for name in ("query", "key"):
+        assert rel_error(grads[name], torch.stack([a[2][name] for a in alone])) <= 1e-6
+    assert rel_error(grads["temperature"], alone[0][2]["temperature"] + alone[1][2]["temperature"]) <= 1e-5
+
+
+# ---- torch.library, torch.compile, memory ----
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_opcheck(device, in_batch):
+    query, key, queue = problem(4, 30, 8, device)
+    ids = torch.arange(4, device=device), torch.arange(30, device=device) % 6
+    temperature = torch.tensor(0.2, device=device, requires_grad=True)
+    arguments = (query.requires_grad_(), key.requires_grad_(), queue, temperature, 0.0, True, True, True, True, False)
+    rest = (in_batch, 0, None, 20, 0.1, *ids, False)
+    opcheck(torch.ops.moco_ext.info_nce_contrast_forward.default, arguments + rest)
+    _, lse, *_, weights = torch.ops.moco_ext.info_nce_contrast_forward(*arguments, True, *rest[1:])
+    opcheck(
+        torch.ops.moco_ext.info_nce_contrast_backward.default,
+        (query.detach(), key.detach(), None, 0.2, True, False, 0, ids[0], True, lse, weights, torch.ones_like(lse)),
+    )
+
+
+def test_compiles_without_a_graph_break(device):
+    query, key, queue = problem(8, 300, 32, device)
+    ids = {"query_ids": torch.arange(8, device=device), "queue_ids": torch.arange(300, device=device) % 20}
+    valid = torch.tensor([200], device=device)
+
+    def step(query, key):
+        pair = torch.stack([query, key]), torch.stack([key, query])
+        loss = moco_ext.info_nce(*pair, queue, 0.1, label_smoothing=0.1, valid=valid, **ids)
+        return loss + moco_ext.info_nce(query, key, queue, 0.1, in_batch=True)
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        inputs = [x.clone().requires_grad_() for x in (query, key)]
+        results.append(torch.autograd.grad(run(*inputs), inputs))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_never_waits_for_the_device():
+    query, key, queue = problem(32, 4096, 128, "cuda")
+    ids = {"query_ids": torch.arange(32, device="cuda"), "queue_ids": torch.arange(4096, device="cuda")}
+    valid = torch.tensor([1000], device="cuda")
+    inputs = [x.requires_grad_() for x in (query, key)]
+
+    def step():
+        loss = moco_ext.info_nce(query, key, queue, valid=valid, in_batch=True, label_smoothing=0.1, **ids)
+        return torch.autograd.grad(loss, inputs)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_repeatable_to_the_bit(device):
+    query, key, queue = problem(64, 5000, 128, device)
+    ids = {"query_ids": torch.arange(64, device=device), "queue_ids": torch.arange(5000, device=device) % 100}
+    first, second = (
+        run_info_nce(moco_ext.info_nce, query, key, queue, 0.07, in_batch=True, label_smoothing=0.1, **ids)
+        for _ in range(2)
+    )
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(first[2][name], second[2][name]) for name in first[2])
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1"),
+        ({"label_smoothing": math.nan}, "label_smoothing: expected a number"),
+        ({"valid": 301}, "valid: expected 0 to 300 keys of the queue, got 301"),
+        ({"valid": -1}, "valid: expected a number of keys, got -1"),
+        ({"valid": torch.tensor([1.0])}, "valid: expected int64, got float32"),
+        ({"first_key": 1}, "first_key: expected 0 to 0 for 8 queries among 8 keys, got 1"),
+        ({"same_id": "skip"}, "same_id: expected 'mask' or 'positive', got 'skip'"),
+        ({"query_ids": torch.arange(8)}, "queue_ids: expected together with query_ids"),
+        ({"queue_ids": torch.arange(300)}, "query_ids: expected together with queue_ids"),
+        ({"query_ids": torch.arange(7), "queue_ids": torch.arange(300)}, r"query_ids: expected shape \[8\]"),
+        ({"query_ids": torch.arange(8), "queue_ids": torch.arange(9)}, r"queue_ids: expected shape \[300\]"),
+        ({"query_ids": torch.ones(8), "queue_ids": torch.arange(300)}, "query_ids: expected int64, got float32"),
+        ({"queue": None}, "queue: expected a tensor, or in_batch keys"),
+        ({"key": torch.ones(9, 32)}, r"key: expected the shape of query \[8, 32\], got \[9, 32\]; .* in_batch"),
+        ({"query": torch.ones(2, 8, 32)}, r"key: expected \[2, N, C\] as query, got \[8, 32\]"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    query, key, queue = problem()
+    inputs = {"query": query, "key": key, "queue": queue, "label_smoothing": 0.1} | options
+    with pytest.raises(ValueError, match=message):
+        moco_ext.info_nce(inputs.pop("query"), inputs.pop("key"), inputs.pop("queue"), **inputs)
