@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -155,16 +155,11 @@ def info_nce(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     problem = _info_nce_groups if query.dim() == 3 else _info_nce_rows
-    loss, *others = problem(
-        query, key, queue, temperature, normalize, label_smoothing, valid, in_batch, first_key, query_ids, queue_ids,
-        same_id,
+    loss, *figures = problem(
+        query, key, queue, temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, query_ids,
+        queue_ids, same_id,
     )  # fmt: skip
-    stats = InfoNCEStats(loss.detach(), *(figure.detach() for figure in others)) if return_stats else None
-    if reduction == "mean":
-        loss = loss.mean()
-    elif reduction == "sum":
-        loss = loss.sum()
-    return loss if stats is None else (loss, stats)
+    return (loss, InfoNCEStats(*figures)) if return_stats else loss
 
 
 def _info_nce_rows(
@@ -173,6 +168,7 @@ def _info_nce_rows(
     queue,
     temperature,
     normalize,
+    reduction,
     label_smoothing,
     valid,
     in_batch,
@@ -181,40 +177,101 @@ def _info_nce_rows(
     queue_ids,
     same_id,
 ) -> tuple[Tensor, ...]:
-    """(loss, lse, positive_logit, rank), [N] each."""
+    """The reduced loss, and the stats [N] without gradient."""
     if same_id not in ("mask", "positive"):
         raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
     grad = torch.is_grad_enabled()
     temperature_tensor, temperature_value = _scalar("temperature", temperature)
-    rows = (
+    wanted = (
+        grad and query.requires_grad,
+        grad and key.requires_grad,
+        grad and temperature_tensor is not None and temperature_tensor.requires_grad,
+    )
+    inputs: tuple[Any, ...] = (
         query,
         key,
         queue,
         temperature_tensor,
         temperature_value,
         normalize,
-        grad and query.requires_grad,
-        grad and key.requires_grad,
-        grad and temperature_tensor is not None and temperature_tensor.requires_grad,
+        *wanted,
         query.is_cuda and (key if queue is None else queue).dtype == torch.float32 and _allow_tf32(),
     )
     no_ids = query_ids is None and queue_ids is None
-    if queue is not None and no_ids and valid is None and not in_batch and first_key == 0 and label_smoothing == 0:
-        return torch.ops.moco_ext.info_nce_forward(*rows)[:4]
-    if valid is not None and not isinstance(valid, Tensor) and valid < 0:
-        raise ValueError(f"valid: expected a number of keys, got {valid}")
-    valid_tensor, valid_number = (valid, -1) if isinstance(valid, Tensor) else (None, -1 if valid is None else valid)
-    return torch.ops.moco_ext.info_nce_contrast_forward(
-        *rows,
-        in_batch,
-        first_key,
-        valid_tensor,
-        valid_number,
-        label_smoothing,
-        query_ids,
-        queue_ids,
-        same_id == "positive",
-    )[:4]
+    if queue is None or not no_ids or valid is not None or in_batch or first_key != 0 or label_smoothing != 0:
+        if valid is not None and not isinstance(valid, Tensor) and valid < 0:  # -1 tells the operator: all
+            raise ValueError(f"valid: expected a number of keys, got {valid}")
+        valid_tensor, valid_number = (
+            (valid, -1) if isinstance(valid, Tensor) else (None, -1 if valid is None else valid)
+        )
+        inputs += (in_batch, first_key, valid_tensor, valid_number, label_smoothing)
+        inputs += (query_ids, queue_ids, same_id == "positive")
+    if any(wanted):
+        return _InfoNCE.apply(reduction, *inputs)
+    return _info_nce_figures(reduction, inputs)[0]
+
+
+def _info_nce_figures(reduction: str, inputs: tuple) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """(the reduced loss and the stats), (what backward needs)."""
+    operator = (
+        torch.ops.moco_ext.info_nce_forward if len(inputs) == 10 else torch.ops.moco_ext.info_nce_contrast_forward
+    )
+    losses, lse, positive_logit, rank, *gradients = operator.default(*inputs)
+    loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses.clone()
+    return (loss, losses, lse, positive_logit, rank), gradients
+
+
+class _InfoNCE(torch.autograd.Function):
+    """The gradients were computed in forward: backward scales them. Not registered with the operators, because
+    torch.library's own layer takes three times as long, longer than the kernel for a small batch."""
+
+    @staticmethod
+    def forward(ctx, reduction, *inputs):
+        figures, gradients = _info_nce_figures(reduction, inputs)
+        ctx.mark_non_differentiable(*figures[1:])
+        ctx.set_materialize_grads(False)
+        ctx.reduction = reduction
+        query, key, _, temperature, temperature_value, normalize, *ctx.wanted, tf32 = inputs[:10]
+        ctx.second_pass = False
+        if len(inputs) > 10:
+            in_batch, first_key, _, _, _, key_ids, _, positive = inputs[10:]
+            ctx.second_pass = in_batch and key.requires_grad  # such keys get a gradient from every row
+            ctx.options = temperature_value, normalize, tf32, first_key, positive
+        rest = (query, key, temperature, key_ids, figures[2]) if ctx.second_pass else ()
+        ctx.save_for_backward(*gradients, *rest)
+        ctx.dtypes = query.dtype, key.dtype, None if temperature is None else temperature.dtype
+        ctx.rows, ctx.inputs = len(query), len(inputs)
+        return figures
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        if grad_loss is None:
+            return (None,) * (1 + ctx.inputs)
+        if torch.is_grad_enabled():  # create_graph=True: going on would make the penalty a constant, silently
+            raise RuntimeError("info_nce: second derivatives are not implemented (the gradient is computed in forward)")
+        grad_query, grad_key, grad_temperature, *rest = ctx.saved_tensors
+        query_grad, key_grad, temperature_grad = ctx.wanted
+        query_dtype, key_dtype, temperature_dtype = ctx.dtypes
+        if ctx.reduction == "mean":
+            grad_loss = grad_loss / ctx.rows
+        scale = grad_loss.unsqueeze(1) if ctx.reduction == "none" else grad_loss
+        if ctx.second_pass:
+            weights, query, key, temperature, key_ids, lse = rest
+            temperature_value, normalize, tf32, first_key, positive = ctx.options
+            wanted_key = torch.ops.moco_ext.info_nce_contrast_backward.default(
+                query, key, temperature, temperature_value, normalize, tf32, first_key, key_ids, positive, lse, weights,
+                grad_loss.expand(ctx.rows),
+            )  # fmt: skip
+        else:
+            wanted_key = scale * grad_key if key_grad else None
+        return (
+            None,
+            (scale * grad_query).to(query_dtype) if query_grad else None,
+            wanted_key.to(key_dtype) if key_grad else None,
+            None,
+            (grad_loss * grad_temperature).sum().to(temperature_dtype) if temperature_grad else None,
+            *(None,) * (ctx.inputs - 4),
+        )
 
 
 def _info_nce_groups(
@@ -223,6 +280,7 @@ def _info_nce_groups(
     queue,
     temperature,
     normalize,
+    reduction,
     label_smoothing,
     valid,
     in_batch,
@@ -231,26 +289,30 @@ def _info_nce_groups(
     queue_ids,
     same_id,
 ) -> tuple[Tensor, ...]:
-    """The same for G problems, [G, N] each. Those that share a queue, and no keys of the batch, are one batch."""
+    """The same for G problems, stats [G, N]. Those that share a queue, and no keys of the batch, are one batch."""
     groups, n = query.shape[:2]
     if key.dim() != 3 or len(key) != groups:
         raise ValueError(f"key: expected [{groups}, N, C] as query, got {list(key.shape)}")
     if queue is not None and queue.dim() == 3 and len(queue) != groups:
         raise ValueError(f"queue: expected [K, C], or [{groups}, K, C] as query, got {list(queue.shape)}")
-    options = temperature, normalize, label_smoothing, valid, in_batch, first_key
+    options = label_smoothing, valid, in_batch, first_key
 
     def of(x, group, dims):  # the group's own x, where they do not share one
         return x[group] if x is not None and x.dim() > dims else x
 
     if not in_batch and queue is not None and queue.dim() == 2 and (queue_ids is None or queue_ids.dim() == 1):
         ids = None if query_ids is None else query_ids.expand(groups, n).flatten()
-        figures = _info_nce_rows(query.flatten(0, 1), key.flatten(0, 1), queue, *options, ids, queue_ids, same_id)
-        return tuple(figure.unflatten(0, (groups, n)) for figure in figures)
-    parts = [
-        _info_nce_rows(query[g], key[g], of(queue, g, 2), *options, of(query_ids, g, 1), of(queue_ids, g, 1), same_id)
-        for g in range(groups)
-    ]
-    return tuple(torch.stack(figures) for figures in zip(*parts, strict=True))
+        rows = query.flatten(0, 1), key.flatten(0, 1), queue
+        loss, *stats = _info_nce_rows(*rows, temperature, normalize, reduction, *options, ids, queue_ids, same_id)
+        stats = [figure.unflatten(0, (groups, n)) for figure in stats]
+        return (loss.unflatten(0, (groups, n)) if reduction == "none" else loss), *stats
+    parts = []
+    for g in range(groups):
+        rows = query[g], key[g], of(queue, g, 2)
+        ids = of(query_ids, g, 1), of(queue_ids, g, 1)
+        parts.append(_info_nce_rows(*rows, temperature, normalize, reduction, *options, *ids, same_id))
+    loss, *stats = (torch.stack(figures) for figures in zip(*parts, strict=True))
+    return (loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss), *stats
 
 
 @torch.library.register_fake("moco_ext::info_nce_forward")
@@ -311,53 +373,6 @@ def _(
 @torch.library.register_fake("moco_ext::info_nce_contrast_backward")
 def _(query, key, temperature_tensor, temperature, normalize, _tf32, first, key_ids, same_id_positive, lse, *_):
     return key.new_empty(key.shape, dtype=lse.dtype)
-
-
-def _info_nce_setup_context(ctx, inputs, output):
-    query, key, _, temperature_tensor, temperature, normalize, *ctx.wanted, tf32 = inputs[:10]
-    _, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, *weights = output
-    ctx.mark_non_differentiable(lse, positive_logit, rank, grad_query, grad_key, grad_temperature, *weights)
-    ctx.set_materialize_grads(False)
-    ctx.dtypes = query.dtype, key.dtype, None if temperature_tensor is None else temperature_tensor.dtype
-    ctx.second_pass = bool(weights) and inputs[10] and ctx.wanted[1]  # in-batch keys that want a gradient
-    saved = [grad_query, grad_key, grad_temperature]
-    if ctx.second_pass:
-        _in_batch, ctx.first, _, _, _, key_ids, _, ctx.same_id_positive = inputs[10:]
-        ctx.options = temperature, normalize, tf32
-        saved += [query, key, temperature_tensor, key_ids, lse, *weights]
-    ctx.save_for_backward(*saved)
-    ctx.inputs = len(inputs)
-
-
-def _info_nce_backward(ctx, grad_loss, *_):
-    if grad_loss is None:
-        return (None,) * ctx.inputs
-    if torch.is_grad_enabled():  # create_graph=True: going on would make the penalty a constant, silently
-        raise RuntimeError("info_nce: second derivatives are not implemented (the gradient is computed in forward)")
-    grad_query, grad_key, grad_temperature, *saved = ctx.saved_tensors
-    query_grad, key_grad, temperature_grad = ctx.wanted
-    query_dtype, key_dtype, temperature_dtype = ctx.dtypes
-    row = grad_loss.unsqueeze(1)
-    if ctx.second_pass:
-        query, key, temperature_tensor, key_ids, lse, weights = saved
-        temperature, normalize, tf32 = ctx.options
-        wanted_key = torch.ops.moco_ext.info_nce_contrast_backward(
-            query, key, temperature_tensor, temperature, normalize, tf32, ctx.first, key_ids, ctx.same_id_positive, lse,
-            weights, grad_loss,
-        )  # fmt: skip
-    else:
-        wanted_key = row * grad_key if key_grad else None
-    return (
-        (row * grad_query).to(query_dtype) if query_grad else None,
-        wanted_key.to(key_dtype) if key_grad else None,
-        None,
-        grad_loss.dot(grad_temperature).to(temperature_dtype) if temperature_grad else None,
-        *(None,) * (ctx.inputs - 4),
-    )
-
-
-for _operator in ("info_nce_forward", "info_nce_contrast_forward"):
-    torch.library.register_autograd(f"moco_ext::{_operator}", _info_nce_backward, setup_context=_info_nce_setup_context)
 
 
 # --- enqueue_ ---------------------------------------------------------------------------------------------------------

@@ -402,8 +402,8 @@ def test_any_stride_gives_the_same_bits(device, layout):
 @pytest.mark.parametrize("learn_temperature", [True, False])
 def test_opcheck(device, learn_temperature, dtypes):
     query, key, queue = problem(4, 30, 8, device, *dtypes)
-    temperature = torch.tensor(0.2, device=device, requires_grad=True) if learn_temperature else None
-    arguments = (query.requires_grad_(), key.requires_grad_(), queue, temperature, 0.2)
+    temperature = torch.tensor(0.2, device=device) if learn_temperature else None
+    arguments = (query, key, queue, temperature, 0.2)
     opcheck(
         torch.ops.moco_ext.info_nce_forward.default,
         (*arguments, True, True, True, learn_temperature, False),

@@ -26,7 +26,7 @@ constexpr int64_t kSlabWork = 1 << 21;  // multiplications worth waking a thread
 template <typename A>
 struct Problem {
   Panels panels;
-  int64_t n, c;
+  int64_t n, c, tile;  // tile: keys of one
   const UnitRows<A>& query;
   const UnitRows<A>& key;
   const AlignedArray<A>& packed;    // the queries in panels
@@ -67,16 +67,16 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
           int64_t end, Partial<A>& partial) {
   const auto [n, c] = std::pair{p.n, p.c};
   const TileLoops<A>& loops = tile_loops<A>();
-  const AlignedArray<A> widened(std::is_same_v<Key, A> ? 0 : kTileKeys * c);
-  const AlignedArray<A> scores(kTileKeys * std::min(kPanelWidth, p.panels.padded()));
+  const AlignedArray<A> widened(std::is_same_v<Key, A> ? 0 : p.tile * c);
+  const AlignedArray<A> scores(p.tile * p.panels.width(0));
   struct Match {
     int64_t row, key;
     bool is_own;
   };
   std::vector<std::vector<Match>> matches(ids == nullptr && !own ? 0 : p.panels.count());  // of a tile, by panel
 
-  for (int64_t first = begin; first < end; first += kTileKeys) {
-    const int64_t count = std::min(kTileKeys, end - first);
+  for (int64_t first = begin; first < end; first += p.tile) {
+    const int64_t count = std::min(p.tile, end - first);
     const A* tile = widen(keys + first * c, count * c, widened.get());
     for (auto& of_panel : matches) of_panel.clear();
     for (int64_t j = 0; own && j < count; ++j) {
@@ -251,6 +251,7 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
   const Problem<A> problem{panels,
                            n,
                            c,
+                           tile_keys(panels.width(0), c),
                            queries,
                            keys,
                            packed,
@@ -260,14 +261,14 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
                            contrast};
 
   const int64_t batch_keys = contrast.in_batch ? key_rows : 0;
-  const auto tiles = [](int64_t count) { return (count + kTileKeys - 1) / kTileKeys; };
+  const auto tiles = [&](int64_t count) { return (count + problem.tile - 1) / problem.tile; };
   const int64_t worth = panels.padded() * (k + batch_keys) * c / kSlabWork;
   const int64_t slabs = std::max<int64_t>(1, std::min({host.threads, tiles(k) + tiles(batch_keys), worth}));
   std::vector<Partial<A>> partials;
   partials.reserve(slabs);
   for (int64_t i = 0; i < slabs; ++i) partials.emplace_back(problem, outputs.grad_query != nullptr);
   const auto range = [&](int64_t count, int64_t slab) {
-    const auto edge = [&](int64_t s) { return std::min(count, s * tiles(count) / slabs * kTileKeys); };
+    const auto edge = [&](int64_t s) { return std::min(count, s * tiles(count) / slabs * problem.tile); };
     return std::pair{edge(slab), edge(slab + 1)};
   };
   host.parallel_for(slabs, 1, [&](int64_t begin, int64_t end) {

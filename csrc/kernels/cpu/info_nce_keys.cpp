@@ -34,15 +34,15 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
   if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.first, n);
 
   host.parallel_for(panels.count(), 1, [&](int64_t begin, int64_t end) {
-    const AlignedArray<A> scores(kTileKeys * kPanelWidth);
+    const AlignedArray<A> scores(kMinTileKeys * kPanelWidth);
     const AlignedArray<A> acc(c * kPanelWidth);
     std::vector<A> gradient(c);
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t at = panels.first(panel);
       const int64_t width = panels.width(panel);
       std::fill(acc.get(), acc.get() + c * width, A{0});
-      for (int64_t row = 0; row < n; row += kTileKeys) {
-        const int64_t count = std::min(kTileKeys, n - row);
+      for (int64_t row = 0; row < n; row += kMinTileKeys) {
+        const int64_t count = std::min(kMinTileKeys, n - row);
         const auto in_tile = [&](int64_t i) { return i >= row && i < row + count; };
         loops.scores(queries.row(row), packed.get() + at * c, scores.get(), count, c, width);
         loops.weigh(scores.get(), count, width, scale, shift.data() + row, floor.data() + row, upstream + row);

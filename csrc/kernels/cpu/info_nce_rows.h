@@ -11,7 +11,15 @@
 
 namespace moco_ext::cpu {
 
-constexpr int64_t kTileKeys = 64;
+constexpr int64_t kTileScores = 4096;  // of a panel: 16 KB of float, a third of a usual L1
+constexpr int64_t kTileFeatures = 32768;
+constexpr int64_t kMinTileKeys = 64;
+
+// Keys of a tile. A panel of few rows takes more of them, or its products would be too short to hide their beginning.
+inline int64_t tile_keys(int64_t width, int64_t c) {
+  const int64_t most = std::max(kMinTileKeys, kTileFeatures / c / kMinTileKeys * kMinTileKeys);
+  return std::min(most, kTileScores / width);
+}
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
