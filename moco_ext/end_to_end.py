@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from . import distributed, encoders
 from .encoders import encode
 from .moco import MoCoOutput, check_temperature
-from .ops import l2_normalize
+from .ops import info_nce
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
-from .stats import InfoNCEStats
 
 
 class EndToEnd(nn.Module):
@@ -68,24 +66,11 @@ class EndToEnd(nn.Module):
         keys = unshuffle(distributed.all_gather_with_grad(keys), order)  # [world * N, dim]
         if self.query_hook is not None:
             self.query_hook(queries)
-        stats = contrast(queries, keys, distributed.rank() * n, self.T)
-        return MoCoOutput(stats.loss.mean(), keys.detach(), InfoNCEStats(*(figure.detach() for figure in stats)))
+        loss, stats = info_nce(
+            queries, keys, None, self.T, return_stats=True, in_batch=True, first_key=distributed.rank() * n
+        )
+        return MoCoOutput(loss, keys.detach(), stats)
 
     def update(self, keys: Tensor) -> None:
         """After the optimizer's step, which has trained both encoders: nothing is left to do but to count it."""
         self._steps += 1
-
-
-def contrast(queries: Tensor, keys: Tensor, first: int, T: float) -> InfoNCEStats:
-    """InfoNCE of each query [N, C] among all keys [M, C], row n's positive being ``keys[first + n]``.
-
-    Both get gradients. The logits [N, M] are small here: the dictionary is one batch.
-
-    Returns:
-        Per-row figures, with gradient; ``rank`` counts the other keys that score strictly above the positive.
-    """
-    logits = (l2_normalize(queries) @ l2_normalize(keys).T).float() / T
-    rows = torch.arange(len(queries), device=logits.device)
-    positive = logits[rows, first + rows]
-    lse = logits.logsumexp(dim=1)
-    return InfoNCEStats(lse - positive, lse, positive, (logits > positive[:, None]).sum(dim=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +72,19 @@ class MoCo(KeyQueue):
             single device the effect of as many devices.
         key_encoder: ``"momentum"``, a network of its own that follows the query encoder; ``"partial"``, which shares
             all but the head with it, and only the head follows; ``"identical"``, the query encoder itself.
+        label_smoothing, in_batch, same_id: of the loss, see :func:`moco_ext.info_nce`; ``in_batch`` counts the keys of
+            all ranks. ``same_id`` ("mask" or "positive"; None: another view of an image that is still in the queue is
+            a negative like any, as published) wants ``ids`` in ``forward`` and ``update``.
+        empty: begin with no keys in the queue instead of K random ones.
 
     Raises:
         ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
     """
 
     # Equal on all ranks by construction (same start, same gathered keys), so DDP must not broadcast them each step.
-    _ddp_params_and_buffers_to_ignore = ("queue", "queue_ptr")
+    _ddp_params_and_buffers_to_ignore = (
+        "queue", "queue_ptr", "queue_ids", "queue_written", "queue_writes", "queue_valid"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -93,12 +99,21 @@ class MoCo(KeyQueue):
         shuffle_bn: str = "auto",
         split_bn: int = 1,
         key_encoder: str = "momentum",
+        label_smoothing: float = 0.0,
+        in_batch: bool = False,
+        same_id: str | None = None,
+        empty: bool = False,
     ) -> None:
-        super().__init__(dim, K, queue_dtype)
+        super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty)
         if not 0.0 <= m <= 1.0:
             raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
         if key_encoder not in KEY_ENCODERS:
             raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
+        if same_id not in (None, "mask", "positive"):
+            raise ValueError(f"same_id: expected None, 'mask' or 'positive', got {same_id!r}")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+        self.label_smoothing, self.in_batch, self.same_id = label_smoothing, in_batch, same_id
         self.m = m
         self.T = check_temperature(T)
         self.shuffle_bn = check_mode(shuffle_bn)
@@ -116,7 +131,9 @@ class MoCo(KeyQueue):
                 parameter.requires_grad = False
         self._flatten()
 
-    def forward(self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None) -> MoCoOutput:
+    def forward(
+        self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None, ids: Tensor | None = None
+    ) -> MoCoOutput:
         """Loss of a batch of two views of the same images.
 
         Args:
@@ -125,7 +142,10 @@ class MoCo(KeyQueue):
                 ``key_order`` puts into this rank's slots).
             key_order: [world * N] int64 on the CPU, equal on all ranks: slot i of the shuffled global batch holds image
                 ``key_order[i]``. By default a permutation drawn from the number of updates so far.
+            ids: [N] int64, which images these are, if the model has a ``same_id``.
         """
+        if (ids is None) != (self.same_id is None):
+            raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
         if im_q.shape[0] != im_k.shape[0]:
             raise ValueError(f"im_k: expected {im_q.shape[0]} images as in im_q, got {im_k.shape[0]}")
         n = im_q.shape[0]
@@ -142,16 +162,25 @@ class MoCo(KeyQueue):
         keys = unshuffle(keys, order)  # [world * N, dim]
         if self.query_hook is not None:
             self.query_hook(queries)
-        mine = keys[distributed.rank() * n :][:n]
-        loss, stats = info_nce(queries, mine, self.queue, self.T, return_stats=True)
+        first = distributed.rank() * n
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "valid": self.queue_valid}
+        if self.in_batch:
+            options |= {"in_batch": True, "first_key": first}
+        if ids is not None:
+            options |= {"query_ids": all_gather(ids) if self.in_batch else ids, "queue_ids": self.queue_ids}
+            options["same_id"] = self.same_id
+        positives = keys if self.in_batch else keys[first:][:n]
+        loss, stats = info_nce(queries, positives, self.queue, self.T, return_stats=True, **options)
         return MoCoOutput(loss, keys, stats)
 
     @torch.no_grad()
-    def update(self, keys: Tensor) -> None:
+    def update(self, keys: Tensor, ids: Tensor | None = None) -> None:
         """After the optimizer's step: move the key encoder (Eq. 2), then enqueue the batch's keys.
 
         Args:
             keys: [B, dim] ``MoCoOutput.keys``, the same on every rank.
+            ids: [B] int64, which images they are of, if the model has a ``same_id``: of all ranks, as the keys
+                (``moco_ext.distributed.all_gather(ids)``).
         """
         if self.key_encoder == "momentum":
             update_key_encoder_(self.encoder_k, self.encoder_q, self.m)
@@ -159,7 +188,7 @@ class MoCo(KeyQueue):
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
-        self.enqueue(keys)
+        self.enqueue(keys, ids)
         self._steps += 1
 
     def extra_repr(self) -> str:

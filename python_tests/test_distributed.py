@@ -17,8 +17,7 @@ pytest.importorskip("tensorboard")
 from test_moco import Tiny
 from training import assert_equal_states, environment, few_digits, run_in, tiny, torchrun
 
-from moco_ext import EndToEnd, MoCo
-from moco_ext.end_to_end import contrast
+from moco_ext import EndToEnd, MoCo, info_nce
 from moco_ext.train import build_model, pretrain
 from moco_ext.train import launch as launching
 
@@ -120,7 +119,7 @@ def test_end_to_end_gradients_cross_processes(of_ranks):
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
     queries = torch.cat([model.encoder_q(part) for part in im_q.chunk(WORLD)])
     keys = torch.cat([model.encoder_k(im_k[part]) for part in order.chunk(WORLD)])[order.argsort()]
-    contrast(queries, keys, 0, model.T).loss.mean().backward()
+    info_nce(queries, keys, None, model.T, in_batch=True).backward()
     for name, parameter in model.named_parameters():
         for results in of_ranks:
             torch.testing.assert_close(results["grads"][name], parameter.grad, rtol=1e-3, atol=1e-5)
@@ -133,8 +132,9 @@ def train_in_every_mode(args: argparse.Namespace, process: launching.Process) ->
     """A record's loss and this rank's state for each mode of shuffling BN, and for a run resumed in the middle."""
     (folder,) = args.arguments
     data, results = few_digits(), {}
-    for mode in MODES:
-        config = tiny(epochs=1, shuffle_bn=mode)
+    for mode in (*MODES, "masked"):
+        own = {"same_image": "mask", "in_batch": True} if mode == "masked" else {"shuffle_bn": mode}
+        config = tiny(epochs=1, **own)
         model = build_model(config)
         run = run_in(Path(folder) / mode, local_world=process.local_world, save_every=3, keep=9)
         records = pretrain(config, data, run, model)
@@ -161,7 +161,7 @@ def learnt(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if "running" not in name}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "masked"])
 def test_ranks_agree(trained, mode):
     assert_equal_states(*(learnt(results[mode]["state"]) for results in trained))
     # 150 images: four batches of 32 and one of 22, eleven a rank; K = 100
@@ -172,6 +172,14 @@ def test_ranks_agree(trained, mode):
 def test_modes_are_the_same_training(trained, mode):
     """The same permutation, so the same keys in the same groups: only the way of the images differs."""
     assert_equal_states(trained[0]["gather"]["state"], trained[0][mode]["state"])
+
+
+def test_every_rank_knows_what_all_keys_are_of(trained):
+    """An epoch shows each image once, so 100 keys are of 100 images; half of a batch's came from the other rank."""
+    state = trained[0]["masked"]["state"]
+    assert len(set(state["queue_ids"].tolist())) == 100
+    assert state["queue_ids"].min() >= 0
+    assert trained[0]["masked"]["losses"] != trained[0]["gather"]["losses"]
 
 
 def test_without_shuffling_it_is_another_training(trained):

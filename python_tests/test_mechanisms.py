@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from moco_ext import EndToEnd, MemoryBank
 from moco_ext.encoders import encode
-from moco_ext.end_to_end import contrast
 
 
 def images(device, n=6, seed=0):
@@ -18,25 +17,6 @@ def images(device, n=6, seed=0):
 
 
 # --- end to end -----------------------------------------------------------------------------------------------------
-
-
-def test_contrast_is_cross_entropy_over_the_batch(device):
-    """Against torch's cross-entropy in float64, with gradients to both sides."""
-    torch.manual_seed(1)
-    queries = torch.randn(4, 7, device=device, requires_grad=True)
-    keys = torch.randn(12, 7, device=device, requires_grad=True)
-    stats = contrast(queries, keys, 4, 0.2)
-    stats.loss.mean().backward()
-    wide_q, wide_k = (x.detach().double().requires_grad_() for x in (queries, keys))
-    logits = F.normalize(wide_q, dim=1) @ F.normalize(wide_k, dim=1).T / 0.2
-    labels = torch.arange(4, 8, device=device)
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()
-    torch.testing.assert_close(stats.loss.mean().double(), loss, rtol=1e-5, atol=1e-6)
-    for mine, wide in ((queries, wide_q), (keys, wide_k)):
-        torch.testing.assert_close(mine.grad.double(), wide.grad, rtol=1e-4, atol=1e-6)
-    best = logits.argsort(dim=1, descending=True)
-    assert torch.equal(stats.rank, (best == labels[:, None]).int().argmax(dim=1))
 
 
 @pytest.mark.parametrize("kind", ["identical", "partial", "different"])

@@ -60,6 +60,7 @@ def same_records(one, other):
         ({"dictionary": "memory-bank"}, 0),  # draws its negatives from torch's own generator
         ({"precision": "bf16", "accumulate": 2, "batch_size": 16, "symmetric": True, "split_bn": 2}, 0),
         ({"steps": 9, "log_every": 4, "momentum_schedule": "cosine"}, 0),
+        ({"same_image": "mask", "empty_queue": True, "in_batch": True, "label_smoothing": 0.1}, 0),
     ],
     ids=str,
 )

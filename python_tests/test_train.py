@@ -239,6 +239,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(digits, tmp_path):
         ({"key_encoder": "identical", "split_bn": 2}, MoCo),
         ({"views": "patches", "patches": 4, "split_bn": 2}, MoCo),
         ({"shuffle_bn": "loader"}, MoCo),
+        ({"same_image": "positive", "empty_queue": True, "in_batch": True, "symmetric": True}, MoCo),
         ({"augment_on": "device", "aug_plus": True, "queue_dtype": "bf16"}, MoCo),
         pytest.param({"compile": True}, MoCo, marks=pytest.mark.slow),
     ],

@@ -66,6 +66,14 @@ def add_parser(commands) -> None:
     add("--mlp", action=flag, help="MoCo v2's projection head")
     add("--symmetric", action=flag, help="each view is a query and a key, the loss their mean")
     add("--queue-dtype", choices=("fp32", "bf16", "fp16"), help="of the stored keys (default: fp32)")
+    add("--empty-queue", action=flag, help="begin without keys instead of with random ones")
+    add("--in-batch", action=flag, help="the batch's other keys (of all ranks) are negatives too")
+    add("--label-smoothing", type=float, metavar="E", help="share of the target spread over all keys (default: 0)")
+    add(
+        "--same-image",
+        choices=("negative", "mask", "positive"),
+        help="other views of the query's image in the queue (default: negative, as published)",
+    )
     add("--shuffle-bn", metavar="MODE", help="auto, gather, all_to_all, loader or none (default: auto)")
     add("--split-bn", type=int, metavar="G", help="groups of a batch with BatchNorm statistics of their own")
     add("--dictionary", metavar="KIND", help="queue, end-to-end or memory-bank (default: queue)")

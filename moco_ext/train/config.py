@@ -19,6 +19,7 @@ _CHOICES = {
     "queue_dtype": ("fp32", "bf16", "fp16"),
     "momentum_schedule": ("constant", "cosine"),
     "augment_on": ("loader", "device"),
+    "same_image": ("negative", "mask", "positive"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -36,6 +37,10 @@ class PretrainConfig:
         moco_m: momentum of the key encoder (of the features, in a memory bank); with ``momentum_schedule`` "cosine" it
             rises from there to 1.
         dictionary: the mechanism, and ``key_encoder`` how keys are encoded; None is the mechanism's own default.
+        same_image: what another view of the query's image is that is still in the queue: a negative like any, as
+            published; masked out; or a further positive.
+        in_batch: the batch's other keys are negatives too.
+        empty_queue: the queue begins without keys, not with random ones.
         symmetric: each view is a query once and a key once; the loss is the mean of both.
         views: whole images, or sets of ``patches`` patches of them.
         crop_min: the smallest share of the image's area that a view shows.
@@ -66,6 +71,10 @@ class PretrainConfig:
     mlp: bool = False
     dictionary: str = "queue"
     key_encoder: str | None = None
+    same_image: str = "negative"
+    label_smoothing: float = 0.0
+    in_batch: bool = False
+    empty_queue: bool = False
     symmetric: bool = False
     queue_dtype: str = "fp32"
     shuffle_bn: str = "auto"
@@ -109,6 +118,14 @@ class PretrainConfig:
             raise ValueError(
                 "symmetric: expected both views on the same rank, got shuffle_bn loader, which sends keys elsewhere"
             )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: expected a number from 0 to below 1, got {self.label_smoothing}")
+        of_queue = {"same_image": "negative", "label_smoothing": 0.0, "in_batch": False, "empty_queue": False}
+        for name, default in of_queue.items():
+            if self.dictionary != "queue" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}: expected {default!r} with dictionary {self.dictionary}, got {getattr(self, name)!r}"
+                )
         if self.key_encoder and self.dictionary == "memory-bank":
             raise ValueError("key_encoder: expected none with dictionary memory-bank, whose keys are stored features")
 

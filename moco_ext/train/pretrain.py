@@ -73,7 +73,9 @@ def build_model(config: PretrainConfig, images: int = 0) -> Model:
     dtype = DTYPES[config.queue_dtype]
     if config.dictionary == "memory-bank":
         return MemoryBank(base, images, bank_dtype=dtype, **shared)
-    return MoCo(base, queue_dtype=dtype, shuffle_bn=config.shuffle_bn, **shared, **own)
+    own |= {"label_smoothing": config.label_smoothing, "in_batch": config.in_batch, "empty": config.empty_queue}
+    same_id = None if config.same_image == "negative" else config.same_image
+    return MoCo(base, queue_dtype=dtype, shuffle_bn=config.shuffle_bn, same_id=same_id, **shared, **own)
 
 
 def pretrain(config: PretrainConfig, data: ImageData, run: Run, model: Model | None = None) -> list[dict[str, Any]]:
@@ -100,10 +102,11 @@ class _Trainer:
     def __init__(self, config: PretrainConfig, data: ImageData, run: Run, model: Model | None) -> None:
         self.config, self.data, self.run = config, data, run
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        if config.dictionary == "queue" and config.moco_k > len(data.train) and self.rank == 0:
+        unmasked = config.dictionary == "queue" and config.same_image == "negative"
+        if unmasked and config.moco_k > len(data.train) and self.rank == 0:
             warnings.warn(
                 f"moco_k: {config.moco_k} keys but only {len(data.train)} images in {data.name}: other views of an "
-                "image will be among its negatives; a smaller --moco-k is better",
+                "image will be among its negatives; take a smaller --moco-k, or --same-image mask",
                 stacklevel=4,
             )
         if config.batch_size % run.local_world and self.rank == 0:

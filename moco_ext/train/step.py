@@ -43,12 +43,17 @@ class Objective(nn.Module):
         if isinstance(self.model, MemoryBank):
             stored = self.model(batch.im_q, batch.index)
             return stored.loss, _figures(stored), (stored.keys, stored.images)
-        one = self.model(batch.im_q, batch.im_k, key_order=batch.key_order)
+        options: dict[str, Any] = {"key_order": batch.key_order}
+        ids: tuple[Tensor, ...] = ()  # of all ranks' images, where the model wants to know
+        if isinstance(self.model, MoCo) and self.model.same_id is not None:
+            options["ids"] = batch.index.to(batch.im_q.device, non_blocking=True)
+            ids = (distributed.all_gather(options["ids"]),)
+        one = self.model(batch.im_q, batch.im_k, **options)
         if not self.symmetric:
-            return one.loss, _figures(one), (one.keys,)
-        other = self.model(batch.im_k, batch.im_q, key_order=batch.key_order)
-        keys = torch.cat([one.keys, other.keys])
-        return (one.loss + other.loss) / 2, (_figures(one) + _figures(other)) / 2, (keys,)
+            return one.loss, _figures(one), (one.keys, *ids)
+        other = self.model(batch.im_k, batch.im_q, **options)
+        both = (torch.cat([one.keys, other.keys]), *(x.repeat(2) for x in ids))
+        return (one.loss + other.loss) / 2, (_figures(one) + _figures(other)) / 2, both
 
 
 class StepResult(NamedTuple):

@@ -1,0 +1,103 @@
+"""KeyQueue's ids, ages and empty start, and MoCo's loss with them."""
+
+import pytest
+import torch
+from test_moco import Tiny
+
+import moco_ext.reference
+from moco_ext import KeyQueue, MoCo
+
+
+@pytest.mark.parametrize("batches", [[3, 3, 3, 3], [2, 7, 1], [10, 25, 4]])
+def test_ids_and_ages_follow_the_keys(device, batches):
+    """Through wrap-around and batches longer than the queue: against a list that is written one key at a time."""
+    queue = KeyQueue(4, 10, ids=True, empty=True).to(device)
+    rows = [(-1, None)] * 10  # (id, number of its enqueue)
+    slot = written = 0
+    for number, size in enumerate(batches):
+        ids = torch.arange(written, written + size, device=device)
+        queue.enqueue(torch.randn(size, 4, device=device), ids)
+        for i in ids.tolist():
+            rows[slot] = (i, number)
+            slot = (slot + 1) % 10
+        written += size
+        assert queue.queue_ids.tolist() == [i for i, _ in rows]
+        assert queue.ages.tolist() == [-1 if n is None else number - n for _, n in rows]
+        assert queue.queue_valid.item() == min(written, 10)
+        assert queue.queue_ptr.item() == slot
+
+
+def test_keys_of_unknown_ids(device):
+    queue = KeyQueue(4, 10, ids=True).to(device)
+    queue.enqueue(torch.randn(3, 4, device=device), torch.tensor([5, 6, 7], device=device))
+    queue.enqueue(torch.randn(3, 4, device=device))
+    assert queue.queue_ids.tolist() == [5, 6, 7] + [-1] * 7
+    assert queue.ages.tolist() == [1, 1, 1, 0, 0, 0] + [-1] * 4
+
+
+def test_a_plain_queue_has_only_the_official_state():
+    assert set(KeyQueue(4, 10).state_dict()) == {"queue", "queue_ptr"}
+    with pytest.raises(ValueError, match="ids: expected none for a queue made without ids"):
+        KeyQueue(4, 10).enqueue(torch.randn(2, 4), torch.arange(2))
+    with pytest.raises(ValueError, match="ages: expected a queue made with ids=True"):
+        _ = KeyQueue(4, 10).ages
+    with pytest.raises(ValueError, match=r"ids: expected int64 \[2\], an id a key, got torch.int64 \[3\]"):
+        KeyQueue(4, 10, ids=True).enqueue(torch.randn(2, 4), torch.arange(3))
+
+
+def test_state_survives_and_official_state_loads(device):
+    queue, again = (KeyQueue(4, 10, ids=True, empty=True).to(device) for _ in range(2))
+    queue.enqueue(torch.randn(7, 4, device=device), torch.arange(7, device=device))
+    again.load_state_dict(queue.state_dict())
+    for name, value in queue.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    again.load_state_dict(KeyQueue(4, 10).state_dict())  # full, of nothing known
+    assert again.queue_valid.item() == 10
+    assert set(again.queue_ids.tolist()) == set(again.ages.tolist()) == {-1}
+
+
+def views(device, n=4):
+    return torch.randn(n, 3, 8, 8, device=device), torch.randn(n, 3, 8, 8, device=device)
+
+
+@pytest.mark.parametrize("same_id", ["mask", "positive"])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_moco_hands_ids_to_the_loss(device, in_batch, same_id):
+    torch.manual_seed(0)
+    options = {"same_id": same_id, "in_batch": in_batch, "label_smoothing": 0.1, "empty": True}
+    model = MoCo(lambda num_classes: Tiny(num_classes), dim=8, K=12, T=0.2, **options).to(device)
+    for step in range(4):
+        ids = torch.tensor([0, 1, 2, 2 + step], device=device)  # image 2 twice in the first batch; 0 and 1 in each
+        im_q, im_k = views(device)
+        out = model(im_q, im_k, ids=ids)
+        with torch.no_grad():
+            query = model.encoder_q(im_q)
+        want = moco_ext.reference.info_nce(
+            query.double(),
+            out.keys.double(),
+            model.queue.double(),
+            0.2,
+            query_ids=ids,
+            queue_ids=model.queue_ids,
+            same_id=same_id,
+            in_batch=in_batch,
+            label_smoothing=0.1,
+            valid=min(4 * step, 12),
+        )
+        torch.testing.assert_close(out.loss.double(), want, rtol=1e-5, atol=1e-6)
+        out.loss.backward()
+        model.update(out.keys, ids)
+    with pytest.raises(ValueError, match=f"ids: expected a tensor with same_id '{same_id}'"):
+        model(*views(device))
+
+
+def test_the_queue_of_an_empty_start_fills(device):
+    """The first loss is that of no negatives: 0, and no gradient; the second has the first batch's keys."""
+    torch.manual_seed(0)
+    model = MoCo(lambda num_classes: Tiny(num_classes), dim=8, K=12, empty=True).to(device)
+    out = model(*views(device))
+    assert out.loss.item() == 0
+    model.update(out.keys)
+    out = model(*views(device))
+    assert out.loss.item() > 0
+    assert out.stats.rank.max() <= 4
