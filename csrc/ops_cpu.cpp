@@ -64,13 +64,6 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
   return out.as_tuple();
 }
 
-// Contiguous, or nothing.
-std::optional<Tensor> contiguous_ids(const std::optional<Tensor>& ids) {
-  return ids ? std::optional(torch::stable::contiguous(*ids)) : std::nullopt;
-}
-
-const int64_t* ids_data(const std::optional<Tensor>& ids) { return ids ? const_data<int64_t>(*ids) : nullptr; }
-
 auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
                                const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
                                bool query_grad, bool key_grad, bool temperature_grad, bool /*allow_tf32*/,
@@ -87,8 +80,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
   } else if (valid >= 0) {
     queue_keys = valid;
   }
-  const std::optional<Tensor> key_id_rows = contiguous_ids(key_ids);
-  const std::optional<Tensor> queue_id_rows = contiguous_ids(queue_ids);
+  const IdRows key_id_rows(key_ids), queue_id_rows(queue_ids);
   const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
   dispatch(q, queue ? *queue : q, [&]<typename Query, typename Queue>() {
     using A = cpu::accumulate_t<Queue>;
@@ -96,7 +88,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
     pointers.weights = data<A>(out.weights);
     cpu::info_nce(host(), const_data<Query>(q), const_data<Query>(k), queue ? const_data<Queue>(*queue) : nullptr,
                   {q.size(0), queue_keys, q.size(1)}, {temperature, kEps, normalize},
-                  {in_batch, k.size(0), first, label_smoothing, ids_data(key_id_rows), ids_data(queue_id_rows),
+                  {in_batch, k.size(0), first, label_smoothing, key_id_rows.data(), queue_id_rows.data(),
                    same_id_positive},
                   pointers);
   });
@@ -110,14 +102,14 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
                                   const Tensor& grad_loss) {
   temperature = temperature_value(temperature_tensor, temperature, query);
   const auto [q, k] = same_dtype_rows(query, key);
-  const std::optional<Tensor> id_rows = contiguous_ids(key_ids);
+  const IdRows id_rows(key_ids);
   const Tensor upstream = torch::stable::contiguous(grad_loss);
   const Tensor grad_key = InfoNceTensors::make(q, {k.size(0), k.size(1)}, true);
   dispatch(q, [&]<typename Query>() {
     using A = cpu::accumulate_t<Query>;
     cpu::info_nce_keys_backward(host(), const_data<Query>(q), const_data<Query>(k), {q.size(0), 0, q.size(1)},
                                 {temperature, kEps, normalize},
-                                {true, k.size(0), first, 0.0, ids_data(id_rows), nullptr, same_id_positive},
+                                {true, k.size(0), first, 0.0, id_rows.data(), nullptr, same_id_positive},
                                 const_data<A>(lse), const_data<A>(weights), const_data<A>(upstream),
                                 data<A>(grad_key));
   });

@@ -48,6 +48,16 @@ struct DeviceScalar {
   const float* pointer() const { return tensor ? const_data<float>(*tensor) : nullptr; }
 };
 
+cuda::InfoNceOutputs outputs(const InfoNceTensors& out) {
+  return {data<float>(out.loss),       data<float>(out.lse),      data<float>(out.positive_logit),
+          data<int64_t>(out.rank),     data<float>(out.grad_query), data<float>(out.grad_key),
+          data<float>(out.grad_temperature)};
+}
+
+Tensor workspace_of(size_t bytes, const Tensor& on) {
+  return torch::stable::new_empty(on, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
 auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queue,
                       const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
                       bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32) {
@@ -63,17 +73,78 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
       const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
                                          allow_tf32};
       const bool gradient = out.grad_query.numel() > 0;
-      const Tensor workspace = torch::stable::new_empty(
-          queue, {static_cast<int64_t>(cuda::info_nce_workspace_bytes<Queue>(shape, options, gradient))},
-          ScalarType::Byte);
-      STD_CUDA_CHECK(cuda::info_nce(
-          const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue), shape, options,
-          {data<float>(out.loss), data<float>(out.lse), data<float>(out.positive_logit), data<int64_t>(out.rank),
-           data<float>(out.grad_query), data<float>(out.grad_key), data<float>(out.grad_temperature)},
-          workspace.mutable_data_ptr(), launch.stream()));
+      const Tensor workspace =
+          workspace_of(cuda::info_nce_workspace_bytes<Queue>(shape, options, {}, gradient), queue);
+      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue), shape,
+                                    options, {}, outputs(out), workspace.mutable_data_ptr(), launch.stream()));
     });
   });
   return out.as_tuple();
+}
+
+auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
+                               const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
+                               bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch,
+                               int64_t first, const std::optional<Tensor>& valid_tensor, int64_t valid,
+                               double label_smoothing, const std::optional<Tensor>& key_ids,
+                               const std::optional<Tensor>& queue_ids, bool same_id_positive) {
+  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, first, valid_tensor, valid, label_smoothing,
+                          key_ids, queue_ids);
+  const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
+  if (device_temperature.pointer() == nullptr) check_temperature(temperature);
+  const Launch launch(query);
+  const auto [q, k] = same_dtype_rows(query, key);
+  const IdRows key_id_rows(key_ids), queue_id_rows(queue_ids);
+  const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
+  const cuda::InfoNceContrast contrast{in_batch,
+                                       k.size(0),
+                                       first,
+                                       valid_tensor ? const_data<int64_t>(*valid_tensor) : nullptr,
+                                       static_cast<float>(label_smoothing),
+                                       key_id_rows.data(),
+                                       queue_id_rows.data(),
+                                       same_id_positive};
+  const cuda::InfoNceShape shape{q.size(0), !queue ? 0 : valid >= 0 ? valid : queue->size(0), q.size(1)};
+  const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
+                                     allow_tf32};
+  cuda::InfoNceOutputs pointers = outputs(out);
+  pointers.weights = data<float>(out.weights);
+  dispatch(q, [&]<typename Query>() {
+    dispatch(queue ? *queue : k, [&]<typename Queue>() {
+      const Tensor workspace = workspace_of(
+          cuda::info_nce_workspace_bytes<Queue>(shape, options, contrast, out.grad_query.numel() > 0), query);
+      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(q), const_data<Query>(k),
+                                    queue ? const_data<Queue>(*queue) : nullptr, shape, options, contrast, pointers,
+                                    workspace.mutable_data_ptr(), launch.stream()));
+    });
+  });
+  return out.as_tuple();
+}
+
+Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
+                                  const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
+                                  bool allow_tf32, int64_t first, const std::optional<Tensor>& key_ids,
+                                  bool same_id_positive, const Tensor& lse, const Tensor& weights,
+                                  const Tensor& grad_loss) {
+  const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
+  const Launch launch(query);
+  const auto [q, k] = same_dtype_rows(query, key);
+  const IdRows id_rows(key_ids);
+  const Tensor upstream = torch::stable::contiguous(grad_loss);
+  const Tensor grad_key = InfoNceTensors::make(q, {k.size(0), k.size(1)}, true);
+  const cuda::InfoNceContrast contrast{true, k.size(0), first, nullptr, 0, id_rows.data(), nullptr, same_id_positive};
+  const cuda::InfoNceShape shape{q.size(0), 0, q.size(1)};
+  const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
+                                     allow_tf32};
+  dispatch(q, [&]<typename Query>() {
+    const Tensor workspace =
+        workspace_of(cuda::info_nce_keys_backward_workspace_bytes<Query>(shape, options, contrast), query);
+    STD_CUDA_CHECK(cuda::info_nce_keys_backward(const_data<Query>(q), const_data<Query>(k), shape, options, contrast,
+                                                const_data<float>(lse), const_data<float>(weights),
+                                                const_data<float>(upstream), data<float>(grad_key),
+                                                workspace.mutable_data_ptr(), launch.stream()));
+  });
+  return grad_key;
 }
 
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
@@ -133,6 +204,8 @@ std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
 
 STABLE_TORCH_LIBRARY_IMPL(moco_ext, CUDA, m) {
   m.impl("info_nce_forward", TORCH_BOX(&info_nce_forward));
+  m.impl("info_nce_contrast_forward", TORCH_BOX(&info_nce_contrast_forward));
+  m.impl("info_nce_contrast_backward", TORCH_BOX(&info_nce_contrast_backward));
   m.impl("enqueue_", TORCH_BOX(&enqueue_));
   m.impl("momentum_update_", TORCH_BOX(&momentum_update_));
   m.impl("l2_normalize_forward", TORCH_BOX(&l2_normalize_forward));

@@ -53,6 +53,18 @@ inline std::pair<Tensor, Tensor> same_dtype_rows(const Tensor& query, const Tens
   return {row_major(torch::stable::to(query, ScalarType::Float)), row_major(torch::stable::to(key, ScalarType::Float))};
 }
 
+// Ids as kernels take them; null where there are none.
+class IdRows {
+ public:
+  explicit IdRows(const std::optional<Tensor>& ids) {
+    if (ids) rows_ = torch::stable::contiguous(*ids);
+  }
+  const int64_t* data() const { return rows_ ? const_data<int64_t>(*rows_) : nullptr; }
+
+ private:
+  std::optional<Tensor> rows_;
+};
+
 // What info_nce_forward returns; a gradient that was not asked for is an empty tensor.
 struct InfoNceTensors {
   Tensor loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature;

@@ -16,7 +16,7 @@ namespace moco_ext::cuda {
 
 struct InfoNceShape {
   int64_t n;  // queries
-  int64_t k;  // keys in the queue, >= 1
+  int64_t k;  // keys in the queue, 0 only with in_batch or a queue still empty
   int64_t c;  // features, >= 1
 };
 
@@ -28,25 +28,51 @@ struct InfoNceOptions {
   bool allow_tf32;               // float32 queue: one tf32 product instead of float32 accuracy
 };
 
+// What goes beyond one positive a row against a queue of negatives. By default nothing does.
+struct InfoNceContrast {
+  bool in_batch = false;           // all key rows but a query's own are its negatives too
+  int64_t keys = 0;                // M, of key [M, C] if in_batch; else N
+  int64_t first = 0;               // query i's positive is key row first + i
+  const int64_t* valid = nullptr;  // [1] on the device: keys of the queue that count; null: all
+  float label_smoothing = 0;
+  const int64_t* key_ids = nullptr;    // [M] or null; a negative id matches none
+  const int64_t* queue_ids = nullptr;  // [K] or null
+  bool same_id_positive = false;       // a match is a further positive; else it is masked out
+  bool plain() const { return key_ids == nullptr && label_smoothing == 0; }
+};
+
 struct InfoNceOutputs {
   float* loss;              // [N]
-  float* lse;               // [N] logsumexp over the K+1 logits
+  float* lse;               // [N] logsumexp over the logits
   float* positive_logit;    // [N] divided by the temperature
   int64_t* rank;            // [N] negatives scoring strictly above the positive
   float* grad_query;        // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
-  float* grad_key;          // [N, C] or null
+  float* grad_key;          // [N, C] or null; not with in_batch
   float* grad_temperature;  // [N] or null; needs grad_query
+  float* weights = nullptr;  // [N, 2] or null: the target's share of each positive, and of each class
 };
 
 // Scratch the launcher needs, in bytes, 256-byte aligned: O(N*C) times the splits of the queue, never N*K.
 template <typename Queue>
-size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient);
+size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
+                                const InfoNceContrast& contrast, bool gradient);
 
-// query, key [N, C]; queue [K, C]
+// query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type; queue [K, C]
 template <typename Query, typename Queue>
 cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-                     const InfoNceOptions& options, const InfoNceOutputs& outputs, void* workspace,
-                     cudaStream_t stream);
+                     const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,
+                     void* workspace, cudaStream_t stream);
+
+// The gradient of keys [M, C] that are one another's negatives (in_batch), once the rows' own gradients are known:
+// sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 2].
+template <typename Query>
+size_t info_nce_keys_backward_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
+                                              const InfoNceContrast& contrast);
+template <typename Query>
+cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const InfoNceShape& shape,
+                                   const InfoNceOptions& options, const InfoNceContrast& contrast, const float* lse,
+                                   const float* weights, const float* upstream, float* grad_key, void* workspace,
+                                   cudaStream_t stream);
 
 // x, out [rows, cols]; norm [rows] or null: max(||x||, eps)
 template <typename T>

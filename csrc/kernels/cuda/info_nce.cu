@@ -1,12 +1,11 @@
 // What InfoNCE launches whatever the queue's tensor-core pass is: the kernels over rows, and the pass for any C.
 #include "kernels/cuda/info_nce_generic.cuh"
 #include "kernels/cuda/info_nce_rows.cuh"
+#include "kernels/cuda/info_nce_target.cuh"
 
 namespace moco_ext::cuda {
 
 namespace {
-
-constexpr int kPrepareWarps = 4;
 
 InfoNceTemperature temperature_of(const InfoNceOptions& options) {
   return {options.temperature, options.temperature_ptr};
@@ -20,50 +19,98 @@ RowOptions row_options(const InfoNceShape& shape, const InfoNceOptions& options)
 
 template <typename Query, typename Operand>
 cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceShape& shape,
-                                    const InfoNceOptions& options, const InfoNceWorkspace& workspace,
-                                    cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((workspace.n_padded + kPrepareWarps - 1) / kPrepareWarps);
-  return launch(info_nce_prepare_kernel<Query, Operand>, dim3(blocks), dim3(32 * kPrepareWarps), 0, stream, query, key,
-                row_options(shape, options), workspace);
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
+                                    const InfoNceWorkspace& workspace, cudaStream_t stream) {
+  const cudaError_t error =
+      launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(workspace.n_padded), dim3(32 * kRowWarps), 0, stream,
+             query, key + contrast.first * shape.c, row_options(shape, options), workspace);
+  if (error != cudaSuccess || !contrast.in_batch) return error;
+  const RowOptions keys{contrast.keys, shape.c, options.eps, options.normalize};
+  return launch(info_nce_operand_kernel<Query, Operand>, row_blocks(contrast.keys), dim3(32 * kRowWarps), 0, stream, key,
+                keys, contrast.keys, static_cast<Operand*>(workspace.keys), static_cast<float*>(nullptr));
 }
 
 template <typename Queue>
-cudaError_t launch_info_nce_generic(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
-                                    const InfoNceWorkspace& workspace, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(workspace.n_padded / kGenericRows), static_cast<unsigned>(workspace.splits));
-  const int64_t tiles = (shape.k + kGenericKeys - 1) / kGenericKeys;
-  return launch(info_nce_generic_kernel<Queue>, grid, dim3(kGenericThreads), 0, stream, queue, shape.n, shape.k,
-                shape.c, tiles, temperature_of(options), workspace);
+cudaError_t launch_info_nce_generic(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                                    const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceWorkspace& workspace,
+                                    cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(workspace.n_padded / kGenericRows), static_cast<unsigned>(splits));
+  return launch(info_nce_generic_kernel<Queue>, grid, dim3(kGenericThreads), 0, stream, keys, count, mask, partials,
+                shape.n, shape.c, temperature_of(options), workspace);
+}
+
+template <typename Queue, typename Operand>
+cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceContrast& contrast,
+                                   const InfoNceWorkspace& workspace, cudaStream_t stream) {
+  const InfoNceSource<Queue> of_queue{queue, {shape.k, contrast.valid}, contrast.queue_ids, kNoOwn};
+  const InfoNceSource<Operand> of_batch{contrast.in_batch ? static_cast<const Operand*>(workspace.keys) : nullptr,
+                                        {contrast.keys, nullptr},
+                                        contrast.key_ids,
+                                        contrast.first};
+  if (workspace.column_sum != nullptr) {
+    constexpr int kThreads = 128;
+    const auto columns = static_cast<unsigned>((shape.c + kThreads - 1) / kThreads);
+    cudaError_t error = launch(info_nce_column_parts_kernel<Queue, Operand>, dim3(columns, kColumnParts),
+                               dim3(kThreads), 0, stream, of_queue, of_batch, shape.c, workspace.column_parts);
+    if (error != cudaSuccess) return error;
+    error = launch(info_nce_column_sum_kernel, dim3(columns), dim3(kThreads), 0, stream, workspace.column_parts,
+                   shape.c, workspace.column_sum);
+    if (error != cudaSuccess) return error;
+  }
+  if (workspace.match_sum == nullptr) return cudaSuccess;
+  return launch(info_nce_match_kernel<Queue, Operand>, dim3(static_cast<unsigned>(shape.n)), dim3(kMatchThreads), 0,
+                stream, of_queue, of_batch, contrast.key_ids + contrast.first, shape.c, workspace);
 }
 
 template <typename Query>
 cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const InfoNceShape& shape,
-                                    const InfoNceOptions& options, const InfoNceWorkspace& workspace,
-                                    const InfoNceOutputs& outputs, cudaStream_t stream) {
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
+                                    const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
+                                    cudaStream_t stream) {
   // Few rows mean many splits of each: more warps then, so that enough loads are in flight.
   const int warps = workspace.splits >= 4 * kCombineMaxWarps ? kCombineMaxWarps : 4;
+  const InfoNceTarget target{contrast.plain(),
+                             workspace.column_sum,
+                             workspace.match_sum,
+                             workspace.matches,
+                             {shape.k, contrast.valid},
+                             contrast.in_batch ? contrast.keys : 0,
+                             contrast.label_smoothing,
+                             contrast.same_id_positive};
   return launch(info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps), 0, stream,
-                query, key, row_options(shape, options), temperature_of(options), workspace, outputs);
+                query, key + contrast.first * shape.c, row_options(shape, options), temperature_of(options), target,
+                workspace, outputs);
 }
 
-#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                \
-  template cudaError_t launch_info_nce_prepare<Query, Operand>( \
-      const Query*, const Query*, const InfoNceShape&, const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
-#define MOCO_INSTANTIATE_QUERY(Query)                                                                  \
-  MOCO_INSTANTIATE_PREPARE(Query, float)                                                               \
-  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                       \
-  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                              \
-  template cudaError_t launch_info_nce_combine<Query>(const Query*, const Query*, const InfoNceShape&, \
-                                                      const InfoNceOptions&, const InfoNceWorkspace&,  \
-                                                      const InfoNceOutputs&, cudaStream_t);
-#define MOCO_INSTANTIATE_QUEUE(Queue)                                                                           \
-  template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceShape&, const InfoNceOptions&, \
-                                                      const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                      \
+  template cudaError_t launch_info_nce_prepare<Query, Operand>(                                       \
+      const Query*, const Query*, const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&, \
+      const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_QUERY(Query)                                                                 \
+  MOCO_INSTANTIATE_PREPARE(Query, float)                                                              \
+  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                      \
+  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                             \
+  template cudaError_t launch_info_nce_combine<Query>(                                                \
+      const Query*, const Query*, const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&, \
+      const InfoNceWorkspace&, const InfoNceOutputs&, cudaStream_t);
+#define MOCO_INSTANTIATE_TARGET(Queue, Operand)              \
+  template cudaError_t launch_info_nce_target<Queue, Operand>( \
+      const Queue*, const InfoNceShape&, const InfoNceContrast&, const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_QUEUE(Queue)                                                                              \
+  template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&,    \
+                                                      const InfoNcePartials&, int64_t, const InfoNceShape&,        \
+                                                      const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
 MOCO_INSTANTIATE_QUERY(float)
 MOCO_INSTANTIATE_QUERY(__nv_bfloat16)
 MOCO_INSTANTIATE_QUERY(__half)
 MOCO_INSTANTIATE_QUEUE(float)
 MOCO_INSTANTIATE_QUEUE(__nv_bfloat16)
 MOCO_INSTANTIATE_QUEUE(__half)
+MOCO_INSTANTIATE_TARGET(float, float)
+MOCO_INSTANTIATE_TARGET(__nv_bfloat16, float)
+MOCO_INSTANTIATE_TARGET(__half, float)
+MOCO_INSTANTIATE_TARGET(__nv_bfloat16, __nv_bfloat16)
+MOCO_INSTANTIATE_TARGET(__half, __half)
 
 }  // namespace moco_ext::cuda

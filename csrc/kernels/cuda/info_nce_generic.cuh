@@ -15,8 +15,8 @@ static_assert(kGenericThreads == kGenericRows * kGenericKeys / 2 && kGenericKeys
 
 template <typename Queue>
 __global__ void __launch_bounds__(kGenericThreads, 2)
-    info_nce_generic_kernel(const Queue* queue, int64_t n, int64_t k, int64_t c, int64_t tiles,
-                            InfoNceTemperature temperature, InfoNceWorkspace workspace) {
+    info_nce_generic_kernel(const Queue* queue, InfoNceKeyCount count, InfoNceMask mask, InfoNcePartials partials,
+                            int64_t n, int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
   __shared__ float query[kGenericRows][kGenericColumns + 1];  // one more: columns lie in distinct banks
   __shared__ float key[kGenericKeys][kGenericColumns + 1];
   __shared__ float scores[kGenericRows][kGenericKeys];
@@ -26,6 +26,8 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
   const int warp = thread / 32;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kGenericRows;
   const int64_t split_row = blockIdx.y * n + block_row;
+  const int64_t k = count.value();
+  const int64_t tiles = (k + kGenericKeys - 1) / kGenericKeys;
   const int64_t first_tile = tiles * blockIdx.y / gridDim.y;
   const int64_t end_tile = tiles * (blockIdx.y + 1) / gridDim.y;
   const float* const operand = static_cast<const float*>(workspace.query) + block_row * c;
@@ -70,20 +72,26 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
 
     for (int r = 0; r < 2; ++r) {
       const int row = warp + kWarps * r;
-      const float s = scores[row][lane];
+      float s = scores[row][lane];
+      bool is_negative = true;
+      if (mask.any() && lane < keys && block_row + row < n) {
+        const bool same_id = mask.same_id(block_row + row, tile_key + lane);
+        is_negative = !same_id;
+        if (mask.is_own(block_row + row, tile_key + lane) || (same_id && !mask.same_id_positive)) s = -INFINITY;
+      }
       const float max = fmaxf(row_max[r], warp_join(s, Max{}));
       const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
       const float factor = exp2f((row_max[r] - shift) * scale);
       const float p = exp2f((s - shift) * scale);
       row_sum[r] = row_sum[r] * factor + p;
-      row_rank[r] += s > workspace.positive[block_row + row];
+      row_rank[r] += is_negative && s > workspace.positive[block_row + row];
       row_max[r] = max;
       scores[row][lane] = p;
       if (lane == 0) rescale[row] = factor;
     }
     __syncthreads();
 
-    if (workspace.partials.keys != nullptr) {
+    if (partials.keys != nullptr) {
       for (int64_t item = thread; item < c * (kGenericRows / kGenericItemRows); item += kGenericThreads) {
         const int64_t column = item % c;
         const int row = static_cast<int>(item / c) * kGenericItemRows;
@@ -95,7 +103,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         }
         for (int j = 0; j < kGenericItemRows; ++j) {
           if (block_row + row + j >= n) break;
-          float* const total = workspace.partials.keys + (split_row + row + j) * c + column;
+          float* const total = partials.keys + (split_row + row + j) * c + column;
           *total = tile == first_tile ? sum[j] : *total * rescale[row + j] + sum[j];
         }
       }
@@ -103,14 +111,18 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
     // The next tile's first barrier stands between these reads of scores and rescale, and what overwrites them.
   }
 
+  if (first_tile == end_tile && partials.keys != nullptr) {  // fewer keys count than there are splits
+    const int64_t rows = min(n - block_row, kGenericRows);
+    for (int64_t i = thread; i < rows * c; i += kGenericThreads) partials.keys[split_row * c + i] = 0.0f;
+  }
   for (int r = 0; r < 2; ++r) {
     const int row = warp + kWarps * r;
     const float sum = warp_join(row_sum[r], Add{});
     const uint32_t rank = warp_join(row_rank[r], Add{});
     if (lane == 0 && block_row + row < n) {
-      workspace.partials.max[split_row + row] = row_max[r];
-      workspace.partials.sum[split_row + row] = sum;
-      workspace.partials.rank[split_row + row] = rank;
+      partials.max[split_row + row] = row_max[r];
+      partials.sum[split_row + row] = sum;
+      partials.rank[split_row + row] = rank;
     }
   }
 }

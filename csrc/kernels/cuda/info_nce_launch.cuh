@@ -46,39 +46,43 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_b
   return resident;
 }
 
-template <typename Queue, bool kExact, int columns, bool kGradient>
+template <typename Queue, bool kExact, int columns, MmaPass kPass>
 InfoNcePass<Queue> mma_pass() {
   using Tile = MmaTile<Queue, kExact, columns>;
   static std::atomic<int> cache[kMaxDevices];
-  void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Queue, kExact, columns, kGradient>;
+  void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Queue, kExact, columns, kPass>;
   return {kernel,         Tile::kRows,        Tile::kKeys,
           Tile::kThreads, Tile::kSharedBytes, resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes, cache)};
 }
 
-template <typename Queue, bool kExact, bool kGradient>
+template <typename Queue, bool kExact, MmaPass kPass>
 InfoNcePass<Queue> mma_pass(int64_t columns) {
   switch (columns) {
     case 64:
-      return mma_pass<Queue, kExact, 64, kGradient>();
+      return mma_pass<Queue, kExact, 64, kPass>();
     case 128:
-      return mma_pass<Queue, kExact, 128, kGradient>();
+      return mma_pass<Queue, kExact, 128, kPass>();
     case 256:
-      return mma_pass<Queue, kExact, 256, kGradient>();
+      return mma_pass<Queue, kExact, 256, kPass>();
     case 512:
-      return mma_pass<Queue, kExact, 512, kGradient>();
+      return mma_pass<Queue, kExact, 512, kPass>();
     default:
       return {};
   }
 }
 
+template <typename Queue, MmaPass kPass>
+InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options) {
+  if constexpr (std::is_same_v<Queue, float>) {
+    if (!options.allow_tf32) return mma_pass<Queue, true, kPass>(shape.c);
+  }
+  return mma_pass<Queue, false, kPass>(shape.c);
+}
+
 template <typename Queue>
 InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient) {
-  if constexpr (std::is_same_v<Queue, float>) {
-    if (!options.allow_tf32) {
-      return gradient ? mma_pass<Queue, true, true>(shape.c) : mma_pass<Queue, true, false>(shape.c);
-    }
-  }
-  return gradient ? mma_pass<Queue, false, true>(shape.c) : mma_pass<Queue, false, false>(shape.c);
+  return gradient ? mma_pass<Queue, MmaPass::kGradient>(shape, options)
+                  : mma_pass<Queue, MmaPass::kLoss>(shape, options);
 }
 
 template <typename Queue>
@@ -107,64 +111,95 @@ inline int64_t choose_splits(int64_t row_blocks, int64_t tiles, int64_t resident
 }
 
 template <typename Queue>
-InfoNceWorkspace pass_workspace(const InfoNcePass<Queue>& pass, void* base, const InfoNceShape& shape, bool gradient) {
+InfoNceWorkspace pass_workspace(const InfoNcePass<Queue>& pass, void* base, const InfoNceShape& shape,
+                                const InfoNceContrast& contrast, bool gradient) {
   const int64_t row_blocks = (shape.n + pass.rows - 1) / pass.rows;
-  const int64_t tiles = (shape.k + pass.keys - 1) / pass.keys;
+  const auto splits = [&](int64_t keys) {
+    return keys == 0 ? 0 : choose_splits(row_blocks, (keys + pass.keys - 1) / pass.keys, pass.resident);
+  };
   const size_t operand_bytes = pass.kernel == nullptr ? sizeof(float) : sizeof(Queue);
-  return info_nce_workspace(base, shape, pass.rows, choose_splits(row_blocks, tiles, pass.resident), operand_bytes,
-                            gradient);
+  return info_nce_workspace(base, shape, contrast, pass.rows, splits(shape.k),
+                            contrast.in_batch ? splits(contrast.keys) : 0, operand_bytes, gradient);
 }
 
 template <typename Queue>
-size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient) {
+size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
+                                const InfoNceContrast& contrast, bool gradient) {
   if (shape.n == 0) return 0;
   // Which pass will run depends on the queue's alignment too, which is not known here.
-  size_t bytes = pass_workspace(generic_pass<Queue>(), nullptr, shape, gradient).bytes;
+  size_t bytes = pass_workspace(generic_pass<Queue>(), nullptr, shape, contrast, gradient).bytes;
   if (const InfoNcePass<Queue> pass = mma_pass<Queue>(shape, options, gradient); pass.resident > 0) {
-    bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, gradient).bytes);
+    bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
   }
   return bytes;
 }
 
+// prepare, the passes over queue and batch, combine. Operand is the element type of queries and keys in the passes.
+template <typename Operand, typename Query, typename Queue, typename Pass>
+cudaError_t launch_info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
+                            const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceWorkspace& w,
+                            const InfoNceOutputs& outputs, cudaStream_t stream, Pass&& pass) {
+  const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.first;
+  const bool positive = contrast.same_id_positive;
+  cudaError_t error = launch_info_nce_prepare<Query, Operand>(query, key, shape, options, contrast, w, stream);
+  if (error == cudaSuccess && w.queue_splits > 0) {
+    error = pass(queue, InfoNceKeyCount{shape.k, contrast.valid},
+                       InfoNceMask{row_ids, contrast.queue_ids, kNoOwn, positive}, partials_from(w, shape, 0),
+                       w.queue_splits);
+  }
+  if (error == cudaSuccess && contrast.in_batch) {
+    error = pass(static_cast<const Operand*>(w.keys), InfoNceKeyCount{contrast.keys, nullptr},
+                       InfoNceMask{row_ids, contrast.key_ids, contrast.first, positive},
+                       partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits);
+  }
+  if (error == cudaSuccess) error = launch_info_nce_target<Queue, Operand>(queue, shape, contrast, w, stream);
+  if (error != cudaSuccess) return error;
+  return launch_info_nce_combine(query, key, shape, options, contrast, w, outputs, stream);
+}
+
 template <typename Query, typename Queue>
 cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-                     const InfoNceOptions& options, const InfoNceOutputs& outputs, void* workspace,
-                     cudaStream_t stream) {
+                     const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,
+                     void* workspace, cudaStream_t stream) {
   if (shape.n == 0) return cudaSuccess;
   const bool gradient = outputs.grad_query != nullptr;
   const InfoNcePass<Queue> fast = mma_pass<Queue>(shape, options, gradient);
   if (fast.resident == 0 || reinterpret_cast<uintptr_t>(queue) % 16 != 0) {
-    const InfoNceWorkspace w = pass_workspace(generic_pass<Queue>(), workspace, shape, gradient);
-    const cudaError_t error = launch_info_nce_prepare<Query, float>(query, key, shape, options, w, stream);
-    if (error != cudaSuccess) return error;
-    if (const cudaError_t e = launch_info_nce_generic(queue, shape, options, w, stream); e != cudaSuccess) return e;
-    return launch_info_nce_combine(query, key, shape, options, w, outputs, stream);
+    const InfoNceWorkspace w = pass_workspace(generic_pass<Queue>(), workspace, shape, contrast, gradient);
+    const auto pass = [&](const auto* keys, const auto& count, const auto& mask, const auto& partials, int64_t splits) {
+      return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
+    };
+    return launch_info_nce<float>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
   }
-  const InfoNceWorkspace w = pass_workspace(fast, workspace, shape, gradient);
-  const cudaError_t error = launch_info_nce_prepare<Query, Queue>(query, key, shape, options, w, stream);
-  if (error != cudaSuccess) return error;
-  const MmaArguments<Queue> arguments{static_cast<const uint32_t*>(w.query),
-                                      queue,
-                                      w.positive,
-                                      w.row_scale,
-                                      w.partials,
-                                      shape.n,
-                                      shape.k,
-                                      (shape.k + fast.keys - 1) / fast.keys,
-                                      {options.temperature, options.temperature_ptr}};
-  const dim3 grid(static_cast<unsigned>(w.n_padded / fast.rows), static_cast<unsigned>(w.splits));
-  const cudaError_t e = launch(fast.kernel, grid, dim3(fast.threads), fast.shared_bytes, stream, arguments);
-  if (e != cudaSuccess) return e;
-  return launch_info_nce_combine(query, key, shape, options, w, outputs, stream);
+  const InfoNceWorkspace w = pass_workspace(fast, workspace, shape, contrast, gradient);
+  const auto pass = [&](const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                        const InfoNcePartials& partials, int64_t splits) {
+    const MmaArguments<Queue> arguments{static_cast<const uint32_t*>(w.query),
+                                        keys,
+                                        w.positive,
+                                        w.row_scale,
+                                        partials,
+                                        shape.n,
+                                        count,
+                                        mask,
+                                        {options.temperature, options.temperature_ptr},
+                                        nullptr};
+    const dim3 grid(static_cast<unsigned>(w.n_padded / fast.rows), static_cast<unsigned>(splits));
+    return launch(fast.kernel, grid, dim3(fast.threads), fast.shared_bytes, stream, arguments);
+  };
+  return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
 }
 
 #define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                             \
-  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&, bool); \
+  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&,        \
+                                                  const InfoNceContrast&, bool);                     \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                       \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                               \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(__half, Queue)
-#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                         \
-  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const InfoNceShape&, \
-                                              const InfoNceOptions&, const InfoNceOutputs&, void*, cudaStream_t);
+#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                  \
+  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*,               \
+                                              const InfoNceShape&, const InfoNceOptions&,             \
+                                              const InfoNceContrast&, const InfoNceOutputs&, void*,   \
+                                              cudaStream_t);
 
 }  // namespace moco_ext::cuda

@@ -39,6 +39,15 @@ struct MmaTile {
   static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0 && kSharedBytes <= 99 * 1024);
 };
 
+// A query as the pass over its keys sees it: p times upstream less the target is upstream * exp2(score * scale - lse) - floor, and less
+// share too where the key is a positive.
+struct alignas(16) InfoNceColumn {
+  float lse;  // in units of log 2
+  float upstream;
+  float floor;  // these two times upstream
+  float share;
+};
+
 template <typename Element>
 struct MmaArguments {
   const uint32_t* query;   // [N_padded, C] of Element, normalised and scaled by 1 / row_scale
@@ -47,10 +56,15 @@ struct MmaArguments {
   const float* row_scale;  // [N_padded] a power of two
   InfoNcePartials partials;
   int64_t n;
-  int64_t k;
-  int64_t tiles;  // ceil(K / kKeys)
+  InfoNceKeyCount count;
+  InfoNceMask mask;
   InfoNceTemperature temperature;
+  const InfoNceColumn* columns;  // [K] for kKeys
 };
+
+// What a pass computes of its rows: their loss, their gradient too, or, when the rows are keys and the keys queries whose
+// losses are known, the gradient of those keys.
+enum class MmaPass { kLoss, kGradient, kKeys };
 
 // Operand registers as the product wants them. float keys are tf32 words; kExact splits each into high + low, two tf32
 // numbers that together hold 22 bits.
@@ -239,9 +253,76 @@ __device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[
   }
 }
 
-template <typename Element, bool kExact, int columns, bool kGradient>
+// A bit for each of a lane's scores, number 4 j + 2 r + i.
+struct MaskBits {
+  uint32_t own = 0;
+  uint32_t same_id = 0;
+};
+
+// Found in a loop that is not unrolled, so that it holds few registers beside the tile's.
+template <int tiles>
+__device__ __forceinline__ MaskBits mask_bits(const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
+                                              int64_t k, int lane) {
+  static_assert(tiles * 4 <= 32);
+  MaskBits bits;
+#pragma unroll 1
+  for (int at = 0; at < tiles * 4; ++at) {
+    const int64_t key = first_key + at / 4 * 8 + lane % 4 * 2 + at % 2;
+    const int64_t this_row = row + at / 2 % 2 * 8;
+    if (this_row >= n || key >= k) continue;
+    bits.own |= static_cast<uint32_t>(mask.is_own(this_row, key)) << at;
+    bits.same_id |= static_cast<uint32_t>(mask.same_id(this_row, key)) << at;
+  }
+  bits.same_id &= ~bits.own;
+  return bits;
+}
+
+template <int tiles>
+__device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& rows, const InfoNceMask& mask,
+                                            int64_t row, int64_t n, int64_t first_key, int64_t k, int lane) {
+  const MaskBits bits = mask_bits<tiles>(mask, row, n, first_key, k, lane);
+  const uint32_t masked = bits.own | (mask.same_id_positive ? 0 : bits.same_id);
+  const uint32_t positives = mask.same_id_positive ? bits.same_id : 0;
+#pragma unroll
+  for (int at = 0; at < tiles * 4; ++at) {
+    float& x = s[at / 4][at % 4];
+    if (masked >> at & 1) x = -INFINITY;
+    // It will be counted with the negatives.
+    if (positives >> at & 1) rows.rank[at / 2 % 2] -= x > rows.positive[at / 2 % 2];
+  }
+}
+
+// Scores of kKeys -> weights of the queries in the gradient of each key.
+template <int tiles>
+__device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNceColumn* columns, float scale,
+                                              const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
+                                              int64_t k, int lane) {
+  MaskBits bits;
+  if (mask.any()) bits = mask_bits<tiles>(mask, row, n, first_key, k, lane);
+  const uint32_t masked = mask.same_id_positive ? 0 : bits.same_id;
+  const uint32_t positives = bits.own | (mask.same_id_positive ? bits.same_id : 0);
+#pragma unroll
+  for (int j = 0; j < tiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t key = first_key + j * 8 + lane % 4 * 2 + i;
+      const InfoNceColumn column = key < k ? columns[key] : InfoNceColumn{};  // which gives weight 0
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 4 * j + 2 * r + i;
+        float& x = s[j][2 * r + i];
+        x = column.upstream * exp2_approx(x * scale - column.lse) - column.floor;
+        if (positives >> at & 1) x -= column.share;
+        if (masked >> at & 1) x = 0.0f;
+      }
+    }
+  }
+}
+
+template <typename Element, bool kExact, int columns, MmaPass kPass>
 __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
     info_nce_mma_kernel(const MmaArguments<Element> arguments) {
+  constexpr bool kGradient = kPass != MmaPass::kLoss;
   using Tile = MmaTile<Element, kExact, columns>;
   MOCO_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x);
@@ -249,10 +330,12 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   const int warp = thread / 32;
   const int column_group = warp / Tile::kRowWarps;
   const int64_t n = arguments.n;
-  const int64_t first_tile = arguments.tiles * blockIdx.y / gridDim.y;
-  const int tiles = static_cast<int>(arguments.tiles * (blockIdx.y + 1) / gridDim.y - first_tile);
+  const int64_t k = arguments.count.value();
+  const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
+  const int64_t first_tile = all_tiles * blockIdx.y / gridDim.y;
+  const int tiles = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y - first_tile);
   const auto valid_keys = [&](int tile) {  // of this split's tile; only the queue's last is not full
-    const int64_t left = arguments.k - (first_tile + tile) * Tile::kKeys;
+    const int64_t left = k - (first_tile + tile) * Tile::kKeys;
     return left < Tile::kKeys ? static_cast<int>(left) : Tile::kKeys;
   };
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * Tile::kRows;
@@ -292,11 +375,12 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
       for (int i = 0; i < 4; ++i) query[step][i] = words[i % 2 * 8 * kRowWords + step * 8 + i / 2 * 4];
     }
   }
-  constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
+  constexpr int kBias = std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
   SoftmaxRows rows;
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    if constexpr (kPass == MmaPass::kKeys) break;
     const float row_scale = arguments.row_scale[row + 8 * r];
     rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
     rows.scale[r] = row_scale * log2_scale;
@@ -334,6 +418,16 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
         s[j][0] = sum.x, s[j][1] = sum.y, s[j][2] = sum.z, s[j][3] = sum.w;
       }
     }
+    const int64_t first_key = (first_tile + tile) * Tile::kKeys;
+    if constexpr (kPass == MmaPass::kKeys) {
+      weigh_columns<Tile::kKeys / 8>(s, arguments.columns, log2_scale, arguments.mask, row, n, first_key, k, lane);
+      if constexpr (std::is_same_v<Element, float>) {
+        multiply_keys_tf32<kExact, Tile>(o, s, keys, lane);
+      } else {
+        multiply_keys_packed<Element, Tile>(o, s, keys, lane);
+      }
+      continue;
+    }
     if (const int valid = valid_keys(tile); valid < Tile::kKeys) {
 #pragma unroll
       for (int j = 0; j < Tile::kKeys / 8; ++j) {
@@ -343,6 +437,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
         }
       }
     }
+    if (arguments.mask.any()) mask_scores<Tile::kKeys / 8>(s, rows, arguments.mask, row, n, first_key, k, lane);
     online_softmax<Tile::kKeys / 8, kBias>(s, o, rows);
     if constexpr (kGradient && std::is_same_v<Element, float>) {
       multiply_keys_tf32<kExact, Tile>(o, s, keys, lane);
@@ -361,7 +456,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
     }
     if (row + 8 * r >= n) continue;
     const int64_t slot = blockIdx.y * n + row + 8 * r;
-    if (column_group == 0 && lane % 4 == 0) {
+    if (kPass != MmaPass::kKeys && column_group == 0 && lane % 4 == 0) {
       arguments.partials.max[slot] = rows.max[r];
       arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
       arguments.partials.rank[slot] = rows.rank[r];

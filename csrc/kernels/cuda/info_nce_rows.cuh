@@ -38,6 +38,10 @@ __device__ __forceinline__ T block_join(T x, Join join) {
   return x;
 }
 
+constexpr int kRowWarps = 4;  // of a block whose warps take a row each
+
+inline dim3 row_blocks(int64_t rows) { return {static_cast<unsigned>((rows + kRowWarps - 1) / kRowWarps)}; }
+
 struct RowOptions {
   int64_t n;
   int64_t c;
@@ -45,6 +49,37 @@ struct RowOptions {
   bool normalize;
   __device__ float divisor(float norm) const { return !normalize ? 1.0f : norm < eps ? eps : norm; }
 };
+
+// The norm of x [c] by a warp, from each lane's part of its square.
+template <typename T>
+__device__ __forceinline__ float warp_norm(const T* x, int64_t c, float square, int lane) {
+  const float norm = sqrtf(warp_join(square, Add{}));
+  if (!isinf(norm)) return norm;
+  square = 0.0f;  // a norm that fits float although its square does not
+  for (int64_t i = lane; i < c; i += 32) square += to_float(x[i]) * 0x1p-80f * (to_float(x[i]) * 0x1p-80f);
+  return sqrtf(warp_join(square, Add{})) * 0x1p80f;
+}
+
+// x [N, C] -> operand [padded, C], unit rows where normalize, the padding zero; norm [N] or null. A warp a row.
+template <typename T, typename Operand>
+__global__ void info_nce_operand_kernel(const T* x, RowOptions options, int64_t padded, Operand* operand,
+                                        float* norm) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row >= padded) return;
+  x += row * options.c;
+  operand += row * options.c;
+  if (row >= options.n) {
+    for (int64_t i = lane; i < options.c; i += 32) operand[i] = from_float<Operand>(0.0f);
+    return;
+  }
+  float square = 0.0f;
+  for (int64_t i = lane; i < options.c; i += 32) square += to_float(x[i]) * to_float(x[i]);
+  const float length = warp_norm(x, options.c, square, lane);
+  const float divisor = options.divisor(length);
+  for (int64_t i = lane; i < options.c; i += 32) operand[i] = from_float<Operand>(to_float(x[i]) / divisor);
+  if (lane == 0 && norm != nullptr) norm[row] = length;
+}
 
 // A warp per row of query, key [N, C].
 template <typename Query, typename Operand>
@@ -74,15 +109,8 @@ __global__ void info_nce_prepare_kernel(const Query* query, const Query* key, Ro
     key_square += k * k;
     largest = fmaxf(largest, fabsf(q));
   }
-  const auto norm_of = [&](const Query* x, float square) {
-    const float norm = sqrtf(warp_join(square, Add{}));
-    if (!isinf(norm)) return norm;
-    square = 0.0f;  // a norm that fits float although its square does not
-    for (int64_t i = lane; i < options.c; i += 32) square += to_float(x[i]) * 0x1p-80f * (to_float(x[i]) * 0x1p-80f);
-    return sqrtf(warp_join(square, Add{})) * 0x1p80f;
-  };
-  const float query_norm = norm_of(query, query_square);
-  const float key_norm = norm_of(key, key_square);
+  const float query_norm = warp_norm(query, options.c, query_square, lane);
+  const float key_norm = warp_norm(key, options.c, key_square, lane);
   const float query_divisor = options.divisor(query_norm);
   const float key_divisor = options.divisor(key_norm);
   largest = warp_join(largest, Max{}) / query_divisor;
@@ -115,7 +143,7 @@ constexpr int kCombineMaxWarps = 16;
 template <typename Query>
 __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     info_nce_combine_kernel(const Query* query, const Query* key, RowOptions options, InfoNceTemperature temperature,
-                            InfoNceWorkspace workspace, InfoNceOutputs outputs) {
+                            InfoNceTarget target, InfoNceWorkspace workspace, InfoNceOutputs outputs) {
   __shared__ float parts[kCombineMaxWarps][kCombineColumns];
   const int64_t row = blockIdx.x;
   const int64_t n = options.n;
@@ -162,20 +190,52 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     key_weight = 1.0f / total;
     rest = negatives / total;
   }
-  if (thread == 0) {
-    const float positive_logit = positive * inverse_temperature;
-    outputs.loss[row] = loss;
-    outputs.lse[row] = loss + positive_logit;
-    outputs.positive_logit[row] = positive_logit;
-    outputs.rank[row] = rank;
-  }
-
   const float query_norm = workspace.query_norm[row];
   const float key_norm = workspace.key_norm[row];
   const float inverse_query = 1.0f / options.divisor(query_norm);
   const float inverse_key = 1.0f / options.divisor(key_norm);
   query += row * c;
   key += row * c;
+
+  // Instead of the key, of weight 1, the target: shares of it and of other keys. What changes is a difference.
+  float share = 1.0f;  // of each positive
+  float floor = 0.0f;  // of each class
+  float excess = 0.0f;  // of the positive's score over the target's
+  if (!target.plain) {
+    const long long matches = target.match_sum == nullptr ? 0 : target.matches[row];  // NOLINT
+    const long long queue_keys = target.queue_keys.value();                           // NOLINT
+    const long long classes = 1 + queue_keys + (target.batch_keys == 0 ? 0 : target.batch_keys - 1) -  // NOLINT
+                              (target.same_id_positive ? 0 : matches);
+    share = (1.0f - target.label_smoothing) / static_cast<float>(1 + (target.same_id_positive ? matches : 0));
+    floor = target.label_smoothing / static_cast<float>(classes);
+  }
+  const auto target_less_key = [&](int64_t i, float k) {  // element i, k being the key's
+    const float matched = target.match_sum == nullptr ? 0.0f : target.match_sum[row * c + i];
+    float t = (share - 1.0f) * k;
+    if (target.same_id_positive) t += share * matched;
+    if (target.column_sum != nullptr) {
+      t += floor * (target.column_sum[i] + (target.batch_keys == 0 ? k : 0.0f) -
+                    (target.same_id_positive ? 0.0f : matched));
+    }
+    return t;
+  };
+  if (!target.plain) {
+    for (int64_t i = thread; i < c; i += threads) {
+      excess -= to_float(query[i]) * inverse_query * target_less_key(i, to_float(key[i]) * inverse_key);
+    }
+    excess = block_join(excess, Add{});
+  }
+  if (thread == 0) {
+    const float positive_logit = positive * inverse_temperature;
+    outputs.loss[row] = loss + excess * inverse_temperature;
+    outputs.lse[row] = loss + positive_logit;
+    outputs.positive_logit[row] = positive_logit;
+    outputs.rank[row] = rank;
+    if (outputs.weights != nullptr) {
+      outputs.weights[2 * row] = share;
+      outputs.weights[2 * row + 1] = floor;
+    }
+  }
 
   if (outputs.grad_query != nullptr) {
     float* const gradient = outputs.grad_query + row * c;
@@ -202,11 +262,14 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
       __syncthreads();  // the next columns overwrite parts
     }
     dot = block_join(dot, Add{});
-    const float unit_dot = (key_weight * dot - rest * positive) * inverse_temperature;  // of q with d loss / d q
+    // of q with d loss / d q
+    const float unit_dot = (key_weight * dot - rest * positive + excess) * inverse_temperature;
     for (int64_t i = thread; i < c; i += threads) {
       const float q = to_float(query[i]) * inverse_query;
       const float k = to_float(key[i]) * inverse_key;
-      float g = (key_weight * gradient[i] - rest * k) * inverse_temperature;
+      float g = key_weight * gradient[i] - rest * k;
+      if (!target.plain) g -= target_less_key(i, k);
+      g *= inverse_temperature;
       if (options.normalize && query_norm > options.eps) g -= unit_dot * q;  // a clamped norm is a constant
       gradient[i] = g * inverse_query;
     }
@@ -215,6 +278,7 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     }
   }
   if (outputs.grad_key != nullptr) {
+    rest -= 1.0f - (share + floor);  // its weight in the target less its probability
     const float unit_dot = -rest * positive * inverse_temperature;
     for (int64_t i = thread; i < c; i += threads) {
       const float q = to_float(query[i]) * inverse_query;

@@ -1,6 +1,9 @@
 // What the InfoNCE kernels hand to one another, and where in the workspace it lies.
 //
-// prepare -> one pass over the queue, divided into splits (info_nce_mma.cuh or info_nce_generic.cuh) -> combine.
+// prepare -> a pass over the queue, divided into splits (info_nce_mma.cuh or info_nce_generic.cuh) -> combine.
+//
+// In-batch keys take the same pass again, over their operand and into splits of their own. A target distribution other
+// than the positive alone is gathered beside it (info_nce_target.cuh), for combine to put in the positive's place.
 #pragma once
 
 #include <cstddef>
@@ -25,57 +28,151 @@ struct InfoNcePartials {
   float* keys;     // [splits, N, C] sum of p n; null without gradient
 };
 
+constexpr int64_t kNoOwn = INT64_MIN;
+
+// Which of a pass's keys are not negatives of a row.
+struct InfoNceMask {
+  const int64_t* row_ids;  // [N], where key_ids are given
+  const int64_t* key_ids;  // [K] or null
+  int64_t own;             // key own + row is the row's positive; kNoOwn: none is
+  bool same_id_positive;
+
+  __host__ __device__ bool any() const { return key_ids != nullptr || own != kNoOwn; }
+  __device__ bool is_own(int64_t row, int64_t key) const { return own != kNoOwn && key == own + row; }
+  __device__ bool same_id(int64_t row, int64_t key) const {
+    return key_ids != nullptr && row_ids[row] >= 0 && row_ids[row] == key_ids[key];
+  }
+};
+
+// The number of keys that count: known here, or only on the device.
+struct InfoNceKeyCount {
+  int64_t most;
+  const int64_t* valid;  // [1] or null
+  __device__ int64_t value() const {
+    if (valid == nullptr) return most;
+    return *valid < 0 ? 0 : *valid < most ? *valid : most;
+  }
+};
+
+// What combine must know of a target distribution.
+struct InfoNceTarget {
+  bool plain;                 // the positive alone
+  const float* column_sum;    // [C] of all keys, or null: no label smoothing
+  const float* match_sum;     // [N, C] of the keys with the row's id, or null
+  const int64_t* matches;     // [N], with match_sum
+  InfoNceKeyCount queue_keys;
+  int64_t batch_keys;         // 0, or M with in_batch
+  float label_smoothing;
+  bool same_id_positive;
+};
+
 struct InfoNceWorkspace {
   float* query_norm;  // [N]
   float* key_norm;    // [N]
   float* positive;    // [N_padded] q . k, not divided by row_scale
   float* row_scale;   // [N_padded] power of two that brings the query operand's largest element to [0.5, 1)
   void* query;        // [N_padded, C] the query operand: normalised, divided by row_scale
+  void* keys;         // [M, C] with in_batch: the keys as the pass takes them, normalised
+  float* column_parts;  // [kColumnParts, C] with label smoothing
+  float* column_sum;    // [C]
+  float* match_sum;     // [N, C] with ids, where the target or its smoothing needs them
+  int64_t* matches;     // [N]
   InfoNcePartials partials;
   int64_t n_padded;
-  int64_t splits;
+  int64_t splits;        // of both
+  int64_t queue_splits;  // the first of them
   size_t bytes;
+};
+constexpr int kColumnParts = 128;
+
+inline bool needs_matches(const InfoNceContrast& contrast) {
+  return contrast.key_ids != nullptr && (contrast.same_id_positive || contrast.label_smoothing > 0);
+}
+
+// Hands out pieces of memory; from a null base, to learn the size.
+class Pieces {
+ public:
+  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  void take(T*& pointer, int64_t count, size_t bytes = sizeof(T)) {
+    pointer = reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<size_t>(count) * bytes + 255) / 256 * 256;
+  }
+  void take(void*& pointer, int64_t count, size_t bytes) {
+    char* piece = nullptr;
+    take(piece, count, bytes);
+    pointer = piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
 };
 
 // `base` may be null, to learn the size.
-inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape, int64_t block_rows, int64_t splits,
+inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape, const InfoNceContrast& contrast,
+                                           int64_t block_rows, int64_t queue_splits, int64_t batch_splits,
                                            size_t operand_bytes, bool gradient) {
   InfoNceWorkspace w{};
+  Pieces pieces(base);
   w.n_padded = (shape.n + block_rows - 1) / block_rows * block_rows;
-  w.splits = splits;
-  const auto take = [&](int64_t count, size_t bytes) {
-    char* const pointer = static_cast<char*>(base) + w.bytes;
-    w.bytes += (static_cast<size_t>(count) * bytes + 255) / 256 * 256;
-    return static_cast<void*>(pointer);
-  };
-  const int64_t slots = splits * shape.n;
-  w.query_norm = static_cast<float*>(take(shape.n, sizeof(float)));
-  w.key_norm = static_cast<float*>(take(shape.n, sizeof(float)));
-  w.positive = static_cast<float*>(take(w.n_padded, sizeof(float)));
-  w.row_scale = static_cast<float*>(take(w.n_padded, sizeof(float)));
-  w.query = take(w.n_padded * shape.c, operand_bytes);
-  w.partials.max = static_cast<float*>(take(slots, sizeof(float)));
-  w.partials.sum = static_cast<float*>(take(slots, sizeof(float)));
-  w.partials.rank = static_cast<uint32_t*>(take(slots, sizeof(uint32_t)));
-  if (gradient) w.partials.keys = static_cast<float*>(take(slots * shape.c, sizeof(float)));
+  w.queue_splits = queue_splits;
+  w.splits = queue_splits + batch_splits;
+  const int64_t slots = w.splits * shape.n;
+  pieces.take(w.query_norm, shape.n);
+  pieces.take(w.key_norm, shape.n);
+  pieces.take(w.positive, w.n_padded);
+  pieces.take(w.row_scale, w.n_padded);
+  pieces.take(w.query, w.n_padded * shape.c, operand_bytes);
+  if (contrast.in_batch) pieces.take(w.keys, contrast.keys * shape.c, operand_bytes);
+  if (contrast.label_smoothing > 0) {
+    pieces.take(w.column_parts, kColumnParts * shape.c);
+    pieces.take(w.column_sum, shape.c);
+  }
+  if (needs_matches(contrast)) {
+    pieces.take(w.match_sum, shape.n * shape.c);
+    pieces.take(w.matches, shape.n);
+  }
+  pieces.take(w.partials.max, slots);
+  pieces.take(w.partials.sum, slots);
+  pieces.take(w.partials.rank, slots);
+  if (gradient) pieces.take(w.partials.keys, slots * shape.c);
+  w.bytes = pieces.used();
   return w;
+}
+
+// The slots of the splits from `split` on.
+inline InfoNcePartials partials_from(const InfoNceWorkspace& w, const InfoNceShape& shape, int64_t split) {
+  const int64_t slot = split * shape.n;
+  const InfoNcePartials& p = w.partials;
+  return {p.max + slot, p.sum + slot, p.rank + slot, p.keys == nullptr ? nullptr : p.keys + slot * shape.c};
 }
 
 // Operand is the element type of `workspace.query`.
 template <typename Query, typename Operand>
 cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
+                                    const InfoNceWorkspace& workspace, cudaStream_t stream);
+
+// One pass over `keys` into `partials` of `splits` splits.
+template <typename Queue>
+cudaError_t launch_info_nce_generic(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                                    const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
                                     const InfoNceOptions& options, const InfoNceWorkspace& workspace,
                                     cudaStream_t stream);
-
-template <typename Queue>
-cudaError_t launch_info_nce_generic(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
-                                    const InfoNceWorkspace& workspace, cudaStream_t stream);
 constexpr int64_t kGenericRows = 16;
 constexpr int64_t kGenericKeys = 32;
 
 template <typename Query>
 cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const InfoNceShape& shape,
-                                    const InfoNceOptions& options, const InfoNceWorkspace& workspace,
-                                    const InfoNceOutputs& outputs, cudaStream_t stream);
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
+                                    const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
+                                    cudaStream_t stream);
+
+// What the target distribution needs of the keys; nothing where it is the positive alone. Operand as for prepare.
+template <typename Queue, typename Operand>
+cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceContrast& contrast,
+                                   const InfoNceWorkspace& workspace, cudaStream_t stream);
 
 }  // namespace moco_ext::cuda

@@ -1,0 +1,201 @@
+// The gradient of keys that are negatives of one another's queries: the pass of info_nce with the roles of the two sides
+// exchanged. A row's logsumexp is known by now, so there is no maximum to keep:
+//   W = upstream (exp(K Q^T / T - lse) - target),  gradient = W Q / T, then through the norm of each key.
+// Keys and queries of bfloat16 are multiplied as they are, of float16 in tf32 (weights may be below its range).
+#include "kernels/cuda/info_nce_launch.cuh"
+#include "kernels/cuda/info_nce_rows.cuh"
+
+namespace moco_ext::cuda {
+namespace {
+
+template <typename Query>
+using KeysOperand = std::conditional_t<std::is_same_v<Query, __nv_bfloat16>, __nv_bfloat16, float>;
+
+struct KeysWorkspace {
+  void* query;             // [N, C] operand
+  void* key;               // [M_padded, C] operand
+  float* key_norm;         // [M]
+  InfoNceColumn* columns;  // [N]
+  float* sums;             // [splits, M, C] of W Q
+  int64_t padded;
+  int64_t splits;
+  size_t bytes;
+};
+
+__global__ void info_nce_columns_kernel(const float* lse, const float* weights, const float* upstream, int64_t n,
+                                        InfoNceColumn* columns) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const float g = upstream[i];
+  columns[i] = {lse[i] * 1.44269504f, g, weights[2 * i + 1] * g, weights[2 * i] * g};
+}
+
+constexpr int kChunk = 64;  // queries whose weights a block holds
+constexpr int kThreads = 256;
+
+// For any C: a block a key.
+__global__ void __launch_bounds__(kThreads)
+    info_nce_keys_generic_kernel(const float* keys, const float* queries, const InfoNceColumn* columns,
+                                 InfoNceMask mask, int64_t n, int64_t c, InfoNceTemperature temperature, float* sums) {
+  __shared__ float weights[kChunk];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int64_t row = blockIdx.x;
+  const float scale = 1.44269504f / temperature.value();
+  keys += row * c;
+  sums += row * c;
+  for (int64_t i = thread; i < c; i += kThreads) sums[i] = 0.0f;
+  for (int64_t first = 0; first < n; first += kChunk) {
+    const int count = static_cast<int>(min(n - first, int64_t{kChunk}));
+    for (int q = thread / 32; q < count; q += kThreads / 32) {
+      float score = 0.0f;
+      for (int64_t i = lane; i < c; i += 32) score += keys[i] * queries[(first + q) * c + i];
+      score = warp_join(score, Add{});
+      if (lane != 0) continue;
+      const InfoNceColumn column = columns[first + q];
+      float w = column.upstream * exp2f(score * scale - column.lse) - column.floor;
+      if (mask.is_own(row, first + q)) {
+        w -= column.share;
+      } else if (mask.same_id(row, first + q)) {
+        w = mask.same_id_positive ? w - column.share : 0.0f;
+      }
+      weights[q] = w;
+    }
+    __syncthreads();
+    for (int64_t i = thread; i < c; i += kThreads) {
+      float sum = 0.0f;
+      for (int q = 0; q < count; ++q) sum += weights[q] * queries[(first + q) * c + i];
+      sums[i] += sum;
+    }
+    __syncthreads();  // the next chunk overwrites the weights
+  }
+}
+
+// gradient [M, C] from the splits' sums, through 1 / T and the norm. A block a key.
+template <typename Query>
+__global__ void info_nce_keys_combine_kernel(const Query* key, RowOptions options, InfoNceTemperature temperature,
+                                             KeysWorkspace workspace, float* gradient) {
+  const int64_t row = blockIdx.x;
+  const int64_t c = options.c;
+  key += row * c;
+  gradient += row * c;
+  const float norm = workspace.key_norm[row];
+  const float inverse_norm = 1.0f / options.divisor(norm);
+  float dot = 0.0f;
+  for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
+    float sum = 0.0f;
+    for (int64_t split = 0; split < workspace.splits; ++split) {
+      sum += workspace.sums[(split * options.n + row) * c + i];
+    }
+    sum /= temperature.value();
+    gradient[i] = sum;
+    dot += sum * (to_float(key[i]) * inverse_norm);
+  }
+  dot = block_join(dot, Add{});
+  const bool turns = options.normalize && norm > options.eps;  // a clamped norm is a constant
+  for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
+    gradient[i] = (gradient[i] - (turns ? dot * (to_float(key[i]) * inverse_norm) : 0.0f)) * inverse_norm;
+  }
+}
+
+template <typename Query>
+InfoNcePass<KeysOperand<Query>> keys_pass(const InfoNceShape& shape, InfoNceOptions options) {
+  options.allow_tf32 |= std::is_same_v<Query, __half>;
+  return mma_pass<KeysOperand<Query>, MmaPass::kKeys>(shape, options);
+}
+
+template <typename Operand>
+KeysWorkspace keys_workspace(void* base, const InfoNcePass<Operand>& pass, const InfoNceShape& shape, int64_t m) {
+  KeysWorkspace w{};
+  Pieces pieces(base);
+  const bool fast = pass.resident > 0;
+  w.padded = fast ? (m + pass.rows - 1) / pass.rows * pass.rows : m;
+  w.splits = fast ? choose_splits(w.padded / pass.rows, (shape.n + pass.keys - 1) / pass.keys, pass.resident) : 1;
+  const size_t element = fast ? sizeof(Operand) : sizeof(float);
+  pieces.take(w.query, shape.n * shape.c, element);
+  pieces.take(w.key, w.padded * shape.c, element);
+  pieces.take(w.key_norm, m);
+  pieces.take(w.columns, shape.n);
+  pieces.take(w.sums, w.splits * m * shape.c);
+  w.bytes = pieces.used();
+  return w;
+}
+
+template <typename Operand, typename Query>
+cudaError_t launch_operand(const Query* x, const RowOptions& options, int64_t padded, void* operand, float* norm,
+                           cudaStream_t stream) {
+  return launch(info_nce_operand_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
+                options, padded, static_cast<Operand*>(operand), norm);
+}
+
+}  // namespace
+
+template <typename Query>
+size_t info_nce_keys_backward_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
+                                              const InfoNceContrast& contrast) {
+  if (shape.n == 0) return 0;
+  return keys_workspace(nullptr, keys_pass<Query>(shape, options), shape, contrast.keys).bytes;
+}
+
+template <typename Query>
+cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const InfoNceShape& shape,
+                                   const InfoNceOptions& options, const InfoNceContrast& contrast, const float* lse,
+                                   const float* weights, const float* upstream, float* grad_key, void* workspace,
+                                   cudaStream_t stream) {
+  using Operand = KeysOperand<Query>;
+  const int64_t n = shape.n;
+  const int64_t m = contrast.keys;
+  if (m == 0) return cudaSuccess;
+  if (n == 0) return cudaMemsetAsync(grad_key, 0, static_cast<size_t>(m * shape.c) * sizeof(float), stream);
+  const InfoNcePass<Operand> pass = keys_pass<Query>(shape, options);
+  const KeysWorkspace w = keys_workspace(workspace, pass, shape, m);
+  const RowOptions queries{n, shape.c, options.eps, options.normalize};
+  const RowOptions keys{m, shape.c, options.eps, options.normalize};
+  const InfoNceTemperature temperature{options.temperature, options.temperature_ptr};
+  const int64_t* const query_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.first;
+  // Here the rows are keys: row j's own query is j - first.
+  const InfoNceMask mask{contrast.key_ids, query_ids, -contrast.first, contrast.same_id_positive};
+
+  cudaError_t error = launch(info_nce_columns_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)),
+                             dim3(kThreads), 0, stream, lse, weights, upstream, n, w.columns);
+  if (error != cudaSuccess) return error;
+  if (pass.resident > 0) {
+    error = launch_operand<Operand>(query, queries, n, w.query, nullptr, stream);
+    if (error == cudaSuccess) error = launch_operand<Operand>(key, keys, w.padded, w.key, w.key_norm, stream);
+    if (error != cudaSuccess) return error;
+    const MmaArguments<Operand> arguments{static_cast<const uint32_t*>(w.key),
+                                          static_cast<const Operand*>(w.query),
+                                          nullptr,
+                                          nullptr,
+                                          {nullptr, nullptr, nullptr, w.sums},
+                                          m,
+                                          {n, nullptr},
+                                          mask,
+                                          temperature,
+                                          w.columns};
+    const dim3 grid(static_cast<unsigned>(w.padded / pass.rows), static_cast<unsigned>(w.splits));
+    error = launch(pass.kernel, grid, dim3(pass.threads), pass.shared_bytes, stream, arguments);
+  } else {
+    error = launch_operand<float>(query, queries, n, w.query, nullptr, stream);
+    if (error == cudaSuccess) error = launch_operand<float>(key, keys, m, w.key, w.key_norm, stream);
+    if (error != cudaSuccess) return error;
+    error = launch(info_nce_keys_generic_kernel, dim3(static_cast<unsigned>(m)), dim3(kThreads), 0, stream,
+                   static_cast<const float*>(w.key), static_cast<const float*>(w.query), w.columns, mask, n, shape.c,
+                   temperature, w.sums);
+  }
+  if (error != cudaSuccess) return error;
+  return launch(info_nce_keys_combine_kernel<Query>, dim3(static_cast<unsigned>(m)), dim3(128), 0, stream, key, keys,
+                temperature, w, grad_key);
+}
+
+#define MOCO_INFO_NCE_KEYS(Query)                                                                                    \
+  template size_t info_nce_keys_backward_workspace_bytes<Query>(const InfoNceShape&, const InfoNceOptions&,          \
+                                                                const InfoNceContrast&);                             \
+  template cudaError_t info_nce_keys_backward<Query>(const Query*, const Query*, const InfoNceShape&,                \
+                                                     const InfoNceOptions&, const InfoNceContrast&, const float*,    \
+                                                     const float*, const float*, float*, void*, cudaStream_t);
+MOCO_INFO_NCE_KEYS(float)
+MOCO_INFO_NCE_KEYS(__nv_bfloat16)
+MOCO_INFO_NCE_KEYS(__half)
+
+}  // namespace moco_ext::cuda

@@ -1,0 +1,84 @@
+// What a target distribution other than the positive alone needs of the keys: the sum of all of them, for label smoothing,
+// and the sum of those that have a row's id. Both in a fixed order.
+#pragma once
+
+#include "kernels/cuda/info_nce_rows.cuh"
+
+namespace moco_ext::cuda {
+
+// A source of keys: the queue, or the batch's own.
+template <typename Key>
+struct InfoNceSource {
+  const Key* keys;  // [K, C], or null: there are none
+  InfoNceKeyCount count;
+  const int64_t* ids;  // [K] or null
+  int64_t own;         // as in InfoNceMask
+};
+
+// parts [gridDim.y, C]: each block's share of the rows of both sources. A thread a column.
+template <typename Queue, typename Operand>
+__global__ void info_nce_column_parts_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, int64_t c,
+                                             float* parts) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (column >= c) return;
+  float sum = 0.0f;
+  const auto add = [&](const auto& source) {
+    if (source.keys == nullptr) return;
+    const int64_t k = source.count.value();
+    for (int64_t j = k * blockIdx.y / gridDim.y; j < k * (blockIdx.y + 1) / gridDim.y; ++j) {
+      sum += to_float(source.keys[j * c + column]);
+    }
+  };
+  add(queue);
+  add(batch);
+  parts[blockIdx.y * c + column] = sum;
+}
+
+// parts [kColumnParts, C] -> sum [C]
+static __global__ void info_nce_column_sum_kernel(const float* parts, int64_t c, float* sum) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (column >= c) return;
+  float total = 0.0f;
+  for (int64_t i = 0; i < kColumnParts; ++i) total += parts[i * c + column];
+  sum[column] = total;
+}
+
+constexpr int kMatchThreads = 256;
+
+// match_sum [N, C], matches [N]: a block a row goes through all ids, and adds up the keys that match in their order.
+template <typename Queue, typename Operand>
+__global__ void __launch_bounds__(kMatchThreads)
+    info_nce_match_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, const int64_t* row_ids, int64_t c,
+                          InfoNceWorkspace workspace) {
+  __shared__ unsigned found[kMatchThreads / 32];  // a bit a key of the chunk that is looked at
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t row = blockIdx.x;
+  float* const sum = workspace.match_sum + row * c;
+  for (int64_t i = thread; i < c; i += kMatchThreads) sum[i] = 0.0f;
+  int64_t matches = 0;
+  const auto gather = [&](const auto& source) {
+    if (source.keys == nullptr || source.ids == nullptr) return;
+    const InfoNceMask mask{row_ids, source.ids, source.own, false};
+    const int64_t k = source.count.value();
+    for (int64_t first = 0; first < k; first += kMatchThreads) {
+      const int64_t key = first + thread;
+      const bool match = key < k && mask.same_id(row, key) && !mask.is_own(row, key);
+      const unsigned bits = __ballot_sync(0xffffffffu, match);
+      __syncthreads();  // the chunk before has been read
+      if (thread % 32 == 0) found[thread / 32] = bits;
+      __syncthreads();
+      for (int w = 0; w < kMatchThreads / 32; ++w) {
+        for (unsigned left = found[w]; left != 0; left &= left - 1) {
+          const int64_t j = first + w * 32 + __ffs(static_cast<int>(left)) - 1;
+          for (int64_t i = thread; i < c; i += kMatchThreads) sum[i] += to_float(source.keys[j * c + i]);
+          ++matches;
+        }
+      }
+    }
+  };
+  gather(queue);
+  gather(batch);
+  if (thread == 0) workspace.matches[row] = matches;
+}
+
+}  // namespace moco_ext::cuda
