@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(kMatchThreads)
     if (source.keys == nullptr || source.ids == nullptr) return;
     const InfoNceMask mask{row_ids, source.ids, source.own, false};
     const int64_t k = source.count.value();
+#pragma unroll 1
     for (int64_t first = 0; first < k; first += kMatchThreads) {
       const int64_t key = first + thread;
       const bool match = key < k && mask.same_id(row, key) && !mask.is_own(row, key);
@@ -67,9 +68,11 @@ __global__ void __launch_bounds__(kMatchThreads)
       __syncthreads();  // the chunk before has been read
       if (thread % 32 == 0) found[thread / 32] = bits;
       __syncthreads();
+#pragma unroll 1
       for (int w = 0; w < kMatchThreads / 32; ++w) {
         for (unsigned left = found[w]; left != 0; left &= left - 1) {
           const int64_t j = first + w * 32 + __ffs(static_cast<int>(left)) - 1;
+#pragma unroll 1
           for (int64_t i = thread; i < c; i += kMatchThreads) sum[i] += to_float(source.keys[j * c + i]);
           ++matches;
         }
