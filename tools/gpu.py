@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu-cmake"
-OPS = ("info_nce", "momentum_update", "enqueue", "l2_normalize")
+OPS = ("info_nce", "info_nce_contrast", "momentum_update", "enqueue", "l2_normalize")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TAIL = 6000  # characters of output kept in the record
 
@@ -106,7 +106,7 @@ def sanitize(part: Part, ops: list[str]) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for op in ops:
         # The sanitizers slow kernels down a great deal: fewer random cases, the same shapes and types.
-        cases = ["20"] if op == "info_nce" else []
+        cases = ["20"] if op.startswith("info_nce") else []
         for tool in SANITIZERS:
             program = [str(BUILD / "csrc" / "tests" / f"gpu_test_{op}"), *cases]
             part.run(f"{tool} {op}", [sanitizer, "--tool", tool, "--error-exitcode", "9", *program], 4)
