@@ -1,19 +1,20 @@
-"""InfoNCE, raw queries to loss and gradient: ours, the published formulation eager and compiled, the limit."""
+"""InfoNCE, raw queries to loss and gradient: ours, every peer that is installed, and the limit."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
-import official
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Row
 
 import moco_ext
-import moco_ext.reference
 
 TILE_LOGITS = 65536  # of one tile, which stay in cache with their keys, where GEMMs run fastest
 T = 0.07
+ROUNDED = 2e-2  # what rounding to 8 bits of mantissa costs, relative to the gradient
 
 # N, K, C, queue's dtype; the large ones are for GPUs
 CASES = [
@@ -27,61 +28,91 @@ CASES = [
     (256, 65536, 768, torch.bfloat16, True),
 ]
 
+# name -> how to make it, and whether the other rows' positives are among its negatives
+PEERS = {
+    "official, eager": (peers.eager, False),
+    "official, torch.compile": (peers.compiled, False),
+    "official, torch.compile max-autotune": (peers.max_autotune, False),
+    "official, bf16 autocast": (peers.autocast, False),
+    "Lightly": (peers.lightly, False),
+    "flash attention, V = K": (peers.flash_attention, False),
+    "Inf-CL": (peers.inf_cl, False),
+    "Cut Cross-Entropy, exact": (peers.cut_cross_entropy, True),
+    "Liger": (peers.liger, True),
+    "Liger, chunk x 8": (partial(peers.liger, chunks=8), True),
+    "Liger, chunk x 64": (partial(peers.liger, chunks=64), True),
+    "Liger, chunk x 512": (partial(peers.liger, chunks=512), True),
+    "QuACK": (peers.quack, True),
+    "QuACK, scaled exp": (partial(peers.quack, scaled_exp=True), True),
+}
+
+
+def problem_of(N, K, C, dtype, device) -> peers.Problem:
+    query = torch.randn(N, C, device=device, requires_grad=True)
+    key = torch.randn(N, C, device=device)
+    return peers.Problem(query, key, F.normalize(torch.randn(K, C, device=device), dim=1).to(dtype), T)
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"N{c[0]}-K{c[1]}-C{c[2]}-{str(c[3])[6:]}")
 def bench_info_nce(compare, device, case):
     N, K, C, queue_dtype, gpu_only = case
     if gpu_only and device.type == "cpu":
         pytest.skip("a GPU's size")
-    query = torch.randn(N, C, device=device, requires_grad=True)
-    key = torch.randn(N, C, device=device)
-    queue = F.normalize(torch.randn(K, C, device=device), dim=1).to(queue_dtype)
-    columns = queue.float().t().contiguous()  # [C, K], as published
-    torch.compiler.reset()  # else the second size would get code for any size, which is slower
-    compiled = torch.compile(official.info_nce, dynamic=False)
-
-    def gradient_of(loss):
-        return torch.autograd.grad(loss, query)[0]
+    problem = problem_of(N, K, C, queue_dtype, device)
+    product = 2 * N * K * C
+    least = problem.queue.nbytes + 4 * problem.query.nbytes  # read query, key and queue, write the gradient
+    both = {"flops": 2 * product, "bytes": least}
 
     def ours():
-        return gradient_of(moco_ext.info_nce(query, key, queue, T))
+        return problem.gradient(moco_ext.info_nce(problem.query, problem.key, problem.queue, T))
 
     def ours_forward():
         with torch.no_grad():
-            return moco_ext.info_nce(query, key, queue, T)
+            return moco_ext.info_nce(problem.query, problem.key, problem.queue, T)
 
-    def eager():
-        return gradient_of(official.info_nce(query, key, columns, T))
-
-    def eager_compiled():
-        return gradient_of(compiled(query, key, columns, T))
-
-    def eager_autocast():
-        with torch.autocast("cuda", torch.bfloat16):
-            return gradient_of(official.info_nce(query, key, columns, T))
-
-    product, least = 2 * N * K * C, queue.nbytes + 4 * query.nbytes
-    both = {"flops": 2 * product, "bytes": least}
-    # tensor cores round their operands to 8 bits of mantissa, and the softmax weights with them
-    rounded = 2e-2 if device.type == "cuda" and queue_dtype != torch.float32 else 1e-5
+    # tensor cores round their operands to the queue's mantissa, and the softmax weights with them
+    rounded = ROUNDED if device.type == "cuda" and queue_dtype != torch.float32 else 1e-5
     rows = [
         Row("ours", ours, value=ours, tolerance=rounded, **both),
         Row("ours, forward only", ours_forward, flops=product, bytes=least),
-        Row("official, eager", eager, value=eager, **both),
-        Row("official, torch.compile", eager_compiled, value=eager_compiled, **both),
     ]
+    if device.type == "cuda" and queue_dtype == torch.float32:
+        rows.append(Row("ours, tf32", _in_tf32(ours), value=_in_tf32(ours), tolerance=ROUNDED, **both))
+    skipped = {}
+    for name, (make, others_too) in PEERS.items():
+        try:
+            run = make(problem)
+            run()
+        except peers.Unavailable as why:
+            skipped[name] = str(why)
+            continue
+        except Exception as error:  # a peer's own failure is a finding, not ours
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            continue
+        tolerance = 1e-5 if queue_dtype == torch.float32 and "autocast" not in name else ROUNDED
+        if "Liger" in name or "QuACK" in name or "Cut" in name:
+            tolerance = ROUNDED
+        rows.append(Row(name, run, value=run, want=problem.exact(others_too), tolerance=tolerance, **both))
     if device.type == "cuda":
-        rows.append(Row("official, bf16 autocast", eager_autocast, value=eager_autocast, tolerance=2e-2, **both))
         rows += _device_limits(device, queue_dtype)
     else:
-        rows.append(_cache_limit(query.detach(), K, 2 * product))
-
-    wide = query.detach().double().requires_grad_()
-    loss = moco_ext.reference.info_nce(wide, key.double(), queue.double(), T)
-    compare(f"info_nce N={N} K={K} C={C} {str(queue_dtype)[6:]} queue", rows, torch.autograd.grad(loss, wide)[0])
+        rows.append(cache_limit(problem.query.detach(), K, 2 * product))
+    compare(f"info_nce N={N} K={K} C={C} {str(queue_dtype)[6:]} queue", rows, problem.exact(), skipped)
 
 
-def _cache_limit(query, K, flops) -> Row:
+def _in_tf32(run):
+    def switched():
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return run()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return switched
+
+
+def cache_limit(query, K, flops) -> Row:
     """The same products on one tile that never leaves the cache: what torch's GEMMs take at their best."""
     N, C = query.shape
     size = min(max(TILE_LOGITS // N, 256), 2048)  # keys

@@ -1,70 +1,119 @@
-"""The momentum update over ResNet-50's parameters: the published loop, _foreach, ours on lists and flat."""
+"""The momentum update over an encoder's parameters: ours on lists and flat, the published loop, _foreach, timm."""
+
+import copy
 
 import official
+import pytest
 import torch
 from conftest import Row
+from torch import nn
 
 import moco_ext
 
 M = 0.999
+DIM = 128
 
 
-def resnet50_shapes(dim: int = 128) -> list[tuple[int, ...]]:
-    """Shapes of the parameters of a ResNet-50 with a dim-wide last layer, in their order."""
+class Parameters(nn.Module):
+    """Parameters of the shapes of an encoder, without its layers."""
 
-    def conv_and_norm(out, into, side):
-        return [(out, into, side, side), (out,), (out,)]
-
-    shapes, into = conv_and_norm(64, 3, 7), 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += conv_and_norm(width, into, 1) + conv_and_norm(width, width, 3)
-            shapes += conv_and_norm(4 * width, width, 1)
-            if block == 0:  # the shortcut changes width
-                shapes += conv_and_norm(4 * width, into, 1)
-            into = 4 * width
-    return [*shapes, (dim, into), (dim,)]
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.all = nn.ParameterList(nn.Parameter(x, requires_grad=False) for x in tensors)
 
 
-def bench_momentum_update(compare, device):
-    shapes = resnet50_shapes()
-    count = sum(torch.Size(s).numel() for s in shapes)
-    assert (len(shapes), count) == (161, 23_770_304)
-    start = torch.randn(count, device=device)
-    flat_query = torch.randn(count, device=device)
-    queries = [x.clone() for x in split(flat_query, shapes)]
-
-    def row(name, make, update):
-        """`make` gives the keys from the start values; `update` moves them once."""
-        keys = make(start)
-
-        def first_step():
-            fresh = make(start)
-            update(fresh)
-            return torch.cat([x.flatten() for x in fresh])
-
-        # read both, write one
-        return Row(name, lambda: update(keys), flops=3 * count, bytes=12 * count, value=first_step, tolerance=1e-6)
-
-    def separate(flat):
-        return [x.clone() for x in split(flat, shapes)]
-
-    def flat(flat):
-        return [flat.clone()]
-
-    source, target = torch.randn(count, device=device), torch.empty(count, device=device)
-    rows = [
-        row("ours, flat", flat, lambda k: moco_ext.momentum_update_(k, [flat_query], M)),
-        row("ours, list", separate, lambda k: moco_ext.momentum_update_(k, queries, M)),
-        row("official loop", separate, lambda k: official.momentum_update(k, queries, M)),
-        row("torch._foreach_lerp_", separate, lambda k: torch._foreach_lerp_(k, queries, 1 - M)),
-        row("lerp_, flat", flat, lambda k: k[0].lerp_(flat_query, 1 - M)),
-        Row("limit: copy", lambda: target.copy_(source), bytes=2 * source.nbytes),
-    ]
-    want = M * start.double() + (1 - M) * flat_query.double()
-    compare("momentum_update ResNet-50", rows, want)
+def shapes_of(encoder: str) -> list[torch.Size]:
+    torchvision = pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        return [p.shape for p in getattr(torchvision.models, encoder)(num_classes=DIM).parameters()]
 
 
 def split(flat: torch.Tensor, shapes) -> list[torch.Tensor]:
-    sizes = [torch.Size(s).numel() for s in shapes]
-    return [part.view(s) for part, s in zip(flat.split(sizes), shapes, strict=True)]
+    parts = flat.split([shape.numel() for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+class Encoders:
+    """Keys that start anew for each row, and the queries they move towards."""
+
+    def __init__(self, encoder: str, device: torch.device) -> None:
+        self.shapes = shapes_of(encoder)
+        self.count = sum(shape.numel() for shape in self.shapes)
+        self.start = torch.randn(self.count, device=device)
+        self.flat_query = torch.randn(self.count, device=device)
+        self.queries = self.split(self.flat_query)
+        self.want = M * self.start.double() + (1 - M) * self.flat_query.double()
+
+    def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        return [x.clone() for x in split(flat, self.shapes)]
+
+    def row(self, name, make, update, bytes_each=12, read=None, **more) -> Row:
+        """`make` gives the state from the start values; `update` moves it once; `read` says what it holds then."""
+        state = make(self.start)
+
+        def first_step():
+            fresh = make(self.start)
+            update(fresh)
+            return torch.cat([x.flatten() for x in (read or list)(fresh)])
+
+        # read both, write one
+        work = {"flops": 3 * self.count, "bytes": bytes_each * self.count}
+        return Row(name, lambda: update(state), value=first_step, tolerance=1e-6, **work, **more)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "vit_b_16"])
+def bench_momentum_update(compare, device, encoder):
+    e = Encoders(encoder, device)
+    source, target = torch.randn(e.count, device=device), torch.empty(e.count, device=device)
+    rows = [
+        e.row("ours, flat", lambda x: [x.clone()], lambda k: moco_ext.momentum_update_(k, [e.flat_query], M)),
+        e.row("ours, list", e.split, lambda k: moco_ext.momentum_update_(k, e.queries, M)),
+        e.row("official loop", e.split, lambda k: official.momentum_update(k, e.queries, M)),
+        e.row("torch._foreach_lerp_", e.split, lambda k: torch._foreach_lerp_(k, e.queries, 1 - M)),
+        e.row("lerp_, flat", lambda x: [x.clone()], lambda k: k[0].lerp_(e.flat_query, 1 - M)),
+    ]
+    skipped = {}
+    try:
+        from timm.utils import ModelEmaV3
+
+        query_model = Parameters(e.queries)
+        rows.append(
+            e.row(
+                "timm ModelEmaV3",
+                lambda x: ModelEmaV3(Parameters(e.split(x)), decay=M),
+                lambda ema: ema.update(query_model),
+                read=lambda ema: list(ema.module.parameters()),
+            )
+        )
+    except ImportError:
+        skipped["timm ModelEmaV3"] = "pip install timm"
+    rows.append(Row("limit: copy", lambda: target.copy_(source), bytes=2 * source.nbytes))
+    compare(f"momentum_update {encoder}", rows, e.want, skipped)
+
+
+def bench_momentum_update_with_shadow(compare, device):
+    """float32 master parameters, and a bfloat16 copy of them for the encoder to run with."""
+    e = Encoders("resnet50", device)
+    source, target = torch.randn(e.count, device=device), torch.empty(e.count, device=device)
+
+    def masters(x):
+        return [x.clone()], [x.to(torch.bfloat16)]
+
+    def lists(x):
+        return e.split(x), [p.to(torch.bfloat16) for p in e.split(x)]
+
+    def ours(state):
+        moco_ext.momentum_update_(state[0], [e.flat_query], M)
+        state[1][0].copy_(state[0][0])
+
+    def foreach(state):
+        torch._foreach_lerp_(state[0], e.queries, 1 - M)
+        torch._foreach_copy_(state[1], state[0])
+
+    options = {"bytes_each": 14, "read": lambda state: state[0]}
+    rows = [
+        e.row("ours, flat, then a cast", masters, ours, **options),
+        e.row("torch._foreach_lerp_, _foreach_copy_", lists, foreach, **options),
+        Row("limit: copy", lambda: target.copy_(source), bytes=2 * source.nbytes),
+    ]
+    compare("momentum_update resnet50 with bfloat16 shadow", rows, copy.deepcopy(e.want))

@@ -6,6 +6,9 @@
 A bench is one function that measures several rows (ours, its competitors, the limit) in turn, a random order
 each round: whatever else the machine does then hits all of them, and ratios are taken within rounds.
 pytest-benchmark's own figure is the time of a whole round; the rows' raw samples are in extra_info.
+
+On a GPU a row is captured in a CUDA graph, whose replay is timed by events, with L2 flushed before; a row that cannot
+be captured (it synchronises) is timed by events as it is. Beside it stands the wall clock of the call without a graph.
 """
 
 import ctypes
@@ -38,6 +41,7 @@ class Row:
         flops: of the work, not of this way to do it.
         bytes: the least memory traffic of the work.
         value: gives the tensor to compare with `want`, before any time counts; None for limits.
+        want: what it is to give, where that is not what all rows give.
         tolerance: the largest ||value - want|| / ||want|| at which the row may compete.
         calls: how many calls make one sample, for work shorter than the clock is good for.
     """
@@ -47,12 +51,15 @@ class Row:
     flops: float = 0
     bytes: float = 0
     value: Callable[[], Tensor] | None = None
+    want: Tensor | None = None
     tolerance: float = 1e-5
     calls: int = 1
 
 
 def pytest_addoption(parser):
     parser.addoption("--rounds", type=int, default=20, help="samples of each row")
+    parser.addoption("--sweep", action="store_true", help="also bench_sweep.py: minutes")
+    parser.addoption("--keys", type=int, default=2**20, help="most keys of bench_memory.py; 16777216 takes 4 GB")
 
 
 @pytest.fixture(params=["cpu"] + (["cuda"] if torch.cuda.is_available() else []), scope="session")
@@ -63,25 +70,34 @@ def device(request) -> torch.device:
 
 @pytest.fixture
 def compare(benchmark, device, request):
-    """compare(group, rows, want): check every row against `want`, then time them all in turn."""
+    """compare(group, rows, want): check every row against `want`, then time them all in turn.
 
-    def run(group: str, rows: list[Row], want: Tensor) -> None:
+    `skipped` says by name why others take no part; it is printed and kept.
+    """
+
+    def run(group: str, rows: list[Row], want: Tensor, skipped: dict[str, str] | None = None) -> None:
         benchmark.group = f"{group}, {device.type}"
-        records = {row.name: _checked(row, want) for row in rows}
+        for name, why in (skipped or {}).items():
+            print(f"{benchmark.group}: {name} skipped: {why}")
+        records = {row.name: _checked(row, want if row.want is None else row.want) for row in rows}
+        replays = {}
         for row in rows:
             row.run()  # compiles, fills caches
             records[row.name]["peak_bytes"] = _peak_bytes(row.run, device)
+            replays[row.name] = _captured(row) if device.type == "cuda" else None
+            records[row.name]["graph"] = replays[row.name] is not None
 
         flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
         order = random.Random(0)
 
         def one_round():
             for row in order.sample(rows, len(rows)):
-                device_ms, wall_ms = _sample(row, device, flush)
+                device_ms, wall_ms = _sample(row, replays[row.name], flush)
                 records[row.name]["ms"].append(round(device_ms, 5))
                 records[row.name]["wall_ms"].append(round(wall_ms, 5))
 
         benchmark.extra_info["rows"] = records
+        benchmark.extra_info["skipped"] = skipped or {}
         benchmark.pedantic(one_round, rounds=request.config.getoption("rounds"), iterations=1)
 
     return run
@@ -95,25 +111,52 @@ def _checked(row: Row, want: Tensor) -> dict:
     return record
 
 
-def _sample(row: Row, device: torch.device, flush: Tensor | None) -> tuple[float, float]:
+def _captured(row: Row) -> Callable[[], None] | None:
+    """Replays the row's calls from a CUDA graph; None where they cannot be captured."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                row.run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            for _ in range(row.calls):
+                row.run()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        print(f"{row.name}: timed without a graph: {str(error).splitlines()[0]}")
+        return None
+    return graph.replay
+
+
+def _sample(row: Row, replay: Callable[[], None] | None, flush: Tensor | None) -> tuple[float, float]:
     """(ms on the device, ms of wall clock) of one call; the same number twice on a CPU."""
-    if device.type == "cpu":
+
+    def wall_clock() -> float:
         start = time.perf_counter()
         for _ in range(row.calls):
             row.run()
-        ms = (time.perf_counter() - start) * 1e3 / row.calls
-        return ms, ms
+        if flush is not None:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) * 1e3 / row.calls
+
+    if flush is None:
+        wall = wall_clock()
+        return wall, wall
+    torch.cuda.synchronize()
+    wall = wall_clock()
     flush.zero_()  # no input may wait in L2
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start = time.perf_counter()
     begin.record()
-    for _ in range(row.calls):
-        row.run()
+    if replay is not None:
+        replay()
+    else:
+        for _ in range(row.calls):
+            row.run()
     end.record()
     torch.cuda.synchronize()
-    wall = (time.perf_counter() - start) * 1e3
-    return begin.elapsed_time(end) / row.calls, wall / row.calls
+    return begin.elapsed_time(end) / row.calls, wall
 
 
 def _peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:

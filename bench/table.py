@@ -8,35 +8,56 @@ from pathlib import Path
 HEAD = "| | ms | 10 to 90 % | time / ours | GFLOP | MB | over limit | extra MB | error |\n" + "|---" * 9 + "|"
 
 
-def tables(path: Path) -> str:
-    """One table a benchmark of the file, under the machine's name."""
-    report = json.loads(path.read_text())
+def heading(report: dict) -> str:
+    """The machine, the versions and the commit that a report is of."""
     machine, commit = report["machine_info"], report["commit_info"]
     name = machine["gpu"] or machine["cpu"].get("brand_raw", machine["machine"])
     commit = f"{commit['id'][:10]}{'+' if commit['dirty'] else ''}"
+    threads = f"{machine['threads']} CPU threads"
+    return f"{name}, {threads}, torch {machine['torch']}, commit {commit}, {report['datetime'][:10]}"
+
+
+def tables(path: Path) -> str:
+    """One table a benchmark of the file, under the machine's name."""
+    report = json.loads(path.read_text())
     parts = [
-        f"{name}, {machine['threads']} CPU threads, torch {machine['torch']}, commit {commit}, "
-        f"{report['datetime'][:10]}. Medians of runs in turn; ratios are medians within rounds. GFLOP and MB: "
+        f"{heading(report)}. Medians of runs in turn; ratios are medians within rounds. GFLOP and MB: "
         "the work's own, and its least memory traffic. Over limit: time over the limit's time for that work."
     ]
     for benchmark in sorted(report["benchmarks"], key=lambda b: b["group"]):
-        rows = benchmark["extra_info"]["rows"]
-        parts.append(f"**{benchmark['group']}**\n\n{HEAD}\n" + "\n".join(_line(name, rows) for name in rows))
-        if any(row["wall_ms"] != row["ms"] for row in rows.values()):
-            walls = (f"{name} {statistics.median(row['wall_ms']):.3g}" for name, row in rows.items())
-            parts.append("Wall clock, ms: " + ", ".join(walls) + ".")
+        parts.append(f"**{benchmark['group']}**\n\n{table(benchmark['extra_info'])}")
     return "\n\n".join(parts)
+
+
+def table(found: dict) -> str:
+    """What one benchmark found, as rows; then wall clocks, and what was skipped."""
+    if "peaks" in found:
+        lines = [f"| {way} | {peak['mb']:.1f} |" if "mb" in peak else f"| {way} | {peak['why']} |"
+                 for way, peak in found["peaks"].items()]  # fmt: skip
+        return "\n".join(["| | MB beyond the inputs |", "|---|---|", *lines])
+    rows = found["rows"]
+    parts = ["\n".join([HEAD, *(_line(name, rows) for name in rows)])]
+    if any(row["wall_ms"] != row["ms"] for row in rows.values()):
+        walls = (f"{name} {statistics.median(row['wall_ms']):.3g}" for name, row in rows.items())
+        parts.append("Wall clock, ms: " + ", ".join(walls) + ".")
+    if found.get("skipped"):
+        parts.append("Skipped: " + "; ".join(f"{name} ({why})" for name, why in found["skipped"].items()) + ".")
+    return "\n\n".join(parts)
+
+
+def ratios(row: dict, to: dict) -> list[float]:
+    return [a / b for a, b in zip(row["ms"], to["ms"], strict=True)]
 
 
 def _line(name: str, rows: dict) -> str:
     row = rows[name]
-    ours = next(iter(rows.values()))  # each bench lists ours first
-    ratio = statistics.median(a / b for a, b in zip(row["ms"], ours["ms"], strict=True))
+    ratio = statistics.median(ratios(row, next(iter(rows.values()))))  # each bench lists ours first
     deciles = statistics.quantiles(row["ms"], n=10, method="inclusive")
     limits = [other for label, other in rows.items() if label.startswith("limit")]
-    over = statistics.median(
-        row["ms"][i] / max(_limit_ms(row, other, i) for other in limits) for i in range(len(row["ms"]))
-    )
+    over = ""
+    if limits and not name.startswith("limit") and (row["flops"] or row["bytes"]):
+        rounds = range(len(row["ms"]))
+        over = f"{statistics.median(row['ms'][i] / max(_limit_ms(row, x, i) for x in limits) for i in rounds):.2f}"
     cells = [
         name,
         f"{statistics.median(row['ms']):.3g}",
@@ -44,7 +65,7 @@ def _line(name: str, rows: dict) -> str:
         f"{ratio:.2f}",
         f"{row['flops'] / 1e9:.3g}" if row["flops"] else "",
         f"{row['bytes'] / 1e6:.3g}" if row["bytes"] else "",
-        "" if name.startswith("limit") else f"{over:.2f}",
+        over,
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
         "" if row["error"] is None else f"{row['error']:.0e}",
     ]

@@ -1,0 +1,199 @@
+"""Every other way to InfoNCE's gradient, called as its users call it: what bench_info_nce.py compares with.
+
+A peer takes a :class:`Problem`, lays out what may be laid out beforehand, and returns what makes one gradient of the
+mean loss, [N, C] with respect to the raw queries. It raises :class:`Unavailable` where it cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import official
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import moco_ext.reference
+
+
+class Unavailable(RuntimeError):
+    """Why a peer cannot take part."""
+
+
+@dataclass
+class Problem:
+    """Queries [N, C] that require a gradient, their keys [N, C], and a queue [K, C] of unit rows."""
+
+    query: Tensor
+    key: Tensor
+    queue: Tensor
+    T: float
+
+    @cached_property
+    def columns(self) -> Tensor:  # [C, K] float32, the published layout
+        return self.queue.float().t().contiguous()
+
+    @cached_property
+    def classes(self) -> Tensor:  # [K + N, C]: for losses of linear layers, the queue and each row's positive after it
+        return torch.cat([self.queue, F.normalize(self.key, dim=1).to(self.queue.dtype)])
+
+    @cached_property
+    def targets(self) -> Tensor:  # [N] each row's class among those
+        return len(self.queue) + torch.arange(len(self.query), device=self.query.device)
+
+    def unit(self) -> Tensor:
+        return F.normalize(self.query, dim=1)
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, self.query)[0]
+
+    def exact(self, positives_as_negatives: bool = False) -> Tensor:
+        """The gradient in float64; with the other rows' positives among the negatives where a peer has them there."""
+        wide = self.query.detach().double().requires_grad_()
+        loss = moco_ext.reference.info_nce(
+            wide, self.key.double(), self.queue.double(), self.T, in_batch=positives_as_negatives
+        )
+        return torch.autograd.grad(loss, wide)[0]
+
+
+Gradient = Callable[[], Tensor]
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Unavailable(f"pip install {package} ({error})") from None
+
+
+def _needs_cuda(problem: Problem) -> None:
+    if not problem.query.is_cuda:
+        raise Unavailable("needs a GPU")
+
+
+# --- the published formulation ----------------------------------------------------------------------------------------
+
+
+def eager(p: Problem) -> Gradient:
+    columns = p.columns
+    return lambda: p.gradient(official.info_nce(p.query, p.key, columns, p.T))
+
+
+def autocast(p: Problem) -> Gradient:
+    columns = p.columns
+
+    def run():
+        with torch.autocast(p.query.device.type, torch.bfloat16):
+            loss = official.info_nce(p.query, p.key, columns, p.T)
+        return p.gradient(loss)
+
+    return run
+
+
+def compiled(p: Problem, mode: str | None = None) -> Gradient:
+    torch.compiler.reset()  # else the second size would get code for any size, which is slower
+    columns, loss = p.columns, torch.compile(official.info_nce, dynamic=False, mode=mode)
+    return lambda: p.gradient(loss(p.query, p.key, columns, p.T))
+
+
+def max_autotune(p: Problem) -> Gradient:
+    _needs_cuda(p)
+    return compiled(p, "max-autotune-no-cudagraphs")  # the timing replays its own graph
+
+
+# --- libraries for contrastive learning -------------------------------------------------------------------------------
+
+
+def lightly(p: Problem) -> Gradient:
+    """Its loss enqueues the keys, too."""
+    loss = _module("lightly.loss", "lightly").NTXentLoss(temperature=p.T, memory_bank_size=tuple(p.queue.shape))
+    loss = loss.to(p.query.device)
+    loss.memory_bank.bank.copy_(p.queue)
+    loss.memory_bank.bank_ptr.zero_()
+    return lambda: p.gradient(loss(p.query, p.key))
+
+
+def inf_cl(p: Problem) -> Gradient:
+    """Its logsumexp over the queue; the positive joins outside. It always computes the queue's gradient."""
+    _needs_cuda(p)
+    flash = _module("inf_cl.flash", "inf-cl").FlashProb
+    n, c = p.query.shape
+    queue, key = p.queue.float().view(-1, 1, c), F.normalize(p.key, dim=1)
+
+    def run():
+        unit = p.unit()
+        lse = flash.apply((unit / p.T).view(n, 1, c), queue).view(n)
+        positive = (unit * key).sum(1) / p.T
+        return p.gradient((torch.logaddexp(lse, positive) - positive).mean())
+
+    return run
+
+
+# --- losses of linear layers: the classes are the queue's keys and all positives --------------------------------------
+
+
+def cut_cross_entropy(p: Problem) -> Gradient:
+    """Without its filter, which drops the gradient of small probabilities: here all are small."""
+    _needs_cuda(p)
+    loss = _module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+    classes, targets = p.classes, p.targets
+    return lambda: p.gradient(loss((p.unit() / p.T).to(classes.dtype), classes, targets, impl="cce", filter_eps=None))
+
+
+def liger(p: Problem, chunks: int = 1) -> Gradient:
+    _needs_cuda(p)
+    functional = _module("liger_kernel.transformers.functional", "liger-kernel")
+    classes, targets = p.classes, p.targets
+
+    def run():
+        rows = (p.unit() / p.T).to(classes.dtype)
+        return p.gradient(functional.liger_fused_linear_cross_entropy(rows, classes, targets, chunk_mem_const=chunks))
+
+    return run
+
+
+def quack(p: Problem, scaled_exp: bool = False) -> Gradient:
+    _needs_cuda(p)
+    if len(p.query) % 8:
+        raise Unavailable("needs N divisible by 8")
+    loss = _module("quack.linear_cross_entropy", "quack-kernels").chunked_linear_cross_entropy
+    classes, targets = p.classes, p.targets
+    return lambda: p.gradient(loss((p.unit() / p.T).to(classes.dtype), classes, targets, use_scaled_exp=scaled_exp))
+
+
+# --- attention whose values are its keys ------------------------------------------------------------------------------
+
+
+def flash_attention(p: Problem, splits: int = 64) -> Gradient:
+    """torch's flash attention over the queue in `splits` batches (one would keep most of a GPU idle), then merged."""
+    n, c = p.query.shape
+    if len(p.queue) % splits:
+        raise Unavailable(f"needs K divisible by {splits}")
+    if p.query.is_cuda and p.queue.dtype == torch.float32:
+        raise Unavailable("needs 16-bit inputs on a GPU")
+    if p.query.is_cuda and c > 256:
+        raise Unavailable("needs C up to 256")
+    aten = torch.ops.aten
+    attend = aten._scaled_dot_product_flash_attention if p.query.is_cuda else (
+        aten._scaled_dot_product_flash_attention_for_cpu
+    )  # fmt: skip
+    keys, key = p.queue.view(splits, 1, -1, c), F.normalize(p.key, dim=1)
+
+    @torch.no_grad()
+    def run():
+        norm = p.query.norm(dim=1, keepdim=True)
+        unit = p.query / norm
+        rows = unit.to(keys.dtype).expand(splits, 1, n, c)
+        mean, lse, *_ = attend(rows, keys, keys, scale=1 / p.T)
+        positive = (unit * key).sum(1) / p.T
+        lse = lse.view(splits, n).float()
+        total = torch.logaddexp(lse.logsumexp(0), positive)
+        g = ((lse - total).exp()[..., None] * mean.view(splits, n, c)).sum(0)
+        g = (g + ((positive - total).exp() - 1)[:, None] * key) / (p.T * n)
+        return (g - (g * unit).sum(1, keepdim=True) * unit) / norm
+
+    return run
