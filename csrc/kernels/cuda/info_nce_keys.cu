@@ -54,11 +54,8 @@ __global__ void __launch_bounds__(kThreads)
       if (lane != 0) continue;
       const InfoNceColumn column = columns[first + q];
       float w = column.upstream * exp2f(score * scale - column.lse) - column.floor;
-      if (mask.is_own(row, first + q)) {
-        w -= column.share;
-      } else if (mask.same_id(row, first + q)) {
-        w = mask.same_id_positive ? w - column.share : 0.0f;
-      }
+      const bool masked = mask.same_id(row, first + q) && !mask.is_own(row, first + q) && !mask.same_id_positive;
+      if (masked) w = 0.0f;
       weights[q] = w;
     }
     __syncthreads();
@@ -71,23 +68,50 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// gradient [M, C] from the splits' sums, through 1 / T and the norm. A block a key.
-template <typename Query>
-__global__ void info_nce_keys_combine_kernel(const Query* key, RowOptions options, InfoNceTemperature temperature,
-                                             KeysWorkspace workspace, float* gradient) {
+// gradient [M, C] from the splits' sums and the key's shares as a positive, through 1 / T and the norm. A block a key.
+template <typename Query, typename Operand>
+__global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* queries, int64_t n, RowOptions options,
+                                             InfoNceMask mask, InfoNceTemperature temperature, KeysWorkspace workspace,
+                                             float* gradient) {
+  __shared__ int any;
   const int64_t row = blockIdx.x;
   const int64_t c = options.c;
   key += row * c;
   gradient += row * c;
   const float norm = workspace.key_norm[row];
   const float inverse_norm = 1.0f / options.divisor(norm);
-  float dot = 0.0f;
   for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
     float sum = 0.0f;
     for (int64_t split = 0; split < workspace.splits; ++split) {
       sum += workspace.sums[(split * options.n + row) * c + i];
     }
-    sum /= temperature.value();
+    gradient[i] = sum;
+  }
+  const auto take_share = [&](int64_t query) {
+    for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
+      gradient[i] -= workspace.columns[query].share * to_float(queries[query * c + i]);
+    }
+  };
+  const int64_t own = row + mask.own;
+  if (own >= 0 && own < n) take_share(own);
+  if (mask.key_ids != nullptr && mask.same_id_positive) {
+    for (int64_t first = 0; first < n; first += blockDim.x) {
+      const int64_t query = first + threadIdx.x;
+      const bool match = query < n && query != own && mask.same_id(row, query);
+      __syncthreads();  // the chunk before has been looked at
+      if (threadIdx.x == 0) any = 0;
+      __syncthreads();
+      if (match) any = 1;  // whoever writes, writes the same
+      __syncthreads();
+      if (any == 0) continue;
+      for (int64_t q = first; q < min(first + blockDim.x, n); ++q) {
+        if (q != own && mask.same_id(row, q)) take_share(q);
+      }
+    }
+  }
+  float dot = 0.0f;
+  for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
+    const float sum = gradient[i] / temperature.value();
     gradient[i] = sum;
     dot += sum * (to_float(key[i]) * inverse_norm);
   }
@@ -184,8 +208,11 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
                    temperature, w.sums);
   }
   if (error != cudaSuccess) return error;
-  return launch(info_nce_keys_combine_kernel<Query>, dim3(static_cast<unsigned>(m)), dim3(128), 0, stream, key, keys,
-                temperature, w, grad_key);
+  const auto combine = [&]<typename T>(const T* operand) {
+    return launch(info_nce_keys_combine_kernel<Query, T>, dim3(static_cast<unsigned>(m)), dim3(128), 0, stream, key,
+                  operand, n, keys, mask, temperature, w, grad_key);
+  };
+  return pass.resident > 0 ? combine(static_cast<const Operand*>(w.query)) : combine(static_cast<const float*>(w.query));
 }
 
 #define MOCO_INFO_NCE_KEYS(Query)                                                                                    \

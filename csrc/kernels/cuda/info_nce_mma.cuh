@@ -39,8 +39,8 @@ struct MmaTile {
   static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0 && kSharedBytes <= 99 * 1024);
 };
 
-// A query as the pass over its keys sees it: p times upstream less the target is upstream * exp2(score * scale - lse) - floor, and less
-// share too where the key is a positive.
+// A query as the pass over its keys sees it: upstream * (p - target) is upstream * exp2(score * scale - lse) - floor, less
+// share where the key is a positive (which is few keys' business: that of the sums' last step).
 struct alignas(16) InfoNceColumn {
   float lse;  // in units of log 2
   float upstream;
@@ -262,14 +262,15 @@ struct MaskBits {
 // Found in a loop that is not unrolled, so that it holds few registers beside the tile's.
 template <int tiles>
 __device__ __forceinline__ MaskBits mask_bits(const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
-                                              int64_t k, int lane) {
+                                              int valid, int lane) {
   static_assert(tiles * 4 <= 32);
   MaskBits bits;
 #pragma unroll 1
   for (int at = 0; at < tiles * 4; ++at) {
-    const int64_t key = first_key + at / 4 * 8 + lane % 4 * 2 + at % 2;
+    const int key_of_tile = at / 4 * 8 + lane % 4 * 2 + at % 2;
+    const int64_t key = first_key + key_of_tile;
     const int64_t this_row = row + at / 2 % 2 * 8;
-    if (this_row >= n || key >= k) continue;
+    if (this_row >= n || key_of_tile >= valid) continue;
     bits.own |= static_cast<uint32_t>(mask.is_own(this_row, key)) << at;
     bits.same_id |= static_cast<uint32_t>(mask.same_id(this_row, key)) << at;
   }
@@ -279,8 +280,8 @@ __device__ __forceinline__ MaskBits mask_bits(const InfoNceMask& mask, int64_t r
 
 template <int tiles>
 __device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& rows, const InfoNceMask& mask,
-                                            int64_t row, int64_t n, int64_t first_key, int64_t k, int lane) {
-  const MaskBits bits = mask_bits<tiles>(mask, row, n, first_key, k, lane);
+                                            int64_t row, int64_t n, int64_t first_key, int valid, int lane) {
+  const MaskBits bits = mask_bits<tiles>(mask, row, n, first_key, valid, lane);
   const uint32_t masked = bits.own | (mask.same_id_positive ? 0 : bits.same_id);
   const uint32_t positives = mask.same_id_positive ? bits.same_id : 0;
 #pragma unroll
@@ -296,26 +297,36 @@ __device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& r
 template <int tiles>
 __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNceColumn* columns, float scale,
                                               const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
-                                              int64_t k, int lane) {
-  MaskBits bits;
-  if (mask.any()) bits = mask_bits<tiles>(mask, row, n, first_key, k, lane);
-  const uint32_t masked = mask.same_id_positive ? 0 : bits.same_id;
-  const uint32_t positives = bits.own | (mask.same_id_positive ? bits.same_id : 0);
+                                              int valid, int lane) {
+  // A lane loads one column of every 32, and hands it out: all that it needs itself would not fit registers.
+  constexpr int kLoads = (tiles * 8 + 31) / 32;
+  InfoNceColumn loaded[kLoads];
+#pragma unroll
+  for (int u = 0; u < kLoads; ++u) {
+    const int key = 32 * u + lane;
+    loaded[u] = key < valid ? columns[first_key + key] : InfoNceColumn{};  // which gives weight 0
+  }
 #pragma unroll
   for (int j = 0; j < tiles; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t key = first_key + j * 8 + lane % 4 * 2 + i;
-      const InfoNceColumn column = key < k ? columns[key] : InfoNceColumn{};  // which gives weight 0
+      const int source = j * 8 % 32 + lane % 4 * 2 + i;
+      const InfoNceColumn& from = loaded[j / 4];
+      const float lse = __shfl_sync(0xffffffffu, from.lse, source);
+      const float upstream = __shfl_sync(0xffffffffu, from.upstream, source);
+      const float floor = __shfl_sync(0xffffffffu, from.floor, source);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int at = 4 * j + 2 * r + i;
         float& x = s[j][2 * r + i];
-        x = column.upstream * exp2_approx(x * scale - column.lse) - column.floor;
-        if (positives >> at & 1) x -= column.share;
-        if (masked >> at & 1) x = 0.0f;
+        x = upstream * exp2_approx(x * scale - lse) - floor;
       }
     }
+  }
+  if (mask.key_ids == nullptr || mask.same_id_positive) return;
+  const uint32_t masked = mask_bits<tiles>(mask, row, n, first_key, valid, lane).same_id;
+#pragma unroll
+  for (int at = 0; at < tiles * 4; ++at) {
+    if (masked >> at & 1) s[at / 4][at % 4] = 0.0f;
   }
 }
 
@@ -332,11 +343,12 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   const int64_t n = arguments.n;
   const int64_t k = arguments.count.value();
   const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
-  const int64_t first_tile = all_tiles * blockIdx.y / gridDim.y;
-  const int tiles = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y - first_tile);
+  const int first_tile = static_cast<int>(all_tiles * blockIdx.y / gridDim.y);
+  const int tiles = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y) - first_tile;
+  const int split_keys = static_cast<int>(
+      min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
   const auto valid_keys = [&](int tile) {  // of this split's tile; only the queue's last is not full
-    const int64_t left = k - (first_tile + tile) * Tile::kKeys;
-    return left < Tile::kKeys ? static_cast<int>(left) : Tile::kKeys;
+    return min(split_keys - tile * Tile::kKeys, Tile::kKeys);
   };
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * Tile::kRows;
   const int64_t row = block_row + warp % Tile::kRowWarps * 16 + lane / 4;  // and row + 8
@@ -347,7 +359,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   const int load_chunk = thread % Tile::kRowChunks;
   const SharedAddress ring = shared_address(shared);
   const char* const source = reinterpret_cast<const char*>(arguments.queue) +
-                             (first_tile * Tile::kKeys + load_key) * Tile::kRowBytes + load_chunk * 16;
+                             (static_cast<int64_t>(first_tile) * Tile::kKeys + load_key) * Tile::kRowBytes + load_chunk * 16;
   const auto load_tile = [&](int tile) {
     if (tile < tiles) {
       const SharedAddress stage = ring + tile % Tile::kStages * Tile::kTileBytes;
@@ -418,9 +430,10 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
         s[j][0] = sum.x, s[j][1] = sum.y, s[j][2] = sum.z, s[j][3] = sum.w;
       }
     }
-    const int64_t first_key = (first_tile + tile) * Tile::kKeys;
+    const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
     if constexpr (kPass == MmaPass::kKeys) {
-      weigh_columns<Tile::kKeys / 8>(s, arguments.columns, log2_scale, arguments.mask, row, n, first_key, k, lane);
+      weigh_columns<Tile::kKeys / 8>(s, arguments.columns, log2_scale, arguments.mask, row, n, first_key,
+                                     valid_keys(tile), lane);
       if constexpr (std::is_same_v<Element, float>) {
         multiply_keys_tf32<kExact, Tile>(o, s, keys, lane);
       } else {
@@ -437,7 +450,9 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
         }
       }
     }
-    if (arguments.mask.any()) mask_scores<Tile::kKeys / 8>(s, rows, arguments.mask, row, n, first_key, k, lane);
+    if (arguments.mask.any()) {
+      mask_scores<Tile::kKeys / 8>(s, rows, arguments.mask, row, n, first_key, valid_keys(tile), lane);
+    }
     online_softmax<Tile::kKeys / 8, kBias>(s, o, rows);
     if constexpr (kGradient && std::is_same_v<Element, float>) {
       multiply_keys_tf32<kExact, Tile>(o, s, keys, lane);
