@@ -34,7 +34,7 @@ test: .venv/installed
 
 # Timings want a machine that does nothing else.
 bench: .venv/installed
-	$(BIN)/python -m pytest bench --benchmark-json=bench/results/$(or $(NAME),cpu).json
+	$(BIN)/python -m pytest bench --ignore=bench/bench_loader.py --benchmark-json=bench/results/$(or $(NAME),cpu).json
 	$(BIN)/python bench/table.py bench/results/$(or $(NAME),cpu).json
 
 lint: .venv/installed

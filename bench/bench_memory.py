@@ -11,13 +11,15 @@ WAYS = ["ours", "official, eager", "official, torch.compile", "Lightly", "flash 
 
 # Prints {"mb": ...}, or {"why": ...} where the way cannot be gone.
 CODE = """
-import ctypes, json, re, resource, sys
+import ctypes, json, os, re, resource, sys
 sys.path[:0] = sys.argv[3:5]
 import torch
 import moco_ext, peers
 from bench_info_nce import PEERS, problem_of
 
 way, keys = sys.argv[1], int(sys.argv[2])
+most = int(0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+resource.setrlimit(resource.RLIMIT_AS, (most, most))  # an error here, rather than the kernel's choice of a victim
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024

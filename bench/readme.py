@@ -15,14 +15,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from table import heading, ratios, table
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "performance.md"]
 RESULTS = ROOT / "bench" / "results"
 WORK = {  # group of a benchmark -> as the README calls it; bench/table.py prints the others too
     "info_nce N=256 K=65536 C=128 float32 queue, cpu": "InfoNCE and its gradient, N = 256, K = 65,536, C = 128",
     "info_nce N=256 K=65536 C=128 bfloat16 queue, cpu": "the same, bfloat16 queue",
     "info_nce N=32 K=65536 C=128 float32 queue, cpu": "the same, N = 32",
-    "momentum_update ResNet-50, cpu": "momentum update of a ResNet-50",
+    "momentum_update resnet50, cpu": "momentum update of a ResNet-50",
     "enqueue B=256 C=128 float32 queue, cpu": "enqueue 256 keys",
 }
 RUNS = {"demo": "digits", "fashion": "fashion-mnist"}  # marker in README.md -> file in bench/results
@@ -59,26 +61,55 @@ def run_section(summary: dict) -> str:
 
 
 def bench_section(report: dict) -> str:
-    machine, commit = report["machine_info"], report["commit_info"]["id"][:10]
-    name = machine["gpu"] or machine["cpu"].get("brand_raw", machine["machine"])
     lines = [
-        f"{name}, {machine['threads']} CPU threads, torch {machine['torch']}, commit {commit}: medians of runs that "
-        "take turns; a ratio is the median within rounds. Memory is what the call needs beyond its inputs. "
-        "`python bench/table.py bench/results/cpu.json` prints all rows.",
+        f"{heading(report)}: medians of runs that take turns; a ratio is the median within rounds. Memory is what the "
+        "call needs beyond its inputs. [docs/performance.md](docs/performance.md) has all rows, and how to measure.",
         "",
         "| work | implementation | ms | time / ours | memory, MB |",
         "|---|---|---|---|---|",
     ]
-    groups = {benchmark["group"]: benchmark["extra_info"]["rows"] for benchmark in report["benchmarks"]}
+    groups = {benchmark["group"]: benchmark["extra_info"] for benchmark in report["benchmarks"]}
     for group, work in WORK.items():
-        rows = groups[group]
+        rows = groups[group]["rows"]
         ours = next(iter(rows.values()))
         for i, (label, row) in enumerate(rows.items()):
-            ratio = statistics.median(a / b for a, b in zip(row["ms"], ours["ms"], strict=True))
+            ratio = statistics.median(ratios(row, ours))
             memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
             lines.append(
                 f"| {'' if i else work} | {label} | {statistics.median(row['ms']):.3g} | {ratio:.2f} | {memory} |"
             )
+    return "\n".join(lines)
+
+
+def report_section(report: dict) -> str:
+    """Every benchmark of a report under a heading of its own."""
+    parts = [f"{heading(report)}."]
+    for benchmark in sorted(report["benchmarks"], key=lambda b: b["group"]):
+        if not benchmark["group"].startswith("loader"):
+            parts.append(f"### {benchmark['group']}\n\n{table(benchmark['extra_info'])}")
+    return "\n\n".join(parts)
+
+
+def sweep_section(report: dict) -> str:
+    """A line a shape: the sweep has one benchmark each."""
+    lines = [
+        f"{heading(report)}.",
+        "",
+        "| N | K | C | queue | threads | ours, ms | GFLOP/s | eager / ours | GEMMs / ours |",
+    ]
+    lines.append("|--:" * 9 + "|")
+    for benchmark in report["benchmarks"]:
+        shape = re.match(r"sweep N=(\d+) K=(\d+) C=(\d+) (\w+) queue, (\d+) threads", benchmark["group"])
+        if shape is None:
+            continue
+        rows = benchmark["extra_info"]["rows"]
+        ours = rows["ours"]
+        ms = statistics.median(ours["ms"])
+        cells = [f"{statistics.median(ratios(rows[name], ours)):.1f}" if name in rows else ""
+                 for name in ("official, eager", "limit: two GEMMs in cache")]  # fmt: skip
+        n, k, c, queue, threads = shape.groups()
+        cells = [n, f"{int(k):,}", c, queue, threads, f"{ms:.3g}", f"{ours['flops'] / ms / 1e6:.0f}", *cells]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -114,10 +145,16 @@ def sections() -> dict[str, str]:
     for marker, name in RUNS.items():
         if (RESULTS / f"{name}.json").is_file():
             filled[marker] = run_section(json.loads((RESULTS / f"{name}.json").read_text()))
-    if (RESULTS / "cpu.json").is_file():
-        filled["bench"] = bench_section(json.loads((RESULTS / "cpu.json").read_text()))
-    if (RESULTS / "loader.json").is_file():
-        filled["loader"] = loader_section(json.loads((RESULTS / "loader.json").read_text()))
+    makers = {
+        "bench": ("cpu", bench_section),
+        "cpu": ("cpu", report_section),
+        "sweep": ("sweep", sweep_section),
+        "h200": ("h200", report_section),
+        "loader": ("loader", loader_section),
+    }
+    for marker, (name, make) in makers.items():
+        if (RESULTS / f"{name}.json").is_file():
+            filled[marker] = make(json.loads((RESULTS / f"{name}.json").read_text()))
     return filled
 
 
