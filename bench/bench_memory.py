@@ -39,7 +39,8 @@ try:
     run()
     print(json.dumps({"mb": resident("VmHWM") - before}))
 except (RuntimeError, MemoryError) as error:
-    print(json.dumps({"why": str(error).splitlines()[0][:200]}))
+    why = str(error).splitlines()[0]
+    print(json.dumps({"why": "out of memory" if "allocate memory" in why else why[:200]}))
 """
 
 

@@ -200,8 +200,29 @@ inline bool is_dense(const Tensor& t) {
   return t.numel() == 0 || span == t.numel();
 }
 
+inline bool same_layout(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d) && a.stride(d) == b.stride(d);
+  return same;
+}
+
+inline void check_shadow(const Tensor& shadow, const Tensor& key, size_t i) {
+  const std::string name = "shadows[" + std::to_string(i) + "]";
+  const std::string key_name = "key_params[" + std::to_string(i) + "]";
+  check_same_device(shadow, name.c_str(), key, key_name.c_str());
+  check(shadow.scalar_type() == ScalarType::BFloat16 || shadow.scalar_type() == ScalarType::Half, name,
+        ": expected bfloat16 or float16, got ", dtype_name(shadow));
+  check(key.scalar_type() == ScalarType::Float, key_name, ": expected float32, the master of ", name, ", got ",
+        dtype_name(key));
+  check(same_layout(shadow, key), name, ": expected shape and strides of ", key_name, " ", shape_name(key), ", got ",
+        shape_name(shadow));
+}
+
 inline void check_momentum_update(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
-                                  const std::optional<Tensor>& m_tensor, double m) {
+                                  const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& shadows) {
+  check(shadows.empty() || shadows.size() == key_params.size(), "shadows: expected none, or ", key_params.size(),
+        " tensors as in key_params, got ", shadows.size());
+  for (size_t i = 0; i < shadows.size(); ++i) check_shadow(shadows[i], key_params[i], i);
   check(key_params.size() == query_params.size(), "query_params: expected ", key_params.size(),
         " tensors as in key_params, got ", query_params.size());
   for (size_t i = 0; i < key_params.size(); ++i) {

@@ -86,11 +86,11 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
     using A = cpu::accumulate_t<Queue>;
     cpu::InfoNceOutputs<A> pointers = outputs<A>(out);
     pointers.weights = data<A>(out.weights);
-    cpu::info_nce(host(), const_data<Query>(q), const_data<Query>(k), queue ? const_data<Queue>(*queue) : nullptr,
-                  {q.size(0), queue_keys, q.size(1)}, {temperature, kEps, normalize},
-                  {in_batch, k.size(0), first, label_smoothing, key_id_rows.data(), queue_id_rows.data(),
-                   same_id_positive},
-                  pointers);
+    cpu::info_nce(
+        host(), const_data<Query>(q), const_data<Query>(k), queue ? const_data<Queue>(*queue) : nullptr,
+        {q.size(0), queue_keys, q.size(1)}, {temperature, kEps, normalize},
+        {in_batch, k.size(0), first, label_smoothing, key_id_rows.data(), queue_id_rows.data(), same_id_positive},
+        pointers);
   });
   return out.as_tuple();
 }
@@ -110,8 +110,7 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
     cpu::info_nce_keys_backward(host(), const_data<Query>(q), const_data<Query>(k), {q.size(0), 0, q.size(1)},
                                 {temperature, kEps, normalize},
                                 {true, k.size(0), first, 0.0, id_rows.data(), nullptr, same_id_positive},
-                                const_data<A>(lse), const_data<A>(weights), const_data<A>(upstream),
-                                data<A>(grad_key));
+                                const_data<A>(lse), const_data<A>(weights), const_data<A>(upstream), data<A>(grad_key));
   });
   return grad_key;
 }
@@ -125,9 +124,23 @@ void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, 
   });
 }
 
+// `update`, and after every piece of it, while it is in cache, the piece's 16-bit copy.
+std::function<void(int64_t, int64_t)> with_shadow(std::function<void(int64_t, int64_t)> update, const Tensor& key,
+                                                  const Tensor& shadow) {
+  constexpr int64_t kPiece = 4096;
+  return [update = std::move(update), from = data<float>(key), &shadow](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kPiece) {
+      const int64_t n = std::min(kPiece, end - i);
+      update(i, i + n);
+      dispatch_dtype<bfloat16, float16, void>(
+          shadow, [&]<typename Shadow>() { cpu::copy(from + i, data<Shadow>(shadow) + i, n); });
+    }
+  };
+}
+
 void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
-                      const std::optional<Tensor>& m_tensor, double m) {
-  check_momentum_update(key_params, query_params, m_tensor, m);
+                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& shadows) {
+  check_momentum_update(key_params, query_params, m_tensor, m, shadows);
   if (m_tensor) {
     check(m_tensor->is_cpu(), "m: expected on the device of key_params (cpu), got ", device_name(*m_tensor));
     m = cpu_scalar(*m_tensor);
@@ -148,6 +161,7 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
                         [key = data<Key>(key_params[i]), query = const_data<Query>(query_params[i]), m](
                             int64_t begin, int64_t end) { cpu::momentum_update(key, query, begin, end, m); }});
     });
+    if (!shadows.empty()) pieces.back().update = with_shadow(pieces.back().update, key_params[i], shadows[i]);
     total += key_params[i].numel();
   }
   parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {

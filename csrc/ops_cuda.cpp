@@ -49,9 +49,9 @@ struct DeviceScalar {
 };
 
 cuda::InfoNceOutputs outputs(const InfoNceTensors& out) {
-  return {data<float>(out.loss),       data<float>(out.lse),      data<float>(out.positive_logit),
-          data<int64_t>(out.rank),     data<float>(out.grad_query), data<float>(out.grad_key),
-          data<float>(out.grad_temperature)};
+  return {
+      data<float>(out.loss),       data<float>(out.lse),      data<float>(out.positive_logit),  data<int64_t>(out.rank),
+      data<float>(out.grad_query), data<float>(out.grad_key), data<float>(out.grad_temperature)};
 }
 
 Tensor workspace_of(size_t bytes, const Tensor& on) {
@@ -73,8 +73,7 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
       const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
                                          allow_tf32};
       const bool gradient = out.grad_query.numel() > 0;
-      const Tensor workspace =
-          workspace_of(cuda::info_nce_workspace_bytes<Queue>(shape, options, {}, gradient), queue);
+      const Tensor workspace = workspace_of(cuda::info_nce_workspace_bytes<Queue>(shape, options, {}, gradient), queue);
       STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue), shape,
                                     options, {}, outputs(out), workspace.mutable_data_ptr(), launch.stream()));
     });
@@ -171,9 +170,9 @@ cuda::Dtype dtype_of(const Tensor& t) {
 }
 
 void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
-                      const std::optional<Tensor>& m_tensor, double m) {
-  if (key_params.empty() && query_params.empty()) return;
-  check_momentum_update(key_params, query_params, m_tensor, m);
+                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& shadows) {
+  if (key_params.empty() && query_params.empty() && shadows.empty()) return;
+  check_momentum_update(key_params, query_params, m_tensor, m, shadows);
   const DeviceScalar device_m(m_tensor, "m", key_params[0], m);
   check(device_m.pointer() != nullptr || (m >= 0.0 && m <= 1.0), "m: expected a momentum in [0, 1], got ", m);
   const Launch launch(key_params[0]);
@@ -182,6 +181,9 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
   for (size_t i = 0; i < key_params.size(); ++i) {
     tensors.push_back({key_params[i].mutable_data_ptr(), query_params[i].const_data_ptr(), key_params[i].numel(),
                        dtype_of(key_params[i]), dtype_of(query_params[i])});
+    if (shadows.empty()) continue;
+    tensors.back().shadow = shadows[i].mutable_data_ptr();
+    tensors.back().shadow_dtype = dtype_of(shadows[i]);
   }
   STD_CUDA_CHECK(cuda::momentum_update(tensors.data(), static_cast<int64_t>(tensors.size()), static_cast<float>(m),
                                        device_m.pointer(), launch.stream()));

@@ -90,7 +90,8 @@ struct InfoNceTensors {
   }
 };
 
-// What info_nce_contrast_forward returns: with in-batch keys their gradient is backward's business, which needs weights.
+// What info_nce_contrast_forward returns: with in-batch keys their gradient is backward's business, which needs
+// weights.
 struct InfoNceContrastTensors : InfoNceTensors {
   Tensor weights;
 

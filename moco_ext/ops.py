@@ -407,7 +407,13 @@ def _(queue, queue_ptr, keys, normalize):
 
 
 @torch.no_grad()
-def momentum_update_(key_params: Sequence[Tensor], query_params: Sequence[Tensor], m: float | Tensor) -> None:
+def momentum_update_(
+    key_params: Sequence[Tensor],
+    query_params: Sequence[Tensor],
+    m: float | Tensor,
+    *,
+    shadows: Sequence[Tensor] = (),
+) -> None:
     """Move the key parameters towards the query parameters, in place: ``k = m·k + (1 - m)·q`` (Eq. 2 of the paper).
 
     All tensors in one launch. Computed in float32 (float64 for float64) and rounded to the key's dtype: at m = 0.999
@@ -417,19 +423,22 @@ def momentum_update_(key_params: Sequence[Tensor], query_params: Sequence[Tensor
         key_params: tensors to update; views stay views.
         query_params: as many tensors of the same shapes on the same device; dtypes may differ.
         m: momentum in [0, 1], or a 0-dim tensor holding it (on the parameters' device: no synchronisation).
+        shadows: none, or for each key parameter, which is then float32, a bfloat16 or float16 tensor of its shape and
+            strides that becomes its copy in the same pass: what an encoder runs with, while the master keeps steps
+            too small for 16 bits.
 
     Raises:
         ValueError: lists, shapes, dtypes or devices that do not match; nothing is written.
     """
     m_tensor, value = _scalar("m", m)
-    if len(key_params) == len(query_params) == 0:
+    if len(key_params) == len(query_params) == len(shadows) == 0:
         return  # without a tensor there is no device to dispatch to
-    torch.ops.moco_ext.momentum_update_(list(key_params), list(query_params), m_tensor, value)
-    torch.autograd.graph.increment_version(tuple(key_params))
+    torch.ops.moco_ext.momentum_update_(list(key_params), list(query_params), m_tensor, value, list(shadows))
+    torch.autograd.graph.increment_version((*key_params, *shadows))
 
 
 @torch.library.register_fake("moco_ext::momentum_update_")
-def _(key_params, query_params, m_tensor, m):
+def _(key_params, query_params, m_tensor, m, shadows):
     for i, (key, query) in enumerate(zip(key_params, query_params, strict=True)):
         _check_devices(**{"key_params[0]": key_params[0], f"key_params[{i}]": key, f"query_params[{i}]": query})
 

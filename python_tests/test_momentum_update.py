@@ -79,6 +79,55 @@ def test_many_small_steps_do_not_drift(device):
     assert (key - (1 - 0.999**1000)).abs().max() < 6e-5
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shadows_are_the_rounded_keys(device, query_dtype, dtype):
+    keys, queries = pairs([(100_003,), (64, 3, 7, 7), (), (0,), (5, 1)], device, query_dtype=query_dtype)
+    shadows = [torch.full_like(x, math.nan, dtype=dtype) for x in keys]
+    alone = [x.clone() for x in keys]
+    moco_ext.momentum_update_(keys, queries, 0.9, shadows=shadows)
+    moco_ext.momentum_update_(alone, queries, 0.9)
+    for key, other, shadow in zip(keys, alone, shadows, strict=True):
+        assert torch.equal(key, other)
+        assert torch.equal(shadow, key.to(dtype))
+
+
+def test_sixteen_bits_alone_stall_where_a_master_with_a_shadow_moves(device):
+    """A step of (1 - m) (q - k) = 0.001 is below half of bfloat16's spacing at 1, 2^-8: such keys never move."""
+    query = torch.full((64,), 2.0, device=device)
+    alone, master = torch.ones(64, dtype=torch.bfloat16, device=device), torch.ones(64, device=device)
+    shadow = master.bfloat16()
+    for _ in range(500):
+        moco_ext.momentum_update_([alone], [query], 0.999)
+        moco_ext.momentum_update_([master], [query], 0.999, shadows=[shadow])
+    assert (alone == 1).all()
+    want = 2 - 0.999**500
+    assert (shadow.float() - want).abs().max() <= 2**-8
+
+
+@pytest.mark.parametrize(
+    ("shadows", "message"),
+    [
+        ([], None),
+        ([torch.zeros(3)], r"shadows\[0\]: expected bfloat16 or float16, got float32"),
+        ([torch.zeros(4).bfloat16()], r"shadows\[0\]: expected shape and strides of key_params\[0\] \[3\], got \[4\]"),
+        ([torch.zeros(3).bfloat16()] * 2, "shadows: expected none, or 1 tensors as in key_params, got 2"),
+    ],
+)
+def test_bad_shadows_are_named(shadows, message):
+    key, query = torch.zeros(3), torch.ones(3)
+    if message is None:
+        moco_ext.momentum_update_([key], [query], 0.5, shadows=shadows)
+        return
+    with pytest.raises(ValueError, match=message):
+        moco_ext.momentum_update_([key], [query], 0.5, shadows=shadows)
+    assert not key.any()
+    with pytest.raises(
+        ValueError, match=r"key_params\[0\]: expected float32, the master of shadows\[0\], got bfloat16"
+    ):
+        moco_ext.momentum_update_([key.bfloat16()], [query], 0.5, shadows=[torch.zeros(3).bfloat16()])
+
+
 def test_m_0_copies_and_m_1_keeps(device):
     keys, queries = pairs([(33,), (2, 3)], device)
     before = [x.clone() for x in keys]
@@ -158,7 +207,9 @@ def test_writes_are_seen_by_autograd(device):
 def test_opcheck(device, as_tensor):
     keys, queries = pairs([(4, 3), (7,)], device, torch.float32, torch.bfloat16)
     m_tensor, m = (torch.tensor(0.9, device=device), math.nan) if as_tensor else (None, 0.9)
-    opcheck(torch.ops.moco_ext.momentum_update_.default, (keys, queries, m_tensor, m))
+    opcheck(torch.ops.moco_ext.momentum_update_.default, (keys, queries, m_tensor, m, []))
+    shadows = [x.bfloat16() for x in keys]
+    opcheck(torch.ops.moco_ext.momentum_update_.default, (keys, queries, m_tensor, m, shadows))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

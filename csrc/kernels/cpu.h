@@ -43,13 +43,13 @@ struct InfoNceContrast {
 
 template <typename Accumulate>
 struct InfoNceOutputs {
-  Accumulate* loss;              // [N]
-  Accumulate* lse;               // [N] logsumexp over the logits
-  Accumulate* positive_logit;    // [N] divided by the temperature
-  int64_t* rank;                 // [N] negatives scoring strictly above the positive
-  Accumulate* grad_query;        // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
-  Accumulate* grad_key;          // [N, C] or null; not with in_batch
-  Accumulate* grad_temperature;  // [N] or null; needs grad_query
+  Accumulate* loss;               // [N]
+  Accumulate* lse;                // [N] logsumexp over the logits
+  Accumulate* positive_logit;     // [N] divided by the temperature
+  int64_t* rank;                  // [N] negatives scoring strictly above the positive
+  Accumulate* grad_query;         // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
+  Accumulate* grad_key;           // [N, C] or null; not with in_batch
+  Accumulate* grad_temperature;   // [N] or null; needs grad_query
   Accumulate* weights = nullptr;  // [N, 2] or null: the target's share of each positive, and of each class
 };
 
@@ -80,6 +80,10 @@ void enqueue(const Host& host, Queue* queue, int64_t* queue_ptr, const Key* keys
 // whole list of tensors over the threads at once.
 template <typename Key, typename Query>
 void momentum_update(Key* key, const Query* query, int64_t begin, int64_t end, double m);
+
+// to [n] = from [n], rounded to its type; on the calling thread.
+template <typename To>
+void copy(const float* from, To* to, int64_t n);
 
 // The instruction set the vector loops run with: "avx512", "avx2" or "baseline".
 const char* instruction_set();

@@ -42,13 +42,13 @@ struct InfoNceContrast {
 };
 
 struct InfoNceOutputs {
-  float* loss;              // [N]
-  float* lse;               // [N] logsumexp over the logits
-  float* positive_logit;    // [N] divided by the temperature
-  int64_t* rank;            // [N] negatives scoring strictly above the positive
-  float* grad_query;        // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
-  float* grad_key;          // [N, C] or null; not with in_batch
-  float* grad_temperature;  // [N] or null; needs grad_query
+  float* loss;               // [N]
+  float* lse;                // [N] logsumexp over the logits
+  float* positive_logit;     // [N] divided by the temperature
+  int64_t* rank;             // [N] negatives scoring strictly above the positive
+  float* grad_query;         // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
+  float* grad_key;           // [N, C] or null; not with in_batch
+  float* grad_temperature;   // [N] or null; needs grad_query
   float* weights = nullptr;  // [N, 2] or null: the target's share of each positive, and of each class
 };
 
@@ -92,9 +92,12 @@ struct MomentumTensor {
   int64_t numel;
   Dtype key_dtype;
   Dtype query_dtype;
+  void* shadow = nullptr;  // a 16-bit copy of a float32 key, written in the same pass; or null
+  Dtype shadow_dtype = Dtype::kBFloat16;
 };
 
-// m_ptr: [1] on the device, or null for the value m. One launch for every 1,000 tensors.
+// m_ptr: [1] on the device, or null for the value m. All tensors have a shadow, or none has. One launch for every 1,000
+// tensors, 800 with shadows.
 cudaError_t momentum_update(const MomentumTensor* tensors, int64_t count, float m, const float* m_ptr,
                             cudaStream_t stream);
 

@@ -1,8 +1,8 @@
 // What info_nce takes beyond one positive and a queue, on CUDA, against a float64 loop: ids, in-batch keys and their
 // gradient, a valid count, label smoothing, with each other.
 //
-// Arguments: number of random cases (default 100), seed. Tolerances are those of python_tests/cases.py: a logit of size L
-// carries an absolute error of `unit` max(1, L / 20) from rounding, 1e-5 in float32, four units in the last place of
+// Arguments: number of random cases (default 100), seed. Tolerances are those of python_tests/cases.py: a logit of size
+// L carries an absolute error of `unit` max(1, L / 20) from rounding, 1e-5 in float32, four units in the last place of
 // what the operands are rounded to; gradients are held to that share of their largest possible size.
 #include <algorithm>
 
@@ -26,8 +26,10 @@ std::string describe(const Case& x, const char* query, const char* queue) {
   std::snprintf(text, sizeof text, "n=%ld k=%ld c=%ld m=%ld first=%ld valid=%ld%s%s%s%s%s T=%g smoothing=%g %s on %s",
                 long(x.n), long(x.k), long(x.c), long(x.m), long(x.first), long(x.valid),
                 x.valid_on_device ? " on device" : "", x.in_batch ? " in_batch" : "",
-                !x.ids ? "" : x.positive ? " positive" : " mask", x.normalize ? " normalize" : "", x.tf32 ? " tf32" : "",
-                x.temperature, x.smoothing, query, queue);
+                !x.ids       ? ""
+                : x.positive ? " positive"
+                             : " mask",
+                x.normalize ? " normalize" : "", x.tf32 ? " tf32" : "", x.temperature, x.smoothing, query, queue);
   return text;
 }
 
@@ -51,8 +53,8 @@ std::vector<double> unit_rows(const std::vector<double>& x, int64_t rows, int64_
 
 // In float64, straight from the definition: all candidates of a row, their weights in the target, their probabilities.
 Exact exact(const Case& x, const std::vector<double>& query, const std::vector<double>& key,
-            const std::vector<double>& queue, const std::vector<int64_t>& key_ids, const std::vector<int64_t>& queue_ids,
-            const std::vector<double>& upstream, double unit) {
+            const std::vector<double>& queue, const std::vector<int64_t>& key_ids,
+            const std::vector<int64_t>& queue_ids, const std::vector<double>& upstream, double unit) {
   const int64_t c = x.c;
   std::vector<double> q_norm, k_norm;
   const std::vector<double> q = unit_rows(query, x.n, c, x.normalize, q_norm);
@@ -160,8 +162,7 @@ void test(const Case& x, check::Random& random) {
   const std::vector<Query> query = check::normal<Query>(random, x.n * x.c, 1 / std::sqrt(double(x.c)));
   const std::vector<Query> key = check::normal<Query>(random, x.m * x.c, 1 / std::sqrt(double(x.c)));
   std::vector<double> norms;
-  const std::vector<double> rows =
-      unit_rows(values(check::normal<float>(random, x.k * x.c)), x.k, x.c, true, norms);
+  const std::vector<double> rows = unit_rows(values(check::normal<float>(random, x.k * x.c)), x.k, x.c, true, norms);
   std::vector<Queue> queue;
   for (const double v : rows) queue.push_back(check::element<Queue>(v));
   std::vector<int64_t> key_ids(x.m), queue_ids(x.k);
@@ -188,16 +189,21 @@ void test(const Case& x, check::Random& random) {
                                        x.ids && !no_queue ? d_queue_ids.data() : nullptr,
                                        x.positive};
   const cuda::InfoNceShape shape{x.n, x.valid >= 0 && !x.valid_on_device ? x.valid : x.k, x.c};
-  const cuda::InfoNceOutputs outputs{loss.data(),       lse.data(),      positive.data(),
-                                     rank.data(),       grad_query.data(), x.in_batch ? nullptr : grad_key.data(),
-                                     grad_temperature.data(), x.in_batch ? weights.data() : nullptr};
+  const cuda::InfoNceOutputs outputs{loss.data(),
+                                     lse.data(),
+                                     positive.data(),
+                                     rank.data(),
+                                     grad_query.data(),
+                                     x.in_batch ? nullptr : grad_key.data(),
+                                     grad_temperature.data(),
+                                     x.in_batch ? weights.data() : nullptr};
   const Device<char> workspace(
       std::vector<char>(cuda::info_nce_workspace_bytes<Queue>(shape, options, contrast, true), char(0xff)));
-  check::cuda(cuda::info_nce(d_query.data(), d_key.data(), no_queue ? nullptr : d_queue.data(), shape, options, contrast,
-                             outputs, workspace.data(), cudaStream_t{}));
+  check::cuda(cuda::info_nce(d_query.data(), d_key.data(), no_queue ? nullptr : d_queue.data(), shape, options,
+                             contrast, outputs, workspace.data(), cudaStream_t{}));
   if (x.in_batch) {
-    const Device<char> second(std::vector<char>(
-        cuda::info_nce_keys_backward_workspace_bytes<Query>(shape, options, contrast), char(0xff)));
+    const Device<char> second(
+        std::vector<char>(cuda::info_nce_keys_backward_workspace_bytes<Query>(shape, options, contrast), char(0xff)));
     check::cuda(cuda::info_nce_keys_backward(d_query.data(), d_key.data(), shape, options, contrast, lse.data(),
                                              weights.data(), d_upstream.data(), grad_key.data(), second.data(),
                                              cudaStream_t{}));
@@ -314,7 +320,8 @@ int main(int argc, char** argv) {
     x.m = x.in_batch ? x.n + check::uniform(random, 0, 40) : x.n;
     x.first = check::uniform(random, 0, x.m - x.n);
     if (check::uniform(random, 0, 2) == 0) x.valid = check::uniform(random, 0, x.k);
-    test_types(static_cast<int>(check::uniform(random, 0, 2)), static_cast<int>(check::uniform(random, 0, 2)), x, random);
+    test_types(static_cast<int>(check::uniform(random, 0, 2)), static_cast<int>(check::uniform(random, 0, 2)), x,
+               random);
   }
   return check::finish();
 }

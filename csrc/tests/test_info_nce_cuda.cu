@@ -311,6 +311,25 @@ void test(const Case& c, Random random) {
   fflush(stdout);
 }
 
+// Every key scores above every positive: a row's rank is the number of keys it has met, each once if it is K, and with
+// a temperature beyond all scores its lse is log(K + 1).
+template <typename Queue>
+void test_visits(int64_t n, int64_t k, int64_t c, bool gradient) {
+  const Case plain{{n, k, c}, 1e6, false, false, gradient, false, false, false, 1, -1, -1};
+  std::vector<float> query(n * c), key(n * c);
+  std::vector<Queue> queue(k * c);
+  for (int64_t i = 0; i < n; ++i) query[i * c] = 1, key[i * c] = -1;
+  for (int64_t i = 0; i < k * c; ++i) assign(queue[i], i % c == 0 ? 1 : 0);
+  const Results got = run(plain, query, key, queue);
+  bool good = true;
+  for (int64_t i = 0; i < n; ++i) {
+    good &= got.rank[i] == k && std::fabs(got.lse[i] - std::log(k + 1.0)) < 0.1 / static_cast<double>(k);
+  }
+  ++(good ? passed : failed);
+  printf("%s n=%ld k=%ld c=%ld queue=%s: every key once\n", good ? "ok    " : "FAILED", static_cast<long>(n),
+         static_cast<long>(k), static_cast<long>(c), name(Queue{}));
+}
+
 template <typename Query>
 void test_queue(int queue_type, const Case& c, const Random& random) {
   if (queue_type == 0) return test<Query, float>(c, random);
@@ -345,6 +364,14 @@ int main(int argc, char** argv) {
         random.bits();
         test_types(0, queue_type % 3, plain, random);
       }
+    }
+  }
+  for (const int64_t c : {64, 128, 512, 5}) {
+    for (int i = 0; i < 3; ++i) {
+      const int64_t n = 1 + random.below(200);
+      const int64_t k = 1 + random.below(1500);
+      test_visits<float>(n, k, c, i > 0);
+      test_visits<__nv_bfloat16>(n, k, c, i > 0);
     }
   }
   test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);

@@ -153,6 +153,43 @@ void test_many(Random& random) {
   }
 }
 
+// float32 keys with 16-bit copies: the copy is the rounded key, whatever the alignments.
+template <typename Query, typename Shadow>
+void test_shadow(Random& random) {
+  check::group(std::string("shadow ") + check::name<Shadow>() + ", query " + check::name<Query>());
+  for (const int count : {1, 3, 900}) {
+    std::vector<Device<float>> keys;
+    std::vector<Device<Query>> queries;
+    std::vector<Device<Shadow>> shadows;
+    std::vector<std::vector<float>> before;
+    std::vector<std::vector<Query>> towards;
+    std::vector<MomentumTensor> tensors;
+    for (int i = 0; i < count; ++i) {
+      const auto n = static_cast<size_t>(count == 1 ? 9001 : check::uniform(random, 0, 40));
+      const auto offset = static_cast<size_t>(i % 3);
+      before.push_back(check::normal<float>(random, n));
+      towards.push_back(check::normal<Query>(random, n));
+      keys.emplace_back(before.back());
+      queries.emplace_back(towards.back(), offset);
+      shadows.emplace_back(std::vector<Shadow>(n, check::element<Shadow>(NAN)), offset);
+      tensors.push_back({keys.back().data(), queries.back().data(), static_cast<int64_t>(n), Dtype::kFloat32,
+                         kDtype<Query>, shadows.back().data(), kDtype<Shadow>});
+    }
+    check::cuda(momentum_update(tensors.data(), count, 0.75f, nullptr, nullptr));
+    for (int i = 0; i < count; ++i) {
+      const auto key = keys[i].host();
+      const auto shadow = shadows[i].host();
+      bool good = true;
+      for (size_t j = 0; j < key.size(); ++j) {
+        const double want = 0.75 * before[i][j] + 0.25 * check::value(towards[i][j]);
+        good &= check::close(key[j], want, std::abs(want) + 1);
+        good &= check::value(shadow[j]) == check::value(check::element<Shadow>(key[j]));
+      }
+      check::that(good, "tensor " + std::to_string(i) + " of " + std::to_string(count));
+    }
+  }
+}
+
 void test_edges(Random& random) {
   check::group("m of 0 and 1, empty lists and tensors");
   for (const float m : {0.0f, 1.0f, 0.5f}) {
@@ -198,6 +235,9 @@ int main(int argc, char** argv) {
   test_lists(random);
   test_many(random);
   test_edges(random);
+  test_shadow<float, __nv_bfloat16>(random);
+  test_shadow<__nv_bfloat16, __nv_bfloat16>(random);
+  test_shadow<float, __half>(random);
   if (argc > 1 && strcmp(argv[1], "--large") == 0) test_large();
   return check::finish();
 }

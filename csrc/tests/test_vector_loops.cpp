@@ -71,7 +71,8 @@ void test_tile(const TileLoops<A>& loops, int64_t keys, int64_t c, int64_t width
   }
 
   const std::vector<A> raw = scores;
-  loops.softmax(scores.data(), keys, c, width, scale, {positive.data(), max.data(), sum.data(), above.data(), acc.data()});
+  loops.softmax(scores.data(), keys, c, width, scale,
+                {positive.data(), max.data(), sum.data(), above.data(), acc.data()});
   std::vector<double> want_acc(c * width);
   for (int64_t i = 0; i < width; ++i) {
     double top = positive[i];

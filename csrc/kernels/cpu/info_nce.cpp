@@ -110,9 +110,9 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
         }
       }
       A* const acc = partial.acc.get() == nullptr ? nullptr : partial.acc.get() + at * c;
-      loops.softmax(scores.get(), count, c, width, p.scale,
-                    {p.positive.get() + at, partial.max.get() + at, partial.sum.get() + at, partial.above.get() + at,
-                     acc});
+      loops.softmax(
+          scores.get(), count, c, width, p.scale,
+          {p.positive.get() + at, partial.max.get() + at, partial.sum.get() + at, partial.above.get() + at, acc});
       if (acc != nullptr) loops.accumulate(tile, scores.get(), acc, count, c, width);
     }
   }
@@ -181,8 +181,8 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
   }
   // Relative to the positive, so that a small loss is not the difference of two large numbers.
   const A positive_weight = std::exp2((positive - max) * p.scale);
-  const A plain_loss = max > positive ? (max - positive) / temperature + std::log(sum + positive_weight)
-                                      : std::log1p(sum);
+  const A plain_loss =
+      max > positive ? (max - positive) / temperature + std::log(sum + positive_weight) : std::log1p(sum);
   out.positive_logit[i] = positive / temperature;
   out.lse[i] = plain_loss + positive / temperature;
   out.rank[i] = above;

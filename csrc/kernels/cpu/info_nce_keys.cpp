@@ -72,11 +72,10 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
   });
 }
 
-#define MOCO_INFO_NCE_KEYS(Query)                                                                              \
-  template void info_nce_keys_backward(const Host&, const Query*, const Query*, const InfoNceShape&,           \
-                                       const InfoNceOptions&, const InfoNceContrast&,                          \
-                                       const accumulate_t<Query>*, const accumulate_t<Query>*,                 \
-                                       const accumulate_t<Query>*, accumulate_t<Query>*);
+#define MOCO_INFO_NCE_KEYS(Query)                                                                                 \
+  template void info_nce_keys_backward(const Host&, const Query*, const Query*, const InfoNceShape&,              \
+                                       const InfoNceOptions&, const InfoNceContrast&, const accumulate_t<Query>*, \
+                                       const accumulate_t<Query>*, const accumulate_t<Query>*, accumulate_t<Query>*);
 MOCO_INFO_NCE_KEYS(float)
 MOCO_INFO_NCE_KEYS(bfloat16)
 MOCO_INFO_NCE_KEYS(float16)

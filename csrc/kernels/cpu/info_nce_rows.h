@@ -42,7 +42,8 @@ class AlignedArray {
   std::unique_ptr<T[], Free> data_;
 };
 
-// n rows in panels of kPanelWidth, the last one of as many lanes as it needs; arrays of a number a row are padded alike.
+// n rows in panels of kPanelWidth, the last one of as many lanes as it needs; arrays of a number a row are padded
+// alike.
 struct Panels {
   int64_t n;
   int64_t count() const { return (n + kPanelWidth - 1) / kPanelWidth; }

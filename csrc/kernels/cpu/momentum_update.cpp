@@ -35,6 +35,14 @@ void momentum_update(Key* key, const Query* query, int64_t begin, int64_t end, d
   }
 }
 
+template <typename To>
+void copy(const float* from, To* to, int64_t n) {
+  convert_array(from, to, n);
+}
+template void copy(const float*, float*, int64_t);
+template void copy(const float*, bfloat16*, int64_t);
+template void copy(const float*, float16*, int64_t);
+
 #define MOCO_MOMENTUM(Key, Query) template void momentum_update(Key*, const Query*, int64_t, int64_t, double);
 #define MOCO_MOMENTUM_QUERIES(Key) MOCO_MOMENTUM(Key, float) MOCO_MOMENTUM(Key, bfloat16) MOCO_MOMENTUM(Key, float16)
 MOCO_MOMENTUM_QUERIES(float)

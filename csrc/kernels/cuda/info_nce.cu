@@ -26,8 +26,8 @@ cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const 
              query, key + contrast.first * shape.c, row_options(shape, options), workspace);
   if (error != cudaSuccess || !contrast.in_batch) return error;
   const RowOptions keys{contrast.keys, shape.c, options.eps, options.normalize};
-  return launch(info_nce_operand_kernel<Query, Operand>, row_blocks(contrast.keys), dim3(32 * kRowWarps), 0, stream, key,
-                keys, contrast.keys, static_cast<Operand*>(workspace.keys), static_cast<float*>(nullptr));
+  return launch(info_nce_operand_kernel<Query, Operand>, row_blocks(contrast.keys), dim3(32 * kRowWarps), 0, stream,
+                key, keys, contrast.keys, static_cast<Operand*>(workspace.keys), static_cast<float*>(nullptr));
 }
 
 template <typename Queue>
@@ -70,36 +70,31 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
                                     cudaStream_t stream) {
   // Few rows mean many splits of each: more warps then, so that enough loads are in flight.
   const int warps = workspace.splits >= 4 * kCombineMaxWarps ? kCombineMaxWarps : 4;
-  const InfoNceTarget target{contrast.plain(),
-                             workspace.column_sum,
-                             workspace.match_sum,
-                             workspace.matches,
-                             {shape.k, contrast.valid},
-                             contrast.in_batch ? contrast.keys : 0,
-                             contrast.label_smoothing,
-                             contrast.same_id_positive};
+  const InfoNceTarget target{contrast.plain(),         workspace.column_sum,      workspace.match_sum,
+                             workspace.matches,        {shape.k, contrast.valid}, contrast.in_batch ? contrast.keys : 0,
+                             contrast.label_smoothing, contrast.same_id_positive};
   return launch(info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps), 0, stream,
                 query, key + contrast.first * shape.c, row_options(shape, options), temperature_of(options), target,
                 workspace, outputs);
 }
 
-#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                      \
-  template cudaError_t launch_info_nce_prepare<Query, Operand>(                                       \
-      const Query*, const Query*, const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&, \
-      const InfoNceWorkspace&, cudaStream_t);
-#define MOCO_INSTANTIATE_QUERY(Query)                                                                 \
-  MOCO_INSTANTIATE_PREPARE(Query, float)                                                              \
-  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                      \
-  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                             \
-  template cudaError_t launch_info_nce_combine<Query>(                                                \
-      const Query*, const Query*, const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&, \
-      const InfoNceWorkspace&, const InfoNceOutputs&, cudaStream_t);
-#define MOCO_INSTANTIATE_TARGET(Queue, Operand)              \
+#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                                \
+  template cudaError_t launch_info_nce_prepare<Query, Operand>(const Query*, const Query*, const InfoNceShape&, \
+                                                               const InfoNceOptions&, const InfoNceContrast&,   \
+                                                               const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_QUERY(Query)                                                                  \
+  MOCO_INSTANTIATE_PREPARE(Query, float)                                                               \
+  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                       \
+  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                              \
+  template cudaError_t launch_info_nce_combine<Query>(const Query*, const Query*, const InfoNceShape&, \
+                                                      const InfoNceOptions&, const InfoNceContrast&,   \
+                                                      const InfoNceWorkspace&, const InfoNceOutputs&, cudaStream_t);
+#define MOCO_INSTANTIATE_TARGET(Queue, Operand)                \
   template cudaError_t launch_info_nce_target<Queue, Operand>( \
       const Queue*, const InfoNceShape&, const InfoNceContrast&, const InfoNceWorkspace&, cudaStream_t);
-#define MOCO_INSTANTIATE_QUEUE(Queue)                                                                              \
-  template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&,    \
-                                                      const InfoNcePartials&, int64_t, const InfoNceShape&,        \
+#define MOCO_INSTANTIATE_QUEUE(Queue)                                                                           \
+  template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, \
+                                                      const InfoNcePartials&, int64_t, const InfoNceShape&,     \
                                                       const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
 MOCO_INSTANTIATE_QUERY(float)
 MOCO_INSTANTIATE_QUERY(__nv_bfloat16)

@@ -1,5 +1,5 @@
-// The gradient of keys that are negatives of one another's queries: the pass of info_nce with the roles of the two sides
-// exchanged. A row's logsumexp is known by now, so there is no maximum to keep:
+// The gradient of keys that are negatives of one another's queries: the pass of info_nce with the roles of the two
+// sides exchanged. A row's logsumexp is known by now, so there is no maximum to keep:
 //   W = upstream (exp(K Q^T / T - lse) - target),  gradient = W Q / T, then through the norm of each key.
 // Keys and queries of bfloat16 are multiplied as they are, of float16 in tf32 (weights may be below its range).
 #include "kernels/cuda/info_nce_launch.cuh"
@@ -212,14 +212,15 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
     return launch(info_nce_keys_combine_kernel<Query, T>, dim3(static_cast<unsigned>(m)), dim3(128), 0, stream, key,
                   operand, n, keys, mask, temperature, w, grad_key);
   };
-  return pass.resident > 0 ? combine(static_cast<const Operand*>(w.query)) : combine(static_cast<const float*>(w.query));
+  return pass.resident > 0 ? combine(static_cast<const Operand*>(w.query))
+                           : combine(static_cast<const float*>(w.query));
 }
 
-#define MOCO_INFO_NCE_KEYS(Query)                                                                                    \
-  template size_t info_nce_keys_backward_workspace_bytes<Query>(const InfoNceShape&, const InfoNceOptions&,          \
-                                                                const InfoNceContrast&);                             \
-  template cudaError_t info_nce_keys_backward<Query>(const Query*, const Query*, const InfoNceShape&,                \
-                                                     const InfoNceOptions&, const InfoNceContrast&, const float*,    \
+#define MOCO_INFO_NCE_KEYS(Query)                                                                                 \
+  template size_t info_nce_keys_backward_workspace_bytes<Query>(const InfoNceShape&, const InfoNceOptions&,       \
+                                                                const InfoNceContrast&);                          \
+  template cudaError_t info_nce_keys_backward<Query>(const Query*, const Query*, const InfoNceShape&,             \
+                                                     const InfoNceOptions&, const InfoNceContrast&, const float*, \
                                                      const float*, const float*, float*, void*, cudaStream_t);
 MOCO_INFO_NCE_KEYS(float)
 MOCO_INFO_NCE_KEYS(__nv_bfloat16)

@@ -143,14 +143,14 @@ cudaError_t launch_info_nce(const Query* query, const Query* key, const Queue* q
   const bool positive = contrast.same_id_positive;
   cudaError_t error = launch_info_nce_prepare<Query, Operand>(query, key, shape, options, contrast, w, stream);
   if (error == cudaSuccess && w.queue_splits > 0) {
-    error = pass(queue, InfoNceKeyCount{shape.k, contrast.valid},
-                       InfoNceMask{row_ids, contrast.queue_ids, kNoOwn, positive}, partials_from(w, shape, 0),
-                       w.queue_splits);
+    error =
+        pass(queue, InfoNceKeyCount{shape.k, contrast.valid},
+             InfoNceMask{row_ids, contrast.queue_ids, kNoOwn, positive}, partials_from(w, shape, 0), w.queue_splits);
   }
   if (error == cudaSuccess && contrast.in_batch) {
     error = pass(static_cast<const Operand*>(w.keys), InfoNceKeyCount{contrast.keys, nullptr},
-                       InfoNceMask{row_ids, contrast.key_ids, contrast.first, positive},
-                       partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits);
+                 InfoNceMask{row_ids, contrast.key_ids, contrast.first, positive},
+                 partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits);
   }
   if (error == cudaSuccess) error = launch_info_nce_target<Queue, Operand>(queue, shape, contrast, w, stream);
   if (error != cudaSuccess) return error;
@@ -174,32 +174,24 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
   const InfoNceWorkspace w = pass_workspace(fast, workspace, shape, contrast, gradient);
   const auto pass = [&](const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
                         const InfoNcePartials& partials, int64_t splits) {
-    const MmaArguments<Queue> arguments{static_cast<const uint32_t*>(w.query),
-                                        keys,
-                                        w.positive,
-                                        w.row_scale,
-                                        partials,
-                                        shape.n,
-                                        count,
-                                        mask,
-                                        {options.temperature, options.temperature_ptr},
-                                        nullptr};
+    const MmaArguments<Queue> arguments{
+        static_cast<const uint32_t*>(w.query),          keys,   w.positive, w.row_scale, partials, shape.n, count, mask,
+        {options.temperature, options.temperature_ptr}, nullptr};
     const dim3 grid(static_cast<unsigned>(w.n_padded / fast.rows), static_cast<unsigned>(splits));
     return launch(fast.kernel, grid, dim3(fast.threads), fast.shared_bytes, stream, arguments);
   };
   return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
 }
 
-#define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                             \
-  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&,        \
-                                                  const InfoNceContrast&, bool);                     \
-  MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                       \
-  MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                               \
+#define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                                              \
+  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&, \
+                                                  bool);                                                              \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                                        \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                                                \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(__half, Queue)
-#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                  \
-  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*,               \
-                                              const InfoNceShape&, const InfoNceOptions&,             \
-                                              const InfoNceContrast&, const InfoNceOutputs&, void*,   \
-                                              cudaStream_t);
+#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                                \
+  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const InfoNceShape&,        \
+                                              const InfoNceOptions&, const InfoNceContrast&, const InfoNceOutputs&, \
+                                              void*, cudaStream_t);
 
 }  // namespace moco_ext::cuda

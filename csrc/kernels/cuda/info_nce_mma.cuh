@@ -39,8 +39,8 @@ struct MmaTile {
   static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0 && kSharedBytes <= 99 * 1024);
 };
 
-// A query as the pass over its keys sees it: upstream * (p - target) is upstream * exp2(score * scale - lse) - floor, less
-// share where the key is a positive (which is few keys' business: that of the sums' last step).
+// A query as the pass over its keys sees it: upstream * (p - target) is upstream * exp2(score * scale - lse) - floor,
+// less share where the key is a positive (which is few keys' business: that of the sums' last step).
 struct alignas(16) InfoNceColumn {
   float lse;  // in units of log 2
   float upstream;
@@ -62,8 +62,8 @@ struct MmaArguments {
   const InfoNceColumn* columns;  // [K] for kKeys
 };
 
-// What a pass computes of its rows: their loss, their gradient too, or, when the rows are keys and the keys queries whose
-// losses are known, the gradient of those keys.
+// What a pass computes of its rows: their loss, their gradient too, or, when the rows are keys and the keys queries
+// whose losses are known, the gradient of those keys.
 enum class MmaPass { kLoss, kGradient, kKeys };
 
 // Operand registers as the product wants them. float keys are tf32 words; kExact splits each into high + low, two tf32
@@ -359,7 +359,8 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   const int load_chunk = thread % Tile::kRowChunks;
   const SharedAddress ring = shared_address(shared);
   const char* const source = reinterpret_cast<const char*>(arguments.queue) +
-                             (static_cast<int64_t>(first_tile) * Tile::kKeys + load_key) * Tile::kRowBytes + load_chunk * 16;
+                             (static_cast<int64_t>(first_tile) * Tile::kKeys + load_key) * Tile::kRowBytes +
+                             load_chunk * 16;
   const auto load_tile = [&](int tile) {
     if (tile < tiles) {
       const SharedAddress stage = ring + tile % Tile::kStages * Tile::kTileBytes;
@@ -387,7 +388,8 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
       for (int i = 0; i < 4; ++i) query[step][i] = words[i % 2 * 8 * kRowWords + step * 8 + i / 2 * 4];
     }
   }
-  constexpr int kBias = std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
+  constexpr int kBias =
+      std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
   SoftmaxRows rows;
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll

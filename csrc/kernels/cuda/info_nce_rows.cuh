@@ -62,8 +62,7 @@ __device__ __forceinline__ float warp_norm(const T* x, int64_t c, float square, 
 
 // x [N, C] -> operand [padded, C], unit rows where normalize, the padding zero; norm [N] or null. A warp a row.
 template <typename T, typename Operand>
-__global__ void info_nce_operand_kernel(const T* x, RowOptions options, int64_t padded, Operand* operand,
-                                        float* norm) {
+__global__ void info_nce_operand_kernel(const T* x, RowOptions options, int64_t padded, Operand* operand, float* norm) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= padded) return;
@@ -198,12 +197,12 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
   key += row * c;
 
   // Instead of the key, of weight 1, the target: shares of it and of other keys. What changes is a difference.
-  float share = 1.0f;  // of each positive
-  float floor = 0.0f;  // of each class
+  float share = 1.0f;   // of each positive
+  float floor = 0.0f;   // of each class
   float excess = 0.0f;  // of the positive's score over the target's
   if (!target.plain) {
-    const long long matches = target.match_sum == nullptr ? 0 : target.matches[row];  // NOLINT
-    const long long queue_keys = target.queue_keys.value();                           // NOLINT
+    const long long matches = target.match_sum == nullptr ? 0 : target.matches[row];                   // NOLINT
+    const long long queue_keys = target.queue_keys.value();                                            // NOLINT
     const long long classes = 1 + queue_keys + (target.batch_keys == 0 ? 0 : target.batch_keys - 1) -  // NOLINT
                               (target.same_id_positive ? 0 : matches);
     share = (1.0f - target.label_smoothing) / static_cast<float>(1 + (target.same_id_positive ? matches : 0));
@@ -214,8 +213,8 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     float t = (share - 1.0f) * k;
     if (target.same_id_positive) t += share * matched;
     if (target.column_sum != nullptr) {
-      t += floor * (target.column_sum[i] + (target.batch_keys == 0 ? k : 0.0f) -
-                    (target.same_id_positive ? 0.0f : matched));
+      t += floor *
+           (target.column_sum[i] + (target.batch_keys == 0 ? k : 0.0f) - (target.same_id_positive ? 0.0f : matched));
     }
     return t;
   };

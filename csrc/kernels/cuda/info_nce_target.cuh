@@ -1,5 +1,5 @@
-// What a target distribution other than the positive alone needs of the keys: the sum of all of them, for label smoothing,
-// and the sum of those that have a row's id. Both in a fixed order.
+// What a target distribution other than the positive alone needs of the keys: the sum of all of them, for label
+// smoothing, and the sum of those that have a row's id. Both in a fixed order.
 #pragma once
 
 #include "kernels/cuda/info_nce_rows.cuh"

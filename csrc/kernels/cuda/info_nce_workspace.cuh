@@ -56,23 +56,23 @@ struct InfoNceKeyCount {
 
 // What combine must know of a target distribution.
 struct InfoNceTarget {
-  bool plain;                 // the positive alone
-  const float* column_sum;    // [C] of all keys, or null: no label smoothing
-  const float* match_sum;     // [N, C] of the keys with the row's id, or null
-  const int64_t* matches;     // [N], with match_sum
+  bool plain;               // the positive alone
+  const float* column_sum;  // [C] of all keys, or null: no label smoothing
+  const float* match_sum;   // [N, C] of the keys with the row's id, or null
+  const int64_t* matches;   // [N], with match_sum
   InfoNceKeyCount queue_keys;
-  int64_t batch_keys;         // 0, or M with in_batch
+  int64_t batch_keys;  // 0, or M with in_batch
   float label_smoothing;
   bool same_id_positive;
 };
 
 struct InfoNceWorkspace {
-  float* query_norm;  // [N]
-  float* key_norm;    // [N]
-  float* positive;    // [N_padded] q . k, not divided by row_scale
-  float* row_scale;   // [N_padded] power of two that brings the query operand's largest element to [0.5, 1)
-  void* query;        // [N_padded, C] the query operand: normalised, divided by row_scale
-  void* keys;         // [M, C] with in_batch: the keys as the pass takes them, normalised
+  float* query_norm;    // [N]
+  float* key_norm;      // [N]
+  float* positive;      // [N_padded] q . k, not divided by row_scale
+  float* row_scale;     // [N_padded] power of two that brings the query operand's largest element to [0.5, 1)
+  void* query;          // [N_padded, C] the query operand: normalised, divided by row_scale
+  void* keys;           // [M, C] with in_batch: the keys as the pass takes them, normalised
   float* column_parts;  // [kColumnParts, C] with label smoothing
   float* column_sum;    // [C]
   float* match_sum;     // [N, C] with ids, where the target or its smoothing needs them
