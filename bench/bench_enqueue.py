@@ -13,7 +13,7 @@ K = 65536
 @pytest.mark.parametrize("queue_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("B", "C"), [(256, 128), (4096, 128), (65536, 128)])
 def bench_enqueue(compare, device, B, C, queue_dtype):
-    keys = torch.randn(B, C, device=device)
+    keys = torch.randn(B, C).to(device)
     calls = max(1, 8192 // B)
 
     def row(name, shape, write, rows_of=lambda queue: queue):
@@ -43,7 +43,7 @@ def bench_enqueue(compare, device, B, C, queue_dtype):
         queue[start : start + B] = keys
         queue_ptr[0] = (start + B) % K
 
-    source, target = torch.randn(B * C, device=device), torch.empty(B * C, device=device, dtype=queue_dtype)
+    source, target = torch.randn(B * C).to(device), torch.empty(B * C, device=device, dtype=queue_dtype)
     least = source.nbytes + target.nbytes
     rows = [
         row("ours", (K, C), lambda q, p: moco_ext.enqueue_(q, p, keys)),

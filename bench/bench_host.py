@@ -13,9 +13,9 @@ CALLS = 200
 @pytest.mark.parametrize("N", [1, 32])
 def bench_host(compare, device, N):
     K, C = 256, 128
-    query = torch.randn(N, C, device=device)
-    trained, key = query.clone().requires_grad_(), torch.randn(N, C, device=device)
-    queue = F.normalize(torch.randn(K, C, device=device), dim=1)
+    query = torch.randn(N, C).to(device)
+    trained, key = query.clone().requires_grad_(), torch.randn(N, C).to(device)
+    queue = F.normalize(torch.randn(K, C).to(device), dim=1)
     ids = torch.arange(N, device=device), torch.arange(K, device=device)
     columns = queue.t().contiguous()
     labels = torch.zeros(N, dtype=torch.long, device=device)

@@ -39,8 +39,8 @@ class Encoders:
     def __init__(self, encoder: str, device: torch.device) -> None:
         self.shapes = shapes_of(encoder)
         self.count = sum(shape.numel() for shape in self.shapes)
-        self.start = torch.randn(self.count, device=device)
-        self.flat_query = torch.randn(self.count, device=device)
+        self.start = torch.randn(self.count).to(device)
+        self.flat_query = torch.randn(self.count).to(device)
         self.queries = self.split(self.flat_query)
         self.want = M * self.start.double() + (1 - M) * self.flat_query.double()
 
@@ -64,7 +64,7 @@ class Encoders:
 @pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "vit_b_16"])
 def bench_momentum_update(compare, device, encoder):
     e = Encoders(encoder, device)
-    source, target = torch.randn(e.count, device=device), torch.empty(e.count, device=device)
+    source, target = torch.randn(e.count).to(device), torch.empty(e.count, device=device)
     rows = [
         e.row("ours, flat", lambda x: [x.clone()], lambda k: moco_ext.momentum_update_(k, [e.flat_query], M)),
         e.row("ours, list", e.split, lambda k: moco_ext.momentum_update_(k, e.queries, M)),
@@ -94,7 +94,7 @@ def bench_momentum_update(compare, device, encoder):
 def bench_momentum_update_with_shadow(compare, device):
     """float32 master parameters, and a bfloat16 copy of them for the encoder to run with."""
     e = Encoders("resnet50", device)
-    source, target = torch.randn(e.count, device=device), torch.empty(e.count, device=device)
+    source, target = torch.randn(e.count).to(device), torch.empty(e.count, device=device)
 
     def masters(x):
         return [x.clone()], [x.to(torch.bfloat16)]

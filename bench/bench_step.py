@@ -85,7 +85,7 @@ def bench_step(compare, device, case):
         pytest.skip("a GPU's size")
     torch.manual_seed(0)
     model = MoCo(resolve(arch), K=K).to(device)
-    images = [torch.randn(batch, 3, side, side, device=device) for _ in range(2)]
+    images = [torch.randn(batch, 3, side, side).to(device) for _ in range(2)]
 
     def make(kind, precision=None, channels_last=False, compiled=False):
         trainer = kind(model)
@@ -111,7 +111,7 @@ def bench_step(compare, device, case):
         fast = {"precision": torch.bfloat16, "channels_last": True}
         rows += [
             Row("ours, bf16, channels_last", make(Ours, **fast), value=first_loss(Ours, **fast), tolerance=2e-2),
-            Row("ours, bf16, channels_last, compiled encoders", make(Ours, compiled=True, **fast)),
+            Row("ours, bf16, channels_last, compiled", make(Ours, compiled=True, **fast)),
             Row("official, bf16 autocast", make(Official, precision=torch.bfloat16)),
             Row("encoders alone, bf16, channels_last, compiled", make(Encoders, compiled=True, **fast)),
         ]

@@ -39,6 +39,6 @@ def bench_sweep(compare, device, request, N, K, C, dtype, threads):
             skipped["official, eager"] = "too much memory"
         rows.append(cache_limit(problem.query.detach(), K, work["flops"]))
         group = f"sweep N={N} K={K} C={C} {str(dtype)[6:]} queue, {threads} threads"
-        compare(group, rows, problem.exact(), skipped)
+        compare(group, rows, problem.exact, skipped)
     finally:
         torch.set_num_threads(before)

@@ -83,7 +83,7 @@ def compare(benchmark, device, request):
         replays = {}
         for row in rows:
             row.run()  # compiles, fills caches
-            records[row.name]["peak_bytes"] = _peak_bytes(row.run, device)
+            records[row.name]["peak_bytes"] = peak_bytes(row.run, device)
             replays[row.name] = _captured(row) if device.type == "cuda" else None
             records[row.name]["graph"] = replays[row.name] is not None
 
@@ -117,8 +117,13 @@ def _captured(row: Row) -> Callable[[], None] | None:
     side.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(side):
-            for _ in range(3):
+            for _ in range(2):
                 row.run()
+            torch.cuda.set_sync_debug_mode("error")  # a capture that fails would leave torch's generator unusable
+            try:
+                row.run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
             for _ in range(row.calls):
@@ -159,7 +164,7 @@ def _sample(row: Row, replay: Callable[[], None] | None, flush: Tensor | None) -
     return begin.elapsed_time(end) / row.calls, wall
 
 
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Most memory beyond what was there, at any moment of one call; None where it cannot be told."""
     gc.collect()
     if device.type == "cuda":

@@ -40,6 +40,11 @@ def table(found: dict) -> str:
     if any(row["wall_ms"] != row["ms"] for row in rows.values()):
         walls = (f"{name} {statistics.median(row['wall_ms']):.3g}" for name, row in rows.items())
         parts.append("Wall clock, ms: " + ", ".join(walls) + ".")
+    for name in rows:
+        if name.startswith("encoders alone"):
+            own = name.replace("encoders alone", "ours")
+            share = 1 - statistics.median(ratios(rows[name], rows[own]))
+            parts.append(f"Not encoder of *{own}*: {100 * share:.1f} %.")
     if found.get("skipped"):
         parts.append("Skipped: " + "; ".join(f"{name} ({why})" for name, why in found["skipped"].items()) + ".")
     return "\n\n".join(parts)

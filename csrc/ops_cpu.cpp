@@ -11,6 +11,7 @@ using cpu::bfloat16;
 using cpu::float16;
 
 constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
+constexpr int64_t kPiece = 4096;   // elements that stay in cache from one use to the next
 constexpr double kEps = 1e-12;     // floor of a row's norm, as in torch.nn.functional.normalize
 
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
@@ -127,7 +128,6 @@ void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, 
 // `update`, and after every piece of it, while it is in cache, the piece's 16-bit copy.
 std::function<void(int64_t, int64_t)> with_shadow(std::function<void(int64_t, int64_t)> update, const Tensor& key,
                                                   const Tensor& shadow) {
-  constexpr int64_t kPiece = 4096;
   return [update = std::move(update), from = data<float>(key), &shadow](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kPiece) {
       const int64_t n = std::min(kPiece, end - i);

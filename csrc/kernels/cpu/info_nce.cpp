@@ -285,7 +285,7 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
   const bool weighted = !plain || outputs.weights != nullptr;
   std::optional<Target<A>> targets;
   if (weighted) targets.emplace(problem, partials, k);
-  host.parallel_for(n, 1 + 65536 / c, [&](int64_t begin, int64_t end) {
+  host.parallel_for(n, 1 + kRowWork / c, [&](int64_t begin, int64_t end) {
     std::vector<A> scratch(2 * c);
     for (int64_t i = begin; i < end; ++i) {
       finish_row(i, problem, partials, weighted ? &*targets : nullptr, options, scratch.data(), outputs);

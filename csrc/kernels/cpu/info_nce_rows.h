@@ -70,6 +70,8 @@ struct Panels {
   }
 };
 
+constexpr int64_t kRowWork = 8192;  // elements of rows worth waking a thread for
+
 // Unit rows (or rows as they are) in the accumulation type, and their norms.
 template <typename A>
 struct UnitRows {
@@ -80,7 +82,7 @@ struct UnitRows {
   template <typename T>
   UnitRows(const Host& host, const T* x, int64_t n, int64_t c, const InfoNceOptions& options)
       : data(n * c), norm(n), c(c) {
-    host.parallel_for(n, 1 + 65536 / c, [&](int64_t begin, int64_t end) {
+    host.parallel_for(n, 1 + kRowWork / c, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         norm[i] = load_row(x + i * c, data.data() + i * c, c, options.normalize, static_cast<A>(options.eps));
       }
