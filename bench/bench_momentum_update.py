@@ -1,7 +1,5 @@
 """The momentum update over an encoder's parameters: ours on lists and flat, the published loop, _foreach, timm."""
 
-import copy
-
 import official
 import pytest
 import torch
@@ -47,18 +45,18 @@ class Encoders:
     def split(self, flat: torch.Tensor) -> list[torch.Tensor]:
         return [x.clone() for x in split(flat, self.shapes)]
 
-    def row(self, name, make, update, bytes_each=12, read=None, **more) -> Row:
+    def row(self, name, make, update, bytes_each=12, read=list, tolerance=1e-6) -> Row:
         """`make` gives the state from the start values; `update` moves it once; `read` says what it holds then."""
         state = make(self.start)
 
         def first_step():
             fresh = make(self.start)
             update(fresh)
-            return torch.cat([x.flatten() for x in (read or list)(fresh)])
+            return torch.cat([x.flatten() for x in read(fresh)])
 
         # read both, write one
         work = {"flops": 3 * self.count, "bytes": bytes_each * self.count}
-        return Row(name, lambda: update(state), value=first_step, tolerance=1e-6, **work, **more)
+        return Row(name, lambda: update(state), value=first_step, tolerance=tolerance, **work)
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "vit_b_16"])
@@ -103,6 +101,9 @@ def bench_momentum_update_with_shadow(compare, device):
         return e.split(x), [p.to(torch.bfloat16) for p in e.split(x)]
 
     def ours(state):
+        moco_ext.momentum_update_(state[0], [e.flat_query], M, shadows=state[1])
+
+    def ours_then_cast(state):
         moco_ext.momentum_update_(state[0], [e.flat_query], M)
         state[1][0].copy_(state[0][0])
 
@@ -110,10 +111,12 @@ def bench_momentum_update_with_shadow(compare, device):
         torch._foreach_lerp_(state[0], e.queries, 1 - M)
         torch._foreach_copy_(state[1], state[0])
 
-    options = {"bytes_each": 14, "read": lambda state: state[0]}
+    # a master's last bit may send its shadow to the other neighbour in bfloat16, in few of the elements
+    options = {"bytes_each": 14, "read": lambda state: state[0] + state[1], "tolerance": 1e-4}
     rows = [
-        e.row("ours, flat, then a cast", masters, ours, **options),
+        e.row("ours, flat", masters, ours, **options),
+        e.row("ours, flat, then a cast", masters, ours_then_cast, **options),
         e.row("torch._foreach_lerp_, _foreach_copy_", lists, foreach, **options),
         Row("limit: copy", lambda: target.copy_(source), bytes=2 * source.nbytes),
     ]
-    compare("momentum_update resnet50 with bfloat16 shadow", rows, copy.deepcopy(e.want))
+    compare("momentum_update resnet50 with bfloat16 shadow", rows, torch.cat([e.want, e.want.bfloat16().double()]))
