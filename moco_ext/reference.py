@@ -67,7 +67,7 @@ def info_nce(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
 
-    dtype = _compute_dtype(query, key)
+    dtype = _compute_dtype(query, key, *([] if queue is None else [queue]))
     query, key = query.to(dtype), key.to(dtype)
     queue = key[:0].detach() if queue is None else queue.to(dtype)
     if valid is not None:
