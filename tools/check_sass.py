@@ -3,7 +3,8 @@
     python tools/check_sass.py [LIBRARY]      pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm (or a CUDA toolkit)
 
 For each architecture: every tensor-core kernel multiplies with HMMA, reads its operands with LDSM and fetches key tiles
-with 16-byte LDGSTS; the momentum update moves 16 bytes a load and a store; neither touches local memory.
+with 16-byte LDGSTS, Hopper's own with HGMMA from tiles that UTMALDG brings; the momentum update moves 16 bytes a
+load and a store. None touches local memory.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ LOCAL_MEMORY = (r"\bLDL\b", r"\bSTL\b")
 RULES = {
     # C in (64, 128, 256, 512) x (4 operand types x with and without gradient + 3 for the gradient of in-batch keys)
     "info_nce_mma_kernel": (44, (r"\bHMMA\.", r"\bLDSM\.", r"\bLDGSTS\.E\.BYPASS\S*\.128\b"), LOCAL_MEMORY),
-    # tables of 1, 64 and 1,000 tensors
-    "momentum_update_kernel": (3, (r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
+    # tables of 1, 64 and 1,000 tensors, and of 1 and 800 with shadows
+    "momentum_update_kernel": (5, (r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
 }
+# C in (64, 128, 256) x two types x with and without gradient
+HOPPER_RULES = {"info_nce_sm90_kernel": (12, (r"\bHGMMA\.", r"\bUTMALDG\.2D\b", r"\bUSETMAXREG\b"), LOCAL_MEMORY)}
 
 
 def find_cuobjdump() -> str:
@@ -41,7 +44,8 @@ def check(architecture: str, sass: str) -> list[str]:
     functions = {
         name.strip(): code for name, code in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S)
     }
-    for part, (count, wanted, unwanted) in RULES.items():
+    rules = RULES | (HOPPER_RULES if architecture == "sm_90a" else {})
+    for part, (count, wanted, unwanted) in rules.items():
         kernels = {name: code for name, code in functions.items() if part in name}
         if len(kernels) != count:
             problems.append(f"{architecture}: expected {count} of {part}, found {len(kernels)}")

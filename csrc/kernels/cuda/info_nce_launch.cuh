@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/info_nce_mma.cuh"
+#include "kernels/cuda/info_nce_sm90_launch.cuh"
 
 namespace moco_ext::cuda {
 
@@ -18,6 +19,7 @@ struct InfoNcePass {
   int threads;
   int shared_bytes;
   int64_t resident;  // blocks that run at a time on the whole device
+  size_t operand_bytes = sizeof(Queue);
 };
 
 // More blocks a multiprocessor hide little more latency, but each writes its rows' partial sums.
@@ -89,7 +91,17 @@ template <typename Queue>
 InfoNcePass<Queue> generic_pass() {
   int multiprocessors = 0;
   if (multiprocessor_count(&multiprocessors) != cudaSuccess) multiprocessors = 1;
-  return {nullptr, kGenericRows, kGenericKeys, 0, 0, int64_t{kMaxBlocksPerMultiprocessor} * multiprocessors};
+  return {nullptr,      kGenericRows, kGenericKeys, 0, 0, int64_t{kMaxBlocksPerMultiprocessor} * multiprocessors,
+          sizeof(float)};
+}
+
+// Hopper's, with nothing but its shape; resident is 0 where it is not taken.
+template <typename Queue>
+InfoNcePass<Queue> sm90_pass(const InfoNceShape& shape) {
+  const int64_t keys = sizeof(Queue) == 2 ? sm90_tile_keys(shape.c) : 0;
+  int multiprocessors = 0;
+  if (keys == 0 || multiprocessor_count(&multiprocessors) != cudaSuccess) return {};
+  return {nullptr, kSm90Rows, keys, 0, 0, multiprocessors};
 }
 
 // Splits of the queue, for the least time: waves of resident blocks, times tiles that a block goes through plus what
@@ -117,9 +129,8 @@ InfoNceWorkspace pass_workspace(const InfoNcePass<Queue>& pass, void* base, cons
   const auto splits = [&](int64_t keys) {
     return keys == 0 ? 0 : choose_splits(row_blocks, (keys + pass.keys - 1) / pass.keys, pass.resident);
   };
-  const size_t operand_bytes = pass.kernel == nullptr ? sizeof(float) : sizeof(Queue);
   return info_nce_workspace(base, shape, contrast, pass.rows, splits(shape.k),
-                            contrast.in_batch ? splits(contrast.keys) : 0, operand_bytes, gradient);
+                            contrast.in_batch ? splits(contrast.keys) : 0, pass.operand_bytes, gradient);
 }
 
 template <typename Queue>
@@ -129,6 +140,9 @@ size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions&
   // Which pass will run depends on the queue's alignment too, which is not known here.
   size_t bytes = pass_workspace(generic_pass<Queue>(), nullptr, shape, contrast, gradient).bytes;
   if (const InfoNcePass<Queue> pass = mma_pass<Queue>(shape, options, gradient); pass.resident > 0) {
+    bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
+  }
+  if (const InfoNcePass<Queue> pass = sm90_pass<Queue>(shape); pass.resident > 0) {
     bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
   }
   return bytes;
@@ -170,6 +184,16 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
       return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
     };
     return launch_info_nce<float>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
+  }
+  if constexpr (sizeof(Queue) == 2) {
+    if (const InfoNcePass<Queue> hopper = sm90_pass<Queue>(shape); hopper.resident > 0) {
+      const InfoNceWorkspace w = pass_workspace(hopper, workspace, shape, contrast, gradient);
+      const auto pass = [&](const Queue* keys, const auto& count, const auto& mask, const auto& partials,
+                            int64_t splits) {
+        return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
+      };
+      return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
+    }
   }
   const InfoNceWorkspace w = pass_workspace(fast, workspace, shape, contrast, gradient);
   const auto pass = [&](const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,

@@ -254,25 +254,28 @@ __device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[
 }
 
 // A bit for each of a lane's scores, number 4 j + 2 r + i.
+template <int tiles>
 struct MaskBits {
-  uint32_t own = 0;
-  uint32_t same_id = 0;
+  using Bits = std::conditional_t<tiles * 4 <= 32, uint32_t, uint64_t>;
+  static_assert(tiles * 4 <= 64);
+  Bits own = 0;
+  Bits same_id = 0;
 };
 
 // Found in a loop that is not unrolled, so that it holds few registers beside the tile's.
 template <int tiles>
-__device__ __forceinline__ MaskBits mask_bits(const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
-                                              int valid, int lane) {
-  static_assert(tiles * 4 <= 32);
-  MaskBits bits;
+__device__ __forceinline__ MaskBits<tiles> mask_bits(const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
+                                                     int valid, int lane) {
+  using Bits = typename MaskBits<tiles>::Bits;
+  MaskBits<tiles> bits;
 #pragma unroll 1
   for (int at = 0; at < tiles * 4; ++at) {
     const int key_of_tile = at / 4 * 8 + lane % 4 * 2 + at % 2;
     const int64_t key = first_key + key_of_tile;
     const int64_t this_row = row + at / 2 % 2 * 8;
     if (this_row >= n || key_of_tile >= valid) continue;
-    bits.own |= static_cast<uint32_t>(mask.is_own(this_row, key)) << at;
-    bits.same_id |= static_cast<uint32_t>(mask.same_id(this_row, key)) << at;
+    bits.own |= static_cast<Bits>(mask.is_own(this_row, key)) << at;
+    bits.same_id |= static_cast<Bits>(mask.same_id(this_row, key)) << at;
   }
   bits.same_id &= ~bits.own;
   return bits;
@@ -281,9 +284,9 @@ __device__ __forceinline__ MaskBits mask_bits(const InfoNceMask& mask, int64_t r
 template <int tiles>
 __device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& rows, const InfoNceMask& mask,
                                             int64_t row, int64_t n, int64_t first_key, int valid, int lane) {
-  const MaskBits bits = mask_bits<tiles>(mask, row, n, first_key, valid, lane);
-  const uint32_t masked = bits.own | (mask.same_id_positive ? 0 : bits.same_id);
-  const uint32_t positives = mask.same_id_positive ? bits.same_id : 0;
+  const MaskBits<tiles> bits = mask_bits<tiles>(mask, row, n, first_key, valid, lane);
+  const auto masked = bits.own | (mask.same_id_positive ? 0 : bits.same_id);
+  const auto positives = mask.same_id_positive ? bits.same_id : 0;
 #pragma unroll
   for (int at = 0; at < tiles * 4; ++at) {
     float& x = s[at / 4][at % 4];

@@ -1,0 +1,129 @@
+// The launcher of Hopper's pass. Written to the instruction set's description and never yet run: taken only where
+// MOCO_EXT_SM90=1 is set, on a device of compute capability 9.0.
+#include "kernels/cuda/info_nce_sm90_launch.cuh"
+
+#ifndef MOCO_EMULATE
+#include <cudaTypedefs.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels/cuda/info_nce_sm90.cuh"
+#endif
+
+namespace moco_ext::cuda {
+
+#ifdef MOCO_EMULATE
+
+int64_t sm90_tile_keys(int64_t) { return 0; }
+template <typename Element>
+cudaError_t launch_info_nce_sm90(const Element*, const InfoNceKeyCount&, const InfoNceMask&, const InfoNcePartials&,
+                                 int64_t, const InfoNceShape&, const InfoNceOptions&, const InfoNceWorkspace&,
+                                 cudaStream_t) {
+  return cudaErrorNotSupported;
+}
+
+#else
+
+namespace {
+
+bool device_is_hopper() {
+  static std::atomic<int> known[64];  // by device: 1 no, 2 yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
+  if (const int answer = known[device].load(std::memory_order_relaxed); answer != 0) return answer == 2;
+  int major = 0;
+  int minor = 0;
+  const bool hopper = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
+                      major == 9 && minor == 0;
+  known[device].store(hopper ? 2 : 1, std::memory_order_relaxed);
+  return hopper;
+}
+
+// From the driver, which is not linked.
+PFN_cuTensorMapEncodeTiled_v12000 encoder() {
+  static const auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? function : nullptr;
+  }();
+  return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+}
+
+// x [rows, columns] in boxes of [box_rows, 64 columns]; rows beyond the end read as zeros.
+template <typename Element>
+bool encode(CUtensorMap& map, const Element* x, int64_t rows, int64_t columns, int box_rows) {
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * sizeof(Element)};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  constexpr CUtensorMapDataType type =
+      std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encoder()(&map, type, 2, const_cast<Element*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename Element, int columns>
+cudaError_t launch_width(const Element* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                         const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
+                         const InfoNceOptions& options, const InfoNceWorkspace& w, cudaStream_t stream) {
+  using Tile = Sm90Tile<columns>;
+  Sm90Arguments arguments{};
+  if (!encode(arguments.query, static_cast<const Element*>(w.query), w.n_padded, columns, Tile::kRows) ||
+      !encode(arguments.keys, keys, count.most, columns, Tile::kKeys)) {
+    return cudaErrorInvalidValue;
+  }
+  arguments.positive = w.positive;
+  arguments.row_scale = w.row_scale;
+  arguments.partials = partials;
+  arguments.n = shape.n;
+  arguments.count = count;
+  arguments.mask = mask;
+  arguments.temperature = {options.temperature, options.temperature_ptr};
+  const dim3 grid(static_cast<unsigned>(w.n_padded / Tile::kRows), static_cast<unsigned>(splits));
+  const auto kernel = partials.keys != nullptr ? info_nce_sm90_kernel<Element, columns, true>
+                                               : info_nce_sm90_kernel<Element, columns, false>;
+  return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
+}
+
+}  // namespace
+
+int64_t sm90_tile_keys(int64_t columns) {
+  static const bool wanted = [] {
+    const char* const set = std::getenv("MOCO_EXT_SM90");
+    return set != nullptr && std::strcmp(set, "1") == 0;
+  }();
+  if (!wanted || (columns != 64 && columns != 128 && columns != 256)) return 0;
+  if (!device_is_hopper() || encoder() == nullptr) return 0;
+  return columns == 256 ? Sm90Tile<256>::kKeys : Sm90Tile<128>::kKeys;
+}
+
+template <typename Element>
+cudaError_t launch_info_nce_sm90(const Element* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                                 const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
+                                 const InfoNceOptions& options, const InfoNceWorkspace& w, cudaStream_t stream) {
+  switch (shape.c) {
+    case 64:
+      return launch_width<Element, 64>(keys, count, mask, partials, splits, shape, options, w, stream);
+    case 128:
+      return launch_width<Element, 128>(keys, count, mask, partials, splits, shape, options, w, stream);
+    default:
+      return launch_width<Element, 256>(keys, count, mask, partials, splits, shape, options, w, stream);
+  }
+}
+
+#endif
+
+#define MOCO_INFO_NCE_SM90(Element)                                                                              \
+  template cudaError_t launch_info_nce_sm90<Element>(const Element*, const InfoNceKeyCount&, const InfoNceMask&, \
+                                                     const InfoNcePartials&, int64_t, const InfoNceShape&,       \
+                                                     const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
+MOCO_INFO_NCE_SM90(__nv_bfloat16)
+MOCO_INFO_NCE_SM90(__half)
+
+}  // namespace moco_ext::cuda

@@ -1,0 +1,230 @@
+// The InfoNCE pass over the queue for Hopper: the pass of info_nce_mma.cuh with warpgroup products and tensor copies.
+//
+// A block owns 128 queries and one split of the queue. One thread fetches key tiles into a ring; two warpgroups of 64
+// rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). Their turns interleave by
+// themselves: while one takes its softmax the other's products run. Scores, P and O stay in registers:
+//   softmax of S(j) -> issue O += P(j) K and S(j+1) -> wait for both -> release tile j
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/cuda/info_nce_mma.cuh"
+#include "kernels/cuda/info_nce_sm90_launch.cuh"
+#include "kernels/cuda/sm90.cuh"
+
+namespace moco_ext::cuda {
+
+template <int columns>
+struct Sm90Tile {
+  static constexpr int kRows = kSm90Rows;                  // half of them a warpgroup's
+  static constexpr int kKeys = columns <= 128 ? 128 : 64;  // what S takes of the registers beside O
+  static constexpr int kPanels = columns / 64;
+  static constexpr int kKeyPanelBytes = kKeys * 128;
+  static constexpr int kTileBytes = kPanels * kKeyPanelBytes;
+  static constexpr int kQueryPanelBytes = kRows * 128;
+  static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;
+  static constexpr int kStages = columns == 64 ? 8 : columns == 128 ? 5 : 4;
+  static constexpr int kThreads = 3 * 128;
+  static constexpr int kSharedBytes = 1024 + kQueryBytes + kStages * kTileBytes + (2 * kStages + 1) * 8;
+  static_assert(kSharedBytes <= 227 * 1024);
+};
+
+struct Sm90Arguments {
+  CUtensorMap query;  // boxes of [128 rows, 64 columns] of the query operand
+  CUtensorMap keys;   // boxes of [kKeys rows, 64 columns]
+  const float* positive;
+  const float* row_scale;
+  InfoNcePartials partials;
+  int64_t n;
+  InfoNceKeyCount count;
+  InfoNceMask mask;
+  InfoNceTemperature temperature;
+};
+
+template <typename Element, int columns, bool kGradient>
+__global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
+    info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Tile = Sm90Tile<columns>;
+  extern __shared__ unsigned char unaligned[];
+  const uint32_t query = (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) + 1023u) & ~1023u;
+  const uint32_t ring = query + Tile::kQueryBytes;
+  const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
+  const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: both warpgroups have left it
+  const uint32_t query_arrived = empty + Tile::kStages * 8;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t k = arguments.count.value();
+  const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
+  const int first_tile = static_cast<int>(all_tiles * blockIdx.y / gridDim.y);
+  const int tiles = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y) - first_tile;
+
+  if (thread == 0) {
+    for (int i = 0; i < Tile::kStages; ++i) {
+      sm90::barrier_init(full + 8 * i, 1);
+      sm90::barrier_init(empty + 8 * i, 2);
+    }
+    sm90::barrier_init(query_arrived, 1);
+    sm90::barrier_init_done();
+  }
+  __syncthreads();
+
+  if (thread < 128) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (thread == 0) {
+      sm90::prefetch_map(arguments.query);
+      sm90::prefetch_map(arguments.keys);
+      sm90::barrier_expect(query_arrived, Tile::kQueryBytes);
+      for (int p = 0; p < Tile::kPanels; ++p) {
+        sm90::copy_tensor(query + p * Tile::kQueryPanelBytes, arguments.query, 64 * p,
+                          static_cast<int>(blockIdx.x) * Tile::kRows, query_arrived);
+      }
+      for (int tile = 0; tile < tiles; ++tile) {
+        const int stage = tile % Tile::kStages;
+        sm90::barrier_wait(empty + 8 * stage, sm90::empty_parity(tile, Tile::kStages));
+        sm90::barrier_expect(full + 8 * stage, Tile::kTileBytes);
+        for (int p = 0; p < Tile::kPanels; ++p) {
+          sm90::copy_tensor(ring + stage * Tile::kTileBytes + p * Tile::kKeyPanelBytes, arguments.keys, 64 * p,
+                            (first_tile + tile) * Tile::kKeys, full + 8 * stage);
+        }
+      }
+    }
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    const Element type{};
+    const int group = thread / 128 - 1;
+    const int lane = thread % 32;
+    const int64_t n = arguments.n;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows + group * 64 + thread % 128 / 32 * 16 + lane / 4;
+    constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
+    SoftmaxRows rows;
+    const float log2_scale = 1.44269504f / arguments.temperature.value();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float row_scale = arguments.row_scale[row + 8 * r];
+      rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
+      rows.scale[r] = row_scale * log2_scale;
+      rows.max[r] = -INFINITY;
+      rows.sum[r] = 0.0f;
+      rows.rank[r] = 0;
+    }
+    const int split_keys = static_cast<int>(
+        min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
+
+    constexpr int kScores = Tile::kKeys / 8;
+    constexpr int kOutputs = kGradient ? columns / 8 : 1;
+    float s[kScores][4] = {};
+    float o[kOutputs][4] = {};
+    const auto tile_address = [&](int tile) { return ring + tile % Tile::kStages * Tile::kTileBytes; };
+    const auto wait_for = [&](int tile) {
+      sm90::barrier_wait(full + 8 * (tile % Tile::kStages), sm90::full_parity(tile, Tile::kStages));
+    };
+    const auto issue_scores = [&](int tile) {  // S = Q K^T
+#pragma unroll
+      for (int step = 0; step < columns / 16; ++step) {  // 16 columns are 32 bytes of a panel's row
+        const int panel = step / 4;
+        const uint32_t bytes = step % 4 * 32;
+        sm90::multiply_rows(s, sm90::row_operand(query + panel * Tile::kQueryPanelBytes + group * 64 * 128 + bytes),
+                            sm90::row_operand(tile_address(tile) + panel * Tile::kKeyPanelBytes + bytes), step > 0,
+                            type);
+      }
+    };
+    uint32_t p[Tile::kKeys / 16][4];
+    const auto issue_outputs = [&](int tile) {  // O += P K
+      if constexpr (kGradient) {
+#pragma unroll
+        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // 16 keys are two groups of 8 rows
+          sm90::multiply_columns(o, p[j], sm90::column_operand(tile_address(tile) + j * 2048, Tile::kKeyPanelBytes),
+                                 type);
+        }
+      }
+    };
+    const auto take_softmax = [&](int tile) {
+      const int valid = min(split_keys - tile * Tile::kKeys, Tile::kKeys);
+      if (valid < Tile::kKeys) {
+#pragma unroll
+        for (int j = 0; j < kScores; ++j) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (j * 8 + lane % 4 * 2 + i % 2 >= valid) s[j][i] = -INFINITY;
+          }
+        }
+      }
+      if (arguments.mask.any()) {
+        const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
+        mask_scores<kScores>(s, rows, arguments.mask, row, n, first_key, valid, lane);
+      }
+      online_softmax<kScores, kBias>(s, o, rows);
+      if constexpr (kGradient) {
+#pragma unroll
+        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two neighbouring tiles of S are an operand as they stand
+          p[j][0] = pack(s[2 * j][0], s[2 * j][1], type);
+          p[j][1] = pack(s[2 * j][2], s[2 * j][3], type);
+          p[j][2] = pack(s[2 * j + 1][0], s[2 * j + 1][1], type);
+          p[j][3] = pack(s[2 * j + 1][2], s[2 * j + 1][3], type);
+        }
+      }
+    };
+    // From `begin` to `end` nothing but products may touch s, o and p, and nothing may branch: else the compiler makes
+    // the products wait for each other.
+    const auto begin = [&] {
+      sm90::pin(s);
+      sm90::pin(o);
+      sm90::products_begin();
+    };
+    const auto end = [&] {
+      sm90::products_commit();
+      sm90::products_wait();
+      sm90::pin(s);
+      sm90::pin(o);
+    };
+
+    sm90::barrier_wait(query_arrived, 0);  // even without a tile: no block may end before its copies
+    if (tiles > 0) {
+      wait_for(0);
+      begin();
+      issue_scores(0);
+      end();
+      for (int tile = 0; tile < tiles - 1; ++tile) {
+        take_softmax(tile);
+        wait_for(tile + 1);
+        begin();
+        issue_outputs(tile);
+        issue_scores(tile + 1);
+        end();
+        if (thread % 128 == 0) sm90::barrier_arrive(empty + 8 * (tile % Tile::kStages));
+      }
+      take_softmax(tiles - 1);
+      begin();
+      issue_outputs(tiles - 1);
+      end();
+    }
+
+    constexpr float kUnbias = 1.0f / (1 << kBias);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int flip = 1; flip < 4; flip *= 2) {
+        rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], flip);
+        rows.rank[r] += __shfl_xor_sync(0xffffffffu, rows.rank[r], flip);
+      }
+      if (row + 8 * r >= n) continue;
+      const int64_t slot = blockIdx.y * n + row + 8 * r;
+      if (lane % 4 == 0) {
+        arguments.partials.max[slot] = rows.max[r];
+        arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
+        arguments.partials.rank[slot] = rows.rank[r];
+      }
+      if constexpr (kGradient) {
+        float* const out = arguments.partials.keys + slot * columns;
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          *reinterpret_cast<float2*>(out + 8 * i + lane % 4 * 2) =
+              make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
+        }
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace moco_ext::cuda

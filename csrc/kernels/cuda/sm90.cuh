@@ -1,0 +1,132 @@
+// Hopper's own instructions (sm_90a), thinly wrapped: mbarriers, bulk tensor copies, warpgroup matrix products.
+//
+// A tile in shared memory is panels of 64 16-bit columns, [rows, 128 bytes] each, as a tensor copy with 128-byte
+// swizzle leaves it: the 16-byte chunks of row r permuted by chunk ^ (r % 8). Panels start on multiples of 1,024 bytes.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/sm90_layout.cuh"
+
+namespace moco_ext::cuda::sm90 {
+
+// ---- mbarriers
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_done() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Until the barrier's phase of that parity has completed.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- bulk tensor copies
+
+// Box of `map` at (column, row) -> shared memory; completes on the barrier.
+__device__ __forceinline__ void copy_tensor(uint32_t shared, const CUtensorMap& map, int column, int row,
+                                            uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// ---- warpgroup matrix products
+
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Pins values to registers across asynchronous products.
+template <int count>
+__device__ __forceinline__ void pin(float (&x)[count][4]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(x[i][j])::"memory");
+  }
+}
+
+#define MOCO_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define MOCO_D32(i)                                                                                           \
+  MOCO_D4(i), MOCO_D4(i + 1), MOCO_D4(i + 2), MOCO_D4(i + 3), MOCO_D4(i + 4), MOCO_D4(i + 5), MOCO_D4(i + 6), \
+      MOCO_D4(i + 7)
+#define MOCO_R32                                                                                                   \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
+  "%30,%31"
+#define MOCO_R64                                                                                                      \
+  MOCO_R32                                                                                                            \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
+  "%60,%61,%62,%63"
+#define MOCO_R128                                                                                                     \
+  MOCO_R64                                                                                                            \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
+  "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"  \
+  "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// d [64, n] = (keep ? d : 0) + a [64, 16] b [16, n], a and b row operands in shared memory.
+// d [64, n] += a [64, 16] b [16, n], a in registers, b a column operand.
+#define MOCO_PRODUCTS(Type, type, n, tiles, regs, outs, k0, k1, k2, k3, k4)                                          \
+  __device__ __forceinline__ void multiply_rows(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Type) {      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k2                                                             \
+                 ", 0;\n"                                                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, %" k0 ", %" k1         \
+                 ", p, 1, 1, 0, 0;\n}\n"                                                                             \
+                 : outs                                                                                              \
+                 : "l"(a), "l"(b), "r"(keep));                                                                       \
+  }                                                                                                                  \
+  __device__ __forceinline__ void multiply_columns(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, Type) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, {%" k0 ",%" k1 ",%" k2 \
+                 ",%" k3 "}, %" k4 ", 1, 1, 1, 1;\n"                                                                 \
+                 : outs                                                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+  }
+#define MOCO_OUTS64 MOCO_D32(0)
+#define MOCO_OUTS128 MOCO_D32(0), MOCO_D32(8)
+#define MOCO_OUTS256 MOCO_D32(0), MOCO_D32(8), MOCO_D32(16), MOCO_D32(24)
+#define MOCO_PRODUCTS_OF(Type, type)                                                         \
+  MOCO_PRODUCTS(Type, type, "64", 8, MOCO_R32, MOCO_OUTS64, "32", "33", "34", "35", "36")    \
+  MOCO_PRODUCTS(Type, type, "128", 16, MOCO_R64, MOCO_OUTS128, "64", "65", "66", "67", "68") \
+  MOCO_PRODUCTS(Type, type, "256", 32, MOCO_R128, MOCO_OUTS256, "128", "129", "130", "131", "132")
+MOCO_PRODUCTS_OF(__nv_bfloat16, "bf16")
+MOCO_PRODUCTS_OF(__half, "f16")
+
+#undef MOCO_D4
+#undef MOCO_D32
+#undef MOCO_R32
+#undef MOCO_R64
+#undef MOCO_R128
+#undef MOCO_OUTS64
+#undef MOCO_OUTS128
+#undef MOCO_OUTS256
+#undef MOCO_PRODUCTS
+#undef MOCO_PRODUCTS_OF
+
+}  // namespace moco_ext::cuda::sm90
