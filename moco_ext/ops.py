@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -154,32 +154,30 @@ def info_nce(
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if same_id not in ("mask", "positive"):
+        raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
+    if valid is not None and not isinstance(valid, Tensor) and valid < 0:  # the operator takes -1 for all
+        raise ValueError(f"valid: expected a number of keys, got {valid}")
+    options = _Options(temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, same_id)
     problem = _info_nce_groups if query.dim() == 3 else _info_nce_rows
-    loss, *figures = problem(
-        query, key, queue, temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, query_ids,
-        queue_ids, same_id,
-    )  # fmt: skip
+    loss, *figures = problem(query, key, queue, query_ids, queue_ids, options)
     return (loss, InfoNCEStats(*figures)) if return_stats else loss
 
 
-def _info_nce_rows(
-    query,
-    key,
-    queue,
-    temperature,
-    normalize,
-    reduction,
-    label_smoothing,
-    valid,
-    in_batch,
-    first_key,
-    query_ids,
-    queue_ids,
-    same_id,
-) -> tuple[Tensor, ...]:
+class _Options(NamedTuple):
+    temperature: float | Tensor
+    normalize: bool
+    reduction: str
+    label_smoothing: float
+    valid: int | Tensor | None
+    in_batch: bool
+    first_key: int
+    same_id: str
+
+
+def _info_nce_rows(query, key, queue, query_ids, queue_ids, options: _Options) -> tuple[Tensor, ...]:
     """The reduced loss, and the stats [N] without gradient."""
-    if same_id not in ("mask", "positive"):
-        raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
+    temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, same_id = options
     grad = torch.is_grad_enabled()
     temperature_tensor, temperature_value = _scalar("temperature", temperature)
     wanted = (
@@ -199,8 +197,6 @@ def _info_nce_rows(
     )
     no_ids = query_ids is None and queue_ids is None
     if queue is None or not no_ids or valid is not None or in_batch or first_key != 0 or label_smoothing != 0:
-        if valid is not None and not isinstance(valid, Tensor) and valid < 0:  # -1 tells the operator: all
-            raise ValueError(f"valid: expected a number of keys, got {valid}")
         valid_tensor, valid_number = (
             (valid, -1) if isinstance(valid, Tensor) else (None, -1 if valid is None else valid)
         )
@@ -274,43 +270,27 @@ class _InfoNCE(torch.autograd.Function):
         )
 
 
-def _info_nce_groups(
-    query,
-    key,
-    queue,
-    temperature,
-    normalize,
-    reduction,
-    label_smoothing,
-    valid,
-    in_batch,
-    first_key,
-    query_ids,
-    queue_ids,
-    same_id,
-) -> tuple[Tensor, ...]:
+def _info_nce_groups(query, key, queue, query_ids, queue_ids, options: _Options) -> tuple[Tensor, ...]:
     """The same for G problems, stats [G, N]. Those that share a queue, and no keys of the batch, are one batch."""
     groups, n = query.shape[:2]
     if key.dim() != 3 or len(key) != groups:
         raise ValueError(f"key: expected [{groups}, N, C] as query, got {list(key.shape)}")
     if queue is not None and queue.dim() == 3 and len(queue) != groups:
         raise ValueError(f"queue: expected [K, C], or [{groups}, K, C] as query, got {list(queue.shape)}")
-    options = label_smoothing, valid, in_batch, first_key
+    reduction = options.reduction
 
     def of(x, group, dims):  # the group's own x, where they do not share one
         return x[group] if x is not None and x.dim() > dims else x
 
-    if not in_batch and queue is not None and queue.dim() == 2 and (queue_ids is None or queue_ids.dim() == 1):
+    if not options.in_batch and queue is not None and queue.dim() == 2 and (queue_ids is None or queue_ids.dim() == 1):
         ids = None if query_ids is None else query_ids.expand(groups, n).flatten()
-        rows = query.flatten(0, 1), key.flatten(0, 1), queue
-        loss, *stats = _info_nce_rows(*rows, temperature, normalize, reduction, *options, ids, queue_ids, same_id)
+        loss, *stats = _info_nce_rows(query.flatten(0, 1), key.flatten(0, 1), queue, ids, queue_ids, options)
         stats = [figure.unflatten(0, (groups, n)) for figure in stats]
         return (loss.unflatten(0, (groups, n)) if reduction == "none" else loss), *stats
-    parts = []
-    for g in range(groups):
-        rows = query[g], key[g], of(queue, g, 2)
-        ids = of(query_ids, g, 1), of(queue_ids, g, 1)
-        parts.append(_info_nce_rows(*rows, temperature, normalize, reduction, *options, *ids, same_id))
+    parts = [
+        _info_nce_rows(query[g], key[g], of(queue, g, 2), of(query_ids, g, 1), of(queue_ids, g, 1), options)
+        for g in range(groups)
+    ]
     loss, *stats = (torch.stack(figures) for figures in zip(*parts, strict=True))
     return (loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss), *stats
 

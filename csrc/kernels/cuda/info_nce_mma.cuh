@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/info_nce_workspace.cuh"
+#include "kernels/cuda/info_nce_softmax.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/reduce.cuh"
 
@@ -202,100 +202,6 @@ __device__ __forceinline__ void multiply_keys_tf32(float (&o)[Tile::kWarpColumns
   }
 }
 
-// The running state of a lane's two rows: 0 is lane / 4, 1 is lane / 4 + 8.
-struct SoftmaxRows {
-  float positive[2];
-  float scale[2];    // from a score to the exponent of 2
-  float max[2];      // of the scores, over the row's four lanes
-  float sum[2];      // this lane's part
-  uint32_t rank[2];  // this lane's part
-};
-
-// Replaces scores by 2^bias times their probabilities relative to the running maximum. The difference is taken before
-// the scaling: logits may be of any size, and their product's rounding error alone could overflow exp2.
-template <int tiles, int kBias, int outputs>
-__device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[outputs][4], SoftmaxRows& rows) {
-  float rescale[2];
-  float shift[2];
-  bool grew = false;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float max = rows.max[r];
-#pragma unroll
-    for (int j = 0; j < tiles; ++j) max = fmaxf(max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
-    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
-    max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
-    shift[r] = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
-    rescale[r] = exp2_approx((rows.max[r] - shift[r]) * rows.scale[r]);
-    grew |= max > rows.max[r];
-    rows.max[r] = max;
-  }
-  if (__any_sync(0xffffffffu, grew)) {  // rare after the first tiles
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      rows.sum[r] *= rescale[r];
-#pragma unroll
-      for (int j = 0; j < outputs; ++j) {
-        o[j][2 * r] *= rescale[r];
-        o[j][2 * r + 1] *= rescale[r];
-      }
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < tiles; ++j) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i / 2;
-      rows.rank[r] += s[j][i] > rows.positive[r];
-      s[j][i] = exp2_approx((s[j][i] - shift[r]) * rows.scale[r] + kBias);
-      rows.sum[r] += s[j][i];
-    }
-  }
-}
-
-// A bit for each of a lane's scores, number 4 j + 2 r + i.
-template <int tiles>
-struct MaskBits {
-  using Bits = std::conditional_t<tiles * 4 <= 32, uint32_t, uint64_t>;
-  static_assert(tiles * 4 <= 64);
-  Bits own = 0;
-  Bits same_id = 0;
-};
-
-// Found in a loop that is not unrolled, so that it holds few registers beside the tile's.
-template <int tiles>
-__device__ __forceinline__ MaskBits<tiles> mask_bits(const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
-                                                     int valid, int lane) {
-  using Bits = typename MaskBits<tiles>::Bits;
-  MaskBits<tiles> bits;
-#pragma unroll 1
-  for (int at = 0; at < tiles * 4; ++at) {
-    const int key_of_tile = at / 4 * 8 + lane % 4 * 2 + at % 2;
-    const int64_t key = first_key + key_of_tile;
-    const int64_t this_row = row + at / 2 % 2 * 8;
-    if (this_row >= n || key_of_tile >= valid) continue;
-    bits.own |= static_cast<Bits>(mask.is_own(this_row, key)) << at;
-    bits.same_id |= static_cast<Bits>(mask.same_id(this_row, key)) << at;
-  }
-  bits.same_id &= ~bits.own;
-  return bits;
-}
-
-template <int tiles>
-__device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& rows, const InfoNceMask& mask,
-                                            int64_t row, int64_t n, int64_t first_key, int valid, int lane) {
-  const MaskBits<tiles> bits = mask_bits<tiles>(mask, row, n, first_key, valid, lane);
-  const auto masked = bits.own | (mask.same_id_positive ? 0 : bits.same_id);
-  const auto positives = mask.same_id_positive ? bits.same_id : 0;
-#pragma unroll
-  for (int at = 0; at < tiles * 4; ++at) {
-    float& x = s[at / 4][at % 4];
-    if (masked >> at & 1) x = -INFINITY;
-    // It will be counted with the negatives.
-    if (positives >> at & 1) rows.rank[at / 2 % 2] -= x > rows.positive[at / 2 % 2];
-  }
-}
-
 // Scores of kKeys -> weights of the queries in the gradient of each key.
 template <int tiles>
 __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNceColumn* columns, float scale,
@@ -446,15 +352,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
       }
       continue;
     }
-    if (const int valid = valid_keys(tile); valid < Tile::kKeys) {
-#pragma unroll
-      for (int j = 0; j < Tile::kKeys / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (j * 8 + lane % 4 * 2 + i % 2 >= valid) s[j][i] = -INFINITY;
-        }
-      }
-    }
+    if (const int valid = valid_keys(tile); valid < Tile::kKeys) drop_scores(s, valid, lane);
     if (arguments.mask.any()) {
       mask_scores<Tile::kKeys / 8>(s, rows, arguments.mask, row, n, first_key, valid_keys(tile), lane);
     }
@@ -467,13 +365,9 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   }
 
   constexpr float kUnbias = 1.0f / (1 << kBias);
+  join_lanes(rows);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int flip = 1; flip < 4; flip *= 2) {
-      rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], flip);
-      rows.rank[r] += __shfl_xor_sync(0xffffffffu, rows.rank[r], flip);
-    }
     if (row + 8 * r >= n) continue;
     const int64_t slot = blockIdx.y * n + row + 8 * r;
     if (kPass != MmaPass::kKeys && column_group == 0 && lane % 4 == 0) {

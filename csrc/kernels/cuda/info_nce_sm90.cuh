@@ -8,8 +8,9 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/info_nce_mma.cuh"
 #include "kernels/cuda/info_nce_sm90_launch.cuh"
+#include "kernels/cuda/info_nce_softmax.cuh"
+#include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/sm90.cuh"
 
 namespace moco_ext::cuda {
@@ -140,15 +141,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
     };
     const auto take_softmax = [&](int tile) {
       const int valid = min(split_keys - tile * Tile::kKeys, Tile::kKeys);
-      if (valid < Tile::kKeys) {
-#pragma unroll
-        for (int j = 0; j < kScores; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (j * 8 + lane % 4 * 2 + i % 2 >= valid) s[j][i] = -INFINITY;
-          }
-        }
-      }
+      if (valid < Tile::kKeys) drop_scores(s, valid, lane);
       if (arguments.mask.any()) {
         const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
         mask_scores<kScores>(s, rows, arguments.mask, row, n, first_key, valid, lane);
@@ -200,13 +193,9 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
     }
 
     constexpr float kUnbias = 1.0f / (1 << kBias);
+    join_lanes(rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-#pragma unroll
-      for (int flip = 1; flip < 4; flip *= 2) {
-        rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], flip);
-        rows.rank[r] += __shfl_xor_sync(0xffffffffu, rows.rank[r], flip);
-      }
       if (row + 8 * r >= n) continue;
       const int64_t slot = blockIdx.y * n + row + 8 * r;
       if (lane % 4 == 0) {
