@@ -161,6 +161,7 @@ def in_rank(rank: int, port: int, folder: str) -> None:
     ddp(mine, mine)
     results["queue_is_its_own"] = bool((model.queue == rank).all())
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo aborts a process whose peer is gone already
     dist.destroy_process_group()
 
 

@@ -155,10 +155,12 @@ def _in_group(work: Work, args: argparse.Namespace, group: _Group) -> int:
     elif "threads" not in given and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.local_world))
     dist.init_process_group(backend, init_method=group.url, rank=group.rank, world_size=group.world)
+    lost = False
     try:
         return work(args, Process(device, group.local_world))
     except RuntimeError as error:
         if any(sign in str(error) for sign in ("gloo", "NCCL", "Connection closed", "Connection reset")):
+            lost = True
             raise ConnectionError(
                 f"process group: rank {group.rank} has lost contact with another rank; the first one to end says why "
                 f"({str(error).splitlines()[0][:200]})"
@@ -168,7 +170,8 @@ def _in_group(work: Work, args: argparse.Namespace, group: _Group) -> int:
         # A process that failed must not wait for the others: they learn of it by its end.
         if sys.exc_info()[0] is None:
             dist.barrier()
-        dist.destroy_process_group()
+        if not lost:  # taking a broken group down may abort the process before it has said what happened
+            dist.destroy_process_group()
 
 
 def _wants_cuda(given: dict[str, Any]) -> bool:
