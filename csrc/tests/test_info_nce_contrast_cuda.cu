@@ -259,7 +259,7 @@ void test_types(int query, int queue, const Case& x, check::Random& random) {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? atoi(argv[1]) : 100;
   check::Random random(argc > 2 ? atoi(argv[2]) : 20191113);
-  const int64_t all_c[] = {64, 128, 256, 512, 17, 96};
+  const int64_t all_c[] = {64, 128, 256, 512, 768, 1024, 17, 96};
   check::group("everything at once, every width and type");
   for (const int64_t c : all_c) {
     for (int type = 0; type < 4; ++type) {

@@ -68,6 +68,10 @@ InfoNcePass<Queue> mma_pass(int64_t columns) {
       return mma_pass<Queue, kExact, 256, kPass>();
     case 512:
       return mma_pass<Queue, kExact, 512, kPass>();
+    case 768:
+      return mma_pass<Queue, kExact, 768, kPass>();
+    case 1024:
+      return mma_pass<Queue, kExact, 1024, kPass>();
     default:
       return {};
   }

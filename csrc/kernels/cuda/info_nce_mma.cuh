@@ -22,7 +22,8 @@ struct MmaTile {
   // kExact needs registers for both halves of every operand.
   static constexpr int kWarpColumns = columns == 64 || (kExact && columns < 512) ? 64 : 128;
   static constexpr int kColumnGroups = columns / kWarpColumns;
-  static constexpr int kRowWarps = kColumnGroups < 4 ? 4 : 2;
+  // What registers allow beside O and the query: 255 a thread of 8 warps, 168 of 12.
+  static constexpr int kRowWarps = kColumnGroups < 4 ? 4 : columns <= 512 || columns * sizeof(Element) <= 1536 ? 2 : 1;
   static constexpr int kWarps = kRowWarps * kColumnGroups;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kRows = 16 * kRowWarps;
@@ -30,13 +31,15 @@ struct MmaTile {
   static constexpr int kRowChunks = kRowBytes / 16;
   static constexpr int kKeys = kRowBytes <= 256 && !kExact ? 64 : kRowBytes <= 1024 ? 32 : 16;
   static constexpr int kTileBytes = kKeys * kRowBytes;
-  // Every configuration fits the 99 KB that a block may have on sm_86, sm_89 and sm_120.
+  // All fit the 99 KB that a block may have on sm_86, sm_89 and sm_120 but float rows of 768 and 1024, which go the
+  // generic way there.
   static constexpr int kStages = kTileBytes <= 16 * 1024 ? 3 : 2;
   static constexpr int kExchangeBytes = kColumnGroups > 1 ? kThreads * kKeys / 2 * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kSharedBytes = kStages * kTileBytes + kExchangeBytes;
   static constexpr int kWarpBytes = kWarpColumns * sizeof(Element);
   static constexpr int kSteps = kWarpBytes / 32;  // of the contraction in S; a step is 32 bytes of a row
-  static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0 && kSharedBytes <= 99 * 1024);
+  static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0);
+  static_assert(kSharedBytes <= (kRowBytes <= 2048 ? 99 : 163) * 1024);
 };
 
 // A query as the pass over its keys sees it: upstream * (p - target) is upstream * exp2(score * scale - lse) - floor,
