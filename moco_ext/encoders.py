@@ -79,7 +79,7 @@ def build(base_encoder: str | BaseEncoder, dim: int, mlp: bool = False) -> nn.Mo
     return encoder
 
 
-def encode(encoder: nn.Module, images: Tensor) -> Tensor:
+def encode(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     """Features [N, dim] of images [N, 3, H, W], or of sets of patches [N, P, 3, h, w]: the mean over each set."""
     if images.ndim != 5:
         return encoder(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from . import distributed, encoders
 from .distributed import all_gather, start_all_gather
 from .encoders import encode
-from .momentum import flatten_parameters_, update_key_encoder_
+from .momentum import HalfWeights, flatten_parameters_, update_key_encoder_
 from .ops import info_nce, momentum_update_
 from .queue import KeyQueue
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
@@ -72,6 +73,8 @@ class MoCo(KeyQueue):
             single device the effect of as many devices.
         key_encoder: ``"momentum"``, a network of its own that follows the query encoder; ``"partial"``, which shares
             all but the head with it, and only the head follows; ``"identical"``, the query encoder itself.
+        key_dtype: None, or ``torch.bfloat16`` or ``torch.float16``: a momentum key encoder then runs under autocast
+            with weights of that type, which the momentum update writes along with the float32 ones that it moves.
         label_smoothing, in_batch, same_id: of the loss, see :func:`moco_ext.info_nce`; ``in_batch`` counts the keys of
             all ranks. ``same_id`` ("mask" or "positive"; None: another view of an image that is still in the queue is
             a negative like any, as published) wants ``ids`` in ``forward`` and ``update``.
@@ -99,6 +102,7 @@ class MoCo(KeyQueue):
         shuffle_bn: str = "auto",
         split_bn: int = 1,
         key_encoder: str = "momentum",
+        key_dtype: torch.dtype | None = None,
         label_smoothing: float = 0.0,
         in_batch: bool = False,
         same_id: str | None = None,
@@ -109,6 +113,10 @@ class MoCo(KeyQueue):
             raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
         if key_encoder not in KEY_ENCODERS:
             raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
+        if key_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"key_dtype: expected None, torch.bfloat16 or torch.float16, got {key_dtype}")
+        if key_dtype is not None and key_encoder != "momentum":
+            raise ValueError(f"key_dtype: expected None with key_encoder {key_encoder!r}, got {key_dtype}")
         if same_id not in (None, "mask", "positive"):
             raise ValueError(f"same_id: expected None, 'mask' or 'positive', got {same_id!r}")
         if not 0.0 <= label_smoothing < 1.0:
@@ -121,6 +129,7 @@ class MoCo(KeyQueue):
         self.key_encoder = key_encoder
         self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
         self._steps = 0
+        self._half_keys = None if key_dtype is None else HalfWeights(key_dtype)
 
         encoder = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
         self.encoder_q = encoder
@@ -183,7 +192,7 @@ class MoCo(KeyQueue):
                 (``moco_ext.distributed.all_gather(ids)``).
         """
         if self.key_encoder == "momentum":
-            update_key_encoder_(self.encoder_k, self.encoder_q, self.m)
+            update_key_encoder_(self.encoder_k, self.encoder_q, self.m, self._half_keys)
         elif self.key_encoder == "partial":
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
@@ -196,7 +205,9 @@ class MoCo(KeyQueue):
 
     @torch.no_grad()
     def _encode_keys(self, images: Tensor) -> Tensor:
-        return encode(self.encoder_k, images)
+        if self._half_keys is None:
+            return encode(self.encoder_k, images)
+        return encode(functools.partial(self._half_keys, self.encoder_k), images)
 
     def _flatten(self) -> None:
         """Lay out each encoder in one buffer. Those of several dtypes are updated as lists; see momentum.py."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from .ops import momentum_update_
 
@@ -55,12 +56,15 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def update_key_encoder_(key_encoder: nn.Module, query_encoder: nn.Module, m: float | Tensor) -> None:
+def update_key_encoder_(
+    key_encoder: nn.Module, query_encoder: nn.Module, m: float | Tensor, shadow: HalfWeights | None = None
+) -> None:
     """``k = m·k + (1 - m)·q`` over all parameters of two encoders of the same structure (Eq. 2 of the paper).
 
     One launch over two flat buffers; where a module has been moved, copied or given new layers since, its buffer is
     rebuilt first. Parameters of several dtypes cannot share a buffer and are updated as a list, still in one launch.
     Buffers (BatchNorm statistics) are left alone: the key encoder's move by its own forward passes, as published.
+    ``shadow``, the key encoder's, is written in the same pass.
 
     Raises:
         ValueError: the encoders' parameters differ in number or shape; the message names the first that does.
@@ -70,7 +74,7 @@ def update_key_encoder_(key_encoder: nn.Module, query_encoder: nn.Module, m: flo
     same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
         _check_same_structure(key_encoder, query_encoder)
-        if len({(p.dtype, p.device) for p in keys + queries}) > 1:
+        if shadow is None and len({(p.dtype, p.device) for p in keys + queries}) > 1:
             momentum_update_(keys, queries, m)
             return
         flat_query = flatten_parameters_(query_encoder)
@@ -80,7 +84,53 @@ def update_key_encoder_(key_encoder: nn.Module, query_encoder: nn.Module, m: flo
                     key
                 )
         flat_key = flatten_parameters_(key_encoder)
-    momentum_update_([flat_key], [flat_query], m)
+    if shadow is None:
+        momentum_update_([flat_key], [flat_query], m)
+    else:
+        shadow.follow(flat_key, keys, lambda half: momentum_update_([flat_key], [flat_query], m, shadows=[half]))
+
+
+class HalfWeights:
+    """A 16-bit copy of a float32 module's weights, for running it as autocast would, without casts at each step.
+
+    What autocast casts is copied, the weights of two and more dimensions; norms and biases stay float32. Whatever
+    changes the module's parameters otherwise (a loaded checkpoint, a move to another device) is noticed by their
+    versions, and the copy made anew.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._flat: Tensor | None = None
+        self._copied: list[tuple[int, int]] = []
+
+    def __call__(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """``module(inputs)`` under autocast with the copied weights."""
+        parameters = list(_parameters(module))
+        if self._flat is None or self._copied != _versions(parameters):
+            flat = flatten_parameters_(module)
+            if flat.dtype != torch.float32:
+                raise ValueError(f"key_dtype: expected an encoder of float32 parameters, got {flat.dtype}")
+            self.follow(flat, parameters, lambda half: half.copy_(flat))
+        assert self._flat is not None
+        offsets = dict(zip(parameters, _layout(parameters)[0], strict=True))
+        weights = {
+            name: self._flat.as_strided(parameter.shape, parameter.stride(), offsets[parameter])
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+            if parameter.ndim > 1 and name.endswith("weight")
+        }
+        with torch.autocast(inputs.device.type, dtype=self.dtype):
+            return functional_call(module, weights, (inputs,), tie_weights=False)
+
+    def follow(self, flat: Tensor, parameters: list[nn.Parameter], write: Callable[[Tensor], object]) -> None:
+        """Let ``write`` fill the copy [P] of ``flat`` [P], the parameters' buffer, and take note of their state."""
+        if self._flat is None or self._flat.shape != flat.shape or self._flat.device != flat.device:
+            self._flat = torch.empty_like(flat, dtype=self.dtype)
+        write(self._flat)
+        self._copied = _versions(parameters)
+
+
+def _versions(parameters: list[nn.Parameter]) -> list[tuple[int, int]]:
+    return [(parameter.data_ptr(), parameter._version) for parameter in parameters]
 
 
 def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -250,3 +250,71 @@ def test_views_of_different_batches_are_refused(device):
     im_q, im_k = views(device)
     with pytest.raises(ValueError, match="im_k: expected 12"):
         tiny_moco(device)(im_q, im_k[:5])
+
+
+# --- keys of 16-bit weights -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_keys_are_those_of_autocast(device, dtype):
+    """Bit for bit, at every step and after whatever else changes the weights: autocast rounds the same numbers."""
+    model = tiny_moco(device, key_dtype=dtype)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
+
+    def expect_autocast(im_q, im_k):
+        beside = copy.deepcopy(model.encoder_k)
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype):
+            want = beside(im_k)
+        out = model(im_q, im_k)
+        assert out.keys.dtype == dtype
+        assert torch.equal(out.keys, want)
+        return out
+
+    for step in range(4):
+        out = expect_autocast(*views(device, seed=step))
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.update(out.keys)
+        half = model._half_keys._flat
+        assert torch.equal(half, _flat_buffer(list(_parameters(model.encoder_k))).to(dtype))  # written by the update
+    model.load_state_dict(tiny_moco(device).state_dict())
+    expect_autocast(*views(device))
+    with torch.no_grad():
+        model.encoder_k.fc.weight.mul_(3)
+    expect_autocast(*views(device))
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    expect_autocast(*views(device))
+    assert all(parameter.dtype == torch.float32 for parameter in model.encoder_k.parameters())
+    assert model.state_dict().keys() == tiny_moco(device).state_dict().keys()
+
+
+def test_half_keys_follow_queries_that_move_less_than_16_bits_can_say(device):
+    model = tiny_moco(device, key_dtype=torch.bfloat16, m=0.999)
+    with torch.no_grad():
+        model.encoder_k.fc.weight.fill_(1.0)
+        model.encoder_q.fc.weight.fill_(2.0)
+    images = views(device)
+    for _ in range(300):
+        model.update(torch.zeros(1, 8, device=device))
+    model(*images)
+    half = model._half_keys._flat.float()
+    assert (half - (2 - 0.999**300)).abs().min() <= 2**-8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key_dtype": torch.float32}, "key_dtype: expected None, torch.bfloat16 or torch.float16, got torch.float32"),
+        ({"key_dtype": torch.bfloat16, "key_encoder": "identical"}, "key_dtype: expected None with key_encoder"),
+    ],
+)
+def test_bad_key_dtypes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        moco_ext.MoCo(Tiny, dim=8, K=24, **options)
+
+
+def test_half_keys_want_a_float32_master(device):
+    model = tiny_moco(device, key_dtype=torch.bfloat16).double()
+    with pytest.raises(ValueError, match=r"key_dtype: expected an encoder of float32 parameters, got torch.float64"):
+        model(*(view.double() for view in views(device)))

@@ -27,7 +27,7 @@ from .config import DTYPES, PretrainConfig
 from .health import Health
 from .launch import Preemption
 from .log import Averages, RunLog
-from .step import Model, NonFiniteLoss, OptimizerStep
+from .step import AUTOCAST, Model, NonFiniteLoss, OptimizerStep
 
 
 @dataclasses.dataclass
@@ -74,6 +74,8 @@ def build_model(config: PretrainConfig, images: int = 0) -> Model:
     if config.dictionary == "memory-bank":
         return MemoryBank(base, images, bank_dtype=dtype, **shared)
     own |= {"label_smoothing": config.label_smoothing, "in_batch": config.in_batch, "empty": config.empty_queue}
+    if config.key_encoder in (None, "momentum"):  # what autocast would make of the weights, without making it each step
+        own["key_dtype"] = AUTOCAST.get(config.precision)
     same_id = None if config.same_image == "negative" else config.same_image
     return MoCo(base, queue_dtype=dtype, shuffle_bn=config.shuffle_bn, same_id=same_id, **shared, **own)
 

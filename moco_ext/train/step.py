@@ -18,7 +18,7 @@ from ..memory_bank import MemoryBank
 from ..moco import MoCo
 
 Model = MoCo | EndToEnd | MemoryBank
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -80,7 +80,7 @@ class OptimizerStep:
     def __init__(self, model: Model, optimizer: torch.optim.Optimizer, precision: str, symmetric: bool) -> None:
         self.model, self.optimizer = model, optimizer
         self._device = next(model.parameters()).device
-        self._autocast = _AUTOCAST.get(precision)
+        self._autocast = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self._objective: nn.Module = Objective(model, symmetric)
         if distributed.world_size() > 1:
