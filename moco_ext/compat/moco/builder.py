@@ -66,7 +66,8 @@ class MoCo(_MoCo):
         B = min(len(keys), self.K)
         slots = (self.queue_ptr + len(keys) - B + torch.arange(B, device=self.queue.device)) % self.K
         kept = self.queue[slots]
-        self._dequeue(keys)
+        self.enqueue(keys)
+        self._steps += 1
         scores = Scores(self, self._steps, queries, F.normalize(own.float(), dim=1), losses, labels, slots, kept)
         return LazyLogits.of(scores), labels
 
@@ -77,10 +78,7 @@ class MoCo(_MoCo):
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys: Tensor) -> None:
         """Write the unit keys [N, dim] of all ranks over the oldest ones."""
-        self._dequeue(concat_all_gather(keys))
-
-    def _dequeue(self, keys: Tensor) -> None:
-        self.enqueue(keys)
+        self.enqueue(concat_all_gather(keys), normalize=False)
         self._steps += 1
 
     @torch.no_grad()
