@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ranks import leave_group
 from rich.console import Console
 from torch import nn
 
@@ -299,8 +300,7 @@ def in_rank(rank: int, folder: str) -> None:
     shares = [len(rank_share(split)) for split in few_digits().splits]
     results = results_of(Path(folder), few_digits()) | {"shares": shares}
     torch.save(results, os.path.join(folder, f"{rank}.pt"))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

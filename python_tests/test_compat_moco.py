@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import leave_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -170,6 +171,15 @@ def test_anything_else_has_the_published_values_and_gradients(use, start):
     compare_gradients(ours, theirs)
 
 
+def test_labels_that_somebody_has_written_to():
+    ours, theirs = pair()
+    output, target = ours(*images())
+    target.fill_(2)
+    torch.testing.assert_close(
+        F.cross_entropy(output, target), F.cross_entropy(theirs_without_enqueue(theirs)[0], target)
+    )
+
+
 def test_a_batch_larger_than_the_queue():
     ours, theirs = pair(4)
     output, target = ours(*images())
@@ -225,7 +235,7 @@ def test_a_copy_is_a_model_of_its_own():
     torch.testing.assert_close(other(*images())[0] + 0, first)
 
 
-def test_the_methods_that_some_trainers_override():
+def test_the_published_methods():
     ours, _ = pair()
     x = torch.arange(12.0).view(6, 2)
     shuffled, order = ours._batch_shuffle_ddp(x)
@@ -269,6 +279,7 @@ def run_rank(rank, world, path, unused):
         losses = []
         for model, optimizer in zip(ddp, optimizers, strict=True):
             output, target = model(*images(10 * step + rank, 5))
+            assert isinstance(output, LazyLogits) == (model is ddp[0] and not unused)  # of an unused one DDP copies
             loss = nn.CrossEntropyLoss()(output, target)
             losses.append((loss.item(), *(a.item() for a in accuracy(output, target))))
             optimizer.zero_grad()
@@ -279,8 +290,7 @@ def run_rank(rank, world, path, unused):
     x = torch.arange(8.0).view(4, 2) + 8 * rank
     shuffled, undo = ours._batch_shuffle_ddp(x)
     assert torch.equal(ours._batch_unshuffle_ddp(shuffled, undo), x)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize("unused", [False, True])

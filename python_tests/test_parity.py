@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import leave_group
 from torch import Tensor, nn
 
 import moco_ext
@@ -236,7 +237,7 @@ def train_in_rank(rank: int, world: int, steps: int, images: Tensor, port: int, 
         name: apart(torch.stack([stacked[name], stacked["theirs"]], 1), model, theirs) for name, model in ours.items()
     }
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 WORLDS = [pytest.param((2, 200), id="2 processes"), pytest.param((4, 50), id="4 processes", marks=pytest.mark.slow)]

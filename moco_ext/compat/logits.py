@@ -108,7 +108,9 @@ class Scores:
     def cross_entropy(self, target: Tensor, reduction: str) -> Tensor | None:
         """The loss that forward has computed; None where it is another one that is wanted."""
         n = len(self.labels)
-        if target is not self.labels and (target.dtype != torch.long or target.shape != (n,) or bool(target.any())):
+        # forward's own labels need no look, for which a GPU's host would wait; unless somebody has written to them
+        untouched = target is self.labels and not target.is_inference() and target._version == 0
+        if not untouched and (target.dtype != torch.long or target.shape != (n,) or bool(target.any())):
             return None
         if reduction == "none":
             return self.losses.clone()

@@ -31,6 +31,7 @@ class MoCo(_MoCo):
     What differs: one process needs no process group; K need not be a multiple of the batch; ``queue`` is [K, dim] in
     memory (its columns are rows) and [dim, K] in the state dict; DDP does not broadcast it; and images are shuffled by
     a permutation that all ranks draw alike, each sent once, where the official code gathers them all.
+    Of the methods named with an underscore, ``forward`` calls the momentum update alone.
 
     Args:
         base_encoder: ``base_encoder(num_classes=dim) -> Module``.

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from PIL import Image, ImageFilter
 
+from ...data import TwoCropsTransform
+
 __all__ = ["GaussianBlur", "TwoCropsTransform"]
-
-
-class TwoCropsTransform:
-    """``[query, key]``: two random crops of one image, by one transform."""
-
-    def __init__(self, base_transform: Callable[[Any], Any]) -> None:
-        self.base_transform = base_transform
-
-    def __call__(self, x: Any) -> list[Any]:
-        return [self.base_transform(x), self.base_transform(x)]
 
 
 class GaussianBlur:
