@@ -18,7 +18,7 @@ from pathlib import Path
 from table import heading, ratios, table
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "performance.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "bench" / "results"
 WORK = {  # group of a benchmark, on any device that has it -> as the README calls it
     "info_nce N=256 K=65536 C=128 float32 queue": "InfoNCE and its gradient, N = 256, K = 65,536, C = 128",
@@ -144,8 +144,30 @@ def loader_section(report: dict) -> str:
     return "\n".join(lines)
 
 
+def compat_sections(report: dict) -> dict[str, str]:
+    """For each peer's page, its training step before and after the change of import."""
+    steps: dict[str, list[str]] = {}
+    for benchmark in report["benchmarks"]:
+        if (match := re.match(r"compat (\w+): (.*), cpu", benchmark["group"])) is None:
+            continue
+        rows = benchmark["extra_info"]["rows"]
+        cells = [f"{statistics.median(rows[name]['ms']):.3g}" for name in ("before", "after")]
+        cells.append(f"{statistics.median(ratios(rows['before'], rows['after'])):.2f}")
+        cells += [f"{rows[name]['peak_bytes'] / 2**20:.0f}" for name in ("before", "after")]
+        steps.setdefault(f"compat-{match[1]}", []).append(f"| {match[2]} | " + " | ".join(cells) + " |")
+    head = [
+        f"A training step before and after, {heading(report)} (`pytest bench/bench_compat.py`):",
+        "",
+        "| encoder, batch, queue | before, ms | after, ms | ratio | before, MB | after, MB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    return {marker: "\n".join([*head, *lines]) for marker, lines in steps.items()}
+
+
 def sections() -> dict[str, str]:
     filled = {}
+    if (RESULTS / "compat.json").is_file():
+        filled |= compat_sections(json.loads((RESULTS / "compat.json").read_text()))
     for marker, name in RUNS.items():
         if (RESULTS / f"{name}.json").is_file():
             filled[marker] = run_section(json.loads((RESULTS / f"{name}.json").read_text()))
