@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from .commands import ablate, finetune, info, knn, linear, pretrain, report
+from .commands import ablate, convert, finetune, info, knn, linear, pretrain, report
 
 _TRAIN_EXTRA = {"torchvision", "rich", "tensorboard", "matplotlib", "sklearn", "safetensors", "torchdata", "PIL"}
 
@@ -16,7 +16,7 @@ _TRAIN_EXTRA = {"torchvision", "rich", "tensorboard", "matplotlib", "sklearn", "
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moco-ext", description="Momentum Contrast: train and evaluate encoders.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (pretrain, knn, linear, finetune, ablate, report, info):
+    for module in (pretrain, knn, linear, finetune, convert, ablate, report, info):
         module.add_parser(commands)
     return parser
 

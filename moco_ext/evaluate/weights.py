@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
+from ..convert import read_checkpoint
 from ..encoders import HEADS, resolve
-from ..train.checkpoint import read_saved
 
 _BY_NAME = "torchvision:"
 _AUXILIARY = ("aux1", "aux2", "AuxLogits")  # heads of GoogLeNet and Inception, which encoders lack
@@ -21,7 +20,7 @@ def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Mod
     :func:`moco_ext.encoders.backbone` takes the head off. All layers under it come from the file, or it is an error.
 
     Args:
-        source: a run directory (its ``checkpoint.pth``); a checkpoint of this package or of the official MoCo v1 or v2
+        source: a run directory (its ``checkpoint.pth``); a checkpoint of any format that ``moco-ext convert`` reads
             (the query encoder is taken), or of linear evaluation or fine-tuning; a state dictionary of the encoder
             alone, as torchvision's files are, pickled or ``.safetensors``; or ``"torchvision:NAME"``, the weights that
             torchvision knows by that name for ``arch`` (``"torchvision:IMAGENET1K_V2"``), which it downloads.
@@ -49,30 +48,10 @@ def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Mod
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """An encoder's state dictionary, and the architecture if the file names it."""
-    content: Any = _read_safetensors(path) if path.suffix == ".safetensors" else read_saved(path)
-    arch = None
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        arch, content = content.get("arch"), content["state_dict"]
-    if not (isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values())):
-        raise ValueError(
-            f"checkpoint: expected a state dictionary, or one under state_dict, in {path}, got {_kind(content)}"
-        )
-    state = {str(name).removeprefix("module."): value for name, value in content.items()}
-    query = {n.removeprefix("encoder_q."): value for n, value in state.items() if n.startswith("encoder_q.")}
-    return query or state, arch
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no safetensors?): {error}") from None
+    """The query encoder's tensors, and the architecture if the file names it."""
+    found = read_checkpoint(path, otherwise="timm")
+    query = {name: tensor for name, tensor in found.tensors.items() if name.startswith("encoder_q.")}
+    return {name.removeprefix("encoder_q."): tensor for name, tensor in query.items()}, found.about.get("arch")
 
 
 def _fill(encoder: nn.Module, found: dict[str, Tensor], arch: str, path: Path) -> None:
@@ -120,9 +99,3 @@ def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
     if name not in known:
         raise ValueError(f"pretrained: expected one of {', '.join(known)} of {arch}, got {name!r}")
     return models.get_model(arch, weights=known[name]), arch
-
-
-def _kind(content: Any) -> str:
-    return (
-        f"a dictionary of {', '.join(map(str, list(content)[:6]))}" if isinstance(content, dict) else str(type(content))
-    )

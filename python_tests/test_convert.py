@@ -1,0 +1,451 @@
+"""Checkpoints from any format to any: names as the packages' own modules have them, values bit for bit."""
+
+import copy
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchvision")
+pytest.importorskip("safetensors")
+
+import torchvision
+
+import moco_ext
+from moco_ext.cli import main
+from moco_ext.convert import FORMATS, convert, read_checkpoint
+from moco_ext.convert.files import Inert, read
+
+DIM, K = 8, 12
+
+
+def mlp(width, hidden, dim):
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+
+class Holder(nn.Module):
+    """Modules and buffers under the names that a package gives them."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+            else:
+                self.register_buffer(name, part)
+
+
+def headless(resnet):
+    resnet = copy.deepcopy(resnet)
+    resnet.fc = nn.Identity()
+    return resnet
+
+
+def distinct(module):
+    """Every tensor of a module with values of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        else:
+            tensor.random_(0, 1000, generator=generator)
+    return module
+
+
+def queue(*shape):
+    return {"queue": torch.randn(shape), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+
+
+def encoders(layers=2):
+    """Two ResNet-18s without head, and two heads."""
+    bodies = [headless(torchvision.models.resnet18()) for _ in range(2)]
+    heads = [mlp(512, 16, DIM) if layers == 2 else nn.Linear(512, DIM) for _ in range(2)]
+    return *bodies, *heads
+
+
+def native(name, layers=2):
+    """What the package's own code would have for a state dict of a ResNet-18, and what it saves."""
+    q, k, head_q, head_k = encoders(layers)
+    wrap = nn.Sequential if layers == 1 else (lambda head: head)
+    if name == "moco":
+        for body, head in ((q, head_q), (k, head_k)):
+            body.fc = head
+        model = Holder(encoder_q=q, encoder_k=k, **queue(DIM, K))
+        state = {f"module.{n}": t for n, t in distinct(model).state_dict().items()}
+        return state, {"epoch": 3, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}}}
+    if name == "moco-v3":
+        for body in (q, k):
+            body.fc = nn.Sequential(
+                nn.Linear(512, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, DIM, bias=False),
+                nn.BatchNorm1d(DIM, affine=False),
+            )  # fmt: skip
+        model = Holder(base_encoder=q, momentum_encoder=k, predictor=mlp(DIM, 16, DIM))
+        state = {f"module.{n}": t for n, t in distinct(model).state_dict().items()}
+        return state, {"epoch": 3, "arch": "resnet18", "state_dict": state, "scaler": {}}
+    if name == "lightly":
+        backbones = [nn.Sequential(*list(body.children())[:-1]) for body in (q, k)]
+        heads = [Holder(layers=wrap(head)) for head in (head_q, head_k)]
+        model = Holder(
+            backbone=backbones[0], projection_head=heads[0], backbone_momentum=backbones[1],
+            projection_head_momentum=heads[1],
+        )  # fmt: skip
+        state = distinct(model).state_dict()
+        return state, {"epoch": 3, "state_dict": state}
+    if name == "solo-learn":
+        model = Holder(
+            backbone=q, momentum_backbone=k, projector=wrap(head_q), momentum_projector=wrap(head_k),
+            **queue(2, DIM, K),
+        )  # fmt: skip
+        state = distinct(model).state_dict()
+        return state, {"epoch": 3, "state_dict": state}
+    if name == "mmselfsup":
+        necks = [Holder(mlp=head) if layers == 2 else Holder(fc=head) for head in (head_q, head_k)]
+        model = Holder(encoder_q=nn.Sequential(q, necks[0]), encoder_k=nn.Sequential(k, necks[1]), **queue(DIM, K))
+        model.backbone, model.neck = model.encoder_q[0], model.encoder_q[1]
+        state = distinct(model).state_dict()
+        return state, {"meta": {"epoch": 3}, "state_dict": state}
+    if name == "mmpretrain":
+        necks = [Holder(mlp=head) if layers == 2 else Holder(fc=head) for head in (head_q, head_k)]
+        momentum = Holder(module=nn.Sequential(k, necks[1]), steps=torch.zeros((), dtype=torch.long))
+        model = Holder(backbone=q, neck=necks[0], encoder_k=momentum, **queue(DIM, K))
+        state = distinct(model).state_dict()
+        return state, {"meta": {"epoch": 3}, "state_dict": state}
+    if name == "vissl":
+        trunks = [Holder(_feature_blocks=body) for body in (q, k)]
+        blocks = [
+            nn.ModuleList(
+                Holder(clf=nn.Sequential(linear)) for linear in head.modules() if isinstance(linear, nn.Linear)
+            )
+            for head in (head_q, head_k)
+        ]
+        loss = Holder(moco_encoder=Holder(trunk=trunks[1], heads=blocks[1]), **queue(DIM, K))
+        model = distinct(Holder(trunk=trunks[0], heads=blocks[0], loss=loss))
+        parts = {"trunk": model.trunk.state_dict(), "heads": model.heads.state_dict()}
+        saved = {"base_model": {"model": parts, "meta": {}}, "loss": loss.state_dict()}
+        return model.state_dict(), {"phase_idx": 3, "classy_state_dict": saved}
+    q.fc = nn.Linear(512, 10)
+    state = distinct(q).state_dict()
+    if name == "detectron2":
+        report = convert_state(state, "detectron2")
+        return report, None
+    return state, state
+
+
+def convert_state(state, to):
+    """detectron2's names, written out for each tensor of a ResNet-18."""
+    names = {}
+    for name in state:
+        if name.startswith("fc."):
+            continue
+        parts = name.split(".")
+        if name.startswith("layer"):
+            parts[0] = f"res{int(parts[0][5:]) + 1}"
+            if parts[2] == "downsample":
+                parts[2:4] = ["shortcut"] if parts[3] == "0" else ["shortcut", "norm"]
+            elif parts[2].startswith("bn"):
+                parts[2:3] = [f"conv{parts[2][2:]}", "norm"]
+        else:
+            parts[:1] = ["stem", "conv1"] if parts[0] == "conv1" else ["stem", "conv1", "norm"]
+        names[name] = ".".join(parts)
+    return {names[name]: tensor for name, tensor in state.items() if name in names}
+
+
+def saved(folder, name, layers=2):
+    """A file as the package saves it, and its tensors by the names in its own state dict."""
+    state, content = native(name, layers)
+    if name == "detectron2":
+        path = folder / "in.pkl"
+        arrays = {n: t.numpy() for n, t in state.items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "MOCO", "matching_heuristics": True}))
+    elif name == "safetensors":
+        from safetensors.torch import save_file
+
+        path = folder / "in.safetensors"
+        save_file({n: t.clone() for n, t in state.items()}, path)
+    else:
+        path = folder / "in.pth"
+        torch.save(content, path)
+    return path, state
+
+
+def out(folder, name, number=0):
+    return folder / f"out{number}{ {'detectron2': '.pkl', 'safetensors': '.safetensors'}.get(name, '.pth') }"
+
+
+def tensors_in(path, name):
+    """Of a file written: its tensors by the names of the package's own state dict."""
+    content = read(path)
+    if name == "vissl":
+        state = content["classy_state_dict"]
+        parts = {**state["base_model"]["model"], "loss": state["loss"]}
+        return {f"{part}.{n}": t for part, of in parts.items() for n, t in of.items()}
+    for holder in ("state_dict", "model"):
+        content = content.get(holder, content)
+    return content
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor), name
+
+
+def of_keys(name):
+    return any(word in name for word in ("encoder_k", "momentum", "loss."))
+
+
+WHOLE = [name for name, format in FORMATS.items() if not format.one_encoder]
+SINGLE = [name for name, format in FORMATS.items() if format.one_encoder]
+# Entries of its own that a package's checkpoint has beside the model.
+OWN = {"mmpretrain": {"encoder_k.steps"}}
+
+
+@pytest.mark.parametrize("layers", [1, 2], ids=["one layer", "two layers"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_model_through_the_official_names_and_back(name, layers, tmp_path):
+    path, state = saved(tmp_path, name, layers)
+    assert read_checkpoint(path).format.name == name  # detected
+    middle = "moco-v3" if name == "moco-v3" else "moco"
+    there = convert(path, out(tmp_path, "moco", 1), middle, arch="resnet18")
+    convert(tmp_path / "out1.pth", out(tmp_path, name, 2), name, from_format=middle)
+    got = tensors_in(tmp_path / "out2.pth", name)
+    lost = OWN.get(name, set())
+    if name == "solo-learn":  # its two queues are not the one of the official model
+        lost = {"queue"}
+        assert there.left["queue"] == "MoCo v1 and v2, official, and this package's queue is [C, K]"
+    assert_same(got, {n: t for n, t in state.items() if n not in lost})
+
+
+RING = [name for name in WHOLE if name != "moco-v3"]
+
+
+@pytest.mark.parametrize(("name", "other"), list(zip(RING, RING[1:] + RING[:1], strict=True)))
+def test_from_each_to_the_next(name, other, tmp_path):
+    """All names of a format are those of its own modules, whatever the tensors came from."""
+    path, state = saved(tmp_path, name)
+    convert(path, out(tmp_path, other, 1), other, arch="resnet18")
+    assert read_checkpoint(out(tmp_path, other, 1)).format.name == other
+    foreign, _ = native(other)
+    queues = {n for n in foreign if n.endswith(("queue", "queue_ptr"))} | OWN.get(other, set())
+    assert tensors_in(out(tmp_path, other, 1), other).keys() | queues == foreign.keys()
+    convert(out(tmp_path, other, 1), out(tmp_path, name, 2), name, arch="resnet18")
+    got = tensors_in(out(tmp_path, name, 2), name)
+    lost = {n for n in state if n not in got}
+    assert all(n.endswith(("queue", "queue_ptr")) or n in OWN.get(name, ()) for n in lost)
+    assert_same(got, {n: t for n, t in state.items() if n in got})
+
+
+@pytest.mark.parametrize("other", SINGLE)
+@pytest.mark.parametrize("name", SINGLE)
+def test_every_pair_of_encoders(name, other, tmp_path):
+    path, state = saved(tmp_path, name)
+    report = convert(path, out(tmp_path, other, 1), other, head=True)
+    convert(out(tmp_path, other, 1), out(tmp_path, name, 2), name, head=True)
+    assert_same(tensors_in(out(tmp_path, name, 2), name), dict(state))
+    assert len(report.mapped) == len(state)
+    assert not report.missing
+
+
+@pytest.mark.parametrize("encoder", ["q", "k"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_encoder_in_torchvision(name, encoder, tmp_path):
+    path, state = saved(tmp_path, name)
+    report = convert(path, tmp_path / "out.pth", "torchvision", encoder=encoder, arch="resnet18")
+    resnet = torchvision.models.resnet18()
+    missing, unexpected = resnet.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"}
+    assert not unexpected
+    stems = {n: tensor for n, tensor in state.items() if tensor.shape == resnet.conv1.weight.shape}
+    for n, tensor in stems.items():
+        assert torch.equal(resnet.conv1.weight, tensor) == (of_keys(n) == (encoder == "k"))
+    assert len(stems) >= 2
+    assert {old for old, *_ in report.mapped}.isdisjoint(report.left)
+
+
+def test_every_tensor_is_accounted_for(tmp_path):
+    path, state = saved(tmp_path, "moco")
+    report = convert(path, tmp_path / "out.pth", "torchvision")
+    plain = {name.removeprefix("module.") for name in state}
+    assert {old for old, *_ in report.mapped} | set(report.left) == plain | {"optimizer"}
+    assert report.left["encoder_q.fc.0.weight"] == "the head is dropped"
+    assert report.left["encoder_k.conv1.weight"] == "not of encoder q"
+    kept = convert(path, tmp_path / "kept.pth", "torchvision", head=True)
+    assert ("encoder_q.fc.0.weight", "fc.0.weight", [16, 512], "float32") in kept.mapped
+
+
+def test_what_the_target_misses(tmp_path):
+    path, state = saved(tmp_path, "torchvision")
+    report = convert(path, tmp_path / "out.pth", "moco", head=False)
+    body = {name for name in state if not name.startswith("fc.")}
+    assert set(report.missing) == {f"encoder_k.{name}" for name in body} | {"queue", "queue_ptr"}
+    assert torch.load(tmp_path / "out.pth", weights_only=True)["arch"] == "resnet18"  # by its layers
+
+
+def test_into_this_package_and_back(tmp_path):
+    torch.manual_seed(0)
+    model = distinct(moco_ext.MoCo("resnet18", dim=DIM, K=K, mlp=True))
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"arch": "resnet18", "epoch": 1, "state_dict": state}, tmp_path / "in.pth")
+    convert(tmp_path / "in.pth", tmp_path / "vissl.pth", "vissl")
+    convert(tmp_path / "vissl.pth", tmp_path / "out.pth", "moco")
+    other = moco_ext.MoCo("resnet18", dim=DIM, K=K, mlp=True)
+    names = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
+    other.load_state_dict({name.removeprefix("module."): tensor for name, tensor in names.items()})
+    assert_same(other.state_dict(), model.state_dict())
+
+
+def test_vision_transformers(tmp_path):
+    timm = pytest.importorskip("timm")
+    small = {"image_size": 16, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
+    vit = distinct(torchvision.models.VisionTransformer(num_classes=5, **small)).eval()
+    torch.save(vit.state_dict(), tmp_path / "in.pth")
+    assert read_checkpoint(tmp_path / "in.pth").format.name == "torchvision"
+    convert(tmp_path / "in.pth", tmp_path / "timm.pth", "timm", head=True)
+    same = timm.models.VisionTransformer(
+        img_size=16, patch_size=8, depth=2, num_heads=2, embed_dim=16, mlp_ratio=2, num_classes=5
+    ).eval()
+    same.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True))
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(same(images), vit(images), rtol=1e-4, atol=1e-4)  # rounding, in another order
+    convert(tmp_path / "timm.pth", tmp_path / "back.pth", "torchvision", head=True)
+    assert_same(torch.load(tmp_path / "back.pth", weights_only=True), vit.state_dict())
+
+    model = distinct(Holder(base_encoder=same, momentum_encoder=copy.deepcopy(same), predictor=mlp(5, 8, 5)))
+    torch.save({"state_dict": {f"module.{n}": t for n, t in model.state_dict().items()}}, tmp_path / "v3.pth")
+    report = convert(tmp_path / "v3.pth", tmp_path / "v3.timm.pth", "timm")
+    assert report.left["base_encoder.head.weight"] == "the head is dropped"
+    same.reset_classifier(0)
+    same.load_state_dict(torch.load(tmp_path / "v3.timm.pth", weights_only=True))
+    convert(tmp_path / "v3.pth", tmp_path / "v3.vision.pth", "torchvision", head=True)
+    assert "heads.head.weight" in torch.load(tmp_path / "v3.vision.pth", weights_only=True)
+
+
+def test_lightlys_own_modules(tmp_path):
+    heads = pytest.importorskip("lightly.models.modules")
+    path, state = saved(tmp_path, "moco")
+    convert(path, tmp_path / "out.ckpt", "lightly")
+    backbone = nn.Sequential(*list(torchvision.models.resnet18().children())[:-1])
+    model = Holder(backbone=backbone, projection_head=heads.MoCoProjectionHead(512, 16, DIM))
+    content = torch.load(tmp_path / "out.ckpt", weights_only=True)["state_dict"]
+    missing, unexpected = model.load_state_dict(content, strict=False)
+    assert not missing
+    assert all("_momentum" in name for name in unexpected)
+    assert torch.equal(model.projection_head.layers[2].bias, state["module.encoder_q.fc.2.bias"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_stay(dtype, tmp_path):
+    resnet = torchvision.models.resnet18().to(dtype)
+    torch.save(resnet.state_dict(), tmp_path / "in.pth")
+    convert(tmp_path / "in.pth", tmp_path / "out.safetensors", "safetensors")
+    assert tensors_in(tmp_path / "out.safetensors", "safetensors")["conv1.weight"].dtype == dtype
+    if dtype == torch.bfloat16:
+        with pytest.raises(ValueError, match=r"conv1\.weight: expected a type that NumPy knows"):
+            convert(tmp_path / "in.pth", tmp_path / "out.pkl", "detectron2")
+        assert not (tmp_path / "out.pkl").exists()
+    else:
+        convert(tmp_path / "in.pth", tmp_path / "out.pkl", "detectron2")
+        assert tensors_in(tmp_path / "out.pkl", "detectron2")["stem.conv1.weight"].dtype == dtype
+
+
+class Harmful:
+    """Unpickling it runs a command."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+class Settings:
+    """A trainer's configuration: an object beside the tensors."""
+
+    def __init__(self):
+        self.lr = 0.03
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    _, content = native("solo-learn")
+    torch.save(content | {"hyper_parameters": Settings()}, tmp_path / "in.ckpt")
+    assert isinstance(read(tmp_path / "in.ckpt")["hyper_parameters"], Inert)
+    report = convert(tmp_path / "in.ckpt", tmp_path / "out.pth", "torchvision")
+    assert report.left["hyper_parameters"] == "not of the model"
+    torch.save(content | {"hyper_parameters": Harmful(tmp_path / "made")}, tmp_path / "harmful.ckpt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        convert(tmp_path / "harmful.ckpt", tmp_path / "no.pth", "torchvision")
+    (tmp_path / "harmful.pkl").write_bytes(pickle.dumps({"model": Harmful(tmp_path / "made")}))
+    with pytest.raises(ValueError, match=r"expected arrays in plain containers .* it asks for posix.mkdir"):
+        convert(tmp_path / "harmful.pkl", tmp_path / "no.pth", "torchvision")
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "no.pth").exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pickles_of_every_protocol(protocol, tmp_path):
+    arrays = {"stem.conv1.weight": np.ones((2, 3), np.float16), "res2.0.conv1.weight": np.zeros((), np.int64)}
+    (tmp_path / "in.pkl").write_bytes(pickle.dumps({"model": arrays}, protocol))
+    got = read(tmp_path / "in.pkl")["model"]
+    assert_same(got, {name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def test_errors_write_nothing(tmp_path):
+    path, _ = saved(tmp_path, "moco")
+    cases = [
+        ({"to": "caffe"}, ValueError, "--to: expected one of moco, .*, got 'caffe'"),
+        ({"to": "moco", "from_format": "caffe"}, ValueError, "--from: expected one of"),
+        ({"to": "moco", "from_format": "lightly"}, ValueError, "--from: expected names of Lightly's"),
+        ({"to": "moco", "encoder": "both"}, ValueError, "--encoder: expected q or k"),
+        ({"to": "torchvision", "arch": "resnet50"}, ValueError, "--arch: expected all .* of resnet50, got"),
+        ({"to": "detectron2"}, ValueError, "output: expected a name that ends in .pkl"),
+    ]
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            convert(path, tmp_path / "out.pth", **options)
+    assert not (tmp_path / "out.pth").exists()
+    convert(path, tmp_path / "out.pth", "timm")
+    before = (tmp_path / "out.pth").read_bytes()
+    with pytest.raises(FileExistsError, match="--force"):
+        convert(path, tmp_path / "out.pth", "lightly")
+    assert (tmp_path / "out.pth").read_bytes() == before
+    with pytest.raises(ValueError, match="--encoder: expected one that torchvision holds"):
+        convert(tmp_path / "out.pth", tmp_path / "no.pth", "moco", encoder="k")
+    torch.save({"alpha.weight": torch.ones(2)}, tmp_path / "alien.pth")
+    with pytest.raises(ValueError, match=r"--from: expected one of moco, .* got alpha.weight"):
+        convert(tmp_path / "alien.pth", tmp_path / "no.pth", "moco")
+    torch.save({"layer1.0.conv1.weight": torch.ones(2)}, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="--arch: expected the encoder's architecture"):
+        convert(tmp_path / "odd.pth", tmp_path / "no.pth", "moco")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        convert(tmp_path / "none.pth", tmp_path / "no.pth", "moco")
+
+
+def test_the_command(tmp_path, capsys):
+    path, state = saved(tmp_path, "moco")
+    output, report = tmp_path / "r18.pkl", tmp_path / "report.json"
+    assert main(["convert", str(path), str(output), "--to", "detectron2", "--report", str(report)]) == 0
+    printed = capsys.readouterr().out
+    assert "encoder_q.layer1.0.bn1.weight -> res2.0.conv1.norm.weight [64] float32" in printed
+    assert "left encoder_q.fc.0.weight: the head is dropped" in printed
+    told = json.loads(report.read_text())
+    assert f"moco -> detectron2, {len(told['mapped'])} tensors mapped, {len(told['left'])} left, 0 missing" in printed
+    assert len(told["mapped"]) + len(told["left"]) == len(state) + 1  # the optimizer
+    assert main(["convert", str(path), str(output), "--to", "detectron2", "-q"]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert main(["convert", str(path), str(output), "--to", "detectron2", "-q", "--force"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_any_format_can_be_evaluated(tmp_path):
+    from moco_ext.evaluate.weights import load_pretrained
+
+    for name in FORMATS:
+        path, state = saved(tmp_path, name)
+        encoder, _ = load_pretrained(path, "resnet18")
+        first = next(t for n, t in state.items() if t.shape == (64, 3, 7, 7) and not of_keys(n))
+        assert torch.equal(encoder.conv1.weight, first), name
