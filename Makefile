@@ -1,4 +1,4 @@
-# make demo: an environment, pre-training on real images, evaluation, a report.   make test: the test suite.
+# make demo: an environment, pre-training on real images, evaluation, a report.   make test: the test suite.   make docs: build/docs.
 PYTHON ?= python3
 # A pair that is known to work; any torch >= 2.10 with its torchvision does.
 TORCH ?= torch==2.11.0 torchvision==0.26.0
@@ -16,13 +16,18 @@ export MOCO_EXT_CUDA
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
-.PHONY: demo test bench lint native-test gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test docs bench lint native-test gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 demo: .venv/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest python_tests
+
+# Pages and the API reference; a broken link or docstring is an error.
+docs: .venv/installed
+	$(BIN)/python -m pip install --quiet sphinx furo myst-parser
+	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
 
 # The wheel's metadata names its dependencies; torch goes first so that it is this one.
 .venv/installed: $(NATIVE)

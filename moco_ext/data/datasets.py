@@ -79,8 +79,7 @@ def load(name: str, data_root: str | Path = "data") -> ImageData:
     """A data set by name, or an image folder by its path.
 
     Args:
-        name: ``"digits"`` (1,797 images of 8x8, shipped with scikit-learn), ``"fashion-mnist"``,
-        ``"cifar10"``,
+        name: ``"digits"`` (1,797 images of 8x8, shipped with scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
             ``"cifar100"``, or the path of an image folder in torchvision's ``ImageFolder`` layout, with
             ``train/`` and ``val/`` inside or class folders directly.
         data_root: where torchvision downloads go and are looked for.
