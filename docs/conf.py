@@ -4,7 +4,7 @@ import moco_ext
 
 project = "moco_ext"
 author = "the moco_ext authors"
-copyright = "the moco_ext authors, BSD-3-Clause"  # noqa: A001
+copyright = "the moco_ext authors, BSD-3-Clause"
 version = release = moco_ext.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
