@@ -143,7 +143,21 @@ def test_illegal_sizes(size):
         ours.NTXentLoss(memory_bank_size=size)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-9, -0.1, float("nan")])
+@pytest.mark.parametrize("size", [(K, DIM), 0])
+def test_a_negative_temperature_turns_similarities_round(size):
+    views = [features(seed, 7, DIM) for seed in (1, 2)]
+    criterion = ours.NTXentLoss(-0.2, size)
+    want = formulation(*views, criterion.memory_bank.bank if size else None, -0.2)
+    torch.testing.assert_close(criterion(*views).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_gathering_without_distributed_support(monkeypatch):
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="gather_distributed: expected False"):
+        ours.NTXentLoss(gather_distributed=True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, -1e-9, float("nan")])
 def test_illegal_temperature(temperature):
     with pytest.raises(ValueError, match="temperature: expected"):
         ours.NTXentLoss(temperature)

@@ -114,13 +114,14 @@ class NTXentLoss(nn.Module):
     arXiv 2002.05709, Eq. 1). In either case the similarities are never stored.
 
     Args:
-        temperature: positive.
+        temperature: what similarities are divided by; a negative one turns them round, as in Lightly.
         memory_bank_size: see :class:`MemoryBankModule`.
         gather_distributed: with a bank, store the features of all ranks; without, take them as negatives, with
             gradient.
 
     Raises:
-        ValueError: a temperature that is not positive, or an illegal bank size.
+        ValueError: a temperature within 1e-8 of zero, an illegal bank size, or ``gather_distributed`` in a torch without
+            distributed support.
     """
 
     def __init__(
@@ -130,8 +131,10 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
     ) -> None:
         super().__init__()
-        if not temperature >= 1e-8:
-            raise ValueError(f"temperature: expected at least 1e-8, got {temperature}")
+        if not abs(temperature) >= 1e-8:
+            raise ValueError(f"temperature: expected at least 1e-8 in size, got {temperature}")
+        if gather_distributed and not torch.distributed.is_available():
+            raise ValueError("gather_distributed: expected False in a torch without distributed support, got True")
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
         self.temperature = temperature
         self.gather_distributed = gather_distributed
@@ -144,10 +147,13 @@ class NTXentLoss(nn.Module):
         """
         if self.memory_bank.size[0] == 0:
             return self._in_batch(out0, out1)
-        loss = info_nce(out0, out1, self.memory_bank._ready(out0), self.temperature)
+        loss = info_nce(self._signed(out0), out1, self.memory_bank._ready(out0), abs(self.temperature))
         if out0.requires_grad:
             self.memory_bank._dequeue_and_enqueue(l2_normalize(out1.detach()))
         return loss
+
+    def _signed(self, queries: Tensor) -> Tensor:
+        return queries if self.temperature > 0 else -queries
 
     def _in_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
         n = len(out0)
@@ -158,7 +164,10 @@ class NTXentLoss(nn.Module):
             keys = all_gather_with_grad(keys)
         # The only other key of a query's image is the query itself, which is no negative.
         images = torch.arange(world * n, device=out0.device).view(world, 1, n).expand(-1, 2, -1).flatten()
-        return info_nce(queries, keys, None, self.temperature, in_batch=True, first_key=me * 2 * n, query_ids=images)
+        queries = self._signed(queries)
+        return info_nce(
+            queries, keys, None, abs(self.temperature), in_batch=True, first_key=me * 2 * n, query_ids=images
+        )
 
 
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
