@@ -120,8 +120,8 @@ class NTXentLoss(nn.Module):
             gradient.
 
     Raises:
-        ValueError: a temperature within 1e-8 of zero, an illegal bank size, or ``gather_distributed`` in a torch without
-            distributed support.
+        ValueError: a temperature within 1e-8 of zero, an illegal bank size, or ``gather_distributed`` in a torch that
+            has no distributed support.
     """
 
     def __init__(
