@@ -403,11 +403,12 @@ def test_errors_write_nothing(tmp_path):
         ({"to": "moco", "encoder": "both"}, ValueError, "--encoder: expected q or k"),
         ({"to": "torchvision", "arch": "resnet50"}, ValueError, "--arch: expected all .* of resnet50, got"),
         ({"to": "detectron2"}, ValueError, "output: expected a name that ends in .pkl"),
+        ({"to": "moco", "output": "out.pkl"}, ValueError, "output: expected another suffix"),
     ]
     for options, error, message in cases:
         with pytest.raises(error, match=message):
-            convert(path, tmp_path / "out.pth", **options)
-    assert not (tmp_path / "out.pth").exists()
+            convert(path, tmp_path / options.pop("output", "out.pth"), **options)
+    assert not list(tmp_path.glob("out*"))
     convert(path, tmp_path / "out.pth", "timm")
     before = (tmp_path / "out.pth").read_bytes()
     with pytest.raises(FileExistsError, match="--force"):
@@ -418,6 +419,10 @@ def test_errors_write_nothing(tmp_path):
     torch.save({"alpha.weight": torch.ones(2)}, tmp_path / "alien.pth")
     with pytest.raises(ValueError, match=r"--from: expected one of moco, .* got alpha.weight"):
         convert(tmp_path / "alien.pth", tmp_path / "no.pth", "moco")
+    twice = {"trunk.x": torch.ones(2), "heads.0.clf.2.bias": torch.ones(2), "heads.1.clf.0.bias": torch.ones(2)}
+    torch.save(twice, tmp_path / "twice.pth")
+    with pytest.raises(ValueError, match=r"expected one tensor for encoder_q.fc.2.bias, got heads.0.clf.2.bias and"):
+        convert(tmp_path / "twice.pth", tmp_path / "no.pth", "moco")
     torch.save({"layer1.0.conv1.weight": torch.ones(2)}, tmp_path / "odd.pth")
     with pytest.raises(ValueError, match="--arch: expected the encoder's architecture"):
         convert(tmp_path / "odd.pth", tmp_path / "no.pth", "moco")

@@ -84,6 +84,8 @@ def read_checkpoint(path: str | Path, source: str | None = None, otherwise: str 
             left[name] = f"the same as {format.aliases[first]}{name.removeprefix(first)}"
         elif canonical is None:
             left[name] = "no part of the model"
+        elif canonical in tensors:
+            raise ValueError(f"checkpoint: expected one tensor for {canonical}, got {names[canonical]} and {name}")
         else:
             tensors[canonical], names[canonical] = tensor, name
     if not format.single:
@@ -131,9 +133,11 @@ def convert(
     if encoder not in (None, "q", "k"):
         raise ValueError(f"--encoder: expected q or k, got {encoder!r}")
     target = FORMATS[to]
-    for suffix, kind in ((".pkl", "detectron2"), (".safetensors", "safetensors")):
-        if (to == kind and output.suffix != suffix) or (output.suffix == ".pkl" and to != "detectron2"):
-            raise ValueError(f"output: expected a name that ends in {suffix} with --to {to}, got {output}")
+    suffix = {"detectron2": ".pkl", "safetensors": ".safetensors"}.get(to)
+    if suffix is not None and output.suffix != suffix:
+        raise ValueError(f"output: expected a name that ends in {suffix} with --to {to}, got {output}")
+    if suffix is None and output.suffix == ".pkl":
+        raise ValueError(f"output: expected another suffix than detectron2's .pkl with --to {to}, got {output}")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output: {output} exists; --force overwrites it")
     found = read_checkpoint(source, from_format)
