@@ -76,7 +76,8 @@ def read_checkpoint(path: str | Path, source: str | None = None, otherwise: str 
         raise ValueError(f"--from: expected one of {', '.join(FORMATS)}, got {source!r}")
     format = detect(flat, otherwise) if source is None else FORMATS[source]
     head = head_name(flat)
-    tensors, names = {}, {}
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     for name, tensor in flat.items():
         first = next((alias for alias in format.aliases if name.startswith(alias)), None)
         canonical = format.to_canonical(name, head)

@@ -59,20 +59,21 @@ class Format:
         for part in ("queue", "queue_ptr"):
             if name == self.prefixes.get(part):
                 return part
-        for part in ("k.head", "q.head", "k", "q", "predictor"):
-            encoder = f"encoder_{part[0]}."
-            if part.endswith("head"):
-                alone = self.single.get(part, "-").format(head=head)
-                if name.startswith(alone) and name.removeprefix(alone) in ("weight", "bias"):
-                    return f"{encoder}fc.{name.removeprefix(alone)}"
-            prefix = self.prefixes.get(part, "-").format(head=head)
-            if not name.startswith(prefix) or (part.endswith("head") and not name.removeprefix(prefix)[:1].isdigit()):
-                continue
-            if part == "predictor":
-                return f"predictor.{name.removeprefix(prefix)}"
-            rest = (self.heads if part.endswith("head") else self.backbone)[0](name.removeprefix(prefix))
-            return None if rest is None else f"{encoder}fc.{rest}" if part.endswith("head") else f"{encoder}{rest}"
-        return None
+        for part in ("k.head", "q.head"):
+            alone = _after(self.single.get(part), name, head)
+            if alone in ("weight", "bias"):
+                return f"encoder_{part[0]}.fc.{alone}"
+            layer = _after(self.prefixes.get(part), name, head)
+            if layer and layer[0].isdigit():
+                layer = self.heads[0](layer)
+                return layer and f"encoder_{part[0]}.fc.{layer}"
+        for part in ("k", "q"):
+            body = _after(self.prefixes.get(part), name, head)
+            if body:
+                body = self.backbone[0](body)
+                return body and f"encoder_{part}.{body}"
+        rest = _after(self.prefixes.get("predictor"), name, head)
+        return rest and f"predictor.{rest}"
 
     def from_canonical(self, name: str, head: str) -> str | None:
         """The format's name, or None if it has no place for that tensor."""
@@ -93,6 +94,12 @@ class Format:
                 rest = f"0.{rest}"
         prefix, renamed = self.prefixes.get(part), into(rest)
         return None if prefix is None or renamed is None else prefix.format(head=head) + renamed
+
+
+def _after(prefix: str | None, name: str, head: str) -> str | None:
+    """What follows a prefix; None if the name does not begin with it, or there is none."""
+    prefix = None if prefix is None else prefix.format(head=head)
+    return name.removeprefix(prefix) if prefix is not None and name.startswith(prefix) else None
 
 
 def head_name(names: Collection[str]) -> str:
