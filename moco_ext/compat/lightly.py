@@ -49,7 +49,7 @@ class MemoryBankModule(nn.Module):
     bank_ptr: Tensor
 
     def __init__(
-        self, size: int | Sequence[int], gather_distributed: bool = False, feature_dim_first: bool = True
+        self, size: int | Sequence[int] = 65536, gather_distributed: bool = False, feature_dim_first: bool = True
     ) -> None:
         super().__init__()
         self.size = (size,) if isinstance(size, int) else tuple(size)
