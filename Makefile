@@ -1,4 +1,5 @@
-# make demo: an environment, pre-training on real images, evaluation, a report.   make test: the test suite.   make docs: build/docs.
+# make demo: an environment, pre-training on real images, evaluation, a report.
+# make test: the test suite.   make docs: build/docs/index.html.
 PYTHON ?= python3
 # A pair that is known to work; any torch >= 2.10 with its torchvision does.
 TORCH ?= torch==2.11.0 torchvision==0.26.0

@@ -58,7 +58,8 @@ def main() -> None:
     model.encoder_q.compile(fullgraph=True)
     model.encoder_k.compile(fullgraph=True)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.05, momentum=0.9)
-    im_q, im_k = torch.zeros(2, BATCH, 3, data.size, data.size, device=device)  # a graph reads from fixed places
+    first = next(iter(loader.epoch(0)))
+    im_q, im_k = first.im_q.clone(), first.im_k.clone()  # a graph reads from fixed places
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)

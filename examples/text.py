@@ -54,7 +54,7 @@ def spans(passages: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval(encoder: nn.Module, passages: Tensor) -> float:
-    """Percent of passages of which one random span finds another among those of all passages."""
+    """Percent of passages of which one random span finds another, by cosine, among those of all passages."""
     one, other = (F.normalize(encoder(spans(passages)), dim=1) for _ in range(2))
     scores = one @ other.t()
     return 100 * (scores.argmax(1) == torch.arange(len(passages), device=scores.device)).float().mean().item()

@@ -70,6 +70,8 @@ def update_key_encoder_(
         ValueError: the encoders' parameters differ in number or shape; the message names the first that does.
     """
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
+    if not keys and not queries:
+        return  # an nn.Identity, say, in place of a head
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
     same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():

@@ -151,6 +151,14 @@ def test_momentum_updater():
         updater.update(nn.Linear(2, 2), nn.Linear(2, 2, bias=False))
 
 
+def test_networks_without_parameters():
+    """A projector may be an nn.Identity."""
+    ours.initialize_momentum_params(nn.Identity(), nn.Identity())
+    ours.MomentumUpdater().update(nn.Identity(), nn.Identity())
+    with pytest.raises(ValueError, match="only the query encoder has weight"):
+        ours.MomentumUpdater().update(nn.Linear(2, 2), nn.Identity())
+
+
 def test_initialize_momentum_params():
     online, momentum = nn.Linear(3, 3), nn.Linear(3, 3)
     ours.initialize_momentum_params(online, momentum)

@@ -14,162 +14,13 @@ pytest.importorskip("torchvision")
 pytest.importorskip("safetensors")
 
 import torchvision
+from packages import DIM, Holder, K, distinct, mlp, native, saved
 
 import moco_ext
+from moco_ext import commands
 from moco_ext.cli import main
 from moco_ext.convert import FORMATS, convert, read_checkpoint
 from moco_ext.convert.files import Inert, read
-
-DIM, K = 8, 12
-
-
-def mlp(width, hidden, dim):
-    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-
-
-class Holder(nn.Module):
-    """Modules and buffers under the names that a package gives them."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            if isinstance(part, nn.Module):
-                self.add_module(name, part)
-            else:
-                self.register_buffer(name, part)
-
-
-def headless(resnet):
-    resnet = copy.deepcopy(resnet)
-    resnet.fc = nn.Identity()
-    return resnet
-
-
-def distinct(module):
-    """Every tensor of a module with values of its own."""
-    generator = torch.Generator().manual_seed(0)
-    for tensor in module.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator))
-        else:
-            tensor.random_(0, 1000, generator=generator)
-    return module
-
-
-def queue(*shape):
-    return {"queue": torch.randn(shape), "queue_ptr": torch.zeros(1, dtype=torch.long)}
-
-
-def encoders(layers=2):
-    """Two ResNet-18s without head, and two heads."""
-    bodies = [headless(torchvision.models.resnet18()) for _ in range(2)]
-    heads = [mlp(512, 16, DIM) if layers == 2 else nn.Linear(512, DIM) for _ in range(2)]
-    return *bodies, *heads
-
-
-def native(name, layers=2):
-    """What the package's own code would have for a state dict of a ResNet-18, and what it saves."""
-    q, k, head_q, head_k = encoders(layers)
-    wrap = nn.Sequential if layers == 1 else (lambda head: head)
-    if name == "moco":
-        for body, head in ((q, head_q), (k, head_k)):
-            body.fc = head
-        model = Holder(encoder_q=q, encoder_k=k, **queue(DIM, K))
-        state = {f"module.{n}": t for n, t in distinct(model).state_dict().items()}
-        return state, {"epoch": 3, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}}}
-    if name == "moco-v3":
-        for body in (q, k):
-            body.fc = nn.Sequential(
-                nn.Linear(512, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, DIM, bias=False),
-                nn.BatchNorm1d(DIM, affine=False),
-            )  # fmt: skip
-        model = Holder(base_encoder=q, momentum_encoder=k, predictor=mlp(DIM, 16, DIM))
-        state = {f"module.{n}": t for n, t in distinct(model).state_dict().items()}
-        return state, {"epoch": 3, "arch": "resnet18", "state_dict": state, "scaler": {}}
-    if name == "lightly":
-        backbones = [nn.Sequential(*list(body.children())[:-1]) for body in (q, k)]
-        heads = [Holder(layers=wrap(head)) for head in (head_q, head_k)]
-        model = Holder(
-            backbone=backbones[0], projection_head=heads[0], backbone_momentum=backbones[1],
-            projection_head_momentum=heads[1],
-        )  # fmt: skip
-        state = distinct(model).state_dict()
-        return state, {"epoch": 3, "state_dict": state}
-    if name == "solo-learn":
-        model = Holder(
-            backbone=q, momentum_backbone=k, projector=wrap(head_q), momentum_projector=wrap(head_k),
-            **queue(2, DIM, K),
-        )  # fmt: skip
-        state = distinct(model).state_dict()
-        return state, {"epoch": 3, "state_dict": state}
-    if name == "mmselfsup":
-        necks = [Holder(mlp=head) if layers == 2 else Holder(fc=head) for head in (head_q, head_k)]
-        model = Holder(encoder_q=nn.Sequential(q, necks[0]), encoder_k=nn.Sequential(k, necks[1]), **queue(DIM, K))
-        model.backbone, model.neck = model.encoder_q[0], model.encoder_q[1]
-        state = distinct(model).state_dict()
-        return state, {"meta": {"epoch": 3}, "state_dict": state}
-    if name == "mmpretrain":
-        necks = [Holder(mlp=head) if layers == 2 else Holder(fc=head) for head in (head_q, head_k)]
-        momentum = Holder(module=nn.Sequential(k, necks[1]), steps=torch.zeros((), dtype=torch.long))
-        model = Holder(backbone=q, neck=necks[0], encoder_k=momentum, **queue(DIM, K))
-        state = distinct(model).state_dict()
-        return state, {"meta": {"epoch": 3}, "state_dict": state}
-    if name == "vissl":
-        trunks = [Holder(_feature_blocks=body) for body in (q, k)]
-        blocks = [
-            nn.ModuleList(
-                Holder(clf=nn.Sequential(linear)) for linear in head.modules() if isinstance(linear, nn.Linear)
-            )
-            for head in (head_q, head_k)
-        ]
-        loss = Holder(moco_encoder=Holder(trunk=trunks[1], heads=blocks[1]), **queue(DIM, K))
-        model = distinct(Holder(trunk=trunks[0], heads=blocks[0], loss=loss))
-        parts = {"trunk": model.trunk.state_dict(), "heads": model.heads.state_dict()}
-        saved = {"base_model": {"model": parts, "meta": {}}, "loss": loss.state_dict()}
-        return model.state_dict(), {"phase_idx": 3, "classy_state_dict": saved}
-    q.fc = nn.Linear(512, 10)
-    state = distinct(q).state_dict()
-    if name == "detectron2":
-        report = convert_state(state, "detectron2")
-        return report, None
-    return state, state
-
-
-def convert_state(state, to):
-    """detectron2's names, written out for each tensor of a ResNet-18."""
-    names = {}
-    for name in state:
-        if name.startswith("fc."):
-            continue
-        parts = name.split(".")
-        if name.startswith("layer"):
-            parts[0] = f"res{int(parts[0][5:]) + 1}"
-            if parts[2] == "downsample":
-                parts[2:4] = ["shortcut"] if parts[3] == "0" else ["shortcut", "norm"]
-            elif parts[2].startswith("bn"):
-                parts[2:3] = [f"conv{parts[2][2:]}", "norm"]
-        else:
-            parts[:1] = ["stem", "conv1"] if parts[0] == "conv1" else ["stem", "conv1", "norm"]
-        names[name] = ".".join(parts)
-    return {names[name]: tensor for name, tensor in state.items() if name in names}
-
-
-def saved(folder, name, layers=2):
-    """A file as the package saves it, and its tensors by the names in its own state dict."""
-    state, content = native(name, layers)
-    if name == "detectron2":
-        path = folder / "in.pkl"
-        arrays = {n: t.numpy() for n, t in state.items()}
-        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "MOCO", "matching_heuristics": True}))
-    elif name == "safetensors":
-        from safetensors.torch import save_file
-
-        path = folder / "in.safetensors"
-        save_file({n: t.clone() for n, t in state.items()}, path)
-    else:
-        path = folder / "in.pth"
-        torch.save(content, path)
-    return path, state
 
 
 def out(folder, name, number=0):
@@ -244,8 +95,8 @@ def test_from_each_to_the_next(name, other, tmp_path):
 @pytest.mark.parametrize("name", SINGLE)
 def test_every_pair_of_encoders(name, other, tmp_path):
     path, state = saved(tmp_path, name)
-    report = convert(path, out(tmp_path, other, 1), other, head=True)
-    convert(out(tmp_path, other, 1), out(tmp_path, name, 2), name, head=True)
+    report = convert(path, out(tmp_path, other, 1), other, keep_head=True)
+    convert(out(tmp_path, other, 1), out(tmp_path, name, 2), name, keep_head=True)
     assert_same(tensors_in(out(tmp_path, name, 2), name), dict(state))
     assert len(report.mapped) == len(state)
     assert not report.missing
@@ -274,13 +125,13 @@ def test_every_tensor_is_accounted_for(tmp_path):
     assert {old for old, *_ in report.mapped} | set(report.left) == plain | {"optimizer"}
     assert report.left["encoder_q.fc.0.weight"] == "the head is dropped"
     assert report.left["encoder_k.conv1.weight"] == "not of encoder q"
-    kept = convert(path, tmp_path / "kept.pth", "torchvision", head=True)
+    kept = convert(path, tmp_path / "kept.pth", "torchvision", keep_head=True)
     assert ("encoder_q.fc.0.weight", "fc.0.weight", [16, 512], "float32") in kept.mapped
 
 
 def test_what_the_target_misses(tmp_path):
     path, state = saved(tmp_path, "torchvision")
-    report = convert(path, tmp_path / "out.pth", "moco", head=False)
+    report = convert(path, tmp_path / "out.pth", "moco", keep_head=False)
     body = {name for name in state if not name.startswith("fc.")}
     assert set(report.missing) == {f"encoder_k.{name}" for name in body} | {"queue", "queue_ptr"}
     assert torch.load(tmp_path / "out.pth", weights_only=True)["arch"] == "resnet18"  # by its layers
@@ -305,14 +156,14 @@ def test_vision_transformers(tmp_path):
     vit = distinct(torchvision.models.VisionTransformer(num_classes=5, **small)).eval()
     torch.save(vit.state_dict(), tmp_path / "in.pth")
     assert read_checkpoint(tmp_path / "in.pth").format.name == "torchvision"
-    convert(tmp_path / "in.pth", tmp_path / "timm.pth", "timm", head=True)
+    convert(tmp_path / "in.pth", tmp_path / "timm.pth", "timm", keep_head=True)
     same = timm.models.VisionTransformer(
         img_size=16, patch_size=8, depth=2, num_heads=2, embed_dim=16, mlp_ratio=2, num_classes=5
     ).eval()
     same.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True))
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(same(images), vit(images), rtol=1e-4, atol=1e-4)  # rounding, in another order
-    convert(tmp_path / "timm.pth", tmp_path / "back.pth", "torchvision", head=True)
+    convert(tmp_path / "timm.pth", tmp_path / "back.pth", "torchvision", keep_head=True)
     assert_same(torch.load(tmp_path / "back.pth", weights_only=True), vit.state_dict())
 
     model = distinct(Holder(base_encoder=same, momentum_encoder=copy.deepcopy(same), predictor=mlp(5, 8, 5)))
@@ -321,7 +172,7 @@ def test_vision_transformers(tmp_path):
     assert report.left["base_encoder.head.weight"] == "the head is dropped"
     same.reset_classifier(0)
     same.load_state_dict(torch.load(tmp_path / "v3.timm.pth", weights_only=True))
-    convert(tmp_path / "v3.pth", tmp_path / "v3.vision.pth", "torchvision", head=True)
+    convert(tmp_path / "v3.pth", tmp_path / "v3.vision.pth", "torchvision", keep_head=True)
     assert "heads.head.weight" in torch.load(tmp_path / "v3.vision.pth", weights_only=True)
 
 
@@ -397,11 +248,11 @@ def test_pickles_of_every_protocol(protocol, tmp_path):
 def test_errors_write_nothing(tmp_path):
     path, _ = saved(tmp_path, "moco")
     cases = [
-        ({"to": "caffe"}, ValueError, "--to: expected one of moco, .*, got 'caffe'"),
-        ({"to": "moco", "from_format": "caffe"}, ValueError, "--from: expected one of"),
-        ({"to": "moco", "from_format": "lightly"}, ValueError, "--from: expected names of Lightly's"),
-        ({"to": "moco", "encoder": "both"}, ValueError, "--encoder: expected q or k"),
-        ({"to": "torchvision", "arch": "resnet50"}, ValueError, "--arch: expected all .* of resnet50, got"),
+        ({"to": "caffe"}, ValueError, "to: expected one of moco, .*, got 'caffe'"),
+        ({"to": "moco", "from_format": "caffe"}, ValueError, "from_format: expected one of"),
+        ({"to": "moco", "from_format": "lightly"}, ValueError, "from_format: expected names of Lightly's"),
+        ({"to": "moco", "encoder": "both"}, ValueError, "encoder: expected q or k"),
+        ({"to": "torchvision", "arch": "resnet50"}, ValueError, "arch: expected all .* of resnet50, got"),
         ({"to": "detectron2"}, ValueError, "output: expected a name that ends in .pkl"),
         ({"to": "moco", "output": "out.pkl"}, ValueError, "output: expected another suffix"),
     ]
@@ -414,23 +265,24 @@ def test_errors_write_nothing(tmp_path):
     with pytest.raises(FileExistsError, match="--force"):
         convert(path, tmp_path / "out.pth", "lightly")
     assert (tmp_path / "out.pth").read_bytes() == before
-    with pytest.raises(ValueError, match="--encoder: expected one that torchvision holds"):
+    with pytest.raises(ValueError, match="encoder: expected one that torchvision holds"):
         convert(tmp_path / "out.pth", tmp_path / "no.pth", "moco", encoder="k")
     torch.save({"alpha.weight": torch.ones(2)}, tmp_path / "alien.pth")
-    with pytest.raises(ValueError, match=r"--from: expected one of moco, .* got alpha.weight"):
+    with pytest.raises(ValueError, match=r"from_format: expected one of moco, .* got alpha.weight"):
         convert(tmp_path / "alien.pth", tmp_path / "no.pth", "moco")
     twice = {"trunk.x": torch.ones(2), "heads.0.clf.2.bias": torch.ones(2), "heads.1.clf.0.bias": torch.ones(2)}
     torch.save(twice, tmp_path / "twice.pth")
     with pytest.raises(ValueError, match=r"expected one tensor for encoder_q.fc.2.bias, got heads.0.clf.2.bias and"):
         convert(tmp_path / "twice.pth", tmp_path / "no.pth", "moco")
     torch.save({"layer1.0.conv1.weight": torch.ones(2)}, tmp_path / "odd.pth")
-    with pytest.raises(ValueError, match="--arch: expected the encoder's architecture"):
+    with pytest.raises(ValueError, match="arch: expected the encoder's architecture"):
         convert(tmp_path / "odd.pth", tmp_path / "no.pth", "moco")
     with pytest.raises(FileNotFoundError, match="no such file"):
         convert(tmp_path / "none.pth", tmp_path / "no.pth", "moco")
 
 
 def test_the_command(tmp_path, capsys):
+    assert commands.convert.FORMATS.split(", ") == list(FORMATS)
     path, state = saved(tmp_path, "moco")
     output, report = tmp_path / "r18.pkl", tmp_path / "report.json"
     assert main(["convert", str(path), str(output), "--to", "detectron2", "--report", str(report)]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+# Those of moco_ext.convert.FORMATS, which is too much to import for a help text.
 FORMATS = "moco, moco-v3, lightly, solo-learn, mmselfsup, mmpretrain, vissl, torchvision, timm, detectron2, safetensors"
 
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         given["to"],
         from_format=given.get("from_format"),
         encoder=given.get("encoder"),
-        head={"keep": True, "drop": False}.get(given.get("head", "")),
+        keep_head={"keep": True, "drop": False}.get(given.get("head", "")),
         arch=given.get("arch"),
         overwrite=given.get("force", False),
     )
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
         for name in report.missing:
             console.print(f"[yellow]missing[/] {escape(name)}")
     console.print(
-        f"{given['output']}: {report.source} -> {report.target}, {len(report.mapped)} tensors mapped, "
-        f"{len(report.left)} left, {len(report.missing)} missing"
+        f"{given['output']}: {report.from_format} -> {report.to}, {len(report.mapped)} tensors mapped, "
+        f"{len(report.left)} left, {len(report.missing)} missing",
+        markup=False,
     )
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Checkpoint:
         tensors: by canonical name.
         names: canonical name -> the file's.
         left: the file's entries that are no part of a MoCo model -> why.
-        head: what the encoder's own code calls its head.
+        head_name: what the encoder's own code calls its head.
         about: ``arch`` and ``epoch``, where the file says.
     """
 
@@ -34,7 +34,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     names: dict[str, str]
     left: dict[str, str]
-    head: str
+    head_name: str
     about: dict[str, Any]
 
 
@@ -43,14 +43,15 @@ class Report:
     """What became of each tensor.
 
     Attributes:
-        source, target: names of the formats.
-        mapped: (name in the source, name in the target, shape, dtype).
+        from_format, to: names of the formats.
+        mapped: (name in the source, name in the target, shape, dtype); names without DistributedDataParallel's
+            ``module.``.
         left: name in the source -> why it is not in the target.
         missing: names in the target that its own code would look for and that the source has nothing for.
     """
 
-    source: str
-    target: str
+    from_format: str
+    to: str
     mapped: list[tuple[str, str, list[int], str]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -59,11 +60,11 @@ class Report:
         return asdict(self)
 
 
-def read_checkpoint(path: str | Path, source: str | None = None, otherwise: str | None = None) -> Checkpoint:
+def read_checkpoint(path: str | Path, from_format: str | None = None, otherwise: str | None = None) -> Checkpoint:
     """The tensors of a checkpoint of any known format, by canonical names; see :mod:`moco_ext.convert.formats`.
 
     Args:
-        source: a name of :data:`FORMATS`; None: detected by the tensors' names.
+        from_format: a name of :data:`FORMATS`; None: detected by the tensors' names.
         otherwise: the format of names that fit none; None: they are an error.
 
     Raises:
@@ -72,9 +73,9 @@ def read_checkpoint(path: str | Path, source: str | None = None, otherwise: str 
     """
     path = Path(path)
     flat, about, left = _flattened(files.read(path), path)
-    if source is not None and source not in FORMATS:
-        raise ValueError(f"--from: expected one of {', '.join(FORMATS)}, got {source!r}")
-    format = detect(flat, otherwise) if source is None else FORMATS[source]
+    if from_format is not None and from_format not in FORMATS:
+        raise ValueError(f"from_format: expected one of {', '.join(FORMATS)}, got {from_format!r}")
+    format = detect(flat, otherwise) if from_format is None else FORMATS[from_format]
     head = head_name(flat)
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
@@ -93,7 +94,9 @@ def read_checkpoint(path: str | Path, source: str | None = None, otherwise: str 
         for encoder in ("encoder_q.", "encoder_k."):
             _name_single_heads(encoder, tensors, names)
     if not any(name.startswith("encoder_q.") for name in tensors):
-        raise ValueError(f"--from: expected names of {format.title} in {path}, got {', '.join(list(flat)[:4])}, ...")
+        raise ValueError(
+            f"from_format: expected names of {format.title} in {path}, got {', '.join(list(flat)[:4])}, ..."
+        )
     return Checkpoint(format, tensors, names, left, head, about)
 
 
@@ -104,7 +107,7 @@ def convert(
     *,
     from_format: str | None = None,
     encoder: str | None = None,
-    head: bool | None = None,
+    keep_head: bool | None = None,
     arch: str | None = None,
     overwrite: bool = False,
 ) -> Report:
@@ -118,7 +121,7 @@ def convert(
         from_format: the same of the source; None: detected.
         encoder: ``"q"`` or ``"k"``: this one alone, as the query encoder. None: both where the target holds both, else
             the query encoder.
-        head: keep the layers after pooling; None: where the target is a whole model.
+        keep_head: keep the layers after pooling; None: where the target is a whole model.
         arch: name of the encoder's architecture (see :func:`moco_ext.encoders.resolve`), whose layers must then all be
             there; the official layout also records it, and takes it from the source or, of a ResNet, from its layers.
         overwrite: an existing output.
@@ -130,30 +133,30 @@ def convert(
     """
     output = Path(output)
     if to not in FORMATS:
-        raise ValueError(f"--to: expected one of {', '.join(FORMATS)}, got {to!r}")
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     if encoder not in (None, "q", "k"):
-        raise ValueError(f"--encoder: expected q or k, got {encoder!r}")
+        raise ValueError(f"encoder: expected q or k, got {encoder!r}")
     target = FORMATS[to]
     suffix = {"detectron2": ".pkl", "safetensors": ".safetensors"}.get(to)
     if suffix is not None and output.suffix != suffix:
-        raise ValueError(f"output: expected a name that ends in {suffix} with --to {to}, got {output}")
+        raise ValueError(f"output: expected a name that ends in {suffix} for {to}, got {output}")
     if suffix is None and output.suffix == ".pkl":
-        raise ValueError(f"output: expected another suffix than detectron2's .pkl with --to {to}, got {output}")
+        raise ValueError(f"output: expected another suffix than detectron2's .pkl for {to}, got {output}")
     if output.exists() and not overwrite:
-        raise FileExistsError(f"output: {output} exists; --force overwrites it")
+        raise FileExistsError(f"output: {output} exists; overwrite (--force) replaces it")
     found = read_checkpoint(source, from_format)
     report = Report(found.format.name, target.name, left=dict(found.left))
     names = dict(found.names)
     tensors = _chosen(found, encoder or ("q" if target.one_encoder else None), names, report)
-    if head is False or (head is None and target.one_encoder):
+    if keep_head is False or (keep_head is None and target.one_encoder):
         _drop(tensors, names, report, lambda name: name.startswith(_HEADS), "the head is dropped")
     _check_arch(tensors, arch, report)
     about = dict(found.about)
     if target.needs_arch:
         about = {"epoch": about.get("epoch", 0), "arch": arch or about.get("arch") or _guess(tensors)}
-    written = _written(tensors, names, target, found.head, report)
-    if not any(target.to_canonical(name, found.head) for name in written):
-        raise ValueError(f"--to: expected tensors that {target.title} has a place for, got none in {source}")
+    written = _written(tensors, names, target, found.head_name, report)
+    if not written:
+        raise ValueError(f"to: expected tensors that {target.title} has a place for, got none in {source}")
     content = written if output.suffix == ".safetensors" else target.wraps(written, about)
     files.write(output, content)
     return report
@@ -221,7 +224,7 @@ def _chosen(found: Checkpoint, encoder: str | None, names: dict[str, str], repor
         return tensors
     wanted = f"encoder_{encoder}."
     if not any(name.startswith(wanted) for name in tensors):
-        raise ValueError(f"--encoder: expected one that {found.format.title} holds here, got {encoder}")
+        raise ValueError(f"encoder: expected one that {found.format.title} holds here, got {encoder}")
     _drop(tensors, names, report, lambda name: not name.startswith(wanted), f"not of encoder {encoder}")
     as_query = {name: name.replace(wanted, "encoder_q.", 1) for name in tensors}
     for name, new in as_query.items():
@@ -229,7 +232,9 @@ def _chosen(found: Checkpoint, encoder: str | None, names: dict[str, str], repor
     return {as_query[name]: tensor for name, tensor in tensors.items()}
 
 
-def _drop(tensors: dict[str, Tensor], names: dict[str, str], report: Report, which: Any, why: str) -> None:
+def _drop(
+    tensors: dict[str, Tensor], names: dict[str, str], report: Report, which: Callable[[str], bool], why: str
+) -> None:
     for name in [name for name in tensors if which(name)]:
         del tensors[name]
         report.left[names.pop(name)] = why
@@ -287,7 +292,7 @@ def _check_arch(tensors: Mapping[str, Tensor], arch: str | None, report: Report)
     if unfit:
         got = tensors.get(f"encoder_q.{unfit[0]}")
         raise ValueError(
-            f"--arch: expected all {len(wanted)} tensors of {arch}, got {len(unfit)} missing or of another shape: "
+            f"arch: expected all {len(wanted)} tensors of {arch}, got {len(unfit)} missing or of another shape: "
             f"{unfit[0]}, expected {list(wanted[unfit[0]].shape)}, got {'none' if got is None else list(got.shape)}"
         )
 
@@ -309,5 +314,5 @@ def _guess(tensors: Mapping[str, Tensor]) -> str:
     usual = stem is not None and inner is not None and (stem.shape[-1], inner.shape[0]) == (7, 64)
     name = _DEPTHS.get((kind, *blocks)) if usual else None
     if name is None:
-        raise ValueError("--arch: expected the encoder's architecture, as the source does not say, got none")
+        raise ValueError("arch: expected the encoder's architecture, as the source does not say, got none")
     return name

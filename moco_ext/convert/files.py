@@ -108,4 +108,4 @@ def _read_arrays(path: Path) -> Any:
 def _with_tensors(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: _with_tensors(value) for name, value in content.items()}
-    return torch.from_numpy(content) if isinstance(content, np.ndarray) and content.dtype != object else content
+    return torch.from_numpy(content) if isinstance(content, np.ndarray) and content.dtype.kind in "biuf" else content

@@ -398,6 +398,6 @@ def detect(names: Collection[str], otherwise: str | None = None) -> Format:
     if found is None:
         some = ", ".join(list(names)[:4])
         raise ValueError(
-            f"--from: expected one of {', '.join(FORMATS)}, as the names fit none of them, got {some}, ..."
+            f"from_format: expected one of {', '.join(FORMATS)}, as the names fit none of them, got {some}, ..."
         )
     return FORMATS[found]
