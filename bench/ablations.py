@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from moco_ext.ablate import write_json
-from moco_ext.ablate_report import markdown, write_plots
+from moco_ext.report.ablation import markdown, write_plots
+from moco_ext.runs.files import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "ablations.json"

@@ -23,8 +23,8 @@ from torchvision.transforms import v2
 from moco_ext import data as mdata
 from moco_ext.data import Augmentation, TwoCropsTransform
 from moco_ext.data.augment import recolour
-from moco_ext.data.draws import hashed
 from moco_ext.data.loader import Standardise
+from moco_ext.data.seeds import hash_seeds
 from moco_ext.data.views import ViewDataset
 
 IMAGES, BATCH = 256, 16
@@ -97,13 +97,16 @@ def bench_loader(compare, device, folder, one_thread, recipe):
         """Every sample of a row takes the next 16 images, and for ours new seeds."""
         for count in itertools.count():
             index = [(count * BATCH + i) % IMAGES for i in range(BATCH)]
-            yield index, list(zip(index * 2, hashed(count, torch.arange(2 * BATCH)).tolist(), strict=True))
+            yield index, list(zip(index * 2, hash_seeds(count, torch.arange(2 * BATCH)).tolist(), strict=True))
 
     def row(name, run):
         mine = batches()
         return Row(name, lambda: run(*next(mine)), bytes=size)
 
-    cropped, seeds = crops.__getitems__(next(batches())[1]).images, torch.from_numpy(hashed(torch.arange(2 * BATCH)))
+    cropped, seeds = (
+        crops.__getitems__(next(batches())[1]).images,
+        torch.from_numpy(hash_seeds(torch.arange(2 * BATCH))),
+    )
     rows = [
         row("ours, loader part", lambda _, request: crops.__getitems__(request)),
         row("ours, all in the loader", lambda _, request: standardise(ours.__getitems__(request).images)),
@@ -122,7 +125,7 @@ def bench_recolour(compare, device, one_thread, recipe):
     views = 16 if device.type == "cpu" else 512
     augmentation = getattr(Augmentation, recipe)(224)
     images = torch.randint(0, 256, (views, 3, 224, 224), dtype=torch.uint8, device=device)
-    seeds = torch.from_numpy(hashed(torch.arange(views)))
+    seeds = torch.from_numpy(hash_seeds(torch.arange(views)))
     jitter = v2.ColorJitter(*augmentation.jitter)
     theirs = v2.Compose(
         [

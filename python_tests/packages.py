@@ -1,6 +1,6 @@
 """What each package's own code has for a state dict of a ResNet-18 in MoCo, and the file that it saves.
 
-Built from modules under the packages' names, independently of moco_ext.convert's tables.
+Built from modules under the packages' names, independently of moco_ext.checkpoints' tables.
 """
 
 import copy

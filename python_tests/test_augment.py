@@ -8,7 +8,7 @@ import torch
 
 from moco_ext.data import Augmentation, TwoCropsTransform, augment_batch
 from moco_ext.data.augment import _Choices, blur, crop_boxes, file_crops, gaussian_kernels, recolour, shift_hue
-from moco_ext.data.draws import hashed, uniforms
+from moco_ext.data.seeds import hash_seeds, uniforms
 
 pytest.importorskip("torchvision")
 
@@ -18,7 +18,7 @@ def generator(seed=0):
 
 
 def seeds(n, seed=0):
-    return torch.from_numpy(hashed(seed, torch.arange(n)))
+    return torch.from_numpy(hash_seeds(seed, torch.arange(n)))
 
 
 def still(size, **changes):
@@ -48,10 +48,10 @@ def test_uniforms_are_uniform_and_independent():
 
 
 def test_hashes_tell_all_their_arguments_apart():
-    values = {int(hashed(*names)) for names in [(0, 1), (1, 0), (0, 0), (0,), (0, 0, 0), (-1, 0), (2**63, 0)]}
+    values = {int(hash_seeds(*names)) for names in [(0, 1), (1, 0), (0, 0), (0,), (0, 0, 0), (-1, 0), (2**63, 0)]}
     assert len(values) == 7
     assert all(0 <= value < 2**63 for value in values)
-    assert hashed(3, torch.tensor([5, 6])).tolist() == [int(hashed(3, 5)), int(hashed(3, 6))]
+    assert hash_seeds(3, torch.tensor([5, 6])).tolist() == [int(hash_seeds(3, 5)), int(hash_seeds(3, 6))]
 
 
 # --- crops --------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
 from training import few_digits, run_in, tiny
 
-from moco_ext.train import build_model, load_checkpoint, pretrain
-from moco_ext.train.checkpoint import load_newest, save_checkpoint, save_rotating, write_atomically
+from moco_ext.checkpoints.training import load_checkpoint, load_newest, save_checkpoint, save_rotating
+from moco_ext.runs.files import write_atomically
+from moco_ext.train import build_model, pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,7 +103,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
         attempts.append(args)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("moco_ext.train.checkpoint.write_atomically", full)
+    monkeypatch.setattr("moco_ext.checkpoints.training.write_atomically", full)
     with (
         pytest.warns(UserWarning, match=r"checkpoint of step 5 not written, training goes on: .*No space"),
         pytest.raises(OSError, match=r"the last checkpoint could not be written: .*No space"),

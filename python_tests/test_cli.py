@@ -36,8 +36,8 @@ def test_pretrain_does_the_whole_thing(finished):
 
 
 def test_resume_adds_epochs(finished, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco_ext.train.run.top1", lambda *features: {})  # the other tests look at these two
-    monkeypatch.setattr("moco_ext.report.write_report", lambda *content: None)
+    monkeypatch.setattr("moco_ext.experiments.pretrain.top1", lambda *features: {})  # the other tests look at these two
+    monkeypatch.setattr("moco_ext.experiments.pretrain.write_report", lambda *content: None)
     arguments = ["pretrain", "--output", str(tmp_path), *TINY, "--epochs", "3"]
     assert cli.main([*arguments, "--resume", str(finished / "checkpoint.pth")]) == 0
     assert "epoch 3/3" in capsys.readouterr().out

@@ -17,10 +17,10 @@ import torchvision
 from packages import DIM, Holder, K, distinct, mlp, native, saved
 
 import moco_ext
-from moco_ext import commands
+from moco_ext.checkpoints import FORMATS, convert, read_checkpoint
+from moco_ext.checkpoints.files import Inert, read
+from moco_ext.cli import convert as convert_command
 from moco_ext.cli import main
-from moco_ext.convert import FORMATS, convert, read_checkpoint
-from moco_ext.convert.files import Inert, read
 
 
 def out(folder, name, number=0):
@@ -282,7 +282,7 @@ def test_errors_write_nothing(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    assert commands.convert.FORMATS.split(", ") == list(FORMATS)
+    assert convert_command.FORMATS.split(", ") == list(FORMATS)
     path, state = saved(tmp_path, "moco")
     output, report = tmp_path / "r18.pkl", tmp_path / "report.json"
     assert main(["convert", str(path), str(output), "--to", "detectron2", "--report", str(report)]) == 0
@@ -299,7 +299,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_any_format_can_be_evaluated(tmp_path):
-    from moco_ext.evaluate.weights import load_pretrained
+    from moco_ext.checkpoints.pretrained import load_pretrained
 
     for name in FORMATS:
         path, state = saved(tmp_path, name)

@@ -18,8 +18,8 @@ from test_moco import Tiny
 from training import assert_equal_states, environment, few_digits, run_in, tiny, torchrun
 
 from moco_ext import EndToEnd, MoCo, info_nce
+from moco_ext.cli import launch as launching
 from moco_ext.train import build_model, pretrain
-from moco_ext.train import launch as launching
 
 WORLD = 2
 MODES = ("gather", "all_to_all", "loader", "none")
@@ -199,9 +199,10 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from moco_ext import distributed
-from moco_ext.cli import guarded
-from moco_ext.train import build_model, launch, pretrain
-from moco_ext.train.pretrain import _Trainer
+from moco_ext.cli.errors import guarded
+from moco_ext.cli import launch
+from moco_ext.train import build_model, pretrain
+from moco_ext.train.trainer import _Trainer
 from training import few_digits, run_in, tiny
 import argparse
 

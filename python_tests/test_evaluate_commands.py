@@ -8,9 +8,9 @@ from test_classify import ARCH, encoder_of
 
 from moco_ext import MoCo, cli, encoders
 from moco_ext import data as mdata
-from moco_ext.evaluate.classify import Classifier
-from moco_ext.evaluate.weights import load_pretrained
-from moco_ext.train.checkpoint import save_checkpoint
+from moco_ext.checkpoints.pretrained import load_pretrained
+from moco_ext.checkpoints.training import save_checkpoint
+from moco_ext.train.classifier import Classifier
 
 pytest.importorskip("tensorboard")
 

@@ -23,8 +23,8 @@ def run(*arguments: object) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in line} for line in lines]
 
 
-def test_own_loop():
-    chance, *epochs = run(EXAMPLES / "own_loop.py")
+def test_training_loop():
+    chance, *epochs = run(EXAMPLES / "training_loop.py")
     assert chance["loss"] == pytest.approx(6.93)
     assert min(epoch["loss"] for epoch in epochs) < chance["loss"] - 0.5
     assert max(epoch["top-1"] for epoch in epochs) > 15  # chance: 0.1

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from moco_ext import info, library, ops
+from moco_ext import library, ops
+from moco_ext.cli import info
 
 
 def test_facts_are_of_this_installation():

@@ -12,7 +12,7 @@ import torch
 
 from moco_ext import data as mdata
 from moco_ext.data import Augmentation, LabelledLoader, TensorSplit, TrainLoader, datasets
-from moco_ext.data.plan import EpochPlan
+from moco_ext.data.sampler import EpochBatchSampler
 
 pytest.importorskip("torchvision")
 
@@ -416,7 +416,7 @@ def test_labelled_arguments_out_of_range(options, message):
 
 def test_plans_of_large_data_cost_one_permutation():
     """Ten million images: a step of an epoch is there at once, and holds what a batch holds."""
-    plan = EpochPlan(10_000_000, 4)
+    plan = EpochBatchSampler(10_000_000, 4)
     micro = next(plan.micro_batches(0, 2_000_000))
     assert micro.index.shape == (4,)
     assert micro.index.max() < 10_000_000

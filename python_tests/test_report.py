@@ -17,13 +17,13 @@ from training import few_digits, tiny
 
 from moco_ext import cli
 from moco_ext import data as mdata
-from moco_ext.commands.report import distinct_names
+from moco_ext.checkpoints.training import save_checkpoint
+from moco_ext.cli.report import distinct_names
 from moco_ext.data import FolderSplit, ImageData
 from moco_ext.evaluate import encoder_features
 from moco_ext.report import Gallery, ReportedRun, compose, galleries, read_run, write_report
 from moco_ext.report import gallery as pictures
 from moco_ext.train import build_model
-from moco_ext.train.checkpoint import save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -358,7 +358,7 @@ def test_photographs(tmp_path, monkeypatch):
 def few(monkeypatch):
     """What the name "digits" stands for, made quick to encode."""
     data = few_digits()
-    monkeypatch.setattr("moco_ext.report.runs.load", lambda *arguments: data)
+    monkeypatch.setattr("moco_ext.report.read.load", lambda *arguments: data)
     return data
 
 

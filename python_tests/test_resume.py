@@ -15,9 +15,9 @@ pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
 from training import assert_equal_states, environment, few_digits, run_in, state_of, tiny
 
+from moco_ext.runs.metrics import read_metrics
 from moco_ext.train import build_model, pretrain
-from moco_ext.train.log import read_metrics
-from moco_ext.train.pretrain import _Trainer
+from moco_ext.train.trainer import _Trainer
 
 # What a machine's speed decides, and what only the running process knows (see Health).
 TIMES = {"images_per_second", "wait", "seconds", "key_drift", "key_age"}

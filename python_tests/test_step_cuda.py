@@ -121,7 +121,7 @@ def test_one_rank_on_nccl(tmp_path):
     pytest.importorskip("torchvision")
     from training import few_digits, run_in, tiny
 
-    from moco_ext.train import launch as launching
+    from moco_ext.cli import launch as launching
     from moco_ext.train import pretrain
 
     data, config = few_digits(), tiny(epochs=1)

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from moco_ext import data as mdata
 from moco_ext.data import TensorSplit
-from moco_ext.train import PretrainConfig, Run
+from moco_ext.runs.options import RunOptions
+from moco_ext.train import PretrainConfig
 
 
 def few_digits(images: int = 150) -> mdata.ImageData:
@@ -28,9 +29,9 @@ def tiny(**changes) -> PretrainConfig:
     return PretrainConfig("digits", **(base | changes))
 
 
-def run_in(folder: Path, **changes) -> Run:
+def run_in(folder: Path, **changes) -> RunOptions:
     folder.mkdir(exist_ok=True, parents=True)
-    return Run(folder, console=Console(quiet=True), **changes)
+    return RunOptions(folder, console=Console(quiet=True), **changes)
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:

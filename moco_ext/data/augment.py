@@ -1,7 +1,7 @@
 """Random views of images: what a view may go through, and the code that makes whole batches of them.
 
 Every image of a batch has its own random numbers, all of them a function of the image's own seed
-(:mod:`.draws`): a view does not depend on the batch, process or device it is made in. The same code serves batches in
+(:mod:`.seeds`): a view does not depend on the batch, process or device it is made in. The same code serves batches in
 memory, loader workers, and batches on a GPU.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draws import uniforms
+from .seeds import uniforms
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma, as PIL's
 _BLUR_FROM = 64  # pixels; below, a published blur would leave nothing to tell images apart

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from .augment import Augmentation, augment_batch, recolour
 from .datasets import ImageData, TensorSplit, stratified_split
-from .draws import hashed
-from .plan import EpochPlan, MicroBatch
+from .sampler import EpochBatchSampler, MicroBatch
+from .seeds import hash_seeds
 from .views import Request, ViewDataset, Views
 
 _CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ class TrainLoader:
             raise ValueError(
                 f"patches: expected 0 or a square number, of at most {augmentation.size}^2 patches, got {patches}"
             )
-        self._plan = EpochPlan(
+        self._plan = EpochBatchSampler(
             len(data.train),
             batch_size,
             accumulate=accumulate,
@@ -215,9 +215,9 @@ class LabelledLoader:
             raise ValueError(f"crop_min: expected a share of the area in (0, 1], got {crop_min}")
         members = None
         if fraction < 1:
-            members = stratified_split(data.train.labels, fraction, int(hashed(seed)), at_least=1)[1]
+            members = stratified_split(data.train.labels, fraction, int(hash_seeds(seed)), at_least=1)[1]
         images = len(data.train) if members is None else len(members)
-        self._plan = EpochPlan(images, batch_size, seed=seed, rank=rank, world=world, members=members)
+        self._plan = EpochBatchSampler(images, batch_size, seed=seed, rank=rank, world=world, members=members)
         self._labels, self._device, self._standardise = data.train.labels, device, Standardise(data, device)
         augmentation = Augmentation.supervised(data.size, crop_min=crop_min, flip_p=0.5 if data.flip else 0.0)
         dataset = ViewDataset(data.train, augmentation, colour=True, members=members)
@@ -264,7 +264,9 @@ class _ViewLoader:
     a run with another number of workers cannot load): the sampler starts there.
     """
 
-    def __init__(self, dataset: ViewDataset, plan: EpochPlan, *, two_views: bool, workers: int, pin: bool) -> None:
+    def __init__(
+        self, dataset: ViewDataset, plan: EpochBatchSampler, *, two_views: bool, workers: int, pin: bool
+    ) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected 0 or more processes, got {workers}")
         self.skipped, self._warned = 0, False
@@ -298,7 +300,7 @@ class _ViewLoader:
 class _Requests:
     """A batch sampler: what the workers are to make, batch by batch."""
 
-    def __init__(self, plan: EpochPlan, two_views: bool) -> None:
+    def __init__(self, plan: EpochBatchSampler, two_views: bool) -> None:
         self.plan, self.two_views, self.epoch, self.first_step = plan, two_views, 0, 0
 
     def __iter__(self) -> Iterator[Request]:

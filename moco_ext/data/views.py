@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from .augment import Augmentation, augment_batch, file_crops, recolour
 from .datasets import Split, TensorSplit
-from .draws import hashed
 from .images import UnreadableImageError, read_image
+from .seeds import hash_seeds
 
 Request = list[tuple[int, int]]  # (position in the split, view's seed) of each row
 
@@ -88,7 +88,7 @@ class ViewDataset(Dataset):
     def _substitute(self, position: int) -> tuple[Tensor, int]:
         candidates = len(self.split) if self.members is None else len(self.members)
         for attempt in range(100):  # half the files may be broken: 100 in a row are not, but for a broken disk
-            place = int(hashed(position, attempt)) % candidates
+            place = int(hash_seeds(position, attempt)) % candidates
             other = place if self.members is None else int(self.members[place])
             try:
                 return read_image(self._path(other)), other

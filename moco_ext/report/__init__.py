@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run, or comparing several."""
 
 from .page import compose, write_report
-from .runs import Gallery, ReportedRun, galleries, read_run
+from .read import Gallery, ReportedRun, galleries, read_run
 
 __all__ = ["Gallery", "ReportedRun", "compose", "galleries", "read_run", "write_report"]

@@ -12,7 +12,7 @@ from ..data import FolderSplit, ImageData, Split
 from ..data.images import read_image
 from ..evaluate import nearest
 from .plots import feature_maps
-from .runs import Gallery
+from .read import Gallery
 from .style import section
 
 _QUERIES, _NEIGHBOURS, _MAP_POINTS, _PRECISION_ROWS = 10, 7, 1000, 2000

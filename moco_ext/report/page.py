@@ -13,11 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from ..data import ImageData
-from ..train.checkpoint import write_atomically
+from ..runs.files import write_atomically
 from ..train.config import PretrainConfig
 from .gallery import feature_map, neighbours
 from .plots import Axes, Line, curves
-from .runs import Gallery, ReportedRun
+from .read import Gallery, ReportedRun
 from .style import CSS, PAGE, section, switches
 
 _LABELS = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}

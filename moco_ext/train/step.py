@@ -13,12 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
 from ..data import Batch
-from ..end_to_end import EndToEnd
 from ..memory_bank import MemoryBank
 from ..moco import MoCo
-
-Model = MoCo | EndToEnd | MemoryBank
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from .model import AUTOCAST, Model
 
 
 class NonFiniteLoss(FloatingPointError):

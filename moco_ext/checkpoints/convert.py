@@ -1,0 +1,318 @@
+"""From one format to another, with an account of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import files
+from .formats import FORMATS, Format, detect, head_name, vit_head
+
+# Where packages keep the named tensors in what they save, looked for in this order.
+_HOLDERS = ("state_dict", "model", "model_state_dict")
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass
+class Checkpoint:
+    """What was read from a file.
+
+    Attributes:
+        format: whose names it has.
+        tensors: by canonical name.
+        names: canonical name -> the file's.
+        left: the file's entries that are no part of a MoCo model -> why.
+        head_name: what the encoder's own code calls its head.
+        about: ``arch`` and ``epoch``, where the file says.
+    """
+
+    format: Format
+    tensors: dict[str, Tensor]
+    names: dict[str, str]
+    left: dict[str, str]
+    head_name: str
+    about: dict[str, Any]
+
+
+@dataclass
+class Report:
+    """What became of each tensor.
+
+    Attributes:
+        from_format, to: names of the formats.
+        mapped: (name in the source, name in the target, shape, dtype); names without DistributedDataParallel's
+            ``module.``.
+        left: name in the source -> why it is not in the target.
+        missing: names in the target that its own code would look for and that the source has nothing for.
+    """
+
+    from_format: str
+    to: str
+    mapped: list[tuple[str, str, list[int], str]] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_checkpoint(path: str | Path, from_format: str | None = None, otherwise: str | None = None) -> Checkpoint:
+    """The tensors of a checkpoint of any known format, by canonical names; see :mod:`moco_ext.checkpoints.formats`.
+
+    Args:
+        from_format: a name of :data:`FORMATS`; None: detected by the tensors' names.
+        otherwise: the format of names that fit none; None: they are an error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read, or is of no known format; the message says what was found.
+    """
+    path = Path(path)
+    flat, about, left = _flattened(files.read(path), path)
+    if from_format is not None and from_format not in FORMATS:
+        raise ValueError(f"from_format: expected one of {', '.join(FORMATS)}, got {from_format!r}")
+    format = detect(flat, otherwise) if from_format is None else FORMATS[from_format]
+    head = head_name(flat)
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for name, tensor in flat.items():
+        first = next((alias for alias in format.aliases if name.startswith(alias)), None)
+        canonical = format.to_canonical(name, head)
+        if first is not None:
+            left[name] = f"the same as {format.aliases[first]}{name.removeprefix(first)}"
+        elif canonical is None:
+            left[name] = "no part of the model"
+        elif canonical in tensors:
+            raise ValueError(f"checkpoint: expected one tensor for {canonical}, got {names[canonical]} and {name}")
+        else:
+            tensors[canonical], names[canonical] = tensor, name
+    if not format.single:
+        for encoder in ("encoder_q.", "encoder_k."):
+            _name_single_heads(encoder, tensors, names)
+    if not any(name.startswith("encoder_q.") for name in tensors):
+        raise ValueError(
+            f"from_format: expected names of {format.title} in {path}, got {', '.join(list(flat)[:4])}, ..."
+        )
+    return Checkpoint(format, tensors, names, left, head, about)
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    from_format: str | None = None,
+    encoder: str | None = None,
+    keep_head: bool | None = None,
+    arch: str | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write a checkpoint as another package's own code would have saved it; values and dtypes stay.
+
+    Args:
+        source: the file to read; nothing in it is executed.
+        output: the file to write, whole or not at all. Its suffix says how: ``.safetensors``, ``.pkl`` (detectron2's),
+            anything else as torch saves.
+        to: a name of :data:`FORMATS`.
+        from_format: the same of the source; None: detected.
+        encoder: ``"q"`` or ``"k"``: this one alone, as the query encoder. None: both where the target holds both, else
+            the query encoder.
+        keep_head: keep the layers after pooling; None: where the target is a whole model.
+        arch: name of the encoder's architecture (see :func:`moco_ext.encoders.resolve`), whose layers must then all be
+            there; the official layout also records it, and takes it from the source or, of a ResNet, from its layers.
+        overwrite: an existing output.
+
+    Raises:
+        FileNotFoundError, FileExistsError: no source; an output in the way.
+        ValueError: an argument out of its range; a source of no known format, without the wanted encoder, or not of
+            that architecture; tensors the target cannot hold at all. Nothing is written.
+    """
+    output = Path(output)
+    if to not in FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    if encoder not in (None, "q", "k"):
+        raise ValueError(f"encoder: expected q or k, got {encoder!r}")
+    target = FORMATS[to]
+    suffix = {"detectron2": ".pkl", "safetensors": ".safetensors"}.get(to)
+    if suffix is not None and output.suffix != suffix:
+        raise ValueError(f"output: expected a name that ends in {suffix} for {to}, got {output}")
+    if suffix is None and output.suffix == ".pkl":
+        raise ValueError(f"output: expected another suffix than detectron2's .pkl for {to}, got {output}")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"output: {output} exists; overwrite (--force) replaces it")
+    found = read_checkpoint(source, from_format)
+    report = Report(found.format.name, target.name, left=dict(found.left))
+    names = dict(found.names)
+    tensors = _chosen(found, encoder or ("q" if target.one_encoder else None), names, report)
+    if keep_head is False or (keep_head is None and target.one_encoder):
+        _drop(tensors, names, report, lambda name: name.startswith(_HEADS), "the head is dropped")
+    _check_arch(tensors, arch, report)
+    about = dict(found.about)
+    if target.needs_arch:
+        about = {"epoch": about.get("epoch", 0), "arch": arch or about.get("arch") or _guess(tensors)}
+    written = _written(tensors, names, target, found.head_name, report)
+    if not written:
+        raise ValueError(f"to: expected tensors that {target.title} has a place for, got none in {source}")
+    content = written if output.suffix == ".safetensors" else target.wraps(written, about)
+    files.write(output, content)
+    return report
+
+
+_HEADS = ("encoder_q.fc.", "encoder_k.fc.")
+
+
+def _flattened(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    """(named tensors, what else is of use, entries left out and why) of what a file holds."""
+    about, left = {}, {}
+    if isinstance(content, dict) and "classy_state_dict" in content:
+        state = content["classy_state_dict"]
+        model = {**state.get("base_model", {}).get("model", {}), "loss": state.get("loss") or {}}
+        content = {
+            f"{part}.{name}": value for part, of in model.items() if isinstance(of, dict) for name, value in of.items()
+        }
+    elif isinstance(content, dict):
+        holder = next((name for name in _HOLDERS if isinstance(content.get(name), dict)), None)
+        if holder is not None:
+            meta = {**content.get("meta", {}), **content} if isinstance(content.get("meta"), dict) else content
+            about = {
+                name: meta[name] for name, kind in (("arch", str), ("epoch", int)) if isinstance(meta.get(name), kind)
+            }
+            known = {holder, *about}
+            left = {str(name): "not of the model" for name in content if name not in known}
+            content = content[holder]
+    if not (isinstance(content, dict) and content and all(isinstance(name, str) for name in content)):
+        raise ValueError(
+            f"checkpoint: expected a state dictionary, or one under {' or '.join(_HOLDERS)}, in {path}, "
+            f"got {_kind(content)}"
+        )
+    flat = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            flat[name] = value
+        else:
+            left[name] = f"no tensor, {type(value).__name__}"
+    for wrapper in ("module.", "model.", "module."):  # DistributedDataParallel's, a Lightning module's
+        if flat and all(name.startswith(wrapper) for name in flat):
+            flat = {name.removeprefix(wrapper): tensor for name, tensor in flat.items()}
+    if not flat:
+        raise ValueError(f"checkpoint: expected a state dictionary with tensors in {path}, got {_kind(content)}")
+    return flat, about, left
+
+
+def _kind(content: Any) -> str:
+    if isinstance(content, dict):
+        return f"a dictionary of {', '.join(map(str, list(content)[:6])) or 'nothing'}"
+    return type(content).__name__
+
+
+def _name_single_heads(encoder: str, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
+    """A sequence of one layer is a head of one layer."""
+    layers = [name for name in tensors if name.startswith(f"{encoder}fc.")]
+    if layers and all(name.startswith(f"{encoder}fc.0.") for name in layers):
+        for name in layers:
+            alone = name.replace(f"{encoder}fc.0.", f"{encoder}fc.")
+            tensors[alone], names[alone] = tensors.pop(name), names.pop(name)
+
+
+def _chosen(found: Checkpoint, encoder: str | None, names: dict[str, str], report: Report) -> dict[str, Tensor]:
+    tensors = dict(found.tensors)
+    if encoder is None:
+        return tensors
+    wanted = f"encoder_{encoder}."
+    if not any(name.startswith(wanted) for name in tensors):
+        raise ValueError(f"encoder: expected one that {found.format.title} holds here, got {encoder}")
+    _drop(tensors, names, report, lambda name: not name.startswith(wanted), f"not of encoder {encoder}")
+    as_query = {name: name.replace(wanted, "encoder_q.", 1) for name in tensors}
+    for name, new in as_query.items():
+        names[new] = names.pop(name)
+    return {as_query[name]: tensor for name, tensor in tensors.items()}
+
+
+def _drop(
+    tensors: dict[str, Tensor], names: dict[str, str], report: Report, which: Callable[[str], bool], why: str
+) -> None:
+    for name in [name for name in tensors if which(name)]:
+        del tensors[name]
+        report.left[names.pop(name)] = why
+
+
+def _written(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], target: Format, head: str, report: Report
+) -> dict[str, Tensor]:
+    """The tensors under the target's names; fills in the report."""
+    body = [target.from_canonical(name, head) or "" for name in tensors if not name.startswith(_HEADS)]
+    head = vit_head(body) or head
+    written = {}
+    for name, tensor in tensors.items():
+        new = target.from_canonical(name, head)
+        if name == "queue" and new is not None and tensor.dim() != target.queue_dims:
+            shape = "[2, C, K]" if target.queue_dims == 3 else "[C, K]"
+            report.left[names[name]] = f"{target.title}'s queue is {shape}"
+            continue
+        if new is None:
+            report.left[names[name]] = f"{target.title} has no place for it"
+            continue
+        written[new] = tensor
+        report.mapped.append((names[name], new, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
+    report.missing += _missing(tensors, target, head)
+    for alias, first in target.aliases.items():
+        written |= {name.replace(first, alias, 1): written[name] for name in list(written) if name.startswith(first)}
+    return written
+
+
+def _missing(tensors: Mapping[str, Tensor], target: Format, head: str) -> Iterator[str]:
+    if target.one_encoder:
+        return
+    wanted = [name.replace("encoder_q.", "encoder_k.", 1) for name in tensors if name.startswith("encoder_q.")]
+    wanted += [part for part in ("queue", "queue_ptr") if part in target.prefixes]
+    for name in wanted:
+        if name not in tensors or (name == "queue" and tensors[name].dim() != target.queue_dims):
+            yield str(target.from_canonical(name, head))
+
+
+def _check_arch(tensors: Mapping[str, Tensor], arch: str | None, report: Report) -> None:
+    """All layers under the head must be there, of the architecture's shapes."""
+    if arch is None:
+        return
+    from ..encoders import HEADS, resolve
+
+    heads = tuple(f"{name}." for name in HEADS)
+    wanted = resolve(arch)(num_classes=1).state_dict()
+    unfit = [
+        name
+        for name, value in wanted.items()
+        if not name.startswith(heads)
+        and not name.endswith(_COUNTER)
+        and (f"encoder_q.{name}" not in tensors or tensors[f"encoder_q.{name}"].shape != value.shape)
+    ]
+    if unfit:
+        got = tensors.get(f"encoder_q.{unfit[0]}")
+        raise ValueError(
+            f"arch: expected all {len(wanted)} tensors of {arch}, got {len(unfit)} missing or of another shape: "
+            f"{unfit[0]}, expected {list(wanted[unfit[0]].shape)}, got {'none' if got is None else list(got.shape)}"
+        )
+
+
+_DEPTHS: dict[tuple[object, ...], str] = {
+    ("basic", 2, 2, 2, 2): "resnet18",
+    ("basic", 3, 4, 6, 3): "resnet34",
+    ("bottleneck", 3, 4, 6, 3): "resnet50",
+    ("bottleneck", 3, 4, 23, 3): "resnet101",
+    ("bottleneck", 3, 8, 36, 3): "resnet152",
+}
+
+
+def _guess(tensors: Mapping[str, Tensor]) -> str:
+    """The name of a ResNet of the usual widths, by its layers."""
+    blocks = [len({n.split(".")[2] for n in tensors if n.startswith(f"encoder_q.layer{i}.")}) for i in range(1, 5)]
+    kind = "bottleneck" if "encoder_q.layer1.0.conv3.weight" in tensors else "basic"
+    stem, inner = (tensors.get(f"encoder_q.{name}.weight") for name in ("conv1", "layer1.0.conv1"))
+    usual = stem is not None and inner is not None and (stem.shape[-1], inner.shape[0]) == (7, 64)
+    name = _DEPTHS.get((kind, *blocks)) if usual else None
+    if name is None:
+        raise ValueError("arch: expected the encoder's architecture, as the source does not say, got none")
+    return name

@@ -1,0 +1,1 @@
+"""A run directory: the options of a run, its metrics, and atomic file writes."""

@@ -1,0 +1,362 @@
+"""Supervised training on top of an encoder: the linear protocol (main_lincls.py) and fine-tuning, in one loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoints.training import load_checkpoint, save_checkpoint
+from ..data import ImageData, LabelledLoader, plain_batches
+from ..data.seeds import hash_seeds
+from ..distributed import all_reduce, rank, world_size
+from ..encoders import backbone
+from ..evaluate.features import rank_share, to_device
+from ..runs.files import write_atomically
+from ..runs.metrics import RunLog
+from ..runs.options import RunOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierConfig:
+    """How a classifier is trained.
+
+    Attributes:
+        batch_size: images of a node, all its processes together.
+        lr: of the layers that come pretrained, if they are trained at all.
+        lr_head: of the new layers; None: ``lr``.
+        schedule: epochs at which both rates fall tenfold.
+        fraction: share of each class's training labels that is used.
+        crop_min: the smallest share of a training image's area that a view shows.
+    """
+
+    epochs: int
+    lr: float
+    lr_head: float | None = None
+    schedule: tuple[int, ...] = ()
+    batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    fraction: float = 1.0
+    crop_min: float = 0.08
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
+        for name in ("lr", "lr_head"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+
+    def decay(self, epoch: int) -> float:
+        """What both learning rates are multiplied by in 0-based ``epoch``."""
+        return 0.1 ** sum(epoch >= milestone for milestone in self.schedule)
+
+
+class Classifier(nn.Module):
+    """A new linear layer, its weights normal(0, 0.01) and its bias 0, on an encoder's pooled features.
+
+    Args:
+        encoder: with a head that :func:`moco_ext.encoders.backbone` finds; without it, it becomes part of this module.
+        classes: number of classes.
+        size: side in pixels of the images.
+        frozen: the encoder learns nothing and stays in evaluation mode, as in the linear config.
+        head_bn: a BatchNorm before the linear layer, on features whose scale nothing has set.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, classes: int, size: int, *, frozen: bool = False, head_bn: bool = False
+    ) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.backbone: nn.Module
+        if hasattr(encoder, "reset_classifier"):  # timm: its own way, which leaves no parameters unused
+            encoder.reset_classifier(0)  # type: ignore[operator]
+            self.backbone = encoder
+        else:
+            self.backbone = backbone(encoder)
+        self.backbone.requires_grad_(not frozen)
+        with torch.no_grad():
+            self.backbone.eval()
+            features = self.backbone(torch.zeros(1, 3, size, size)).flatten(1).shape[1]
+        linear = nn.Linear(features, classes)
+        nn.init.normal_(linear.weight, std=0.01)
+        nn.init.zeros_(linear.bias)
+        self.fc = nn.Sequential(nn.BatchNorm1d(features), linear) if head_bn else linear
+        self.register_state_dict_post_hook(_to_official)
+        self.register_load_state_dict_pre_hook(_from_official)
+        self.train()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, 3, size, size]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone(images).flatten(1)
+        return self.fc(features)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+
+def _to_official(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """A state's names: those of the encoder, with this head in place of its own. They load in torchvision's models."""
+    for name in list(state):
+        state[prefix + name.removeprefix(prefix).removeprefix("backbone.")] = state.pop(name)
+
+
+def _from_official(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+    for name in [name for name in state if not name.startswith(f"{prefix}fc.")]:
+        state[f"{prefix}backbone.{name.removeprefix(prefix)}"] = state.pop(name)
+
+
+def check_unchanged(model: nn.Module, reference: Mapping[str, Tensor]) -> None:
+    """Raise unless a frozen encoder's tensors are those of ``reference``, its weights file, bit for bit.
+
+    Raises:
+        ValueError: they are not.
+    """
+    state = model.state_dict()
+    changed = [name for name, value in state.items() if not torch.equal(value.cpu(), reference[name])]
+    if changed:
+        raise ValueError(
+            f"encoder: expected all {len(state)} frozen tensors as in the weights file, got {len(changed)} changed, "
+            f"{changed[0]} the first: the result would not be that of the features asked for"
+        )
+
+
+def evaluate(
+    model: nn.Module, data: ImageData, *, batch_size: int = 256, device: torch.device | str = "cpu", workers: int = 0
+) -> dict[str, float]:
+    """Mean cross-entropy ``loss`` and ``acc1``, ``acc5`` in percent on the test split; the mode is put back.
+
+    In a process group each rank must call it: each classifies its share, and all get the figures of the whole.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    share = rank_share(data.splits[1])
+    try:
+        with torch.no_grad():
+            for images, labels in plain_batches(data, share, batch_size, workers) if len(share) else ():
+                labels = labels.to(device, non_blocking=True)
+                sums += _sums(model(to_device(images, device)), labels)
+    finally:
+        model.train(training)
+    return _means(all_reduce(sums))
+
+
+def train_classifier(
+    model: Classifier,
+    data: ImageData,
+    config: ClassifierConfig,
+    options: RunOptions,
+    *,
+    name: str,
+    arch: str,
+    reference: Mapping[str, Tensor] | None = None,
+) -> list[dict[str, Any]]:
+    """Train by SGD, in place, on one process or in a process group; all records, one an epoch.
+
+    A record has epoch (from 1), step, lr (of the new layers), loss, acc1, acc5 (of the training views), val_loss,
+    val_acc1, val_acc5, best_acc1 (the highest val_acc1 so far), images_per_second and seconds. After each epoch the
+    checkpoint is written, in the official layout, and again as the best if val_acc1 is higher than ever before.
+
+    Where BatchNorm is trained by several processes, its statistics are synchronised on GPUs; on CPUs, for which torch
+    has no such layer, each process has its own, and those of the first are evaluated and kept.
+
+    Args:
+        name: of the files in ``options.output``: ``NAME.pth``, ``NAME_best.pth``, ``NAME/metrics.jsonl`` and
+            ``NAME/tensorboard/``.
+        arch: the encoder's name, for the checkpoint.
+        reference: of a frozen encoder, what it must still be at each epoch's end (:func:`check_unchanged`).
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        ValueError: a frozen encoder has changed; no epochs are left to train.
+    """
+    device, world = options.device, world_size()
+    model = model.to(device)
+    if device.type == "cpu":  # weights laid out as the images are, or DDP has to copy each gradient
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if world > 1 and not model.frozen:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif rank() == 0:
+            warnings.warn("torch's synchronised BatchNorm needs GPUs: each process normalises its own", stacklevel=2)
+    batch_size = config.batch_size // options.local_world
+    loader = LabelledLoader(
+        data,
+        batch_size,
+        seed=config.seed,
+        rank=rank(),
+        world=world,
+        workers=options.workers,
+        device=device,
+        fraction=config.fraction,
+        crop_min=config.crop_min,
+    )
+    optimizer = _optimizer(model, config)
+    done, best = options.start_epoch, 0.0
+    checkpoint, best_checkpoint = options.output / f"{name}.pth", options.output / f"{name}_best.pth"
+    if options.resume is not None:
+        done, best = restore(model, Path(options.resume), arch, optimizer)
+    if done >= config.epochs:
+        raise ValueError(f"epochs: expected more than the {done} already done, got {config.epochs}; see --evaluate")
+    folder = options.output / name
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(
+        folder,
+        options.console,
+        total_steps=config.epochs * loader.steps_per_epoch,
+        steps_per_epoch=loader.steps_per_epoch,
+        done_steps=done * loader.steps_per_epoch,
+        chance=math.log(len(data.classes)),
+        print_freq=options.print_freq,
+        enabled=rank() == 0,
+    )
+    seconds = log.records[-1]["seconds"] if log.records else 0.0
+    epoch_of = _Epochs(model, loader, optimizer, config, options, log)
+    with log:
+        for epoch in range(done, config.epochs):
+            started = time.perf_counter()
+            record = epoch_of(epoch)
+            seconds += time.perf_counter() - started
+            if world > 1 and not model.frozen:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            val = evaluate(model, data, batch_size=batch_size, device=device, workers=options.workers)
+            record |= {f"val_{name}": value for name, value in val.items()} | {"seconds": round(seconds, 3)}
+            if reference is not None:
+                check_unchanged(model.backbone, reference)
+            is_best = val["acc1"] > best
+            best = max(best, val["acc1"])
+            log.record(record | {"best_acc1": best})
+            if rank() == 0:
+                save_checkpoint(
+                    checkpoint, epoch=epoch + 1, arch=arch, model=model, optimizer=optimizer, best_acc1=best
+                )
+                if is_best:
+                    write_atomically(best_checkpoint, lambda file: file.write(checkpoint.read_bytes()))
+    return log.records
+
+
+def restore(
+    model: Classifier, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None
+) -> tuple[int, float]:
+    """Load a checkpoint of :func:`train_classifier`; its finished epochs and its best val_acc1.
+
+    Raises:
+        ValueError: it is of another architecture, data set or config.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint["arch"] != arch:
+        raise ValueError(f"resume: expected a checkpoint of {arch}, got one of {checkpoint['arch']}: {path}")
+    absent = {"epoch", "optimizer", "best_acc1"} - checkpoint.keys()
+    if absent:
+        raise ValueError(
+            f"resume: expected a classifier's checkpoint, got no {' and no '.join(sorted(absent))} in {path}"
+        )
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
+    return checkpoint["epoch"], float(checkpoint["best_acc1"])
+
+
+class _Epochs:
+    """Trains one epoch after another."""
+
+    def __init__(
+        self,
+        model: Classifier,
+        loader: LabelledLoader,
+        optimizer: torch.optim.Optimizer,
+        config: ClassifierConfig,
+        options: RunOptions,
+        log: RunLog,
+    ) -> None:
+        self.loader, self.optimizer, self.config, self.options, self.log = loader, optimizer, config, options, log
+        self.rates = [group["lr"] for group in _optimizer(model, config).param_groups]
+        self.model: nn.Module = model
+        if world_size() > 1:
+            devices = [options.device] if options.device.type == "cuda" else None
+            # In training mode BatchNorm does not read its buffers, so they need not be broadcast at each step.
+            self.model = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+    def __call__(self, epoch: int) -> dict[str, Any]:
+        """The record of 0-based ``epoch``."""
+        self.model.train()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.config.decay(epoch)
+        lr = self.optimizer.param_groups[-1]["lr"]
+        torch.manual_seed(int(hash_seeds(self.config.seed, epoch, rank())))  # dropout, the same after resuming
+        device, first = self.options.device, epoch * self.loader.steps_per_epoch
+        sums, recent = (torch.zeros(4, dtype=torch.float64, device=device) for _ in range(2))
+        started = before = time.perf_counter()
+        step = 0
+        for step, (images, labels) in enumerate(self.loader.epoch(epoch), 1):
+            wait = time.perf_counter() - before
+            logits = self.model(to_device(images, device))
+            loss = F.cross_entropy(logits, labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            counted = _sums(logits.detach(), labels)
+            sums += counted
+            recent += counted
+            figures = {"images": len(labels) * world_size(), "wait": wait, "lr": lr}
+            if (first + step) % self.options.print_freq == 0:  # the only steps at which the host waits for the device
+                figures |= self._finite(_means(recent), epoch, step)
+                recent.zero_()
+            self.log.step(first + step, figures)
+            before = time.perf_counter()
+        seconds = time.perf_counter() - started
+        total = all_reduce(sums)
+        means = self._finite(_means(total), epoch, step)
+        speed = total[3].item() / seconds
+        record = {"epoch": epoch + 1, "step": first + step, "lr": lr, **means, "images_per_second": speed}
+        return record | ({"skipped_images": self.loader.skipped} if self.loader.skipped else {})
+
+    def _finite(self, means: dict[str, float], epoch: int, step: int) -> dict[str, float]:
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"loss: expected a finite number, got {means['loss']} by epoch {epoch + 1}, step {step} "
+                f"(lr {self.config.lr:g}); a lower learning rate may help"
+            )
+        return means
+
+
+def _optimizer(model: Classifier, config: ClassifierConfig) -> torch.optim.SGD:
+    """Of all that is trained: the encoder, unless it is frozen, and the head."""
+    groups = [{"params": list(model.fc.parameters()), "lr": config.lr_head or config.lr}]
+    if not model.frozen:
+        groups.insert(0, {"params": list(model.backbone.parameters()), "lr": config.lr})
+    return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Float64 [4] on the device: summed cross-entropy, images right at the first and among five guesses, images."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5], at most one a row
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()]).double()
+
+
+def _means(sums: Tensor) -> dict[str, float]:
+    loss, hit1, hit5, n = sums.tolist()
+    return {"loss": loss / n, "acc1": 100 * hit1 / n, "acc5": 100 * hit5 / n}

@@ -1,0 +1,361 @@
+"""The pre-training loop: steps of MoCo, and what a run needs around them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from .. import distributed
+from ..checkpoints.training import load_checkpoint, load_newest, save_rotating
+from ..data import Batch, ImageData, TrainLoader
+from ..evaluate import encoder_features, knn_top1
+from ..runs.files import write_atomically
+from ..runs.metrics import Averages, RunLog
+from ..runs.options import RunOptions
+from .config import PretrainConfig
+from .diagnostics import Diagnostics
+from .model import Model, build_model
+from .preemption import Preemption
+from .step import NonFiniteLoss, OptimizerStep
+
+
+def pretrain(
+    config: PretrainConfig, data: ImageData, options: RunOptions, model: Model | None = None
+) -> list[dict[str, Any]]:
+    """Train ``model`` (by default :func:`build_model`'s) in place, on one process or in a process group.
+
+    Writes checkpoints, ``metrics.jsonl`` and ``tensorboard/`` to ``options.output``. A record has step, epoch,
+    loss, acc1 and acc5 (contrast accuracy, percent), lr, images_per_second, wait (share of the time spent waiting for
+    data), seconds (training time so far, without evaluations), the metrics of :class:`Diagnostics`, and, where the
+    features have been evaluated, knn_top1.
+
+    Returns:
+        All records: one an epoch, or one each ``config.log_every`` steps when training by steps.
+
+    Raises:
+        FloatingPointError: the loss is not finite. Nothing of that step has entered parameters or queue; the batch
+            and the model are in ``nonfinite.pth``.
+        ValueError: data, configuration or checkpoint do not fit together.
+        SystemExit: 143, after SIGTERM, when a checkpoint has been saved.
+    """
+    return _Trainer(config, data, options, model).train()
+
+
+class _Trainer:
+    def __init__(self, config: PretrainConfig, data: ImageData, options: RunOptions, model: Model | None) -> None:
+        self.config, self.data, self.options = config, data, options
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        unmasked = config.dictionary == "queue" and config.same_image == "negative"
+        if unmasked and config.moco_k > len(data.train) and self.rank == 0:
+            warnings.warn(
+                f"moco_k: {config.moco_k} keys but only {len(data.train)} images in {data.name}: other views of an "
+                "image will be among its negatives; take a smaller --moco-k, or --same-image mask",
+                stacklevel=4,
+            )
+        if config.batch_size % options.local_world and self.rank == 0:
+            warnings.warn(
+                f"batch_size: {config.batch_size} does not divide by this node's {options.local_world} processes; "
+                f"each takes {config.batch_size // options.local_world}",
+                stacklevel=4,
+            )
+        cuda = options.device.type == "cuda"
+        wanted = config.channels_last
+        channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
+        self.model = (model or build_model(config, len(data.train))).to(options.device)
+        if channels_last and (cuda or wanted):
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.loader = TrainLoader(
+            data,
+            config.augmentation(data),
+            config.batch_size // options.local_world,
+            accumulate=config.accumulate,
+            seed=config.seed,
+            rank=self.rank,
+            world=self.world,
+            workers=options.workers,
+            drop_last=config.drop_last,
+            shuffled_keys=config.shuffle_bn == "loader",
+            patches=config.patches if config.views == "patches" else 0,
+            augment_on=config.augment_on,
+            device=options.device,
+            channels_last=channels_last,
+        )
+        # All parameters, although the key encoder's take no gradient: the optimizer state of published checkpoints.
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        if config.compile:
+            for encoder in self.model.children():  # encoder_q, encoder_k
+                encoder.compile()
+        # Ranks draw different numbers (a memory bank's negatives), the same in every run.
+        torch.manual_seed(config.seed + 1_000_003 * self.rank)
+        self.per_epoch = self.loader.steps_per_epoch
+        self.total = config.total_steps(self.per_epoch)
+        self.step = options.start_epoch * self.per_epoch
+        self.seconds, self.averages, self.health_averages = 0.0, Averages(), Averages()
+        self.skipped_steps, self.images, self.epoch_seconds, self.waited = 0, 0, 0.0, 0.0  # the last three: of a record
+        self.optimizer_step = OptimizerStep(self.model, self.optimizer, config.precision, config.symmetric)
+        self.health = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
+        if options.resume:
+            self._resume(options.resume)
+
+    def train(self) -> list[dict[str, Any]]:
+        config, options = self.config, self.options
+        log = RunLog(
+            options.output,
+            options.console,
+            total_steps=self.total,
+            steps_per_epoch=self.per_epoch,
+            done_steps=self.step,
+            chance=None if config.dictionary == "end-to-end" else math.log(config.moco_k + 1),
+            print_freq=options.print_freq,
+            enabled=self.rank == 0,
+        )
+        with log, Preemption() as preemption:
+            while self.step < self.total:
+                self.model.train()
+                epoch = self.step // self.per_epoch
+                for batches, waited in _steps(self.loader.epoch(epoch)):
+                    self._train_step(batches, waited, log)
+                    done = self.step == self.total
+                    every = config.log_every if config.steps else self.per_epoch
+                    if done or self.step % every == 0:
+                        self._record(log)
+                    recorded = done or self.step % every == 0
+                    if recorded or (options.save_every and self.step % options.save_every == 0):
+                        self._save(last=done)
+                    if not done and preemption.agreed(self.step % options.print_freq == 0):
+                        self._stop_for(preemption, saved=recorded)
+                    if done:
+                        break
+        return log.records
+
+    def _train_step(self, batches: list[Batch], waited: float, log: RunLog) -> None:
+        config, started = self.config, time.perf_counter()
+        lr = config.learning_rate(self.step, self.per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if hasattr(self.model, "m"):
+            self.model.m = config.key_momentum(self.step, self.per_epoch)
+        health: dict[str, float] = {}
+
+        def examine(scale: float) -> None:
+            health.update(self.health.after(self.step + 1, batches[0].im_k, grad_scale=scale * batches[0].share))
+
+        self.health.before(self.step + 1)
+        try:
+            result = self.optimizer_step(batches, examine if self.health.due(self.step + 1) else None)
+        except NonFiniteLoss as error:
+            self._dump(error, lr)
+        self.step += 1
+        self.skipped_steps += result.skipped
+        self.images += result.images
+        self.averages.add(result.images, **result.figures)
+        if health:
+            self.health_averages.add(1, **health)
+        spent = waited + time.perf_counter() - started
+        self.seconds += spent
+        self.epoch_seconds += spent
+        self.waited += waited
+        log.step(self.step, result.figures | health | {"images": result.images, "wait": waited, "lr": lr})
+
+    def _record(self, log: RunLog) -> None:
+        means = _mean_over_ranks(self.averages.means(), self.options.device)
+        record: dict[str, Any] = {"step": self.step, "epoch": _whole(self.step / self.per_epoch), **means}
+        record |= {
+            "lr": self.config.learning_rate(self.step - 1, self.per_epoch),
+            "images_per_second": self.images / self.epoch_seconds,
+            "wait": self.waited / self.epoch_seconds,
+            "seconds": round(self.seconds, 3),
+            **self.health_averages.means(),
+        }
+        counts = {"skipped_images": self.loader.skipped, "skipped_steps": self.skipped_steps}
+        record |= {name: count for name, count in counts.items() if count}
+        if self.data.test is not None and self._evaluation_is_due():
+            record["knn_top1"] = self._knn()
+        log.record(record)
+        self.averages.clear()
+        self.health_averages.clear()
+        self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0
+
+    def _evaluation_is_due(self) -> bool:
+        if self.step == self.total:
+            return True
+        every = self.config.online_knn * (1 if self.config.steps else self.per_epoch)
+        return every > 0 and self.step % every == 0
+
+    def _knn(self) -> float:
+        if self.world > 1:  # in training each rank's BatchNorm has statistics of its own; rank 0's count
+            for buffer in self.model.encoder_q.buffers():
+                dist.broadcast(buffer, 0)
+        return encoder_knn(self.model.encoder_q, self.data, self.options, self.config.knn_k)
+
+    def _save(self, last: bool) -> None:
+        """A checkpoint by rank 0. A disk that is full costs this one, not the run; at the end it is an error."""
+        random = {"cpu": _of_all_ranks(torch.get_rng_state())}
+        if self.options.device.type == "cuda":
+            random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
+        if self.rank > 0:
+            return
+        trainer = {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "scaler": self.optimizer_step.scaler.state_dict(),
+            "random": random,
+            "averages": self.averages.state_dict(),
+            "health_averages": self.health_averages.state_dict(),
+            "seconds": [self.seconds, self.epoch_seconds, self.waited],
+            "images": self.images,
+            "skipped_steps": self.skipped_steps,
+            "updates": getattr(self.model, "_steps", 0),
+            "config": dataclasses.asdict(self.config),
+        }
+        try:
+            save_rotating(
+                self.options.output,
+                self.step,
+                self.options.keep,
+                epoch=self.step // self.per_epoch,
+                arch=self.config.arch,
+                model=self.model,
+                optimizer=self.optimizer,
+                trainer=trainer,
+            )
+        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+            if last:
+                raise OSError(f"output: the last checkpoint could not be written: {error}") from error
+            warnings.warn(f"checkpoint of step {self.step} not written, training goes on: {error}", stacklevel=2)
+
+    def _resume(self, source: Path | str) -> None:
+        config = self.config
+        if source == "auto":
+            found = load_newest(self.options.output)
+            if found is None:
+                return
+            checkpoint, path = found
+        else:
+            path = Path(source)
+            checkpoint = load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
+        if checkpoint["arch"] != config.arch:
+            raise ValueError(f"resume: expected a checkpoint of {config.arch}, got one of {checkpoint['arch']}: {path}")
+        absent = {"epoch", "optimizer"} - checkpoint.keys()
+        if absent:
+            raise ValueError(
+                f"resume: expected epoch and optimizer in {path}, got no {' and no '.join(sorted(absent))}"
+            )
+        try:
+            self.model.load_state_dict(checkpoint["state_dict"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
+        if "trainer" in checkpoint:
+            self._restore(checkpoint["trainer"])
+        else:  # the official trainer's, saved after whole epochs
+            self.step = checkpoint["epoch"] * self.per_epoch
+        if self.rank == 0:
+            self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
+            if self.step >= self.total:
+                warnings.warn(f"resume: {path} has all of its {self.total} steps behind it", stacklevel=5)
+
+    def _restore(self, trainer: dict[str, Any]) -> None:
+        self.step = trainer["step"]
+        self.loader.load_state_dict(trainer["loader"])
+        self.optimizer_step.scaler.load_state_dict(trainer["scaler"])
+        self.averages.load_state_dict(trainer["averages"])
+        self.health_averages.load_state_dict(trainer["health_averages"])
+        self.seconds, self.epoch_seconds, self.waited = trainer["seconds"]
+        self.skipped_steps, self.images = trainer["skipped_steps"], trainer["images"]
+        self.model._steps = trainer["updates"]
+        random = trainer["random"]
+        if len(random["cpu"]) != self.world:
+            return  # other processes: what they draw at random begins anew
+        torch.set_rng_state(random["cpu"][self.rank])
+        if "cuda" in random and self.options.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"][self.rank], self.options.device)
+
+    def _stop_for(self, preemption: Preemption, saved: bool) -> NoReturn:
+        if not saved:
+            self._save(last=True)
+        if self.rank == 0:
+            self.options.console.print(
+                f"stopped by {preemption.name} after step {self.step:,}; saved, go on with --resume auto",
+                highlight=False,
+            )
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _dump(self, error: NonFiniteLoss, lr: float) -> NoReturn:
+        path = self.options.output / "nonfinite.pth"
+        content = {
+            "step": self.step + 1,
+            "rank": self.rank,
+            "lr": lr,
+            "index": torch.cat([batch.index for batch in error.batches]),
+            "im_q": torch.cat([batch.im_q for batch in error.batches]).cpu(),
+            "im_k": torch.cat([batch.im_k for batch in error.batches]).cpu(),
+            "state_dict": self.model.state_dict(),
+        }
+        written = f"; its batch and the model as it was are in {path}"
+        try:
+            write_atomically(path, lambda file: torch.save(content, file))
+        except (OSError, RuntimeError) as failure:
+            written = f"; what it was could not be written: {failure}"
+        epoch, step = divmod(self.step, self.per_epoch)
+        raise FloatingPointError(
+            f"{error} in epoch {epoch + 1}, step {step + 1} (lr {lr:g}, moco_t {self.config.moco_t:g}); a lower "
+            f"learning rate may help{written}"
+        ) from None
+
+
+def encoder_knn(encoder: torch.nn.Module, data: ImageData, options: RunOptions, k: int) -> float:
+    """kNN top-1 in percent of an encoder's features on the test split."""
+    train, test = (
+        encoder_features(encoder, data, split, device=options.device, workers=options.workers) for split in data.splits
+    )
+    train_labels, test_labels = (split.labels for split in data.splits)
+    return knn_top1(train, train_labels, test, test_labels, k=k, device=options.device, sharded=True)
+
+
+def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
+    """The micro-batches of one optimizer step after another, and the seconds waited for them."""
+    while True:
+        started = time.perf_counter()
+        step: list[Batch] = []
+        for batch in batches:
+            step.append(batch)
+            if batch.last:
+                break
+        if not step:
+            return
+        yield step, time.perf_counter() - started
+
+
+def _mean_over_ranks(means: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Every rank has had as many images, so the plain mean is that over all of them."""
+    world = distributed.world_size()
+    if world == 1:
+        return means
+    total = distributed.all_reduce(torch.tensor(list(means.values()), dtype=torch.float64, device=device))
+    return dict(zip(means, (total / world).tolist(), strict=True))
+
+
+def _of_all_ranks(state: torch.Tensor) -> list[torch.Tensor]:
+    """A CPU tensor of each rank, on all. Waits for every rank: no checkpoint is written if one is lost."""
+    if distributed.world_size() == 1:
+        return [state]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    parts = distributed.all_gather(state.to(device)).chunk(distributed.world_size())
+    return [part.cpu().clone() for part in parts]  # each in memory of its own: set_rng_state misreads a view
+
+
+def _whole(epoch: float) -> float | int:
+    return int(epoch) if epoch == int(epoch) else round(epoch, 4)
