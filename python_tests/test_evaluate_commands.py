@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_classify import ARCH, encoder_of
+from test_classifier import ARCH, encoder_of
 
 from moco_ext import MoCo, cli, encoders
 from moco_ext import data as mdata
