@@ -75,7 +75,7 @@ def build_model(config: PretrainConfig, images: int = 0) -> Model:
         return MemoryBank(base, images, bank_dtype=dtype, **shared)
     own |= {"label_smoothing": config.label_smoothing, "in_batch": config.in_batch, "empty": config.empty_queue}
     if config.key_encoder in (None, "momentum"):  # what autocast would make of the weights, without making it each step
-        own["key_dtype"] = AUTOCAST.get(config.precision)
+        own["low_precision"] = AUTOCAST.get(config.precision)
     same_id = None if config.same_image == "negative" else config.same_image
     return MoCo(base, queue_dtype=dtype, shuffle_bn=config.shuffle_bn, same_id=same_id, **shared, **own)
 
