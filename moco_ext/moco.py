@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import distributed, encoders
 from .distributed import all_gather, start_all_gather
 from .encoders import encode
-from .momentum import HalfWeights, flatten_parameters_, update_key_encoder_
+from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encoder_
 from .ops import info_nce, momentum_update_
 from .queue import KeyQueue
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
@@ -73,12 +73,14 @@ class MoCo(KeyQueue):
             single device the effect of as many devices.
         key_encoder: ``"momentum"``, a network of its own that follows the query encoder; ``"partial"``, which shares
             all but the head with it, and only the head follows; ``"identical"``, the query encoder itself.
-        key_dtype: None, or ``torch.bfloat16`` or ``torch.float16``: a momentum key encoder then runs under autocast
-            with weights of that type, which the momentum update writes along with the float32 ones that it moves.
+        low_precision: None, or ``torch.bfloat16`` or ``torch.float16``: a momentum key encoder then runs under autocast
+            with a copy of its weights in that dtype, which the momentum update writes along with the float32 weights.
         label_smoothing, in_batch, same_id: of the loss, see :func:`moco_ext.info_nce`; ``in_batch`` counts the keys of
             all ranks. ``same_id`` ("mask" or "positive"; None: another view of an image that is still in the queue is
             a negative like any, as published) wants ``ids`` in ``forward`` and ``update``.
         empty: begin with no keys in the queue instead of K random ones.
+        flatten_parameters: keep each encoder's parameters in one buffer, see :func:`moco_ext.flatten_parameters_`, so
+            that the momentum update is one launch over two buffers. If False, they are left where they are.
 
     Raises:
         ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
@@ -102,21 +104,24 @@ class MoCo(KeyQueue):
         shuffle_bn: str = "auto",
         split_bn: int = 1,
         key_encoder: str = "momentum",
-        key_dtype: torch.dtype | None = None,
+        low_precision: torch.dtype | None = None,
         label_smoothing: float = 0.0,
         in_batch: bool = False,
         same_id: str | None = None,
         empty: bool = False,
+        flatten_parameters: bool = True,
     ) -> None:
         super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty)
         if not 0.0 <= m <= 1.0:
             raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
         if key_encoder not in KEY_ENCODERS:
             raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
-        if key_dtype not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"key_dtype: expected None, torch.bfloat16 or torch.float16, got {key_dtype}")
-        if key_dtype is not None and key_encoder != "momentum":
-            raise ValueError(f"key_dtype: expected None with key_encoder {key_encoder!r}, got {key_dtype}")
+        if low_precision not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"low_precision: expected None, torch.bfloat16 or torch.float16, got {low_precision}")
+        if low_precision is not None and key_encoder != "momentum":
+            raise ValueError(f"low_precision: expected None with key_encoder {key_encoder!r}, got {low_precision}")
+        if low_precision is not None and not flatten_parameters:
+            raise ValueError("flatten_parameters: expected True with low_precision, got False")
         if same_id not in (None, "mask", "positive"):
             raise ValueError(f"same_id: expected None, 'mask' or 'positive', got {same_id!r}")
         if not 0.0 <= label_smoothing < 1.0:
@@ -127,9 +132,10 @@ class MoCo(KeyQueue):
         self.shuffle_bn = check_mode(shuffle_bn)
         self.split_bn = split_bn
         self.key_encoder = key_encoder
+        self.flatten_parameters = flatten_parameters
         self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
         self._steps = 0
-        self._half_keys = None if key_dtype is None else HalfWeights(key_dtype)
+        self._low_precision = None if low_precision is None else LowPrecisionWeights(low_precision)
 
         encoder = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
         self.encoder_q = encoder
@@ -192,7 +198,8 @@ class MoCo(KeyQueue):
                 (``moco_ext.distributed.all_gather(ids)``).
         """
         if self.key_encoder == "momentum":
-            update_key_encoder_(self.encoder_k, self.encoder_q, self.m, self._half_keys)
+            flatten = self.flatten_parameters
+            update_key_encoder_(self.encoder_k, self.encoder_q, self.m, self._low_precision, flatten=flatten)
         elif self.key_encoder == "partial":
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
@@ -205,18 +212,20 @@ class MoCo(KeyQueue):
 
     @torch.no_grad()
     def _encode_keys(self, images: Tensor) -> Tensor:
-        if self._half_keys is None:
+        if self._low_precision is None:
             return encode(self.encoder_k, images)
-        return encode(functools.partial(self._half_keys, self.encoder_k), images)
+        return encode(functools.partial(self._low_precision, self.encoder_k), images)
 
     def _flatten(self) -> None:
-        """Lay out each encoder in one buffer. Those of several dtypes are updated as lists; see momentum.py."""
+        """Keep each encoder's parameters in one buffer, except those of several dtypes; see momentum.py."""
+        if not self.flatten_parameters:
+            return
         for encoder in (self.encoder_q, self.encoder_k)[: 2 if self.key_encoder == "momentum" else 1]:
             parameters = list(encoder.parameters())
             if len({(p.dtype, p.device) for p in parameters}) == 1 and not parameters[0].is_meta:
                 flatten_parameters_(encoder)
 
-    def _apply(self, *args, **kwargs):  # .to(), .cuda(), .half(): each parameter gets memory of its own
+    def _apply(self, *args, **kwargs):  # .to(), .cuda(), .half(): parameters get new memory
         super()._apply(*args, **kwargs)
         self._flatten()
         return self

@@ -1,40 +1,52 @@
-"""The momentum encoder's update, over parameters laid out in one buffer."""
+"""The momentum update, over parameters that share one buffer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .ops import momentum_update_
+from .ops import check_plain, momentum_update_
 
 # Each parameter starts on a multiple of this many elements: 64 bytes for float32, what vector loads and cuDNN like.
 ALIGNMENT = 16
 
+# The buffer of each flattened parameter. An entry that a move or a copy has made stale does no harm: it is compared
+# with the parameters' addresses at each use.
+_buffers: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+
 
 @torch.no_grad()
 def flatten_parameters_(module: nn.Module) -> Tensor:
-    """Move all parameters of a module into one contiguous buffer; each becomes a view of it, in place.
+    """Move all parameters of a module into one contiguous buffer, in place.
 
-    Values, gradients, ``requires_grad``, strides (``channels_last`` weights) and parameter objects stay: an optimizer
-    or DDP built before or after goes on working. Shared parameters are stored once. The gaps that align each
-    parameter are zero. Already flat, nothing moves and the same memory is returned.
+    Values, gradients, ``requires_grad``, strides (``channels_last`` weights) and the parameter objects are kept, so
+    optimizers and DDP wrappers remain valid. Shared parameters are stored once. Parameters are aligned, and the gaps
+    between them are zero. If the parameters are already flat, nothing is moved and the existing buffer is returned.
+
+    Each parameter keeps a storage of its size, which begins inside the buffer: ``torch.save``, safetensors and
+    accelerate save it like any other. Moving the module (``.to()``, ``.cuda()``), copying it or sharing its memory
+    between processes gives its parameters new memory; call this function again afterwards, as :class:`moco_ext.MoCo`
+    does.
 
     Args:
         module: its parameters must share one dtype and one device.
 
     Returns:
-        The buffer, 1-d, of the parameters' dtype. Moving the module (``.to()``, ``.cuda()``) or copying it ends the
-        views; call this again then. :class:`moco_ext.MoCo` does.
+        The buffer, 1-d, of the parameters' dtype.
 
     Raises:
         ValueError: no parameters, or parameters of several dtypes or devices; the message names them.
+        TypeError: the parameters are tensor subclasses, such as the DTensors of FSDP2.
     """
     parameters = list(_parameters(module))
     if not parameters:
         raise ValueError(f"module: expected parameters to flatten, {type(module).__name__} has none")
+    check_plain(module=parameters)
     first = parameters[0]
     for name, parameter in module.named_parameters():
         if parameter.dtype != first.dtype or parameter.device != first.device:
@@ -49,55 +61,72 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
     flat = first.new_zeros(total)
     for parameter, offset in zip(parameters, offsets, strict=True):
         strides = parameter.stride() if _is_dense(parameter) else torch.empty(parameter.shape, device="meta").stride()
-        view = flat.as_strided(parameter.shape, strides, offset)
-        view.copy_(parameter)
-        parameter.data = view
+        # A plain view would share the buffer's storage, which the tools that save parameters take for one big tensor.
+        # DLPack makes a storage of the parameter's size, which keeps the buffer alive.
+        part = from_dlpack(to_dlpack(flat[offset : offset + parameter.numel()]))
+        parameter.data = part.as_strided(parameter.shape, strides).copy_(parameter)
+        _buffers[parameter] = flat
     return flat
 
 
 @torch.no_grad()
 def update_key_encoder_(
-    key_encoder: nn.Module, query_encoder: nn.Module, m: float | Tensor, shadow: HalfWeights | None = None
+    key_encoder: nn.Module,
+    query_encoder: nn.Module,
+    m: float | Tensor,
+    low_precision: LowPrecisionWeights | None = None,
+    *,
+    flatten: bool = True,
 ) -> None:
     """``k = m·k + (1 - m)·q`` over all parameters of two encoders of the same structure (Eq. 2 of the paper).
 
-    One launch over two flat buffers; where a module has been moved, copied or given new layers since, its buffer is
-    rebuilt first. Parameters of several dtypes cannot share a buffer and are updated as a list, still in one launch.
-    Buffers (BatchNorm statistics) are left alone: the key encoder's move by its own forward passes, as published.
-    ``shadow``, the key encoder's, is written in the same pass.
+    Both encoders are flattened (:func:`flatten_parameters_`) at the first call, and again after they have been moved or
+    copied, so that the update is one launch over two buffers. Parameters of several dtypes are updated as a list, still
+    in one launch. Buffers (BatchNorm statistics) are not updated: the key encoder's own forward passes update its
+    statistics, as published.
+
+    Args:
+        key_encoder, query_encoder: modules with the same parameters.
+        m: momentum in [0, 1], or a 0-dim tensor.
+        low_precision: the key encoder's low-precision weights, written in the same pass.
+        flatten: if False, leave the parameters where they are and update them as a list.
 
     Raises:
         ValueError: the encoders' parameters differ in number or shape; the message names the first that does.
+        TypeError: the parameters are tensor subclasses, such as the DTensors of FSDP2.
     """
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
     if not keys and not queries:
-        return  # an nn.Identity, say, in place of a head
+        return  # for example, an nn.Identity as the head
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
     same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
         _check_same_structure(key_encoder, query_encoder)
-        if shadow is None and len({(p.dtype, p.device) for p in keys + queries}) > 1:
+        check_plain(key_encoder=keys, query_encoder=queries)
+        if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
             momentum_update_(keys, queries, m)
             return
         flat_query = flatten_parameters_(query_encoder)
         for key, query in zip(keys, queries, strict=True):
-            if key.stride() != query.stride():  # one encoder was moved to channels_last without the other
+            if key.stride() != query.stride():  # only one of the encoders was converted to channels_last
                 key.data = torch.empty_strided(query.shape, query.stride(), dtype=key.dtype, device=key.device).copy_(
                     key
                 )
         flat_key = flatten_parameters_(key_encoder)
-    if shadow is None:
+    if low_precision is None:
         momentum_update_([flat_key], [flat_query], m)
     else:
-        shadow.follow(flat_key, keys, lambda half: momentum_update_([flat_key], [flat_query], m, shadows=[half]))
+        low_precision.refresh(
+            flat_key, keys, lambda copy: momentum_update_([flat_key], [flat_query], m, shadows=[copy])
+        )
 
 
-class HalfWeights:
-    """A 16-bit copy of a float32 module's weights, for running it as autocast would, without casts at each step.
+class LowPrecisionWeights:
+    """A 16-bit copy of a float32 module's weights, to run the module as under autocast without casting at each step.
 
-    What autocast casts is copied, the weights of two and more dimensions; norms and biases stay float32. Whatever
-    changes the module's parameters otherwise (a loaded checkpoint, a move to another device) is noticed by their
-    versions, and the copy made anew.
+    Copies what autocast would cast, the weights of two or more dimensions; norms and biases stay float32. The copy is
+    refreshed when the module's parameters have changed in any other way (a loaded checkpoint, another device), which
+    their version counters tell.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -111,8 +140,8 @@ class HalfWeights:
         if self._flat is None or self._copied != _versions(parameters):
             flat = flatten_parameters_(module)
             if flat.dtype != torch.float32:
-                raise ValueError(f"key_dtype: expected an encoder of float32 parameters, got {flat.dtype}")
-            self.follow(flat, parameters, lambda half: half.copy_(flat))
+                raise ValueError(f"low_precision: expected an encoder of float32 parameters, got {flat.dtype}")
+            self.refresh(flat, parameters, lambda copy: copy.copy_(flat))
         assert self._flat is not None
         offsets = dict(zip(parameters, _layout(parameters)[0], strict=True))
         weights = {
@@ -123,8 +152,8 @@ class HalfWeights:
         with torch.autocast(inputs.device.type, dtype=self.dtype):
             return functional_call(module, weights, (inputs,), tie_weights=False)
 
-    def follow(self, flat: Tensor, parameters: list[nn.Parameter], write: Callable[[Tensor], object]) -> None:
-        """Let ``write`` fill the copy [P] of ``flat`` [P], the parameters' buffer, and take note of their state."""
+    def refresh(self, flat: Tensor, parameters: list[nn.Parameter], write: Callable[[Tensor], object]) -> None:
+        """Let ``write`` fill the copy [P] of ``flat`` [P], the buffer of ``parameters``."""
         if self._flat is None or self._flat.shape != flat.shape or self._flat.device != flat.device:
             self._flat = torch.empty_like(flat, dtype=self.dtype)
         write(self._flat)
@@ -155,22 +184,20 @@ def _layout(parameters: list[nn.Parameter]) -> tuple[list[int], int]:
 
 
 def _flat_buffer(parameters: list[nn.Parameter]) -> Tensor | None:
-    """The buffer these parameters are views of, in order and whole, or None.
-
-    Asked of the parameters themselves each time, so there is no record that a move or a copy could leave stale.
-    """
-    if not parameters:
+    """The part of a buffer that these parameters fill, in order, or None if they are not flat."""
+    flat = _buffers.get(parameters[0]) if parameters else None
+    if flat is None:
         return None
-    first = parameters[0].detach()
     offsets, total = _layout(parameters)
-    start, size = first.data_ptr(), first.element_size()
-    if first.storage_offset() != 0 or first.untyped_storage().nbytes() < total * size:
+    start, size = parameters[0].data_ptr(), flat.element_size()
+    begin = (start - flat.data_ptr()) // size
+    if not 0 <= begin <= flat.numel() - total:
         return None
     for parameter, offset in zip(parameters, offsets, strict=True):
         in_place = parameter.data_ptr() == start + offset * size or parameter.numel() == 0
-        if not in_place or parameter.dtype != first.dtype:
+        if not in_place or parameter.dtype != flat.dtype:
             return None
-    return first.as_strided((total,), (1,), 0)
+    return flat[begin : begin + total]
 
 
 def _is_dense(parameter: Tensor) -> bool:

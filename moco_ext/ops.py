@@ -38,6 +38,17 @@ def _check_devices(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected on the device of {first_name} ({first.device}), got {tensor.device}")
 
 
+def check_plain(**tensors: Sequence[Tensor]) -> None:
+    """Refuse DTensors and other wrappers, whose memory the kernels cannot reach."""
+    for name, of_name in tensors.items():
+        for tensor in of_name:
+            if hasattr(type(tensor), "__tensor_flatten__"):
+                raise TypeError(
+                    f"{name}: expected plain tensors, got {type(tensor).__name__}; parameters sharded by FSDP2 "
+                    "(fully_shard) are not supported, DistributedDataParallel is"
+                )
+
+
 def _allow_tf32() -> bool:
     if torch.compiler.is_compiling():
         return torch.backends.cuda.matmul.allow_tf32  # the form that torch.compile traces, and guards on
@@ -410,6 +421,7 @@ def momentum_update_(
     Raises:
         ValueError: lists, shapes, dtypes or devices that do not match; nothing is written.
     """
+    check_plain(key_params=key_params, query_params=query_params)
     m_tensor, value = _scalar("m", m)
     if len(key_params) == len(query_params) == len(shadows) == 0:
         return  # without a tensor there is no device to dispatch to

@@ -87,12 +87,14 @@ class KeyQueue(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "queue"] = destination[prefix + "queue"].t()
+        # A copy, as a transposed view is not contiguous, which safetensors and whatever builds on it refuse to save.
+        transposed = destination[prefix + "queue"].t()
+        destination[prefix + "queue"] = transposed.clone(memory_format=torch.contiguous_format)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         name = prefix + "queue"
         if name in state_dict and state_dict[name].dim() == 2:
-            state_dict[name] = state_dict[name].t()
+            state_dict[name] = state_dict[name].t().contiguous()  # rows, also for load_state_dict(assign=True)
             full = {"queue_ids": -1, "queue_written": -1, "queue_writes": 0, "queue_valid": self.K}
             for extra, value in full.items():
                 if (own := getattr(self, extra)) is not None:

@@ -166,3 +166,27 @@ def test_mixed_kinds_are_refused_untouched(flatten_):
 def test_nothing_to_flatten_is_said(flatten_):
     with pytest.raises(ValueError, match="module"):
         flatten_(nn.ReLU())
+
+
+def test_a_part_of_a_flat_module_is_flat(device):
+    net = network(device)
+    whole = moco_ext.flatten_parameters_(net)
+    part = moco_ext.flatten_parameters_(net[3])
+    assert part.data_ptr() == net[3].weight.data_ptr()
+    assert moco_ext.flatten_parameters_(net).data_ptr() == whole.data_ptr()
+    assert_views_of(part, net[3])
+
+
+def test_sharded_parameters_are_refused(device):
+    """What FSDP2 makes of parameters are tensors whose own memory is empty."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    sharded = TwoTensor(torch.ones(3, device=device), torch.ones(3, device=device))
+    net = nn.Module()
+    net.weight = nn.Parameter(sharded)
+    with pytest.raises(TypeError, match=r"module: expected plain tensors, got TwoTensor; .* \(fully_shard\)"):
+        moco_ext.flatten_parameters_(net)
+    for keys, queries, name in ((sharded, torch.ones(3), "key_params"), (torch.ones(3), sharded, "query_params")):
+        with pytest.raises(TypeError, match=f"{name}: expected plain tensors"):
+            moco_ext.momentum_update_([keys], [queries], 0.9)
+    assert torch.equal(sharded.a, torch.ones(3, device=device))

@@ -256,9 +256,9 @@ def test_views_of_different_batches_are_refused(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_keys_are_those_of_autocast(device, dtype):
+def test_low_precision_keys_match_autocast(device, dtype):
     """Bit for bit, at every step and after whatever else changes the weights: autocast rounds the same numbers."""
-    model = tiny_moco(device, key_dtype=dtype)
+    model = tiny_moco(device, low_precision=dtype)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
 
     def expect_autocast(im_q, im_k):
@@ -276,7 +276,7 @@ def test_half_keys_are_those_of_autocast(device, dtype):
         out.loss.backward()
         optimizer.step()
         model.update(out.keys)
-        half = model._half_keys._flat
+        half = model._low_precision._flat
         assert torch.equal(half, _flat_buffer(list(_parameters(model.encoder_k))).to(dtype))  # written by the update
     model.load_state_dict(tiny_moco(device).state_dict())
     expect_autocast(*views(device))
@@ -289,8 +289,8 @@ def test_half_keys_are_those_of_autocast(device, dtype):
     assert model.state_dict().keys() == tiny_moco(device).state_dict().keys()
 
 
-def test_half_keys_follow_queries_that_move_less_than_16_bits_can_say(device):
-    model = tiny_moco(device, key_dtype=torch.bfloat16, m=0.999)
+def test_low_precision_weights_follow_steps_below_their_precision(device):
+    model = tiny_moco(device, low_precision=torch.bfloat16, m=0.999)
     with torch.no_grad():
         model.encoder_k.fc.weight.fill_(1.0)
         model.encoder_q.fc.weight.fill_(2.0)
@@ -298,23 +298,23 @@ def test_half_keys_follow_queries_that_move_less_than_16_bits_can_say(device):
     for _ in range(300):
         model.update(torch.zeros(1, 8, device=device))
     model(*images)
-    half = model._half_keys._flat.float()
+    half = model._low_precision._flat.float()
     assert (half - (2 - 0.999**300)).abs().min() <= 2**-8
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"key_dtype": torch.float32}, "key_dtype: expected None, torch.bfloat16 or torch.float16, got torch.float32"),
-        ({"key_dtype": torch.bfloat16, "key_encoder": "identical"}, "key_dtype: expected None with key_encoder"),
+        ({"low_precision": torch.float32}, "low_precision: expected None, torch.bfloat16 or torch.float16, got torch.float32"),
+        ({"low_precision": torch.bfloat16, "key_encoder": "identical"}, "low_precision: expected None with key_encoder"),
     ],
 )
-def test_bad_key_dtypes_are_named(options, message):
+def test_invalid_low_precision_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         moco_ext.MoCo(Tiny, dim=8, K=24, **options)
 
 
-def test_half_keys_want_a_float32_master(device):
-    model = tiny_moco(device, key_dtype=torch.bfloat16).double()
-    with pytest.raises(ValueError, match=r"key_dtype: expected an encoder of float32 parameters, got torch.float64"):
+def test_low_precision_needs_float32_parameters(device):
+    model = tiny_moco(device, low_precision=torch.bfloat16).double()
+    with pytest.raises(ValueError, match=r"low_precision: expected an encoder of float32 parameters, got torch.float64"):
         model(*(view.double() for view in views(device)))
