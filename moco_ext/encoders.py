@@ -48,6 +48,11 @@ def resolve(arch: str | BaseEncoder) -> BaseEncoder:
         ValueError: no such name; close ones are suggested.
         ModuleNotFoundError: the name needs timm (or torchvision), which is not installed.
     """
+    if isinstance(arch, nn.Module):
+        raise TypeError(
+            "base_encoder: expected a name or a function base_encoder(num_classes=dim) that builds the encoder, "
+            f"got an instance of {type(arch).__name__}"
+        )
     if callable(arch):
         return arch
     if not isinstance(arch, str):

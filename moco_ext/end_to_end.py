@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from . import distributed, encoders
 from .encoders import encode
-from .moco import MoCoOutput, check_temperature
+from .mechanism import Mechanism, check_temperature
+from .moco import MoCoOutput
 from .ops import info_nce
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
 
 
-class EndToEnd(nn.Module):
+class EndToEnd(Mechanism):
     """Two encoders trained by the gradients of one loss: every query against the keys of all ranks' batches.
 
     The dictionary is as large as the global batch, and always consistent. A training step is that of
@@ -43,8 +45,6 @@ class EndToEnd(nn.Module):
         self.T = check_temperature(T)
         self.shuffle_bn = check_mode(shuffle_bn)
         self.split_bn = split_bn
-        self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
-        self._steps = 0
         self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
         if key_encoder == "identical":
             self.encoder_k = self.encoder_q
@@ -56,21 +56,24 @@ class EndToEnd(nn.Module):
 
     def forward(self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None) -> MoCoOutput:
         """Loss of a batch of two views of the same images; arguments as those of :meth:`moco_ext.MoCo.forward`."""
-        if im_q.shape[0] != im_k.shape[0]:
-            raise ValueError(f"im_k: expected {im_q.shape[0]} images as in im_q, got {im_k.shape[0]}")
+        self._check_images(im_q, im_k)
+        self._warn_if_update_is_forgotten()
         n = im_q.shape[0]
-        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self._steps, key_order)
+        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self.updates, key_order)
         arriving = start_shuffle(im_k, order, self.shuffle_bn)
         queries = encode(self.encoder_q, im_q)
         keys = encode(self.encoder_k, im_k if arriving is None else arriving())
         keys = unshuffle(distributed.all_gather_with_grad(keys), order)  # [world * N, dim]
-        if self.query_hook is not None:
-            self.query_hook(queries)
+        self._watch(queries)
         loss, stats = info_nce(
             queries, keys, None, self.T, return_stats=True, in_batch=True, first_key=distributed.rank() * n
         )
         return MoCoOutput(loss, keys.detach(), stats)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None) -> MoCoOutput: ...
+
     def update(self, keys: Tensor) -> None:
-        """After the optimizer's step, which has trained both encoders: nothing is left to do but to count it."""
-        self._steps += 1
+        """Count the step: the optimizer has trained both encoders, and no keys are stored."""
+        super().update(keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ class Mechanism(nn.Module):
 
     encoder_q: nn.Module
     T: float
-    m: float | None = None
+    m: Any = None  # a float where there is one
     updates: int = 0
     query_hook: Callable[[Tensor], object] | None = None
 
@@ -111,26 +112,17 @@ class Mechanism(nn.Module):
 
 def check_temperature(T: Any) -> float:
     """T as a positive, finite float."""
-    if isinstance(T, bool) or not isinstance(T, (int, float)):
+    if isinstance(T, bool) or not isinstance(T, numbers.Real):
         raise TypeError(f"T: expected a number, got {T!r}")
-    if not 0.0 < T < math.inf:
+    if not 0.0 < float(T) < math.inf:
         raise ValueError(f"T: expected a positive, finite temperature, got {T}")
     return float(T)
 
 
 def check_momentum(m: Any) -> float:
     """m as a float in [0, 1]."""
-    if isinstance(m, bool) or not isinstance(m, (int, float)):
+    if isinstance(m, bool) or not isinstance(m, numbers.Real):
         raise TypeError(f"m: expected a number, got {m!r}")
-    if not 0.0 <= m <= 1.0:
+    if not 0.0 <= float(m) <= 1.0:
         raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
     return float(m)
-
-
-def check_size(name: str, value: Any) -> int:
-    """A size as an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed, encoders
 from .encoders import encode
-from .moco import check_temperature
+from .mechanism import Mechanism, check_momentum, check_temperature
 from .ops import info_nce, l2_normalize
+from .queue import check_size
 from .shuffle_bn import convert_split_bn
 from .stats import InfoNCEStats
 
@@ -32,7 +33,7 @@ class MemoryBankOutput(NamedTuple):
     stats: InfoNCEStats
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(Mechanism):
     """One encoder, and a stored feature of each image: its positive is its own, its negatives are K drawn from all.
 
     Large, but inconsistent: a feature was made by the encoder as it was when its image was last seen. With momentum on
@@ -72,14 +73,10 @@ class MemoryBank(nn.Module):
         bank_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        if images < 1 or K < 1:
-            raise ValueError(f"images, K: expected at least 1 each, got images={images}, K={K}")
-        if not 0.0 <= m <= 1.0:
-            raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
-        self.K = K
-        self.m = m
+        check_size("images", images)
+        self.K = check_size("K", K)
+        self.m = check_momentum(m)
         self.T = check_temperature(T)
-        self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
         self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
         features = torch.randn(images, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("bank", nn.functional.normalize(features, dim=1).to(bank_dtype))
@@ -93,23 +90,35 @@ class MemoryBank(nn.Module):
         """
         if index.shape != im_q.shape[:1]:
             raise ValueError(f"index: expected [{im_q.shape[0]}], an image number a row, got {list(index.shape)}")
+        self._check_images(im_q, im_q)
+        self._warn_if_update_is_forgotten()
         queries = encode(self.encoder_q, im_q)
         gathering = distributed.start_all_gather(queries)
         index = index.to(self.bank.device, non_blocking=True)
         drawn = torch.randint(len(self.bank), (self.K,), device=self.bank.device)
-        if self.query_hook is not None:
-            self.query_hook(queries)
+        self._watch(queries)
         loss, stats = info_nce(queries, self.bank[index].to(queries.dtype), self.bank[drawn], self.T, return_stats=True)
         return MemoryBankOutput(loss, gathering(), distributed.all_gather(index), stats)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, im_q: Tensor, index: Tensor) -> MemoryBankOutput: ...
+
+    def forward_batch(
+        self, im_q: Tensor, im_k: Tensor, *, index: Tensor, key_order: Tensor | None = None
+    ) -> tuple[Tensor, InfoNCEStats, tuple[Tensor, ...]]:
+        out = self(im_q, index)
+        return out.loss, out.stats, (out.keys, out.images)
+
     @torch.no_grad()
-    def update(self, keys: Tensor, index: Tensor) -> None:
+    def update(self, keys: Tensor, index: Tensor) -> None:  # type: ignore[override]
         """After the optimizer's step: move the stored features of the batch's images towards their new ones.
 
         Args:
             keys: [B, dim] and
             index: [B] int64, the same on every rank: those of :class:`MemoryBankOutput`. Each image once.
         """
+        super().update(keys)
         # Mixed and scaled in float32; rounded once, to the bank's dtype.
         mixed = torch.lerp(l2_normalize(keys.float()), self.bank[index].float(), self.m)
         self.bank[index] = l2_normalize(mixed).to(self.bank.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import distributed, encoders
 from .distributed import all_gather, start_all_gather
 from .encoders import encode
+from .mechanism import Mechanism, check_momentum, check_temperature
 from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encoder_
 from .ops import info_nce, momentum_update_
 from .queue import KeyQueue
@@ -42,7 +43,7 @@ class MoCoOutput(NamedTuple):
     stats: InfoNCEStats
 
 
-class MoCo(KeyQueue):
+class MoCo(Mechanism, KeyQueue):
     """A query encoder, a momentum key encoder, and a queue of keys.
 
     A training step changes the model's state in one visible place::
@@ -54,8 +55,7 @@ class MoCo(KeyQueue):
 
     A skipped step calls no ``update``; with gradient accumulation, call it once, with the accumulated keys.
     The state dict has the official implementation's names and layouts (``encoder_q.*``, ``encoder_k.*``,
-    ``queue`` [dim, K], ``queue_ptr`` [1]): checkpoints load both ways. ``query_hook``, if set, is called in each
-    forward pass with the raw queries [N, dim].
+    ``queue`` [dim, K], ``queue_ptr`` [1]): checkpoints load both ways.
 
     Args:
         base_encoder: ``base_encoder(num_classes=dim) -> Module`` mapping images to [N, dim] features, or a name:
@@ -112,8 +112,6 @@ class MoCo(KeyQueue):
         flatten_parameters: bool = True,
     ) -> None:
         super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty)
-        if not 0.0 <= m <= 1.0:
-            raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
         if key_encoder not in KEY_ENCODERS:
             raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
         if low_precision not in (None, torch.bfloat16, torch.float16):
@@ -127,14 +125,12 @@ class MoCo(KeyQueue):
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
         self.label_smoothing, self.in_batch, self.same_id = label_smoothing, in_batch, same_id
-        self.m = m
+        self.m = check_momentum(m)
         self.T = check_temperature(T)
         self.shuffle_bn = check_mode(shuffle_bn)
         self.split_bn = split_bn
         self.key_encoder = key_encoder
         self.flatten_parameters = flatten_parameters
-        self.query_hook: Callable[[Tensor], object] | None = None  # sees each batch's raw queries [N, dim]
-        self._steps = 0
         self._low_precision = None if low_precision is None else LowPrecisionWeights(low_precision)
 
         encoder = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
@@ -161,10 +157,10 @@ class MoCo(KeyQueue):
         """
         if (ids is None) != (self.same_id is None):
             raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
-        if im_q.shape[0] != im_k.shape[0]:
-            raise ValueError(f"im_k: expected {im_q.shape[0]} images as in im_q, got {im_k.shape[0]}")
+        self._check_images(im_q, im_k)
+        self._warn_if_update_is_forgotten()
         n = im_q.shape[0]
-        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self._steps, key_order)
+        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self.updates, key_order)
         # Whatever has to travel does so while the queries are encoded: the images, or else the keys.
         arriving = start_shuffle(im_k, order, self.shuffle_bn)
         if arriving is None:
@@ -175,8 +171,7 @@ class MoCo(KeyQueue):
             queries = encode(self.encoder_q, im_q)
             keys = all_gather(self._encode_keys(arriving()))
         keys = unshuffle(keys, order)  # [world * N, dim]
-        if self.query_hook is not None:
-            self.query_hook(queries)
+        self._watch(queries)
         first = distributed.rank() * n
         options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "valid": self.queue_valid}
         if self.in_batch:
@@ -188,6 +183,24 @@ class MoCo(KeyQueue):
         loss, stats = info_nce(queries, positives, self.queue, self.T, return_stats=True, **options)
         return MoCoOutput(loss, keys, stats)
 
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None, ids: Tensor | None = None
+        ) -> MoCoOutput: ...
+
+    def forward_batch(
+        self, im_q: Tensor, im_k: Tensor, *, index: Tensor, key_order: Tensor | None = None
+    ) -> tuple[Tensor, InfoNCEStats, tuple[Tensor, ...]]:
+        if self.same_id is None:
+            return super().forward_batch(im_q, im_k, index=index, key_order=key_order)
+        ids = index.to(im_q.device, non_blocking=True)
+        out = self(im_q, im_k, key_order=key_order, ids=ids)
+        return out.loss, out.stats, (out.keys, all_gather(ids))
+
+    def key_queue(self) -> Tensor:
+        return self.queue
+
     @torch.no_grad()
     def update(self, keys: Tensor, ids: Tensor | None = None) -> None:
         """After the optimizer's step: move the key encoder (Eq. 2), then enqueue the batch's keys.
@@ -197,6 +210,7 @@ class MoCo(KeyQueue):
             ids: [B] int64, which images they are of, if the model has a ``same_id``: of all ranks, as the keys
                 (``moco_ext.distributed.all_gather(ids)``).
         """
+        super().update(keys)
         if self.key_encoder == "momentum":
             flatten = self.flatten_parameters
             update_key_encoder_(self.encoder_k, self.encoder_q, self.m, self._low_precision, flatten=flatten)
@@ -205,7 +219,6 @@ class MoCo(KeyQueue):
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
         self.enqueue(keys, ids)
-        self._steps += 1
 
     def extra_repr(self) -> str:
         return f"K={self.K}, dim={self.queue.shape[1]}, m={self.m}, T={self.T}, queue_dtype={self.queue.dtype}"
@@ -233,9 +246,3 @@ class MoCo(KeyQueue):
     def __setstate__(self, state):  # copy.deepcopy and pickle too
         super().__setstate__(state)
         self._flatten()
-
-
-def check_temperature(T: float) -> float:
-    if not 0.0 < T < float("inf"):
-        raise ValueError(f"T: expected a finite positive temperature, got {T}")
-    return T

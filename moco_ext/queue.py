@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,8 +41,7 @@ class KeyQueue(nn.Module):
         self, dim: int, K: int, dtype: torch.dtype = torch.float32, *, ids: bool = False, empty: bool = False
     ) -> None:
         super().__init__()
-        if K < 1 or dim < 1:
-            raise ValueError(f"K, dim: expected at least 1 each, got K={K}, dim={dim}")
+        K, dim = check_size("K", K), check_size("dim", dim)
         keys = torch.randn(K, dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("queue", nn.functional.normalize(keys, dim=1).to(dtype))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
@@ -100,3 +102,12 @@ class KeyQueue(nn.Module):
                 if (own := getattr(self, extra)) is not None:
                     state_dict.setdefault(prefix + extra, torch.full_like(own, value))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_size(name: str, value: Any) -> int:
+    """A size as an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)

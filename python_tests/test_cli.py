@@ -149,7 +149,7 @@ def test_estimated_memory():
     parameters = (11_689_512 - 513_000 + 512 * 128 + 128) * 4  # torchvision's count, with a head of 128
     assert parts["encoders"] == 2 * parameters
     assert parts["gradients"] == parts["optimizer"] == parameters
-    assert parts["dictionary"] == 1000 * 128 * 2
+    assert parts["dictionary"] == 1000 * 128 * 2 + 8  # the pointer
     assert parts["images"] == 2 * 8 * 3 * 32 * 32 * 4
     twice = estimate(config, 32, 100, 16)
     assert twice["activations"] == pytest.approx(2 * parts["activations"], rel=0.02)  # BatchNorm keeps means too

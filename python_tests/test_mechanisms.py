@@ -90,9 +90,9 @@ def test_memory_bank_trains_its_encoder(device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"images": 0}, "images, K: expected at least 1 each, got images=0"),
+        ({"images": 0}, "images: expected at least 1, got 0"),
         ({"m": 1.5}, r"m: expected a momentum in \[0, 1\], got 1.5"),
-        ({"T": 0.0}, "T: expected a finite positive temperature, got 0.0"),
+        ({"T": 0.0}, "T: expected a positive, finite temperature, got 0.0"),
         ({"split_bn": 0}, "split_bn: expected at least one group, got 0"),
     ],
 )

@@ -165,4 +165,4 @@ def test_what_is_in_the_checkpoint_is_plain(digits, tmp_path):
     assert trainer["step"] == 5
     assert trainer["config"]["moco_k"] == 100
     json.dumps({name: value for name, value in trainer.items() if name != "random"})
-    assert build_model(tiny())._steps == 0
+    assert build_model(tiny()).updates == 0

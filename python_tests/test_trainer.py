@@ -158,7 +158,7 @@ def test_accumulated_gradients_are_those_of_the_mean_loss(digits):
     outs = [expected(batch.im_q, batch.im_k, key_order=batch.key_order) for batch in batches]
     loss = sum(len(batch.im_q) * out.loss for batch, out in zip(batches, outs, strict=True)) / 150
     loss.backward()
-    assert result.figures["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert result.metrics["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert result.images == 150
     for was, parameter, now in zip(before, expected.encoder_q.parameters(), model.encoder_q.parameters(), strict=True):
         torch.testing.assert_close(now, was - 0.03 * parameter.grad, rtol=1e-5, atol=1e-7)
@@ -172,7 +172,7 @@ def test_symmetric_is_the_mean_of_both_directions(digits):
     model, result = one_step(tiny(symmetric=True), digits, [batch])
     expected = build_model(tiny())
     losses = [expected(*views).loss.item() for views in ((batch.im_q, batch.im_k), (batch.im_k, batch.im_q))]
-    assert result.figures["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+    assert result.metrics["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert model.queue_ptr.item() == 64
 
 
@@ -182,8 +182,8 @@ def test_sixteen_bits_are_near_float32(digits, precision):
     _, exact = one_step(tiny(), digits, [batch])
     _, rounded = one_step(tiny(precision=precision), digits, [batch])
     # eps of bfloat16 is 2^-8; cosines of features that far off, divided by T = 0.07
-    assert rounded.figures["loss"] == pytest.approx(exact.figures["loss"], abs=0.3)
-    assert rounded.figures["loss"] != exact.figures["loss"]
+    assert rounded.metrics["loss"] == pytest.approx(exact.metrics["loss"], abs=0.3)
+    assert rounded.metrics["loss"] != exact.metrics["loss"]
 
 
 def test_a_step_that_the_scaler_skips_changes_nothing(digits):

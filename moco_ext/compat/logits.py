@@ -53,10 +53,10 @@ class Scores:
 
     def rows(self, first: int, last: int) -> Tensor:
         """Keys [first, last) as they were in forward."""
-        if self.model._steps != self.step:
+        if self.model.updates != self.step:
             raise RuntimeError(
                 "logits: expected to be used before the next forward pass of their model, got "
-                f"{self.model._steps - self.step} more, and the queue has moved on; take what you need of them "
+                f"{self.model.updates - self.step} more, and the queue has moved on; take what you need of them "
                 "(the loss, topk, .clone()) first"
             )
         inside = (self.slots >= first) & (self.slots < last)

@@ -1,4 +1,4 @@
-"""The thin trainer: configuration, loop, checkpoints, logs, and whole runs with their evaluation."""
+"""The trainer: configuration, model, optimizer step, loop and diagnostics."""
 
 from .config import PretrainConfig, resolve_config
 from .model import build_model

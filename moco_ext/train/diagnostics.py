@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import math
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,7 @@ from torch.nn.functional import normalize
 
 from .. import distributed
 from ..encoders import encode, restored_modes
-from ..moco import MoCo
-
-if TYPE_CHECKING:
-    from ..end_to_end import EndToEnd
-    from ..memory_bank import MemoryBank
+from ..mechanism import Mechanism
 
 _QUERIES = 32  # whose softmax over the queue is looked at: [32, K] logits are small beside a step's own work
 _COLLAPSED_STD, _COLLAPSED_RANK = 0.1, 2.0
@@ -62,7 +57,7 @@ class Diagnostics:
         probe: images whose keys are followed.
     """
 
-    def __init__(self, model: MoCo | EndToEnd | MemoryBank, *, every: int, probe: int = 32) -> None:
+    def __init__(self, model: Mechanism, *, every: int, probe: int = 32) -> None:
         if every < 0 or probe < 1:
             raise ValueError(f"every, probe: expected at least 0 and 1, got {every} and {probe}")
         self.model, self.every, self.probe = model, every, probe
@@ -126,8 +121,9 @@ class Diagnostics:
         if self._grad is not None:
             on_device["query_grad_norm"] = self._grad.float().norm(dim=1).sum() / grad_scale
         age = None
-        if isinstance(self.model, MoCo):
-            queue, keys_per_step = self.model.queue, distributed.world_size() * self._rows
+        queue = self.model.key_queue()
+        if queue is not None:
+            keys_per_step = distributed.world_size() * self._rows
             on_device["effective_negatives"] = _effective_negatives(unit[:_QUERIES], queue, self.model.T)
             age, drift = self._drift(step, im_k, lifetime=len(queue) / keys_per_step)
             if age is not None:

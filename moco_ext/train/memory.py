@@ -1,4 +1,4 @@
-"""What a run will take in memory, known before it starts: tensors without data are sent through the encoder."""
+"""Memory of a run, estimated before it starts: the model is built on the meta device, without data."""
 
 from __future__ import annotations
 
@@ -9,60 +9,58 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .. import encoders
 from ..data import load
+from ..encoders import encode
 from .config import DTYPES, PretrainConfig
+from .model import build_model
 
 
 def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) -> dict[str, int]:
-    """Bytes of the parts of a training step on one device.
+    """Bytes of each part of a training step on one device.
 
     Args:
         size: side of the views, in pixels.
-        images: in the training set; a memory bank has a feature of each.
-        batch_size: of this device.
+        images: size of the training set; a memory bank stores a feature of each image.
+        batch_size: images per device.
 
     Returns:
-        Parameters of both encoders, gradients, the optimizer's momentum, the dictionary, the images of a batch, and the
-        activations that the query encoder's forward pass keeps for its backward pass. What libraries set aside for
-        themselves (cuDNN's workspace, the allocator's gaps, the CUDA context) comes on top.
+        Bytes of the encoders' parameters, gradients, optimizer state (momentum), dictionary, images of a batch, and
+        activations that the query encoder saves for backward. Library overhead is not included (cuDNN workspaces,
+        allocator fragmentation, the CUDA context).
     """
     with torch.device("meta"):
-        encoder = encoders.build(config.arch, config.moco_dim, config.mlp).train()
+        model = build_model(config, images)
         shape: tuple[int, ...] = (batch_size, 3, size, size)
         if config.views == "patches":
             grid = round(config.patches**0.5)
             shape = (batch_size, config.patches, 3, size // grid, size // grid)
         views = torch.empty(shape)
-    parameters = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    both = parameters * (1 if config.dictionary == "memory-bank" or config.key_encoder == "identical" else 2)
-    trained = both if config.dictionary == "end-to-end" else parameters
-    rows = {"queue": config.moco_k, "end-to-end": 0, "memory-bank": images}[config.dictionary]
-    known = {id(tensor) for tensor in [*encoder.parameters(), *encoder.buffers()]}
+    known = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        memory = tensor if tensor._base is None else tensor._base  # a view takes none of its own
+        memory = tensor if tensor._base is None else tensor._base  # a view needs no memory
         if id(memory) not in known:
-            kept[id(memory)] = memory  # held, so that no id is given twice
+            kept[id(memory)] = memory  # a reference, so that no id is reused
         return tensor
 
     dtype = DTYPES[config.precision]
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
-        encoders.encode(encoder, views)
+        encode(model.encoder_q, views)
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {
-        "encoders": both,
+        "encoders": sum(p.nbytes for p in model.parameters()),
         "gradients": trained,
         "optimizer": trained,
-        "dictionary": rows * config.moco_dim * DTYPES[config.queue_dtype].itemsize,
-        "images": 2 * views.numel() * 4,
-        "activations": sum(t.numel() * t.element_size() for t in kept.values()) * (1 + config.symmetric),
+        "dictionary": sum(b.nbytes for b in model.buffers(recurse=False)),
+        "images": 2 * views.nbytes,
+        "activations": sum(t.nbytes for t in kept.values()) * (1 + config.symmetric),
     }
 
 
 def print_plan(config: PretrainConfig, data_root: str, device: torch.device) -> int:
-    """What ``--dry-run`` shows: the configuration as resolved, the steps, and :func:`estimate` for this machine."""
+    """Print the resolved configuration, the number of steps, and :func:`estimate` for this machine (``--dry-run``)."""
     data = load(config.data, data_root)
     console = Console()
     settings = Table("setting", "value", title=f"pretrain on {data.name}", title_justify="left")

@@ -13,76 +13,68 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
 from ..data import Batch
-from ..memory_bank import MemoryBank
-from ..moco import MoCo
-from .model import AUTOCAST, Model
+from ..mechanism import Mechanism
+from ..stats import InfoNCEStats
+from .model import AUTOCAST
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss is not a finite number; nothing of its step has entered parameters or dictionary.
+    """The loss is not finite. The step has changed neither parameters nor dictionary.
 
     Attributes:
-        batches: those of the step.
+        batches: the step's micro-batches.
     """
 
     batches: Sequence[Batch] = ()
 
 
 class Objective(nn.Module):
-    """What DistributedDataParallel wraps: one forward pass of any of the mechanisms, or both ways if symmetric."""
+    """What DistributedDataParallel wraps: a model's forward pass on a batch, in both directions if symmetric."""
 
-    def __init__(self, model: Model, symmetric: bool = False) -> None:
+    def __init__(self, model: Mechanism, symmetric: bool = False) -> None:
         super().__init__()
         self.model, self.symmetric = model, symmetric
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """The loss (0-dim), its figures [loss, acc@1, acc@5], and what the model's ``update`` wants."""
-        if isinstance(self.model, MemoryBank):
-            stored = self.model(batch.im_q, batch.index)
-            return stored.loss, _figures(stored), (stored.keys, stored.images)
-        options: dict[str, Any] = {"key_order": batch.key_order}
-        ids: tuple[Tensor, ...] = ()  # of all ranks' images, where the model wants to know
-        if isinstance(self.model, MoCo) and self.model.same_id is not None:
-            options["ids"] = batch.index.to(batch.im_q.device, non_blocking=True)
-            ids = (distributed.all_gather(options["ids"]),)
-        one = self.model(batch.im_q, batch.im_k, **options)
-        if not self.symmetric:
-            return one.loss, _figures(one), (one.keys, *ids)
-        other = self.model(batch.im_k, batch.im_q, **options)
-        both = (torch.cat([one.keys, other.keys]), *(x.repeat(2) for x in ids))
-        return (one.loss + other.loss) / 2, (_figures(one) + _figures(other)) / 2, both
+        """The loss (0-dim), the metrics [loss, acc1, acc5], and the arguments of the model's ``update``."""
+        views = [(batch.im_q, batch.im_k), (batch.im_k, batch.im_q)][: 1 + self.symmetric]
+        passes = [self.model.forward_batch(*pair, index=batch.index, key_order=batch.key_order) for pair in views]
+        losses, stats, arguments = zip(*passes, strict=True)
+        loss = torch.stack(losses).mean()
+        metrics = torch.stack([_metrics(of_pass) for of_pass in stats]).mean(0)
+        return loss, metrics, tuple(map(torch.cat, zip(*arguments, strict=True)))
 
 
 class StepResult(NamedTuple):
-    """What a step did.
+    """The result of one optimizer step.
 
     Attributes:
-        figures: of this rank: ``loss`` in nats, ``acc1`` and ``acc5`` (contrast accuracy) in percent.
-        images: of all ranks.
-        skipped: the gradient scaler left it out.
+        metrics: of this rank: ``loss`` in nats, ``acc1`` and ``acc5`` (contrast accuracy) in percent.
+        images: number of images, of all ranks.
+        skipped: whether the gradient scaler skipped the step.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     images: int
     skipped: bool
 
 
 class OptimizerStep:
-    """``step(batches)`` trains the model by one step, in the precision asked for, on one process or in a group.
+    """One optimizer step at a time: ``step(batches)``, in one process or in a process group.
 
-    The loss comes to the host while the backward pass runs, so looking whether it is finite costs no waiting. A step
-    that the gradient scaler skips (an overflow in float16) skips the model's update, too.
+    The loss is copied to the host while the backward pass runs, so checking that it is finite does not stall the GPU.
+    When the gradient scaler skips a step (an overflow in float16), the model's update is skipped too.
     """
 
-    def __init__(self, model: Model, optimizer: torch.optim.Optimizer, precision: str, symmetric: bool) -> None:
+    def __init__(self, model: Mechanism, optimizer: torch.optim.Optimizer, precision: str, symmetric: bool) -> None:
         self.model, self.optimizer = model, optimizer
         self._device = next(model.parameters()).device
         self._autocast = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self._objective: nn.Module = Objective(model, symmetric)
         if distributed.world_size() > 1:
-            # The queue is equal on all ranks by construction and BatchNorm's statistics are each rank's own in training
-            # (rank 0's are saved, as published): no buffer is ever broadcast.
+            # The queue is equal on all ranks by construction, and each rank trains with its own BatchNorm statistics
+            # (rank 0's are saved, as published), so no buffer needs to be broadcast.
             self._objective = DistributedDataParallel(
                 self._objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -90,28 +82,28 @@ class OptimizerStep:
         optimizer.register_step_post_hook(self._note)
 
     def __call__(self, batches: Sequence[Batch], after_backward: Any = None) -> StepResult:
-        """Train by one step.
+        """Train for one step.
 
         Args:
             batches: the micro-batches of the step, the last of them marked ``last``.
-            after_backward: called, if given, with the scale of the gradients, before the optimizer's step.
+            after_backward: if given, called with the gradient scale before the optimizer steps.
 
         Raises:
-            NonFiniteLoss: see there.
+            NonFiniteLoss: the loss is NaN or infinite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        figures, pending = torch.zeros(3, device=self._device), []
+        metrics, pending = torch.zeros(3, device=self._device), []
         arrived = None
         for batch in batches:
             with contextlib.ExitStack() as stack:
                 if not batch.last and isinstance(self._objective, DistributedDataParallel):
                     stack.enter_context(self._objective.no_sync())
                 with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
-                    loss, of_batch, wanted = self._objective(batch)
-                pending.append(wanted)
-                figures += batch.share * of_batch
+                    loss, of_batch, arguments = self._objective(batch)
+                pending.append(arguments)
+                metrics += batch.share * of_batch
                 if batch.last:
-                    host, arrived = _to_host(figures)
+                    host, arrived = _to_host(metrics)
                 self.scaler.scale(loss * batch.share).backward()
         if arrived is not None:
             arrived.synchronize()
@@ -134,16 +126,16 @@ class OptimizerStep:
         self._stepped = True
 
 
-def _figures(out: Any) -> Tensor:
+def _metrics(stats: InfoNCEStats) -> Tensor:
     with torch.no_grad():
-        return torch.stack([out.stats.loss.mean(), *out.stats.accuracy((1, 5))])
+        return torch.stack([stats.loss.mean(), *stats.accuracy((1, 5))])
 
 
-def _to_host(figures: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if figures.device.type != "cuda":
-        return figures, None
-    host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-    host.copy_(figures, non_blocking=True)
+def _to_host(metrics: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if metrics.device.type != "cuda":
+        return metrics, None
+    host = torch.empty(metrics.shape, dtype=metrics.dtype, pin_memory=True)
+    host.copy_(metrics, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
     return host, arrived

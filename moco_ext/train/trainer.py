@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
 import time
 import warnings
@@ -18,18 +17,19 @@ from .. import distributed
 from ..checkpoints.training import load_checkpoint, load_newest, save_rotating
 from ..data import Batch, ImageData, TrainLoader
 from ..evaluate import encoder_features, knn_top1
+from ..mechanism import Mechanism
 from ..runs.files import write_atomically
 from ..runs.metrics import Averages, RunLog
 from ..runs.options import RunOptions
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
-from .model import Model, build_model
+from .model import build_model
 from .preemption import Preemption
 from .step import NonFiniteLoss, OptimizerStep
 
 
 def pretrain(
-    config: PretrainConfig, data: ImageData, options: RunOptions, model: Model | None = None
+    config: PretrainConfig, data: ImageData, options: RunOptions, model: Mechanism | None = None
 ) -> list[dict[str, Any]]:
     """Train ``model`` (by default :func:`build_model`'s) in place, on one process or in a process group.
 
@@ -51,16 +51,9 @@ def pretrain(
 
 
 class _Trainer:
-    def __init__(self, config: PretrainConfig, data: ImageData, options: RunOptions, model: Model | None) -> None:
+    def __init__(self, config: PretrainConfig, data: ImageData, options: RunOptions, model: Mechanism | None) -> None:
         self.config, self.data, self.options = config, data, options
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        unmasked = config.dictionary == "queue" and config.same_image == "negative"
-        if unmasked and config.moco_k > len(data.train) and self.rank == 0:
-            warnings.warn(
-                f"moco_k: {config.moco_k} keys but only {len(data.train)} images in {data.name}: other views of an "
-                "image will be among its negatives; take a smaller --moco-k, or --same-image mask",
-                stacklevel=4,
-            )
         if config.batch_size % options.local_world and self.rank == 0:
             warnings.warn(
                 f"batch_size: {config.batch_size} does not divide by this node's {options.local_world} processes; "
@@ -71,6 +64,13 @@ class _Trainer:
         wanted = config.channels_last
         channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
         self.model = (model or build_model(config, len(data.train))).to(options.device)
+        queue = self.model.key_queue()
+        if queue is not None and len(queue) > len(data.train) and config.same_image == "negative" and self.rank == 0:
+            warnings.warn(
+                f"moco_k: {len(queue)} keys but only {len(data.train)} images in {data.name}: other views of an image "
+                "will be among its negatives; use a smaller --moco-k, or --same-image mask",
+                stacklevel=4,
+            )
         if channels_last and (cuda or wanted):
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loader = TrainLoader(
@@ -104,7 +104,7 @@ class _Trainer:
         self.seconds, self.averages, self.health_averages = 0.0, Averages(), Averages()
         self.skipped_steps, self.images, self.epoch_seconds, self.waited = 0, 0, 0.0, 0.0  # the last three: of a record
         self.optimizer_step = OptimizerStep(self.model, self.optimizer, config.precision, config.symmetric)
-        self.health = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
+        self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
         if options.resume:
             self._resume(options.resume)
 
@@ -116,7 +116,7 @@ class _Trainer:
             total_steps=self.total,
             steps_per_epoch=self.per_epoch,
             done_steps=self.step,
-            chance=None if config.dictionary == "end-to-end" else math.log(config.moco_k + 1),
+            chance=self.model.chance_loss,
             print_freq=options.print_freq,
             enabled=self.rank == 0,
         )
@@ -144,29 +144,29 @@ class _Trainer:
         lr = config.learning_rate(self.step, self.per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if hasattr(self.model, "m"):
+        if self.model.m is not None:
             self.model.m = config.key_momentum(self.step, self.per_epoch)
         health: dict[str, float] = {}
 
         def examine(scale: float) -> None:
-            health.update(self.health.after(self.step + 1, batches[0].im_k, grad_scale=scale * batches[0].share))
+            health.update(self.diagnostics.after(self.step + 1, batches[0].im_k, grad_scale=scale * batches[0].share))
 
-        self.health.before(self.step + 1)
+        self.diagnostics.before(self.step + 1)
         try:
-            result = self.optimizer_step(batches, examine if self.health.due(self.step + 1) else None)
+            result = self.optimizer_step(batches, examine if self.diagnostics.due(self.step + 1) else None)
         except NonFiniteLoss as error:
             self._dump(error, lr)
         self.step += 1
         self.skipped_steps += result.skipped
         self.images += result.images
-        self.averages.add(result.images, **result.figures)
+        self.averages.add(result.images, **result.metrics)
         if health:
             self.health_averages.add(1, **health)
         spent = waited + time.perf_counter() - started
         self.seconds += spent
         self.epoch_seconds += spent
         self.waited += waited
-        log.step(self.step, result.figures | health | {"images": result.images, "wait": waited, "lr": lr})
+        log.step(self.step, result.metrics | health | {"images": result.images, "wait": waited, "lr": lr})
 
     def _record(self, log: RunLog) -> None:
         means = _mean_over_ranks(self.averages.means(), self.options.device)
@@ -216,7 +216,7 @@ class _Trainer:
             "seconds": [self.seconds, self.epoch_seconds, self.waited],
             "images": self.images,
             "skipped_steps": self.skipped_steps,
-            "updates": getattr(self.model, "_steps", 0),
+            "updates": self.model.updates,
             "config": dataclasses.asdict(self.config),
         }
         try:
@@ -275,7 +275,7 @@ class _Trainer:
         self.health_averages.load_state_dict(trainer["health_averages"])
         self.seconds, self.epoch_seconds, self.waited = trainer["seconds"]
         self.skipped_steps, self.images = trainer["skipped_steps"], trainer["images"]
-        self.model._steps = trainer["updates"]
+        self.model.updates = trainer["updates"]
         random = trainer["random"]
         if len(random["cpu"]) != self.world:
             return  # other processes: what they draw at random begins anew

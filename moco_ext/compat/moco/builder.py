@@ -57,7 +57,7 @@ class MoCo(_MoCo):
         queries = encode(self.encoder_q, im_q)  # [N, dim]
         with torch.no_grad():
             self._momentum_update_key_encoder()
-            order = shuffle_order(n, self.shuffle_bn, self.split_bn, self._steps, None)
+            order = shuffle_order(n, self.shuffle_bn, self.split_bn, self.updates, None)
             arriving = start_shuffle(im_k, order, self.shuffle_bn)
             keys = distributed.all_gather(encode(self.encoder_k, im_k if arriving is None else arriving()))
             keys = unshuffle(keys, order)  # [world * N, dim]
@@ -68,8 +68,8 @@ class MoCo(_MoCo):
         slots = (self.queue_ptr + len(keys) - B + torch.arange(B, device=self.queue.device)) % self.K
         kept = self.queue[slots]
         self.enqueue(keys)
-        self._steps += 1
-        scores = Scores(self, self._steps, queries, F.normalize(own.float(), dim=1), losses, labels, slots, kept)
+        self.updates += 1
+        scores = Scores(self, self.updates, queries, F.normalize(own.float(), dim=1), losses, labels, slots, kept)
         return LazyLogits.of(scores), labels
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class MoCo(_MoCo):
     def _dequeue_and_enqueue(self, keys: Tensor) -> None:
         """Write the unit keys [N, dim] of all ranks over the oldest ones."""
         self.enqueue(concat_all_gather(keys), normalize=False)
-        self._steps += 1
+        self.updates += 1
 
     @torch.no_grad()
     def _batch_shuffle_ddp(self, x: Tensor) -> tuple[Tensor, Tensor]:
