@@ -1,8 +1,8 @@
-"""Figures into README.md and docs/, between their markers, from the JSON in bench/results; none is typed.
+"""Writes the measured numbers of README.md and docs/, between their markers, from the JSON in bench/results.
 
-python bench/readme.py                     writes them
-python bench/readme.py --check             fails if a page does not hold them already
-python bench/readme.py --record NAME RUN   keeps a run's summary, made on this commit, as bench/results/NAME.json
+python bench/readme.py                     updates the pages
+python bench/readme.py --check             fails if a page is out of date
+python bench/readme.py --record NAME RUN   saves a run's summary, made on this commit, as bench/results/NAME.json
 """
 
 import argparse
@@ -20,13 +20,21 @@ from table import heading, ratios, table
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RESULTS = ROOT / "bench" / "results"
-WORK = {  # group of a benchmark, on any device that has it -> as the README calls it
-    "info_nce N=256 K=65536 C=128 float32 queue": "InfoNCE and its gradient, N = 256, K = 65,536, C = 128",
+# Group of a benchmark, on any device that has it -> its name in the README
+WORK = {
+    "info_nce N=256 K=65536 C=128 float32 queue": "InfoNCE and gradient, N = 256, K = 65,536, C = 128",
     "info_nce N=256 K=65536 C=128 bfloat16 queue": "the same, bfloat16 queue",
     "info_nce N=32 K=65536 C=128 float32 queue": "the same, N = 32",
     "info_nce N=4096 K=65536 C=128 bfloat16 queue": "InfoNCE, N = 4,096, bfloat16 queue",
     "momentum_update resnet50": "momentum update of a ResNet-50",
-    "enqueue B=256 C=128 float32 queue": "enqueue 256 keys",
+    "enqueue B=256 C=128 float32 queue": "enqueue of 256 keys",
+    "step resnet18-small 32 images of 32², K=65536": "whole step, ResNet-18, 32 images of 32²",
+}
+BASELINES = {  # column of the README's table -> how benchmarks name that row
+    "official": ("official, eager", "official loop", "official, slice of columns", "official"),
+    "torch.compile": ("official, torch.compile",),
+    "Lightly": ("Lightly",),
+    "flash attention": ("flash attention, V = K",),
 }
 RUNS = {"demo": "digits", "fashion": "fashion-mnist"}  # marker in README.md -> file in bench/results
 
@@ -61,13 +69,14 @@ def run_section(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def bench_section(report: dict) -> str:
+def summary_section(report: dict) -> str:
+    """One line per operator: our time, and the time of each baseline divided by ours."""
     lines = [
-        f"{heading(report)}: medians of runs that take turns; a ratio is the median within rounds. Memory is what the "
-        "call needs beyond its inputs. [docs/performance.md](docs/performance.md) has all rows, and how to measure.",
+        f"{heading(report)}. How many times longer each baseline takes: medians of interleaved runs. Memory is the peak "
+        "beyond the inputs.",
         "",
-        "| work | implementation | ms | time / ours | memory, MB |",
-        "|---|---|---|---|---|",
+        f"| | ours, ms | {' | '.join(BASELINES)} | memory, ours / official, MB |",
+        "|---|--:|" + "--:|" * (len(BASELINES) + 1),
     ]
     groups = {benchmark["group"]: benchmark["extra_info"] for benchmark in report["benchmarks"]}
     device = "cuda" if report["machine_info"]["gpu"] else "cpu"
@@ -76,17 +85,17 @@ def bench_section(report: dict) -> str:
             continue
         rows = groups[f"{group}, {device}"]["rows"]
         ours = next(iter(rows.values()))
-        for i, (label, row) in enumerate(rows.items()):
-            ratio = statistics.median(ratios(row, ours))
-            memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}"
-            lines.append(
-                f"| {'' if i else work} | {label} | {statistics.median(row['ms']):.3g} | {ratio:.2f} | {memory} |"
-            )
+        found = [next((rows[name] for name in names if name in rows), None) for names in BASELINES.values()]
+        cells = [f"{statistics.median(ours['ms']):.3g}"]
+        cells += ["" if row is None else f"{statistics.median(ratios(row, ours)):.2f}×" for row in found]
+        memory = [row["peak_bytes"] for row in (ours, found[0]) if row is not None and row["peak_bytes"] is not None]
+        cells.append(" / ".join(f"{peak / 2**20:.1f}" for peak in memory))
+        lines.append(f"| {work} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def report_section(report: dict) -> str:
-    """Every benchmark of a report under a heading of its own."""
+    """Every benchmark of a report under its own heading."""
     parts = [f"{heading(report)}."]
     for benchmark in sorted(report["benchmarks"], key=lambda b: b["group"]):
         if not benchmark["group"].startswith("loader"):
@@ -95,7 +104,7 @@ def report_section(report: dict) -> str:
 
 
 def sweep_section(report: dict) -> str:
-    """A line a shape: the sweep has one benchmark each."""
+    """One line per shape; the sweep has one benchmark for each."""
     lines = [
         f"{heading(report)}.",
         "",
@@ -121,7 +130,7 @@ def loader_section(report: dict) -> str:
     machine, commit = report["machine_info"], report["commit_info"]["id"][:10]
     name = machine["cpu"].get("brand_raw", machine["machine"])
     lines = [
-        f"Images a second of one core ({name}, torch {machine['torch']}, commit {commit}; two views of each image; a "
+        f"Images per second on one core ({name}, torch {machine['torch']}, commit {commit}; two views of each image; a "
         "ratio is the median within rounds). `pytest bench/bench_loader.py` measures it.",
         "",
         "| work | implementation | images/s | speed / official |",
@@ -172,8 +181,8 @@ def sections() -> dict[str, str]:
         if (RESULTS / f"{name}.json").is_file():
             filled[marker] = run_section(json.loads((RESULTS / f"{name}.json").read_text()))
     makers = {
-        "bench": ("cpu", bench_section),
-        "bench-gpu": ("h200", bench_section),
+        "bench-summary": ("cpu", summary_section),
+        "bench-gpu": ("h200", summary_section),
         "cpu": ("cpu", report_section),
         "sweep": ("sweep", sweep_section),
         "h200": ("h200", report_section),
@@ -203,7 +212,7 @@ def main() -> int:
             if not arguments.check:
                 page.write_text(filled)
     if arguments.check and stale:
-        print(f"{', '.join(stale)}: figures are not those of bench/results; run bench/readme.py", file=sys.stderr)
+        print(f"{', '.join(stale)}: numbers differ from bench/results; run bench/readme.py", file=sys.stderr)
         return 1
     return 0
 
