@@ -137,9 +137,10 @@ inline void check_ids(const std::optional<Tensor>& ids, const char* name, int64_
 
 // What info_nce_contrast_* take besides the plain arguments. key_ids: what Python calls query_ids.
 inline void check_info_nce_contrast(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
-                                    const std::optional<Tensor>& temperature_tensor, bool in_batch, int64_t first,
-                                    const std::optional<Tensor>& valid_tensor, int64_t valid, double label_smoothing,
-                                    const std::optional<Tensor>& key_ids, const std::optional<Tensor>& queue_ids) {
+                                    const std::optional<Tensor>& temperature_tensor, bool in_batch, int64_t key_offset,
+                                    const std::optional<Tensor>& num_valid_tensor, int64_t num_valid,
+                                    double label_smoothing, const std::optional<Tensor>& key_ids,
+                                    const std::optional<Tensor>& queue_ids) {
   if (queue) {
     check_queue(*queue);
     check_rows(query, "query", *queue, "queue");
@@ -154,8 +155,8 @@ inline void check_info_nce_contrast(const Tensor& query, const Tensor& key, cons
   const int64_t m = key.size(0);
   check(in_batch || m == n, "key: expected the shape of query ", shape_name(query), ", got ", shape_name(key),
         "; more keys than queries need in_batch");
-  check(first >= 0 && first + n <= m, "first_key: expected 0 to ", m - n, " for ", n, " queries among ", m,
-        " keys, got ", first);
+  check(key_offset >= 0 && key_offset + n <= m, "key_offset: expected 0 to ", m - n, " for ", n, " queries among ", m,
+        " keys, got ", key_offset);
   check_temperature_tensor(temperature_tensor);
   check(std::isfinite(label_smoothing) && label_smoothing >= 0 && label_smoothing < 1,
         "label_smoothing: expected a number in [0, 1), got ", label_smoothing);
@@ -164,14 +165,15 @@ inline void check_info_nce_contrast(const Tensor& query, const Tensor& key, cons
   if (queue) check_ids(queue_ids, "queue_ids", queue->size(0), "queue", query);
   check(!queue_ids || key_ids, "query_ids: expected together with queue_ids");
   check(!key_ids || queue_ids || in_batch, "queue_ids: expected together with query_ids");
-  if (valid_tensor) {
-    check(valid_tensor->scalar_type() == ScalarType::Long, "valid: expected int64, got ", dtype_name(*valid_tensor));
-    check(valid_tensor->numel() == 1 && valid_tensor->dim() <= 1, "valid: expected one number, got shape ",
-          shape_name(*valid_tensor));
-    check_same_device(*valid_tensor, "valid", query, "query");
+  if (num_valid_tensor) {
+    check(num_valid_tensor->scalar_type() == ScalarType::Long, "num_valid: expected int64, got ",
+          dtype_name(*num_valid_tensor));
+    check(num_valid_tensor->numel() == 1 && num_valid_tensor->dim() <= 1, "num_valid: expected one number, got shape ",
+          shape_name(*num_valid_tensor));
+    check_same_device(*num_valid_tensor, "num_valid", query, "query");
   } else {
-    check(valid == -1 || (queue && valid >= 0 && valid <= queue->size(0)), "valid: expected 0 to ",
-          queue ? queue->size(0) : 0, " keys of the queue, got ", valid);
+    check(num_valid == -1 || (queue && num_valid >= 0 && num_valid <= queue->size(0)), "num_valid: expected 0 to ",
+          queue ? queue->size(0) : 0, " keys of the queue, got ", num_valid);
   }
 }
 

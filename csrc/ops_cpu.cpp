@@ -68,18 +68,18 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
 auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
                                const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
                                bool query_grad, bool key_grad, bool temperature_grad, bool /*allow_tf32*/,
-                               bool in_batch, int64_t first, const std::optional<Tensor>& valid_tensor, int64_t valid,
-                               double label_smoothing, const std::optional<Tensor>& key_ids,
+                               bool in_batch, int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
+                               int64_t num_valid, double label_smoothing, const std::optional<Tensor>& key_ids,
                                const std::optional<Tensor>& queue_ids, bool same_id_positive) {
-  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, first, valid_tensor, valid, label_smoothing,
-                          key_ids, queue_ids);
+  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, key_offset, num_valid_tensor, num_valid,
+                          label_smoothing, key_ids, queue_ids);
   temperature = temperature_value(temperature_tensor, temperature, query);
   const auto [q, k] = same_dtype_rows(query, key);
   int64_t queue_keys = queue ? queue->size(0) : 0;
-  if (valid_tensor) {
-    queue_keys = std::clamp<int64_t>(*const_data<int64_t>(*valid_tensor), 0, queue_keys);
-  } else if (valid >= 0) {
-    queue_keys = valid;
+  if (num_valid_tensor) {
+    queue_keys = std::clamp<int64_t>(*const_data<int64_t>(*num_valid_tensor), 0, queue_keys);
+  } else if (num_valid >= 0) {
+    queue_keys = num_valid;
   }
   const IdRows key_id_rows(key_ids), queue_id_rows(queue_ids);
   const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
@@ -90,7 +90,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
     cpu::info_nce(
         host(), const_data<Query>(q), const_data<Query>(k), queue ? const_data<Queue>(*queue) : nullptr,
         {q.size(0), queue_keys, q.size(1)}, {temperature, kEps, normalize},
-        {in_batch, k.size(0), first, label_smoothing, key_id_rows.data(), queue_id_rows.data(), same_id_positive},
+        {in_batch, k.size(0), key_offset, label_smoothing, key_id_rows.data(), queue_id_rows.data(), same_id_positive},
         pointers);
   });
   return out.as_tuple();
@@ -98,7 +98,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
 
 Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
                                   const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                                  bool /*allow_tf32*/, int64_t first, const std::optional<Tensor>& key_ids,
+                                  bool /*allow_tf32*/, int64_t key_offset, const std::optional<Tensor>& key_ids,
                                   bool same_id_positive, const Tensor& lse, const Tensor& weights,
                                   const Tensor& grad_loss) {
   temperature = temperature_value(temperature_tensor, temperature, query);
@@ -110,7 +110,7 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
     using A = cpu::accumulate_t<Query>;
     cpu::info_nce_keys_backward(host(), const_data<Query>(q), const_data<Query>(k), {q.size(0), 0, q.size(1)},
                                 {temperature, kEps, normalize},
-                                {true, k.size(0), first, 0.0, id_rows.data(), nullptr, same_id_positive},
+                                {true, k.size(0), key_offset, 0.0, id_rows.data(), nullptr, same_id_positive},
                                 const_data<A>(lse), const_data<A>(weights), const_data<A>(upstream), data<A>(grad_key));
   });
   return grad_key;

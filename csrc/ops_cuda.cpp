@@ -84,11 +84,11 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
 auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
                                const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
                                bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch,
-                               int64_t first, const std::optional<Tensor>& valid_tensor, int64_t valid,
+                               int64_t key_offset, const std::optional<Tensor>& num_valid_tensor, int64_t num_valid,
                                double label_smoothing, const std::optional<Tensor>& key_ids,
                                const std::optional<Tensor>& queue_ids, bool same_id_positive) {
-  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, first, valid_tensor, valid, label_smoothing,
-                          key_ids, queue_ids);
+  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, key_offset, num_valid_tensor, num_valid,
+                          label_smoothing, key_ids, queue_ids);
   const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
   if (device_temperature.pointer() == nullptr) check_temperature(temperature);
   const Launch launch(query);
@@ -97,13 +97,13 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
   const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
   const cuda::InfoNceContrast contrast{in_batch,
                                        k.size(0),
-                                       first,
-                                       valid_tensor ? const_data<int64_t>(*valid_tensor) : nullptr,
+                                       key_offset,
+                                       num_valid_tensor ? const_data<int64_t>(*num_valid_tensor) : nullptr,
                                        static_cast<float>(label_smoothing),
                                        key_id_rows.data(),
                                        queue_id_rows.data(),
                                        same_id_positive};
-  const cuda::InfoNceShape shape{q.size(0), !queue ? 0 : valid >= 0 ? valid : queue->size(0), q.size(1)};
+  const cuda::InfoNceShape shape{q.size(0), !queue ? 0 : num_valid >= 0 ? num_valid : queue->size(0), q.size(1)};
   const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
                                      allow_tf32};
   cuda::InfoNceOutputs pointers = outputs(out);
@@ -122,7 +122,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
 
 Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
                                   const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                                  bool allow_tf32, int64_t first, const std::optional<Tensor>& key_ids,
+                                  bool allow_tf32, int64_t key_offset, const std::optional<Tensor>& key_ids,
                                   bool same_id_positive, const Tensor& lse, const Tensor& weights,
                                   const Tensor& grad_loss) {
   const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
@@ -131,7 +131,8 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
   const IdRows id_rows(key_ids);
   const Tensor upstream = torch::stable::contiguous(grad_loss);
   const Tensor grad_key = InfoNceTensors::make(q, {k.size(0), k.size(1)}, true);
-  const cuda::InfoNceContrast contrast{true, k.size(0), first, nullptr, 0, id_rows.data(), nullptr, same_id_positive};
+  const cuda::InfoNceContrast contrast{true, k.size(0),      key_offset, nullptr,
+                                       0,    id_rows.data(), nullptr,    same_id_positive};
   const cuda::InfoNceShape shape{q.size(0), 0, q.size(1)};
   const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
                                      allow_tf32};

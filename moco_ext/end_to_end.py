@@ -67,7 +67,7 @@ class EndToEnd(nn.Module):
         if self.query_hook is not None:
             self.query_hook(queries)
         loss, stats = info_nce(
-            queries, keys, None, self.T, return_stats=True, in_batch=True, first_key=distributed.rank() * n
+            queries, keys, None, self.T, return_stats=True, in_batch=True, key_offset=distributed.rank() * n
         )
         return MoCoOutput(loss, keys.detach(), stats)
 

@@ -59,9 +59,9 @@ def info_nce(
     reduction: str = ...,
     return_stats: Literal[False] = ...,
     label_smoothing: float = ...,
-    valid: int | Tensor | None = ...,
+    num_valid: int | Tensor | None = ...,
     in_batch: bool = ...,
-    first_key: int = ...,
+    key_offset: int = ...,
     query_ids: Tensor | None = ...,
     queue_ids: Tensor | None = ...,
     same_id: str = ...,
@@ -77,9 +77,9 @@ def info_nce(
     reduction: str = ...,
     return_stats: Literal[True],
     label_smoothing: float = ...,
-    valid: int | Tensor | None = ...,
+    num_valid: int | Tensor | None = ...,
     in_batch: bool = ...,
-    first_key: int = ...,
+    key_offset: int = ...,
     query_ids: Tensor | None = ...,
     queue_ids: Tensor | None = ...,
     same_id: str = ...,
@@ -94,9 +94,9 @@ def info_nce(
     reduction: str = "mean",
     return_stats: bool = False,
     label_smoothing: float = 0.0,
-    valid: int | Tensor | None = None,
+    num_valid: int | Tensor | None = None,
     in_batch: bool = False,
-    first_key: int = 0,
+    key_offset: int = 0,
     query_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     same_id: str = "mask",
@@ -119,10 +119,10 @@ def info_nce(
         return_stats: also return :class:`InfoNCEStats` (loss, lse, positive_logit, rank; [N] each, no gradient).
         label_smoothing: this share of the target distribution, in [0, 1), is spread evenly over the positive and
             all negatives, as in ``torch.nn.functional.cross_entropy``.
-        valid: only the queue's first ``valid`` keys count (a queue that starts empty); a number, or int64 of one
-            element on the queue's device.
+        num_valid: only the queue's first ``num_valid`` keys count (a queue that starts empty); a number, or int64 of
+            one element on the queue's device.
         in_batch: every other key of the batch is a negative too. Then key may be [M, C] with M >= N, the keys of all
-            ranks say, of which row n's positive is ``key[first_key + n]``. With ``queue=None`` this is the end-to-end
+            ranks say, of which row n's positive is ``key[key_offset + n]``. With ``queue=None`` this is the end-to-end
             mechanism. Keys that require a gradient get it as positives and as negatives, by a second pass in
             ``backward()``.
         query_ids: [N] int64, which image (text, class) each query is of; [M], those of all keys, if ``in_batch``.
@@ -156,9 +156,9 @@ def info_nce(
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if same_id not in ("mask", "positive"):
         raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
-    if valid is not None and not isinstance(valid, Tensor) and valid < 0:  # the operator takes -1 for all
-        raise ValueError(f"valid: expected a number of keys, got {valid}")
-    options = _Options(temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, same_id)
+    if num_valid is not None and not isinstance(num_valid, Tensor) and num_valid < 0:  # the operator takes -1 for all
+        raise ValueError(f"num_valid: expected a number of keys, got {num_valid}")
+    options = _Options(temperature, normalize, reduction, label_smoothing, num_valid, in_batch, key_offset, same_id)
     problem = _info_nce_groups if query.dim() == 3 else _info_nce_rows
     loss, *figures = problem(query, key, queue, query_ids, queue_ids, options)
     return (loss, InfoNCEStats(*figures)) if return_stats else loss
@@ -169,15 +169,15 @@ class _Options(NamedTuple):
     normalize: bool
     reduction: str
     label_smoothing: float
-    valid: int | Tensor | None
+    num_valid: int | Tensor | None
     in_batch: bool
-    first_key: int
+    key_offset: int
     same_id: str
 
 
 def _info_nce_rows(query, key, queue, query_ids, queue_ids, options: _Options) -> tuple[Tensor, ...]:
     """The reduced loss, and the stats [N] without gradient."""
-    temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, same_id = options
+    temperature, normalize, reduction, label_smoothing, num_valid, in_batch, key_offset, same_id = options
     grad = torch.is_grad_enabled()
     temperature_tensor, temperature_value = _scalar("temperature", temperature)
     wanted = (
@@ -196,11 +196,11 @@ def _info_nce_rows(query, key, queue, query_ids, queue_ids, options: _Options) -
         query.is_cuda and (key if queue is None else queue).dtype == torch.float32 and _allow_tf32(),
     )
     no_ids = query_ids is None and queue_ids is None
-    if queue is None or not no_ids or valid is not None or in_batch or first_key != 0 or label_smoothing != 0:
-        valid_tensor, valid_number = (
-            (valid, -1) if isinstance(valid, Tensor) else (None, -1 if valid is None else valid)
+    if queue is None or not no_ids or num_valid is not None or in_batch or key_offset != 0 or label_smoothing != 0:
+        num_valid_tensor, num_valid_number = (
+            (num_valid, -1) if isinstance(num_valid, Tensor) else (None, -1 if num_valid is None else num_valid)
         )
-        inputs += (in_batch, first_key, valid_tensor, valid_number, label_smoothing)
+        inputs += (in_batch, key_offset, num_valid_tensor, num_valid_number, label_smoothing)
         inputs += (query_ids, queue_ids, same_id == "positive")
     if any(wanted):
         return _InfoNCE.apply(reduction, *inputs)
@@ -230,9 +230,9 @@ class _InfoNCE(torch.autograd.Function):
         query, key, _, temperature, temperature_value, normalize, *ctx.wanted, tf32 = inputs[:10]
         ctx.second_pass = False
         if len(inputs) > 10:
-            in_batch, first_key, _, _, _, key_ids, _, positive = inputs[10:]
+            in_batch, key_offset, _, _, _, key_ids, _, positive = inputs[10:]
             ctx.second_pass = in_batch and key.requires_grad  # such keys get a gradient from every row
-            ctx.options = temperature_value, normalize, tf32, first_key, positive
+            ctx.options = temperature_value, normalize, tf32, key_offset, positive
         rest = (query, key, temperature, key_ids, figures[2]) if ctx.second_pass else ()
         ctx.save_for_backward(*gradients, *rest)
         ctx.dtypes = query.dtype, key.dtype, None if temperature is None else temperature.dtype
@@ -253,10 +253,10 @@ class _InfoNCE(torch.autograd.Function):
         scale = grad_loss.unsqueeze(1) if ctx.reduction == "none" else grad_loss
         if ctx.second_pass:
             weights, query, key, temperature, key_ids, lse = rest
-            temperature_value, normalize, tf32, first_key, positive = ctx.options
+            temperature_value, normalize, tf32, key_offset, positive = ctx.options
             wanted_key = torch.ops.moco_ext.info_nce_contrast_backward.default(
-                query, key, temperature, temperature_value, normalize, tf32, first_key, key_ids, positive, lse, weights,
-                grad_loss.expand(ctx.rows),
+                query, key, temperature, temperature_value, normalize, tf32, key_offset, key_ids, positive, lse,
+                weights, grad_loss.expand(ctx.rows),
             )  # fmt: skip
         else:
             wanted_key = scale * grad_key if key_grad else None
