@@ -27,6 +27,6 @@ STABLE_TORCH_LIBRARY(moco_ext, m) {
   m.def("enqueue_(Tensor(a!) queue, Tensor(b!) queue_ptr, Tensor keys, bool normalize) -> ()");
   m.def(
       "momentum_update_(Tensor(a!)[] key_params, Tensor[] query_params, Tensor? m_tensor, float m, "
-      "Tensor(b!)[] shadows) -> ()");
+      "Tensor(b!)[] low_precision) -> ()");
   m.def("l2_normalize_forward(Tensor x, float eps) -> (Tensor out, Tensor norm)");
 }

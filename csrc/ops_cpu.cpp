@@ -118,29 +118,30 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
 
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
   check_enqueue(queue, queue_ptr, keys);
-  const Tensor rows = torch::stable::contiguous(keys);
+  const Tensor rows = keys_to_write(queue, queue_ptr, keys);
   dispatch(rows, queue, [&]<typename Key, typename Queue>() {
     cpu::enqueue(host(), data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows), queue.size(0),
                  rows.size(0), queue.size(1), normalize, kEps);
   });
 }
 
-// `update`, and after every piece of it, while it is in cache, the piece's 16-bit copy.
-std::function<void(int64_t, int64_t)> with_shadow(std::function<void(int64_t, int64_t)> update, const Tensor& key,
-                                                  const Tensor& shadow) {
-  return [update = std::move(update), from = data<float>(key), &shadow](int64_t begin, int64_t end) {
+// `update`, and after each piece of it, while the piece is in cache, its low-precision copy.
+std::function<void(int64_t, int64_t)> with_low_precision(std::function<void(int64_t, int64_t)> update,
+                                                         const Tensor& key, const Tensor& low_precision) {
+  return [update = std::move(update), from = data<float>(key), &low_precision](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kPiece) {
       const int64_t n = std::min(kPiece, end - i);
       update(i, i + n);
-      dispatch_dtype<bfloat16, float16, void>(
-          shadow, [&]<typename Shadow>() { cpu::copy(from + i, data<Shadow>(shadow) + i, n); });
+      dispatch_dtype<bfloat16, float16, void>(low_precision, [&]<typename LowPrecision>() {
+        cpu::copy(from + i, data<LowPrecision>(low_precision) + i, n);
+      });
     }
   };
 }
 
 void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
-                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& shadows) {
-  check_momentum_update(key_params, query_params, m_tensor, m, shadows);
+                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& low_precision) {
+  check_momentum_update(key_params, query_params, m_tensor, m, low_precision);
   if (m_tensor) {
     check(m_tensor->is_cpu(), "m: expected on the device of key_params (cpu), got ", device_name(*m_tensor));
     m = cpu_scalar(*m_tensor);
@@ -161,7 +162,8 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
                         [key = data<Key>(key_params[i]), query = const_data<Query>(query_params[i]), m](
                             int64_t begin, int64_t end) { cpu::momentum_update(key, query, begin, end, m); }});
     });
-    if (!shadows.empty()) pieces.back().update = with_shadow(pieces.back().update, key_params[i], shadows[i]);
+    if (!low_precision.empty())
+      pieces.back().update = with_low_precision(pieces.back().update, key_params[i], low_precision[i]);
     total += key_params[i].numel();
   }
   parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {

@@ -150,7 +150,7 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
   check_enqueue(queue, queue_ptr, keys);
   const Launch launch(queue);
-  const Tensor rows = torch::stable::contiguous(keys);
+  const Tensor rows = keys_to_write(queue, queue_ptr, keys);
   dispatch(rows, [&]<typename Key>() {
     dispatch(queue, [&]<typename Queue>() {
       STD_CUDA_CHECK(cuda::enqueue(data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows), queue.size(0),
@@ -171,9 +171,9 @@ cuda::Dtype dtype_of(const Tensor& t) {
 }
 
 void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
-                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& shadows) {
-  if (key_params.empty() && query_params.empty() && shadows.empty()) return;
-  check_momentum_update(key_params, query_params, m_tensor, m, shadows);
+                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& low_precision) {
+  if (key_params.empty() && query_params.empty() && low_precision.empty()) return;
+  check_momentum_update(key_params, query_params, m_tensor, m, low_precision);
   const DeviceScalar device_m(m_tensor, "m", key_params[0], m);
   check(device_m.pointer() != nullptr || (m >= 0.0 && m <= 1.0), "m: expected a momentum in [0, 1], got ", m);
   const Launch launch(key_params[0]);
@@ -182,9 +182,9 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
   for (size_t i = 0; i < key_params.size(); ++i) {
     tensors.push_back({key_params[i].mutable_data_ptr(), query_params[i].const_data_ptr(), key_params[i].numel(),
                        dtype_of(key_params[i]), dtype_of(query_params[i])});
-    if (shadows.empty()) continue;
-    tensors.back().shadow = shadows[i].mutable_data_ptr();
-    tensors.back().shadow_dtype = dtype_of(shadows[i]);
+    if (low_precision.empty()) continue;
+    tensors.back().low_precision = low_precision[i].mutable_data_ptr();
+    tensors.back().low_precision_dtype = dtype_of(low_precision[i]);
   }
   STD_CUDA_CHECK(cuda::momentum_update(tensors.data(), static_cast<int64_t>(tensors.size()), static_cast<float>(m),
                                        device_m.pointer(), launch.stream()));

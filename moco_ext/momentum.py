@@ -89,7 +89,7 @@ def update_key_encoder_(
     if shadow is None:
         momentum_update_([flat_key], [flat_query], m)
     else:
-        shadow.follow(flat_key, keys, lambda half: momentum_update_([flat_key], [flat_query], m, shadows=[half]))
+        shadow.follow(flat_key, keys, lambda half: momentum_update_([flat_key], [flat_query], m, low_precision=[half]))
 
 
 class HalfWeights:

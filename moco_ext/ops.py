@@ -362,17 +362,20 @@ def _(query, key, temperature_tensor, temperature, normalize, _tf32, first, key_
 def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
     """Write a batch of keys into the circular queue, in place, and advance its pointer (Algorithm 1 of the paper).
 
-    Rows ``[ptr, ptr + B) mod K`` are overwritten, cast to the queue's dtype. Any B: it wraps around, and of more than
-    K keys the last K stay. The pointer is read and written on the device: no host synchronisation.
+    Overwrites rows ``[ptr, ptr + B) mod K``, cast to the queue's dtype. Any B is allowed; of more than K keys, the last
+    K remain. The pointer is read and written on the device, without a host synchronization.
 
     Args:
         queue: [K, C] contiguous; float32, bfloat16 or float16 (float64 on the CPU).
-        queue_ptr: [1] int64 on the queue's device, the next row to write, not negative; taken modulo K.
-        keys: [B, C] float rows, of any strides.
-        normalize: scale each key to unit length on the way.
+        queue_ptr: [1] int64 on the queue's device, the next row to write; taken modulo K, so -1 is the last row. On
+            CUDA between -2**39 and 2**39.
+        keys: [B, C] float rows, with any strides. They may be a view of the queue: all keys are read before any row
+            is written.
+        normalize: scale each key to unit length.
 
     Raises:
-        ValueError: an argument of wrong shape, dtype or device; nothing is written.
+        ValueError: wrong shape, dtype or device, a pointer in the queue's memory, or a freed storage. Nothing is
+            written.
     """
     torch.ops.moco_ext.enqueue_(queue, queue_ptr, keys, normalize)
     torch.autograd.graph.increment_version((queue, queue_ptr))
@@ -392,33 +395,37 @@ def momentum_update_(
     query_params: Sequence[Tensor],
     m: float | Tensor,
     *,
-    shadows: Sequence[Tensor] = (),
+    low_precision: Sequence[Tensor] = (),
 ) -> None:
     """Move the key parameters towards the query parameters, in place: ``k = m·k + (1 - m)·q`` (Eq. 2 of the paper).
 
-    All tensors in one launch. Computed in float32 (float64 for float64) and rounded to the key's dtype: at m = 0.999
-    keys kept in bfloat16 would round most steps away, so keep them in float32 and let the queries be bfloat16.
+    Updates all tensors in one launch. Computes in float32 (float64 for float64) and rounds to the key's dtype. Keys in
+    bfloat16 lose most steps to rounding at m = 0.999, so keep them in float32; the queries may be bfloat16.
 
     Args:
-        key_params: tensors to update; views stay views.
-        query_params: as many tensors of the same shapes on the same device; dtypes may differ.
-        m: momentum in [0, 1], or a 0-dim tensor holding it (on the parameters' device: no synchronisation).
-        shadows: none, or for each key parameter, which is then float32, a bfloat16 or float16 tensor of its shape and
-            strides that becomes its copy in the same pass: what an encoder runs with, while the master keeps steps
-            too small for 16 bits.
+        key_params: tensors to update; views remain views. No two may share memory.
+        query_params: tensors of the same shapes on the same device; their dtypes may differ. A query may be its own
+            key, or appear several times, but may not share memory with another key.
+        m: momentum in [0, 1], as a number or a 0-dim tensor (on the parameters' device, without a synchronization).
+        low_precision: optional bfloat16 or float16 copies of the key parameters, one for each, with the same shapes and
+            strides. They are written in the same pass: the encoder runs with the copies, while the float32 keys keep
+            steps that are too small for 16 bits.
 
     Raises:
-        ValueError: lists, shapes, dtypes or devices that do not match; nothing is written.
+        ValueError: lists, shapes, dtypes or devices that do not match, m outside [0, 1], shared memory, or a freed
+            storage. Nothing is written.
     """
     m_tensor, value = _scalar("m", m)
-    if len(key_params) == len(query_params) == len(shadows) == 0:
+    if m_tensor is None and not 0 <= value <= 1:
+        raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
+    if len(key_params) == len(query_params) == len(low_precision) == 0:
         return  # without a tensor there is no device to dispatch to
-    torch.ops.moco_ext.momentum_update_(list(key_params), list(query_params), m_tensor, value, list(shadows))
-    torch.autograd.graph.increment_version((*key_params, *shadows))
+    torch.ops.moco_ext.momentum_update_(list(key_params), list(query_params), m_tensor, value, list(low_precision))
+    torch.autograd.graph.increment_version((*key_params, *low_precision))
 
 
 @torch.library.register_fake("moco_ext::momentum_update_")
-def _(key_params, query_params, m_tensor, m, shadows):
+def _(key_params, query_params, m_tensor, m, low_precision):
     for i, (key, query) in enumerate(zip(key_params, query_params, strict=True)):
         _check_devices(**{"key_params[0]": key_params[0], f"key_params[{i}]": key, f"query_params[{i}]": query})
 

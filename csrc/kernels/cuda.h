@@ -92,12 +92,12 @@ struct MomentumTensor {
   int64_t numel;
   Dtype key_dtype;
   Dtype query_dtype;
-  void* shadow = nullptr;  // a 16-bit copy of a float32 key, written in the same pass; or null
-  Dtype shadow_dtype = Dtype::kBFloat16;
+  void* low_precision = nullptr;  // 16-bit copy of a float32 key, written in the same pass; or null
+  Dtype low_precision_dtype = Dtype::kBFloat16;
 };
 
-// m_ptr: [1] on the device, or null for the value m. All tensors have a shadow, or none has. One launch for every 1,000
-// tensors, 800 with shadows.
+// m_ptr: [1] on the device, or null for the value m. Either all tensors have a low-precision copy or none has. One
+// launch for every 1,000 tensors, 800 with copies.
 cudaError_t momentum_update(const MomentumTensor* tensors, int64_t count, float m, const float* m_ptr,
                             cudaStream_t stream);
 
