@@ -101,7 +101,7 @@ def bench_momentum_update_with_shadow(compare, device):
         return e.split(x), [p.to(torch.bfloat16) for p in e.split(x)]
 
     def ours(state):
-        moco_ext.momentum_update_(state[0], [e.flat_query], M, shadows=state[1])
+        moco_ext.momentum_update_(state[0], [e.flat_query], M, low_precision=state[1])
 
     def ours_then_cast(state):
         moco_ext.momentum_update_(state[0], [e.flat_query], M)

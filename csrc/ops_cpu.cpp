@@ -68,18 +68,18 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
 auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
                                const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
                                bool query_grad, bool key_grad, bool temperature_grad, bool /*allow_tf32*/,
-                               bool in_batch, int64_t first, const std::optional<Tensor>& valid_tensor, int64_t valid,
-                               double label_smoothing, const std::optional<Tensor>& key_ids,
+                               bool in_batch, int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
+                               int64_t num_valid, double label_smoothing, const std::optional<Tensor>& key_ids,
                                const std::optional<Tensor>& queue_ids, bool same_id_positive) {
-  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, first, valid_tensor, valid, label_smoothing,
-                          key_ids, queue_ids);
+  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, key_offset, num_valid_tensor, num_valid,
+                          label_smoothing, key_ids, queue_ids);
   temperature = temperature_value(temperature_tensor, temperature, query);
   const auto [q, k] = same_dtype_rows(query, key);
   int64_t queue_keys = queue ? queue->size(0) : 0;
-  if (valid_tensor) {
-    queue_keys = std::clamp<int64_t>(*const_data<int64_t>(*valid_tensor), 0, queue_keys);
-  } else if (valid >= 0) {
-    queue_keys = valid;
+  if (num_valid_tensor) {
+    queue_keys = std::clamp<int64_t>(*const_data<int64_t>(*num_valid_tensor), 0, queue_keys);
+  } else if (num_valid >= 0) {
+    queue_keys = num_valid;
   }
   const IdRows key_id_rows(key_ids), queue_id_rows(queue_ids);
   const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
@@ -90,7 +90,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
     cpu::info_nce(
         host(), const_data<Query>(q), const_data<Query>(k), queue ? const_data<Queue>(*queue) : nullptr,
         {q.size(0), queue_keys, q.size(1)}, {temperature, kEps, normalize},
-        {in_batch, k.size(0), first, label_smoothing, key_id_rows.data(), queue_id_rows.data(), same_id_positive},
+        {in_batch, k.size(0), key_offset, label_smoothing, key_id_rows.data(), queue_id_rows.data(), same_id_positive},
         pointers);
   });
   return out.as_tuple();
@@ -98,7 +98,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
 
 Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
                                   const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                                  bool /*allow_tf32*/, int64_t first, const std::optional<Tensor>& key_ids,
+                                  bool /*allow_tf32*/, int64_t key_offset, const std::optional<Tensor>& key_ids,
                                   bool same_id_positive, const Tensor& lse, const Tensor& weights,
                                   const Tensor& grad_loss) {
   temperature = temperature_value(temperature_tensor, temperature, query);
@@ -110,7 +110,7 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
     using A = cpu::accumulate_t<Query>;
     cpu::info_nce_keys_backward(host(), const_data<Query>(q), const_data<Query>(k), {q.size(0), 0, q.size(1)},
                                 {temperature, kEps, normalize},
-                                {true, k.size(0), first, 0.0, id_rows.data(), nullptr, same_id_positive},
+                                {true, k.size(0), key_offset, 0.0, id_rows.data(), nullptr, same_id_positive},
                                 const_data<A>(lse), const_data<A>(weights), const_data<A>(upstream), data<A>(grad_key));
   });
   return grad_key;
@@ -118,29 +118,30 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
 
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
   check_enqueue(queue, queue_ptr, keys);
-  const Tensor rows = torch::stable::contiguous(keys);
+  const Tensor rows = keys_to_write(queue, queue_ptr, keys);
   dispatch(rows, queue, [&]<typename Key, typename Queue>() {
     cpu::enqueue(host(), data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows), queue.size(0),
                  rows.size(0), queue.size(1), normalize, kEps);
   });
 }
 
-// `update`, and after every piece of it, while it is in cache, the piece's 16-bit copy.
-std::function<void(int64_t, int64_t)> with_shadow(std::function<void(int64_t, int64_t)> update, const Tensor& key,
-                                                  const Tensor& shadow) {
-  return [update = std::move(update), from = data<float>(key), &shadow](int64_t begin, int64_t end) {
+// `update`, and after each piece of it, while the piece is in cache, its low-precision copy.
+std::function<void(int64_t, int64_t)> with_low_precision(std::function<void(int64_t, int64_t)> update,
+                                                         const Tensor& key, const Tensor& low_precision) {
+  return [update = std::move(update), from = data<float>(key), &low_precision](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kPiece) {
       const int64_t n = std::min(kPiece, end - i);
       update(i, i + n);
-      dispatch_dtype<bfloat16, float16, void>(
-          shadow, [&]<typename Shadow>() { cpu::copy(from + i, data<Shadow>(shadow) + i, n); });
+      dispatch_dtype<bfloat16, float16, void>(low_precision, [&]<typename LowPrecision>() {
+        cpu::copy(from + i, data<LowPrecision>(low_precision) + i, n);
+      });
     }
   };
 }
 
 void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
-                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& shadows) {
-  check_momentum_update(key_params, query_params, m_tensor, m, shadows);
+                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& low_precision) {
+  check_momentum_update(key_params, query_params, m_tensor, m, low_precision);
   if (m_tensor) {
     check(m_tensor->is_cpu(), "m: expected on the device of key_params (cpu), got ", device_name(*m_tensor));
     m = cpu_scalar(*m_tensor);
@@ -161,7 +162,8 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
                         [key = data<Key>(key_params[i]), query = const_data<Query>(query_params[i]), m](
                             int64_t begin, int64_t end) { cpu::momentum_update(key, query, begin, end, m); }});
     });
-    if (!shadows.empty()) pieces.back().update = with_shadow(pieces.back().update, key_params[i], shadows[i]);
+    if (!low_precision.empty())
+      pieces.back().update = with_low_precision(pieces.back().update, key_params[i], low_precision[i]);
     total += key_params[i].numel();
   }
   parallel_for(total, kGrain, [&](int64_t begin, int64_t end) {

@@ -84,11 +84,11 @@ auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queu
 auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
                                const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
                                bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch,
-                               int64_t first, const std::optional<Tensor>& valid_tensor, int64_t valid,
+                               int64_t key_offset, const std::optional<Tensor>& num_valid_tensor, int64_t num_valid,
                                double label_smoothing, const std::optional<Tensor>& key_ids,
                                const std::optional<Tensor>& queue_ids, bool same_id_positive) {
-  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, first, valid_tensor, valid, label_smoothing,
-                          key_ids, queue_ids);
+  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, key_offset, num_valid_tensor, num_valid,
+                          label_smoothing, key_ids, queue_ids);
   const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
   if (device_temperature.pointer() == nullptr) check_temperature(temperature);
   const Launch launch(query);
@@ -97,13 +97,13 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
   const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
   const cuda::InfoNceContrast contrast{in_batch,
                                        k.size(0),
-                                       first,
-                                       valid_tensor ? const_data<int64_t>(*valid_tensor) : nullptr,
+                                       key_offset,
+                                       num_valid_tensor ? const_data<int64_t>(*num_valid_tensor) : nullptr,
                                        static_cast<float>(label_smoothing),
                                        key_id_rows.data(),
                                        queue_id_rows.data(),
                                        same_id_positive};
-  const cuda::InfoNceShape shape{q.size(0), !queue ? 0 : valid >= 0 ? valid : queue->size(0), q.size(1)};
+  const cuda::InfoNceShape shape{q.size(0), !queue ? 0 : num_valid >= 0 ? num_valid : queue->size(0), q.size(1)};
   const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
                                      allow_tf32};
   cuda::InfoNceOutputs pointers = outputs(out);
@@ -122,7 +122,7 @@ auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std
 
 Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
                                   const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                                  bool allow_tf32, int64_t first, const std::optional<Tensor>& key_ids,
+                                  bool allow_tf32, int64_t key_offset, const std::optional<Tensor>& key_ids,
                                   bool same_id_positive, const Tensor& lse, const Tensor& weights,
                                   const Tensor& grad_loss) {
   const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
@@ -131,7 +131,8 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
   const IdRows id_rows(key_ids);
   const Tensor upstream = torch::stable::contiguous(grad_loss);
   const Tensor grad_key = InfoNceTensors::make(q, {k.size(0), k.size(1)}, true);
-  const cuda::InfoNceContrast contrast{true, k.size(0), first, nullptr, 0, id_rows.data(), nullptr, same_id_positive};
+  const cuda::InfoNceContrast contrast{true, k.size(0),      key_offset, nullptr,
+                                       0,    id_rows.data(), nullptr,    same_id_positive};
   const cuda::InfoNceShape shape{q.size(0), 0, q.size(1)};
   const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
                                      allow_tf32};
@@ -149,7 +150,7 @@ Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
   check_enqueue(queue, queue_ptr, keys);
   const Launch launch(queue);
-  const Tensor rows = torch::stable::contiguous(keys);
+  const Tensor rows = keys_to_write(queue, queue_ptr, keys);
   dispatch(rows, [&]<typename Key>() {
     dispatch(queue, [&]<typename Queue>() {
       STD_CUDA_CHECK(cuda::enqueue(data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows), queue.size(0),
@@ -170,9 +171,9 @@ cuda::Dtype dtype_of(const Tensor& t) {
 }
 
 void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<Tensor>& query_params,
-                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& shadows) {
-  if (key_params.empty() && query_params.empty() && shadows.empty()) return;
-  check_momentum_update(key_params, query_params, m_tensor, m, shadows);
+                      const std::optional<Tensor>& m_tensor, double m, const std::vector<Tensor>& low_precision) {
+  if (key_params.empty() && query_params.empty() && low_precision.empty()) return;
+  check_momentum_update(key_params, query_params, m_tensor, m, low_precision);
   const DeviceScalar device_m(m_tensor, "m", key_params[0], m);
   check(device_m.pointer() != nullptr || (m >= 0.0 && m <= 1.0), "m: expected a momentum in [0, 1], got ", m);
   const Launch launch(key_params[0]);
@@ -181,9 +182,9 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
   for (size_t i = 0; i < key_params.size(); ++i) {
     tensors.push_back({key_params[i].mutable_data_ptr(), query_params[i].const_data_ptr(), key_params[i].numel(),
                        dtype_of(key_params[i]), dtype_of(query_params[i])});
-    if (shadows.empty()) continue;
-    tensors.back().shadow = shadows[i].mutable_data_ptr();
-    tensors.back().shadow_dtype = dtype_of(shadows[i]);
+    if (low_precision.empty()) continue;
+    tensors.back().low_precision = low_precision[i].mutable_data_ptr();
+    tensors.back().low_precision_dtype = dtype_of(low_precision[i]);
   }
   STD_CUDA_CHECK(cuda::momentum_update(tensors.data(), static_cast<int64_t>(tensors.size()), static_cast<float>(m),
                                        device_m.pointer(), launch.stream()));

@@ -53,6 +53,13 @@ inline std::pair<Tensor, Tensor> same_dtype_rows(const Tensor& query, const Tens
   return {row_major(torch::stable::to(query, ScalarType::Float)), row_major(torch::stable::to(key, ScalarType::Float))};
 }
 
+// The rows to enqueue, contiguous; a copy where writing the queue or its pointer would change them.
+inline Tensor keys_to_write(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys) {
+  if (!keys.is_contiguous()) return torch::stable::contiguous(keys);
+  const Span span(keys);
+  return span.overlaps(Span(queue)) || span.overlaps(Span(queue_ptr)) ? torch::stable::clone(keys) : keys;
+}
+
 // Ids as kernels take them; null where there are none.
 class IdRows {
  public:

@@ -57,7 +57,7 @@ class Side:
             queue.queue,
             temperature,
             in_batch=True,
-            valid=queue.queue_valid,
+            num_valid=queue.queue_valid,
             query_ids=ids,
             queue_ids=queue.queue_ids,
             same_id="positive",

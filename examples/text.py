@@ -83,7 +83,7 @@ def main() -> None:
             T,
             normalize=False,
             label_smoothing=0.1,
-            valid=queue.queue_valid,
+            num_valid=queue.queue_valid,
             query_ids=ids,
             queue_ids=queue.queue_ids,
             return_stats=True,

@@ -66,7 +66,7 @@ class EndToEnd(Mechanism):
         keys = unshuffle(distributed.all_gather_with_grad(keys), order)  # [world * N, dim]
         self._watch(queries)
         loss, stats = info_nce(
-            queries, keys, None, self.T, return_stats=True, in_batch=True, first_key=distributed.rank() * n
+            queries, keys, None, self.T, return_stats=True, in_batch=True, key_offset=distributed.rank() * n
         )
         return MoCoOutput(loss, keys.detach(), stats)
 

@@ -172,14 +172,14 @@ class MoCo(Mechanism, KeyQueue):
             keys = all_gather(self._encode_keys(arriving()))
         keys = unshuffle(keys, order)  # [world * N, dim]
         self._watch(queries)
-        first = distributed.rank() * n
-        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "valid": self.queue_valid}
+        key_offset = distributed.rank() * n
+        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "num_valid": self.queue_valid}
         if self.in_batch:
-            options |= {"in_batch": True, "first_key": first}
+            options |= {"in_batch": True, "key_offset": key_offset}
         if ids is not None:
             options |= {"query_ids": all_gather(ids) if self.in_batch else ids, "queue_ids": self.queue_ids}
             options["same_id"] = self.same_id
-        positives = keys if self.in_batch else keys[first:][:n]
+        positives = keys if self.in_batch else keys[key_offset:][:n]
         loss, stats = info_nce(queries, positives, self.queue, self.T, return_stats=True, **options)
         return MoCoOutput(loss, keys, stats)
 

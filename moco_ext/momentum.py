@@ -117,7 +117,7 @@ def update_key_encoder_(
         momentum_update_([flat_key], [flat_query], m)
     else:
         low_precision.refresh(
-            flat_key, keys, lambda copy: momentum_update_([flat_key], [flat_query], m, shadows=[copy])
+            flat_key, keys, lambda copy: momentum_update_([flat_key], [flat_query], m, low_precision=[copy])
         )
 
 

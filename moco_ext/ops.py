@@ -70,9 +70,9 @@ def info_nce(
     reduction: str = ...,
     return_stats: Literal[False] = ...,
     label_smoothing: float = ...,
-    valid: int | Tensor | None = ...,
+    num_valid: int | Tensor | None = ...,
     in_batch: bool = ...,
-    first_key: int = ...,
+    key_offset: int = ...,
     query_ids: Tensor | None = ...,
     queue_ids: Tensor | None = ...,
     same_id: str = ...,
@@ -88,9 +88,9 @@ def info_nce(
     reduction: str = ...,
     return_stats: Literal[True],
     label_smoothing: float = ...,
-    valid: int | Tensor | None = ...,
+    num_valid: int | Tensor | None = ...,
     in_batch: bool = ...,
-    first_key: int = ...,
+    key_offset: int = ...,
     query_ids: Tensor | None = ...,
     queue_ids: Tensor | None = ...,
     same_id: str = ...,
@@ -105,9 +105,9 @@ def info_nce(
     reduction: str = "mean",
     return_stats: bool = False,
     label_smoothing: float = 0.0,
-    valid: int | Tensor | None = None,
+    num_valid: int | Tensor | None = None,
     in_batch: bool = False,
-    first_key: int = 0,
+    key_offset: int = 0,
     query_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     same_id: str = "mask",
@@ -130,10 +130,10 @@ def info_nce(
         return_stats: also return :class:`InfoNCEStats` (loss, lse, positive_logit, rank; [N] each, no gradient).
         label_smoothing: this share of the target distribution, in [0, 1), is spread evenly over the positive and
             all negatives, as in ``torch.nn.functional.cross_entropy``.
-        valid: only the queue's first ``valid`` keys count (a queue that starts empty); a number, or int64 of one
-            element on the queue's device.
+        num_valid: only the queue's first ``num_valid`` keys count (a queue that starts empty); a number, or int64 of
+            one element on the queue's device.
         in_batch: every other key of the batch is a negative too. Then key may be [M, C] with M >= N, the keys of all
-            ranks say, of which row n's positive is ``key[first_key + n]``. With ``queue=None`` this is the end-to-end
+            ranks say, of which row n's positive is ``key[key_offset + n]``. With ``queue=None`` this is the end-to-end
             mechanism. Keys that require a gradient get it as positives and as negatives, by a second pass in
             ``backward()``.
         query_ids: [N] int64, which image (text, class) each query is of; [M], those of all keys, if ``in_batch``.
@@ -167,9 +167,9 @@ def info_nce(
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if same_id not in ("mask", "positive"):
         raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
-    if valid is not None and not isinstance(valid, Tensor) and valid < 0:  # the operator takes -1 for all
-        raise ValueError(f"valid: expected a number of keys, got {valid}")
-    options = _Options(temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, same_id)
+    if num_valid is not None and not isinstance(num_valid, Tensor) and num_valid < 0:  # the operator takes -1 for all
+        raise ValueError(f"num_valid: expected a number of keys, got {num_valid}")
+    options = _Options(temperature, normalize, reduction, label_smoothing, num_valid, in_batch, key_offset, same_id)
     problem = _info_nce_groups if query.dim() == 3 else _info_nce_rows
     loss, *figures = problem(query, key, queue, query_ids, queue_ids, options)
     return (loss, InfoNCEStats(*figures)) if return_stats else loss
@@ -180,15 +180,15 @@ class _Options(NamedTuple):
     normalize: bool
     reduction: str
     label_smoothing: float
-    valid: int | Tensor | None
+    num_valid: int | Tensor | None
     in_batch: bool
-    first_key: int
+    key_offset: int
     same_id: str
 
 
 def _info_nce_rows(query, key, queue, query_ids, queue_ids, options: _Options) -> tuple[Tensor, ...]:
     """The reduced loss, and the stats [N] without gradient."""
-    temperature, normalize, reduction, label_smoothing, valid, in_batch, first_key, same_id = options
+    temperature, normalize, reduction, label_smoothing, num_valid, in_batch, key_offset, same_id = options
     grad = torch.is_grad_enabled()
     temperature_tensor, temperature_value = _scalar("temperature", temperature)
     wanted = (
@@ -207,11 +207,11 @@ def _info_nce_rows(query, key, queue, query_ids, queue_ids, options: _Options) -
         query.is_cuda and (key if queue is None else queue).dtype == torch.float32 and _allow_tf32(),
     )
     no_ids = query_ids is None and queue_ids is None
-    if queue is None or not no_ids or valid is not None or in_batch or first_key != 0 or label_smoothing != 0:
-        valid_tensor, valid_number = (
-            (valid, -1) if isinstance(valid, Tensor) else (None, -1 if valid is None else valid)
+    if queue is None or not no_ids or num_valid is not None or in_batch or key_offset != 0 or label_smoothing != 0:
+        num_valid_tensor, num_valid_number = (
+            (num_valid, -1) if isinstance(num_valid, Tensor) else (None, -1 if num_valid is None else num_valid)
         )
-        inputs += (in_batch, first_key, valid_tensor, valid_number, label_smoothing)
+        inputs += (in_batch, key_offset, num_valid_tensor, num_valid_number, label_smoothing)
         inputs += (query_ids, queue_ids, same_id == "positive")
     if any(wanted):
         return _InfoNCE.apply(reduction, *inputs)
@@ -241,9 +241,9 @@ class _InfoNCE(torch.autograd.Function):
         query, key, _, temperature, temperature_value, normalize, *ctx.wanted, tf32 = inputs[:10]
         ctx.second_pass = False
         if len(inputs) > 10:
-            in_batch, first_key, _, _, _, key_ids, _, positive = inputs[10:]
+            in_batch, key_offset, _, _, _, key_ids, _, positive = inputs[10:]
             ctx.second_pass = in_batch and key.requires_grad  # such keys get a gradient from every row
-            ctx.options = temperature_value, normalize, tf32, first_key, positive
+            ctx.options = temperature_value, normalize, tf32, key_offset, positive
         rest = (query, key, temperature, key_ids, figures[2]) if ctx.second_pass else ()
         ctx.save_for_backward(*gradients, *rest)
         ctx.dtypes = query.dtype, key.dtype, None if temperature is None else temperature.dtype
@@ -264,10 +264,10 @@ class _InfoNCE(torch.autograd.Function):
         scale = grad_loss.unsqueeze(1) if ctx.reduction == "none" else grad_loss
         if ctx.second_pass:
             weights, query, key, temperature, key_ids, lse = rest
-            temperature_value, normalize, tf32, first_key, positive = ctx.options
+            temperature_value, normalize, tf32, key_offset, positive = ctx.options
             wanted_key = torch.ops.moco_ext.info_nce_contrast_backward.default(
-                query, key, temperature, temperature_value, normalize, tf32, first_key, key_ids, positive, lse, weights,
-                grad_loss.expand(ctx.rows),
+                query, key, temperature, temperature_value, normalize, tf32, key_offset, key_ids, positive, lse,
+                weights, grad_loss.expand(ctx.rows),
             )  # fmt: skip
         else:
             wanted_key = scale * grad_key if key_grad else None
@@ -373,17 +373,20 @@ def _(query, key, temperature_tensor, temperature, normalize, _tf32, first, key_
 def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
     """Write a batch of keys into the circular queue, in place, and advance its pointer (Algorithm 1 of the paper).
 
-    Rows ``[ptr, ptr + B) mod K`` are overwritten, cast to the queue's dtype. Any B: it wraps around, and of more than
-    K keys the last K stay. The pointer is read and written on the device: no host synchronisation.
+    Overwrites rows ``[ptr, ptr + B) mod K``, cast to the queue's dtype. Any B is allowed; of more than K keys, the last
+    K remain. The pointer is read and written on the device, without a host synchronization.
 
     Args:
         queue: [K, C] contiguous; float32, bfloat16 or float16 (float64 on the CPU).
-        queue_ptr: [1] int64 on the queue's device, the next row to write, not negative; taken modulo K.
-        keys: [B, C] float rows, of any strides.
-        normalize: scale each key to unit length on the way.
+        queue_ptr: [1] int64 on the queue's device, the next row to write; taken modulo K, so -1 is the last row. On
+            CUDA between -2**39 and 2**39.
+        keys: [B, C] float rows, with any strides. They may be a view of the queue: all keys are read before any row
+            is written.
+        normalize: scale each key to unit length.
 
     Raises:
-        ValueError: an argument of wrong shape, dtype or device; nothing is written.
+        ValueError: wrong shape, dtype or device, a pointer in the queue's memory, or a freed storage. Nothing is
+            written.
     """
     torch.ops.moco_ext.enqueue_(queue, queue_ptr, keys, normalize)
     torch.autograd.graph.increment_version((queue, queue_ptr))
@@ -403,34 +406,38 @@ def momentum_update_(
     query_params: Sequence[Tensor],
     m: float | Tensor,
     *,
-    shadows: Sequence[Tensor] = (),
+    low_precision: Sequence[Tensor] = (),
 ) -> None:
     """Move the key parameters towards the query parameters, in place: ``k = m·k + (1 - m)·q`` (Eq. 2 of the paper).
 
-    All tensors in one launch. Computed in float32 (float64 for float64) and rounded to the key's dtype: at m = 0.999
-    keys kept in bfloat16 would round most steps away, so keep them in float32 and let the queries be bfloat16.
+    Updates all tensors in one launch. Computes in float32 (float64 for float64) and rounds to the key's dtype. Keys in
+    bfloat16 lose most steps to rounding at m = 0.999, so keep them in float32; the queries may be bfloat16.
 
     Args:
-        key_params: tensors to update; views stay views.
-        query_params: as many tensors of the same shapes on the same device; dtypes may differ.
-        m: momentum in [0, 1], or a 0-dim tensor holding it (on the parameters' device: no synchronisation).
-        shadows: none, or for each key parameter, which is then float32, a bfloat16 or float16 tensor of its shape and
-            strides that becomes its copy in the same pass: what an encoder runs with, while the master keeps steps
-            too small for 16 bits.
+        key_params: tensors to update; views remain views. No two may share memory.
+        query_params: tensors of the same shapes on the same device; their dtypes may differ. A query may be its own
+            key, or appear several times, but may not share memory with another key.
+        m: momentum in [0, 1], as a number or a 0-dim tensor (on the parameters' device, without a synchronization).
+        low_precision: optional bfloat16 or float16 copies of the key parameters, one for each, with the same shapes and
+            strides. They are written in the same pass: the encoder runs with the copies, while the float32 keys keep
+            steps that are too small for 16 bits.
 
     Raises:
-        ValueError: lists, shapes, dtypes or devices that do not match; nothing is written.
+        ValueError: lists, shapes, dtypes or devices that do not match, m outside [0, 1], shared memory, or a freed
+            storage. Nothing is written.
     """
     check_plain(key_params=key_params, query_params=query_params)
     m_tensor, value = _scalar("m", m)
-    if len(key_params) == len(query_params) == len(shadows) == 0:
+    if m_tensor is None and not 0 <= value <= 1:
+        raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
+    if len(key_params) == len(query_params) == len(low_precision) == 0:
         return  # without a tensor there is no device to dispatch to
-    torch.ops.moco_ext.momentum_update_(list(key_params), list(query_params), m_tensor, value, list(shadows))
-    torch.autograd.graph.increment_version((*key_params, *shadows))
+    torch.ops.moco_ext.momentum_update_(list(key_params), list(query_params), m_tensor, value, list(low_precision))
+    torch.autograd.graph.increment_version((*key_params, *low_precision))
 
 
 @torch.library.register_fake("moco_ext::momentum_update_")
-def _(key_params, query_params, m_tensor, m, shadows):
+def _(key_params, query_params, m_tensor, m, low_precision):
     for i, (key, query) in enumerate(zip(key_params, query_params, strict=True)):
         _check_devices(**{"key_params[0]": key_params[0], f"key_params[{i}]": key, f"query_params[{i}]": query})
 

@@ -36,9 +36,9 @@ def info_nce(
     reduction: str = "mean",
     return_stats: bool = False,
     label_smoothing: float = 0.0,
-    valid: int | Tensor | None = None,
+    num_valid: int | Tensor | None = None,
     in_batch: bool = False,
-    first_key: int = 0,
+    key_offset: int = 0,
     query_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     same_id: str = "mask",
@@ -47,14 +47,14 @@ def info_nce(
 
     Args:
         query: [N, C].
-        key: [N, C], row i the positive of query i; [M, C] with in_batch, row first_key + i.
+        key: [N, C], row i the positive of query i; [M, C] with in_batch, row key_offset + i.
         queue: [K, C] negatives, shared by all rows, or None.
         temperature: a float, or a 0-dim tensor (which may require grad).
         normalize: scale the rows of query and key, but not of queue, to length 1 first.
         reduction: "mean", "sum" or "none". With N = 0 the mean is NaN, as in ``F.cross_entropy``.
         return_stats: return ``(loss, InfoNCEStats)``.
         label_smoothing: share of the target distribution that is spread evenly over all classes.
-        valid: keys of the queue that count.
+        num_valid: keys of the queue that count.
         in_batch: the other keys of the batch are negatives too.
         query_ids: [N], or [M] with in_batch; queue_ids: [K]; same_id: negatives of the query's id are masked out
             ("mask") or share the target with the positive ("positive"). Negative ids are equal to none.
@@ -70,14 +70,14 @@ def info_nce(
     dtype = _compute_dtype(query, key, *([] if queue is None else [queue]))
     query, key = query.to(dtype), key.to(dtype)
     queue = key[:0].detach() if queue is None else queue.to(dtype)
-    if valid is not None:
-        queue, queue_ids = queue[:valid], None if queue_ids is None else queue_ids[:valid]
+    if num_valid is not None:
+        queue, queue_ids = queue[:num_valid], None if queue_ids is None else queue_ids[:num_valid]
     if normalize:
         query = query / _row_norms(query)
         key = key / _row_norms(key)
 
     rows = torch.arange(len(query), device=query.device)
-    own = key[first_key + rows] if in_batch else key
+    own = key[key_offset + rows] if in_batch else key
     positive = (query * own).sum(1, keepdim=True)  # [N, 1]
     negatives = torch.cat([key, queue]) if in_batch else queue  # [M + K, C] or [K, C]
     logits = torch.cat([positive, query @ negatives.t()], dim=1) / temperature  # [N, 1 + negatives]
@@ -89,12 +89,12 @@ def info_nce(
         none = query_ids[:0]
         in_queue = none.new_full((len(queue),), -1) if queue_ids is None else queue_ids
         ids = torch.cat([query_ids if in_batch else none, in_queue])
-        own_ids = query_ids[first_key + rows] if in_batch else query_ids
+        own_ids = query_ids[key_offset + rows] if in_batch else query_ids
         same = (own_ids[:, None] == ids) & (own_ids >= 0)[:, None]
         (masked if same_id == "mask" else positives)[:, 1:] = same
     if in_batch:  # the positive is among the keys once more
-        masked[rows, 1 + first_key + rows] = True
-        positives[rows, 1 + first_key + rows] = False
+        masked[rows, 1 + key_offset + rows] = True
+        positives[rows, 1 + key_offset + rows] = False
 
     lse = torch.logsumexp(logits.masked_fill(masked, -torch.inf), dim=1)
     target = (1 - label_smoothing) * positives / positives.sum(1, keepdim=True)

@@ -96,8 +96,8 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
     q, k = double(query), double(key)
     q_norm, k_norm = (x.norm(dim=1).clamp_min(1e-12) if normalize else torch.ones(len(x)).to(x) for x in (q, k))
     q, k = q / q_norm[:, None], k / k_norm[:, None]
-    own = k[contrast.get("first_key", 0) :][:N]
-    n = k[:0] if queue is None else double(queue)[: contrast.get("valid")]
+    own = k[contrast.get("key_offset", 0) :][:N]
+    n = k[:0] if queue is None else double(queue)[: contrast.get("num_valid")]
     if in_batch:
         n = torch.cat([k, n])
     logits = torch.cat([(q * own).sum(1, keepdim=True), q @ n.t()], dim=1) / T

@@ -80,6 +80,45 @@ def test_equals_the_official_write(device):
     assert torch.equal(our_ptr, their_ptr)
 
 
+@pytest.mark.parametrize("view", [slice(2, 9), slice(None, None, 3), slice(None)], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("start", [0, 4, 11])
+def test_keys_in_the_queue_are_read_before_any_row_is_written(device, start, normalize, view):
+    queue = torch.randn(12, 5, device=device)
+    want, want_ptr, queue_ptr = queue.clone(), pointer(start, device), pointer(start, device)
+    moco_ext.enqueue_(want, want_ptr, queue[view].clone(), normalize=normalize)
+    moco_ext.enqueue_(queue, queue_ptr, queue[view], normalize=normalize)
+    assert torch.equal(queue, want)
+    assert torch.equal(queue_ptr, want_ptr)
+
+
+def test_keys_on_the_pointer_are_read_before_it_moves(device):
+    memory = torch.tensor([3, 7, 7, 7], device=device)
+    queue, want = torch.zeros(5, 4, device=device), torch.zeros(5, 4, device=device)
+    keys = memory.view(torch.float32).view(2, 4)
+    moco_ext.enqueue_(want, pointer(3, device), keys.clone())
+    moco_ext.enqueue_(queue, memory[:1], keys)
+    assert torch.equal(queue, want)
+    assert memory.tolist() == [0, 7, 7, 7]
+
+
+def test_a_pointer_in_the_memory_of_the_queue_is_refused(device):
+    memory = torch.zeros(6, dtype=torch.int64, device=device)
+    queue = memory.view(torch.float32).view(4, 3)
+    with pytest.raises(ValueError, match="queue_ptr: expected memory outside queue"):
+        moco_ext.enqueue_(queue, memory[4:5], torch.ones(2, 3, device=device))
+    assert not memory.any()
+
+
+def test_negative_pointers_count_from_the_end(device):
+    """Modulo K, as an index of Python; the next one is in [0, K) again."""
+    queue, queue_ptr, keys = torch.zeros(5, 3, device=device), pointer(-6, device), torch.randn(2, 3, device=device)
+    moco_ext.enqueue_(queue, queue_ptr, keys)  # -6 mod 5 = 4
+    assert torch.equal(queue[[4, 0]], keys)
+    assert not queue[1:4].any()
+    assert queue_ptr.item() == 1
+
+
 def test_values_beyond_float16_become_infinite(device):
     """As any cast does; a silent clamp would hide a diverging encoder."""
     queue = torch.zeros(2, 2, dtype=torch.float16, device=device)

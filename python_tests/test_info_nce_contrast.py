@@ -14,11 +14,11 @@ from torch.library import opcheck
 import moco_ext
 
 
-def problem(n=8, k=300, c=32, device="cpu", dtype=torch.float32, queue_dtype=None, m=None, first=0):
-    """Random raw queries, keys of which [first, first + n) lie near them, and a queue of unit rows."""
+def problem(n=8, k=300, c=32, device="cpu", dtype=torch.float32, queue_dtype=None, m=None, key_offset=0):
+    """Random raw queries, keys of which [key_offset, key_offset + n) lie near them, and a queue of unit rows."""
     query = torch.randn(n, c, device=device, dtype=torch.float64)
     key = torch.randn(m or n, c, device=device, dtype=torch.float64)
-    key[first : first + n] += 0.5 * query
+    key[key_offset : key_offset + n] += 0.5 * query
     return query.to(dtype), key.to(dtype), unit_rows(k, c, queue_dtype or dtype, device)
 
 
@@ -31,18 +31,18 @@ def test_matches_float64(device, data):
     k = draw(st.sampled_from([1, 63, 64, 65, 257, 1500]))
     in_batch = draw(st.booleans())
     m = n + draw(st.integers(0, 70)) if in_batch else n
-    first = draw(st.integers(0, m - n))
+    key_offset = draw(st.integers(0, m - n))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, *HALF]))
     queue_dtype = draw(st.sampled_from([torch.float32, torch.float32, *HALF]))
     normalize = draw(st.booleans())
-    query, key, queue = problem(n, k, c, device, dtype, queue_dtype, m, first)
+    query, key, queue = problem(n, k, c, device, dtype, queue_dtype, m, key_offset)
     query, key = query / math.sqrt(c), key / math.sqrt(c)
-    options = {"in_batch": in_batch, "first_key": first}
+    options = {"in_batch": in_batch, "key_offset": key_offset}
     options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 0.9]))
     if in_batch and m and draw(st.booleans()):
         queue = None
     elif draw(st.booleans()):
-        options["valid"] = draw(st.sampled_from([0, 1, k // 2, k]))
+        options["num_valid"] = draw(st.sampled_from([0, 1, k // 2, k]))
     if draw(st.booleans()):
         names = draw(st.sampled_from([1, 5, 100]))  # one name: all are the same
         options["same_id"] = draw(st.sampled_from(["mask", "positive"]))
@@ -58,19 +58,28 @@ def test_matches_float64(device, data):
 @pytest.mark.parametrize("queue_dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("c", [64, 128, 256, 512, 96])
 def test_everything_at_once_at_the_fast_widths(device, c, queue_dtype):
-    query, key, queue = problem(70, 1000, c, device, queue_dtype=queue_dtype, m=150, first=40)
+    query, key, queue = problem(70, 1000, c, device, queue_dtype=queue_dtype, m=150, key_offset=40)
     ids = {"query_ids": torch.arange(150, device=device) % 60, "queue_ids": torch.arange(1000, device=device) % 300}
     for same_id in ("mask", "positive"):
         check_info_nce(
-            query, key, queue, 0.07, in_batch=True, first_key=40, label_smoothing=0.1, valid=900, same_id=same_id, **ids
+            query,
+            key,
+            queue,
+            0.07,
+            in_batch=True,
+            key_offset=40,
+            label_smoothing=0.1,
+            num_valid=900,
+            same_id=same_id,
+            **ids,
         )
 
 
 @pytest.mark.parametrize("same_id", ["mask", "positive"])
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_gradcheck(in_batch, same_id):
-    query, key, queue = problem(4, 9, 5, dtype=torch.float64, m=6 if in_batch else 4, first=1 if in_batch else 0)
-    options = {"label_smoothing": 0.2, "valid": 7, "in_batch": in_batch, "first_key": int(in_batch)}
+    query, key, queue = problem(4, 9, 5, dtype=torch.float64, m=6 if in_batch else 4, key_offset=1 if in_batch else 0)
+    options = {"label_smoothing": 0.2, "num_valid": 7, "in_batch": in_batch, "key_offset": int(in_batch)}
     ids = {"query_ids": torch.tensor([0, 1, 2, 0, 1, -1])[: len(key)], "queue_ids": torch.arange(9) % 4}
 
     def loss(query, key, temperature):
@@ -123,9 +132,9 @@ def test_what_lies_beyond_valid_is_never_read(device):
     query, key, queue = problem(8, 300, 32, device)
     want = moco_ext.info_nce(query, key, queue[:100], reduction="none")
     queue[100:] = math.nan
-    for valid in (100, torch.tensor([100], device=device), torch.tensor(100, device=device)):
-        assert torch.equal(moco_ext.info_nce(query, key, queue, valid=valid, reduction="none"), want)
-    nothing = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07, valid=0)
+    for num_valid in (100, torch.tensor([100], device=device), torch.tensor(100, device=device)):
+        assert torch.equal(moco_ext.info_nce(query, key, queue, num_valid=num_valid, reduction="none"), want)
+    nothing = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07, num_valid=0)
     assert nothing[0] == 0
     assert not nothing[2]["query"].any()
 
@@ -134,8 +143,8 @@ def test_what_lies_beyond_valid_is_never_read(device):
 def test_a_valid_count_on_the_device_is_clamped(device, beyond):
     """A tensor's value is not known without waiting for the device, so it cannot be an error."""
     query, key, queue = problem(8, 300, 32, device)
-    got = moco_ext.info_nce(query, key, queue, valid=torch.tensor([beyond], device=device))
-    assert torch.equal(got, moco_ext.info_nce(query, key, queue, valid=min(max(beyond, 0), 300)))
+    got = moco_ext.info_nce(query, key, queue, num_valid=torch.tensor([beyond], device=device))
+    assert torch.equal(got, moco_ext.info_nce(query, key, queue, num_valid=min(max(beyond, 0), 300)))
 
 
 def test_a_bad_row_stays_alone(device):
@@ -203,11 +212,11 @@ def test_opcheck(device, in_batch):
 def test_compiles_without_a_graph_break(device):
     query, key, queue = problem(8, 300, 32, device)
     ids = {"query_ids": torch.arange(8, device=device), "queue_ids": torch.arange(300, device=device) % 20}
-    valid = torch.tensor([200], device=device)
+    num_valid = torch.tensor([200], device=device)
 
     def step(query, key):
         pair = torch.stack([query, key]), torch.stack([key, query])
-        loss = moco_ext.info_nce(*pair, queue, 0.1, label_smoothing=0.1, valid=valid, **ids)
+        loss = moco_ext.info_nce(*pair, queue, 0.1, label_smoothing=0.1, num_valid=num_valid, **ids)
         return loss + moco_ext.info_nce(query, key, queue, 0.1, in_batch=True)
 
     results = []
@@ -221,11 +230,11 @@ def test_compiles_without_a_graph_break(device):
 def test_never_waits_for_the_device():
     query, key, queue = problem(32, 4096, 128, "cuda")
     ids = {"query_ids": torch.arange(32, device="cuda"), "queue_ids": torch.arange(4096, device="cuda")}
-    valid = torch.tensor([1000], device="cuda")
+    num_valid = torch.tensor([1000], device="cuda")
     inputs = [x.requires_grad_() for x in (query, key)]
 
     def step():
-        loss = moco_ext.info_nce(query, key, queue, valid=valid, in_batch=True, label_smoothing=0.1, **ids)
+        loss = moco_ext.info_nce(query, key, queue, num_valid=num_valid, in_batch=True, label_smoothing=0.1, **ids)
         return torch.autograd.grad(loss, inputs)
 
     step()
@@ -255,10 +264,10 @@ def test_repeatable_to_the_bit(device):
     [
         ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1"),
         ({"label_smoothing": math.nan}, "label_smoothing: expected a number"),
-        ({"valid": 301}, "valid: expected 0 to 300 keys of the queue, got 301"),
-        ({"valid": -1}, "valid: expected a number of keys, got -1"),
-        ({"valid": torch.tensor([1.0])}, "valid: expected int64, got float32"),
-        ({"first_key": 1}, "first_key: expected 0 to 0 for 8 queries among 8 keys, got 1"),
+        ({"num_valid": 301}, "num_valid: expected 0 to 300 keys of the queue, got 301"),
+        ({"num_valid": -1}, "num_valid: expected a number of keys, got -1"),
+        ({"num_valid": torch.tensor([1.0])}, "num_valid: expected int64, got float32"),
+        ({"key_offset": 1}, "key_offset: expected 0 to 0 for 8 queries among 8 keys, got 1"),
         ({"same_id": "skip"}, "same_id: expected 'mask' or 'positive', got 'skip'"),
         ({"query_ids": torch.arange(8)}, "queue_ids: expected together with query_ids"),
         ({"queue_ids": torch.arange(300)}, "query_ids: expected together with queue_ids"),

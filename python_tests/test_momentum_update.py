@@ -81,51 +81,54 @@ def test_many_small_steps_do_not_drift(device):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_shadows_are_the_rounded_keys(device, query_dtype, dtype):
+def test_low_precision_copies_are_the_rounded_keys(device, query_dtype, dtype):
     keys, queries = pairs([(100_003,), (64, 3, 7, 7), (), (0,), (5, 1)], device, query_dtype=query_dtype)
-    shadows = [torch.full_like(x, math.nan, dtype=dtype) for x in keys]
+    low_precision = [torch.full_like(x, math.nan, dtype=dtype) for x in keys]
     alone = [x.clone() for x in keys]
-    moco_ext.momentum_update_(keys, queries, 0.9, shadows=shadows)
+    moco_ext.momentum_update_(keys, queries, 0.9, low_precision=low_precision)
     moco_ext.momentum_update_(alone, queries, 0.9)
-    for key, other, shadow in zip(keys, alone, shadows, strict=True):
+    for key, other, copy in zip(keys, alone, low_precision, strict=True):
         assert torch.equal(key, other)
-        assert torch.equal(shadow, key.to(dtype))
+        assert torch.equal(copy, key.to(dtype))
 
 
-def test_sixteen_bits_alone_stall_where_a_master_with_a_shadow_moves(device):
+def test_16_bit_keys_stall_where_a_float32_master_with_a_copy_moves(device):
     """A step of (1 - m) (q - k) = 0.001 is below half of bfloat16's spacing at 1, 2^-8: such keys never move."""
     query = torch.full((64,), 2.0, device=device)
     alone, master = torch.ones(64, dtype=torch.bfloat16, device=device), torch.ones(64, device=device)
-    shadow = master.bfloat16()
+    copy = master.bfloat16()
     for _ in range(500):
         moco_ext.momentum_update_([alone], [query], 0.999)
-        moco_ext.momentum_update_([master], [query], 0.999, shadows=[shadow])
+        moco_ext.momentum_update_([master], [query], 0.999, low_precision=[copy])
     assert (alone == 1).all()
     want = 2 - 0.999**500
-    assert (shadow.float() - want).abs().max() <= 2**-8
+    assert (copy.float() - want).abs().max() <= 2**-8
 
 
 @pytest.mark.parametrize(
-    ("shadows", "message"),
+    ("low_precision", "message"),
     [
         ([], None),
-        ([torch.zeros(3)], r"shadows\[0\]: expected bfloat16 or float16, got float32"),
-        ([torch.zeros(4).bfloat16()], r"shadows\[0\]: expected shape and strides of key_params\[0\] \[3\], got \[4\]"),
-        ([torch.zeros(3).bfloat16()] * 2, "shadows: expected none, or 1 tensors as in key_params, got 2"),
+        ([torch.zeros(3)], r"low_precision\[0\]: expected bfloat16 or float16, got float32"),
+        (
+            [torch.zeros(4).bfloat16()],
+            r"low_precision\[0\]: expected shape and strides of key_params\[0\] \[3\], got \[4\]",
+        ),
+        ([torch.zeros(3).bfloat16()] * 2, "low_precision: expected none, or 1 tensors as in key_params, got 2"),
     ],
 )
-def test_bad_shadows_are_named(shadows, message):
+def test_bad_low_precision_copies_are_named(low_precision, message):
     key, query = torch.zeros(3), torch.ones(3)
     if message is None:
-        moco_ext.momentum_update_([key], [query], 0.5, shadows=shadows)
+        moco_ext.momentum_update_([key], [query], 0.5, low_precision=low_precision)
         return
     with pytest.raises(ValueError, match=message):
-        moco_ext.momentum_update_([key], [query], 0.5, shadows=shadows)
+        moco_ext.momentum_update_([key], [query], 0.5, low_precision=low_precision)
     assert not key.any()
     with pytest.raises(
-        ValueError, match=r"key_params\[0\]: expected float32, the master of shadows\[0\], got bfloat16"
+        ValueError, match=r"key_params\[0\]: expected float32, the master of low_precision\[0\], got bfloat16"
     ):
-        moco_ext.momentum_update_([key.bfloat16()], [query], 0.5, shadows=[torch.zeros(3).bfloat16()])
+        moco_ext.momentum_update_([key.bfloat16()], [query], 0.5, low_precision=[torch.zeros(3).bfloat16()])
 
 
 def test_m_0_copies_and_m_1_keeps(device):
@@ -137,6 +140,12 @@ def test_m_0_copies_and_m_1_keeps(device):
     assert all(map(torch.equal, keys, queries))
 
 
+def test_m_is_checked_without_parameters_too():
+    moco_ext.momentum_update_([], [], 0.5)
+    with pytest.raises(ValueError, match=r"m: expected a momentum in \[0, 1\], got 7.0"):
+        moco_ext.momentum_update_([], [], 7.0)
+
+
 def test_equals_the_official_loop(device):
     ours, queries = pairs([(64, 3, 7, 7), (64,), (10, 64)], device)
     theirs, before = [x.clone() for x in ours], [x.clone() for x in ours]
@@ -146,7 +155,7 @@ def test_equals_the_official_loop(device):
 
 
 def test_views_and_their_base_change_together(device):
-    """Offsets of one element: no view is aligned to more than its element size; neighbours stay."""
+    """Offsets of one element: no view is aligned to more than its element size; neighbors stay."""
     buffer, query = torch.randn(100, device=device), torch.randn(50, device=device)
     before, address = buffer.clone(), buffer.data_ptr()
     moco_ext.momentum_update_([buffer[1:51]], [query], 0.5)
@@ -164,6 +173,63 @@ def test_channels_last_weights(device):
     moco_ext.momentum_update_([key], [query], 0.9)
     assert key.is_contiguous(memory_format=torch.channels_last)
     assert (key - want).abs().max() < 1e-6
+
+
+def test_layouts_that_overlap_themselves_are_refused(device):
+    """Strides (2, 2) span nine elements and reach five of them: the span of a dense tensor, but not dense."""
+    buffer = torch.zeros(9, device=device)
+    key, query = buffer.as_strided((3, 3), (2, 2)), torch.ones(9, device=device).as_strided((3, 3), (2, 2))
+    with pytest.raises(ValueError, match=r"key_params\[0\] and query_params\[0\]: expected both contiguous, or"):
+        moco_ext.momentum_update_([key], [query], 0.5)
+    assert not buffer.any()
+
+
+@pytest.mark.parametrize("case", ["same key", "keys", "key and its query", "key and other query", "key and m"])
+def test_overlaps_with_a_key_are_refused(device, case):
+    """The result would depend on the order of the threads."""
+    x, y = torch.randn(40, device=device), torch.randn(30, device=device)
+    keys, queries, m, names = {
+        "same key": ([x[:20], x[:20]], [y[:20], y[:20]], 0.5, ("key_params[0]", "key_params[1]")),
+        "keys": ([x[:20], x[19:39]], [y[:20], y[:20]], 0.5, ("key_params[0]", "key_params[1]")),
+        "key and its query": ([x[:20]], [x[1:21]], 0.5, ("key_params[0]", "query_params[0]")),
+        "key and other query": ([x[:20], x[20:30]], [y[:20], x[:10]], 0.5, ("key_params[0]", "query_params[1]")),
+        "key and m": ([x[:20]], [y[:20]], x[3], ("key_params[0]", "m")),
+    }[case]
+    before = x.clone()
+    with pytest.raises(ValueError, match="expected memory that is not shared") as error:
+        moco_ext.momentum_update_(keys, queries, m)
+    assert all(name in str(error.value) for name in names)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("case", ["same copy", "copy and key", "copy and query"])
+def test_low_precision_copies_share_no_memory(device, case):
+    x, half = torch.randn(2, 16, device=device), torch.zeros(2, 16, dtype=torch.bfloat16, device=device)
+    y = half.new_zeros(2, 16)
+    low_precision, queries, names = {
+        "same copy": ([half[0], half[0]], [y[0], y[1]], ("low_precision[0]", "low_precision[1]")),
+        "copy and key": (
+            [half[0], x[0].view(torch.bfloat16)[:16]],
+            [y[0], y[1]],
+            ("key_params[0]", "low_precision[1]"),
+        ),
+        "copy and query": ([half[0], half[1]], [y[0], half[0]], ("query_params[1]", "low_precision[0]")),
+    }[case]
+    before = x.clone()
+    with pytest.raises(ValueError, match="expected memory that is not shared") as error:
+        moco_ext.momentum_update_(list(x), queries, 0.5, low_precision=low_precision)
+    assert all(name in str(error.value) for name in names)
+    assert torch.equal(x, before)
+
+
+def test_memory_that_is_only_read_may_be_shared(device):
+    """Neighbors in one buffer, one query for several keys, a query that is its own key, tensors without elements."""
+    buffer, query = torch.randn(40, device=device), torch.randn(10, device=device)
+    before = buffer.clone()
+    keys = [buffer[10:20], buffer[:10], buffer[30:], buffer[20:30], buffer[5:5]]
+    moco_ext.momentum_update_(keys, [query, query, query, buffer[20:30], buffer[7:7]], 0.5)
+    want = 0.5 * before + 0.5 * torch.cat([query, query, before[20:30], query])
+    torch.testing.assert_close(buffer, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("key_dtype", [torch.float32, *HALF], ids=str)
@@ -208,8 +274,8 @@ def test_opcheck(device, as_tensor):
     keys, queries = pairs([(4, 3), (7,)], device, torch.float32, torch.bfloat16)
     m_tensor, m = (torch.tensor(0.9, device=device), math.nan) if as_tensor else (None, 0.9)
     opcheck(torch.ops.moco_ext.momentum_update_.default, (keys, queries, m_tensor, m, []))
-    shadows = [x.bfloat16() for x in keys]
-    opcheck(torch.ops.moco_ext.momentum_update_.default, (keys, queries, m_tensor, m, shadows))
+    low_precision = [x.bfloat16() for x in keys]
+    opcheck(torch.ops.moco_ext.momentum_update_.default, (keys, queries, m_tensor, m, low_precision))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

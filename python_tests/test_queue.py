@@ -82,7 +82,7 @@ def test_moco_hands_ids_to_the_loss(device, in_batch, same_id):
             same_id=same_id,
             in_batch=in_batch,
             label_smoothing=0.1,
-            valid=min(4 * step, 12),
+            num_valid=min(4 * step, 12),
         )
         torch.testing.assert_close(out.loss.double(), want, rtol=1e-5, atol=1e-6)
         out.loss.backward()

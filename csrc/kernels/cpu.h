@@ -32,9 +32,9 @@ struct InfoNceOptions {
 
 // What goes beyond one positive a row against a queue of negatives. By default nothing does.
 struct InfoNceContrast {
-  bool in_batch = false;  // all key rows but a query's own are its negatives too
-  int64_t keys = 0;       // M, of key [M, C] if in_batch; else N
-  int64_t first = 0;      // query i's positive is key row first + i
+  bool in_batch = false;   // all key rows but a query's own are its negatives too
+  int64_t keys = 0;        // M, of key [M, C] if in_batch; else N
+  int64_t key_offset = 0;  // query i's positive is key row key_offset + i
   double label_smoothing = 0;
   const int64_t* key_ids = nullptr;    // [M] or null; a negative id matches none
   const int64_t* queue_ids = nullptr;  // [K] or null

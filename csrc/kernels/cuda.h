@@ -30,10 +30,10 @@ struct InfoNceOptions {
 
 // What goes beyond one positive a row against a queue of negatives. By default nothing does.
 struct InfoNceContrast {
-  bool in_batch = false;           // all key rows but a query's own are its negatives too
-  int64_t keys = 0;                // M, of key [M, C] if in_batch; else N
-  int64_t first = 0;               // query i's positive is key row first + i
-  const int64_t* valid = nullptr;  // [1] on the device: keys of the queue that count; null: all
+  bool in_batch = false;               // all key rows but a query's own are its negatives too
+  int64_t keys = 0;                    // M, of key [M, C] if in_batch; else N
+  int64_t key_offset = 0;              // query i's positive is key row key_offset + i
+  const int64_t* num_valid = nullptr;  // [1] on the device: keys of the queue that count; null: all
   float label_smoothing = 0;
   const int64_t* key_ids = nullptr;    // [M] or null; a negative id matches none
   const int64_t* queue_ids = nullptr;  // [K] or null
@@ -92,12 +92,12 @@ struct MomentumTensor {
   int64_t numel;
   Dtype key_dtype;
   Dtype query_dtype;
-  void* shadow = nullptr;  // a 16-bit copy of a float32 key, written in the same pass; or null
-  Dtype shadow_dtype = Dtype::kBFloat16;
+  void* low_precision = nullptr;  // 16-bit copy of a float32 key, written in the same pass; or null
+  Dtype low_precision_dtype = Dtype::kBFloat16;
 };
 
-// m_ptr: [1] on the device, or null for the value m. All tensors have a shadow, or none has. One launch for every 1,000
-// tensors, 800 with shadows.
+// m_ptr: [1] on the device, or null for the value m. Either all tensors have a low-precision copy or none has. One
+// launch for every 1,000 tensors, 800 with copies.
 cudaError_t momentum_update(const MomentumTensor* tensors, int64_t count, float m, const float* m_ptr,
                             cudaStream_t stream);
 

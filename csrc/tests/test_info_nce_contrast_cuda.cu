@@ -15,7 +15,7 @@ namespace cuda = moco_ext::cuda;
 using check::Device;
 
 struct Case {
-  int64_t n, k, c, m, first, valid;  // valid: -1 all, on the device where `valid_on_device`
+  int64_t n, k, c, m, key_offset, num_valid;  // num_valid: -1 all, on the device where `valid_on_device`
   bool valid_on_device, in_batch, ids, positive, normalize, tf32;
   int names;  // different ids
   double smoothing, temperature;
@@ -23,8 +23,9 @@ struct Case {
 
 std::string describe(const Case& x, const char* query, const char* queue) {
   char text[256];
-  std::snprintf(text, sizeof text, "n=%ld k=%ld c=%ld m=%ld first=%ld valid=%ld%s%s%s%s%s T=%g smoothing=%g %s on %s",
-                long(x.n), long(x.k), long(x.c), long(x.m), long(x.first), long(x.valid),
+  std::snprintf(text, sizeof text,
+                "n=%ld k=%ld c=%ld m=%ld key_offset=%ld num_valid=%ld%s%s%s%s%s T=%g smoothing=%g %s on %s", long(x.n),
+                long(x.k), long(x.c), long(x.m), long(x.key_offset), long(x.num_valid),
                 x.valid_on_device ? " on device" : "", x.in_batch ? " in_batch" : "",
                 !x.ids       ? ""
                 : x.positive ? " positive"
@@ -69,17 +70,18 @@ Exact exact(const Case& x, const std::vector<double>& query, const std::vector<d
       bool positive;
       double score;
     };
-    const double* own = &k[(x.first + i) * c];
-    std::vector<Candidate> all{{own, x.first + i, true, 0}};
+    const double* own = &k[(x.key_offset + i) * c];
+    std::vector<Candidate> all{{own, x.key_offset + i, true, 0}};
     const auto add = [&](const double* row, int64_t in_batch, int64_t id) {
-      const int64_t mine = x.ids ? key_ids[x.first + i] : -1;
+      const int64_t mine = x.ids ? key_ids[x.key_offset + i] : -1;
       const bool same = x.ids && mine >= 0 && mine == id;
       if (!same || x.positive) all.push_back({row, in_batch, same, 0});
     };
     for (int64_t j = 0; x.in_batch && j < x.m; ++j) {
-      if (j != x.first + i) add(&k[j * c], j, x.ids ? key_ids[j] : -1);
+      if (j != x.key_offset + i) add(&k[j * c], j, x.ids ? key_ids[j] : -1);
     }
-    for (int64_t j = 0; j < (x.valid < 0 ? x.k : x.valid); ++j) add(&queue[j * c], -1, x.ids ? queue_ids[j] : -1);
+    for (int64_t j = 0; j < (x.num_valid < 0 ? x.k : x.num_valid); ++j)
+      add(&queue[j * c], -1, x.ids ? queue_ids[j] : -1);
 
     double top = -INFINITY, longest = 0, largest = 0;
     int positives = 0;
@@ -173,7 +175,7 @@ void test(const Case& x, check::Random& random) {
   const bool no_queue = x.k == 0;
   const Device<Query> d_query(query), d_key(key);
   const Device<Queue> d_queue(queue);
-  const Device<int64_t> d_key_ids(key_ids), d_queue_ids(queue_ids), d_valid(std::vector<int64_t>{x.valid});
+  const Device<int64_t> d_key_ids(key_ids), d_queue_ids(queue_ids), d_num_valid(std::vector<int64_t>{x.num_valid});
   const Device<float> d_upstream(upstream), d_temperature(std::vector<float>{float(x.temperature)});
   const auto floats = [](int64_t n) { return Device<float>(std::vector<float>(n, NAN)); };
   const auto loss = floats(x.n), lse = floats(x.n), positive = floats(x.n), grad_query = floats(x.n * x.c);
@@ -182,13 +184,13 @@ void test(const Case& x, check::Random& random) {
   const cuda::InfoNceOptions options{NAN, d_temperature.data(), 1e-12f, x.normalize, x.tf32};
   const cuda::InfoNceContrast contrast{x.in_batch,
                                        x.m,
-                                       x.first,
-                                       x.valid_on_device && x.valid >= 0 ? d_valid.data() : nullptr,
+                                       x.key_offset,
+                                       x.valid_on_device && x.num_valid >= 0 ? d_num_valid.data() : nullptr,
                                        float(x.smoothing),
                                        x.ids ? d_key_ids.data() : nullptr,
                                        x.ids && !no_queue ? d_queue_ids.data() : nullptr,
                                        x.positive};
-  const cuda::InfoNceShape shape{x.n, x.valid >= 0 && !x.valid_on_device ? x.valid : x.k, x.c};
+  const cuda::InfoNceShape shape{x.n, x.num_valid >= 0 && !x.valid_on_device ? x.num_valid : x.k, x.c};
   const cuda::InfoNceOutputs outputs{loss.data(),
                                      lse.data(),
                                      positive.data(),
@@ -271,11 +273,11 @@ int main(int argc, char** argv) {
   }
   check::group("edges");
   const Case plain{5, 70, 64, 5, 0, -1, false, false, false, false, true, false, 9, 0, 0.07};
-  for (const int64_t valid : {0, 1, 64, 70}) {
+  for (const int64_t num_valid : {0, 1, 64, 70}) {
     for (const bool on_device : {false, true}) {
       for (const int64_t c : {64, 17}) {
         Case x = plain;
-        x.c = c, x.valid = valid, x.valid_on_device = on_device;
+        x.c = c, x.num_valid = num_valid, x.valid_on_device = on_device;
         test_types(0, 0, x, random);
         x.smoothing = 0.1;
         test_types(0, 1, x, random);
@@ -318,8 +320,8 @@ int main(int argc, char** argv) {
            check::uniform(random, 0, 1) * 0.2,
            check::pick(random, all_t)};
     x.m = x.in_batch ? x.n + check::uniform(random, 0, 40) : x.n;
-    x.first = check::uniform(random, 0, x.m - x.n);
-    if (check::uniform(random, 0, 2) == 0) x.valid = check::uniform(random, 0, x.k);
+    x.key_offset = check::uniform(random, 0, x.m - x.n);
+    if (check::uniform(random, 0, 2) == 0) x.num_valid = check::uniform(random, 0, x.k);
     test_types(static_cast<int>(check::uniform(random, 0, 2)), static_cast<int>(check::uniform(random, 0, 2)), x,
                random);
   }

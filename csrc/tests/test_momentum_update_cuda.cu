@@ -154,13 +154,13 @@ void test_many(Random& random) {
 }
 
 // float32 keys with 16-bit copies: the copy is the rounded key, whatever the alignments.
-template <typename Query, typename Shadow>
-void test_shadow(Random& random) {
-  check::group(std::string("shadow ") + check::name<Shadow>() + ", query " + check::name<Query>());
+template <typename Query, typename LowPrecision>
+void test_low_precision(Random& random) {
+  check::group(std::string("low-precision copy ") + check::name<LowPrecision>() + ", query " + check::name<Query>());
   for (const int count : {1, 3, 900}) {
     std::vector<Device<float>> keys;
     std::vector<Device<Query>> queries;
-    std::vector<Device<Shadow>> shadows;
+    std::vector<Device<LowPrecision>> low_precision;
     std::vector<std::vector<float>> before;
     std::vector<std::vector<Query>> towards;
     std::vector<MomentumTensor> tensors;
@@ -171,19 +171,19 @@ void test_shadow(Random& random) {
       towards.push_back(check::normal<Query>(random, n));
       keys.emplace_back(before.back());
       queries.emplace_back(towards.back(), offset);
-      shadows.emplace_back(std::vector<Shadow>(n, check::element<Shadow>(NAN)), offset);
+      low_precision.emplace_back(std::vector<LowPrecision>(n, check::element<LowPrecision>(NAN)), offset);
       tensors.push_back({keys.back().data(), queries.back().data(), static_cast<int64_t>(n), Dtype::kFloat32,
-                         kDtype<Query>, shadows.back().data(), kDtype<Shadow>});
+                         kDtype<Query>, low_precision.back().data(), kDtype<LowPrecision>});
     }
     check::cuda(momentum_update(tensors.data(), count, 0.75f, nullptr, nullptr));
     for (int i = 0; i < count; ++i) {
       const auto key = keys[i].host();
-      const auto shadow = shadows[i].host();
+      const auto copy = low_precision[i].host();
       bool good = true;
       for (size_t j = 0; j < key.size(); ++j) {
         const double want = 0.75 * before[i][j] + 0.25 * check::value(towards[i][j]);
         good &= check::close(key[j], want, std::abs(want) + 1);
-        good &= check::value(shadow[j]) == check::value(check::element<Shadow>(key[j]));
+        good &= check::value(copy[j]) == check::value(check::element<LowPrecision>(key[j]));
       }
       check::that(good, "tensor " + std::to_string(i) + " of " + std::to_string(count));
     }
@@ -235,9 +235,9 @@ int main(int argc, char** argv) {
   test_lists(random);
   test_many(random);
   test_edges(random);
-  test_shadow<float, __nv_bfloat16>(random);
-  test_shadow<__nv_bfloat16, __nv_bfloat16>(random);
-  test_shadow<float, __half>(random);
+  test_low_precision<float, __nv_bfloat16>(random);
+  test_low_precision<__nv_bfloat16, __nv_bfloat16>(random);
+  test_low_precision<float, __half>(random);
   if (argc > 1 && strcmp(argv[1], "--large") == 0) test_large();
   return check::finish();
 }

@@ -166,7 +166,7 @@ class NTXentLoss(nn.Module):
         images = torch.arange(world * n, device=out0.device).view(world, 1, n).expand(-1, 2, -1).flatten()
         queries = self._signed(queries)
         return info_nce(
-            queries, keys, None, abs(self.temperature), in_batch=True, first_key=me * 2 * n, query_ids=images
+            queries, keys, None, abs(self.temperature), in_batch=True, key_offset=me * 2 * n, query_ids=images
         )
 
 

@@ -61,9 +61,10 @@ struct Partial {
   }
 };
 
-// Walks keys [begin, end) of one source: the queue, or the batch's own keys, where key `own` + i is row i's positive.
+// Walks keys [begin, end) of one source: the queue, or the batch's own keys, where key `key_offset` + i is row i's
+// positive.
 template <typename A, typename Key>
-void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optional<int64_t> own, int64_t begin,
+void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optional<int64_t> key_offset, int64_t begin,
           int64_t end, Partial<A>& partial) {
   const auto [n, c] = std::pair{p.n, p.c};
   const TileLoops<A>& loops = tile_loops<A>();
@@ -71,21 +72,21 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
   const AlignedArray<A> scores(p.tile * p.panels.width(0));
   struct Match {
     int64_t row, key;
-    bool is_own;
+    bool is_positive;
   };
-  std::vector<std::vector<Match>> matches(ids == nullptr && !own ? 0 : p.panels.count());  // of a tile, by panel
+  std::vector<std::vector<Match>> matches(ids == nullptr && !key_offset ? 0 : p.panels.count());  // of a tile, by panel
 
   for (int64_t first = begin; first < end; first += p.tile) {
     const int64_t count = std::min(p.tile, end - first);
     const A* tile = widen(keys + first * c, count * c, widened.get());
     for (auto& of_panel : matches) of_panel.clear();
-    for (int64_t j = 0; own && j < count; ++j) {
-      const int64_t row = first + j - *own;
+    for (int64_t j = 0; key_offset && j < count; ++j) {
+      const int64_t row = first + j - *key_offset;
       if (row >= 0 && row < n) matches[row / kPanelWidth].push_back({row, j, true});
     }
     for (int64_t j = 0; ids != nullptr && j < count; ++j) {
       p.by_id->for_each(ids[first + j], [&](int64_t row) {
-        if (own && row == first + j - *own) return;
+        if (key_offset && row == first + j - *key_offset) return;
         matches[row / kPanelWidth].push_back({row, j, false});
         ++partial.matches[row];
         if (partial.match_sum.empty()) return;
@@ -101,9 +102,9 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
       const int64_t width = p.panels.width(panel);
       loops.scores(tile, p.packed.get() + at * c, scores.get(), count, c, width);
       for (size_t i = 0; !matches.empty() && i < matches[panel].size(); ++i) {
-        const auto [row, j, is_own] = matches[panel][i];
+        const auto [row, j, is_positive] = matches[panel][i];
         A& score = scores[j * width + row - at];
-        if (is_own || !p.contrast.same_id_positive) {
+        if (is_positive || !p.contrast.same_id_positive) {
           score = -std::numeric_limits<A>::infinity();
         } else if (score > p.positive[row]) {
           --partial.above[row];
@@ -137,7 +138,7 @@ struct Target {
   // target [C] of row i; returns its share of each positive, and of each class.
   std::pair<A, A> row(const Problem<A>& p, int64_t i, A* target) const {
     const auto& x = p.contrast;
-    const A* key = p.key.row(x.first + i);
+    const A* key = p.key.row(x.key_offset + i);
     int64_t matches = 0;
     std::vector<A> match_sum(partials[0].match_sum.empty() ? 0 : p.c);
     for (const Partial<A>& slab : partials) {
@@ -169,7 +170,7 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
   const A eps = static_cast<A>(options.eps);
   const A positive = p.positive[i];
   const A* query = p.query.row(i);
-  const A* key = p.key.row(p.contrast.first + i);
+  const A* key = p.key.row(p.contrast.key_offset + i);
   A max = positive;
   for (const Partial<A>& slab : partials) max = std::max(max, slab.max[i]);
   const auto slab_weight = [&](const Partial<A>& slab) { return std::exp2((slab.max[i] - max) * p.scale); };
@@ -245,9 +246,9 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
   const Panels panels{n};
   const AlignedArray<A> packed = panels.pack(queries.data.data(), c);
   const AlignedArray<A> positive(panels.padded(), A{0});
-  for (int64_t i = 0; i < n; ++i) positive[i] = dot(queries.row(i), keys.row(contrast.first + i), c);
+  for (int64_t i = 0; i < n; ++i) positive[i] = dot(queries.row(i), keys.row(contrast.key_offset + i), c);
   std::optional<RowsById> by_id;
-  if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.first, n);
+  if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.key_offset, n);
   const Problem<A> problem{panels,
                            n,
                            c,
@@ -277,7 +278,7 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
       walk(problem, queue, contrast.queue_ids, std::nullopt, first, last, partials[slab]);
       if (!contrast.in_batch) continue;
       const auto [first_key, last_key] = range(batch_keys, slab);
-      walk(problem, keys.data.data(), contrast.key_ids, contrast.first, first_key, last_key, partials[slab]);
+      walk(problem, keys.data.data(), contrast.key_ids, contrast.key_offset, first_key, last_key, partials[slab]);
     }
   });
 

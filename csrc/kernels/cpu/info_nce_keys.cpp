@@ -31,7 +31,7 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
     floor[i] = weights[2 * i + 1];
   }
   std::optional<RowsById> by_id;
-  if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.first, n);
+  if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.key_offset, n);
 
   host.parallel_for(panels.count(), 1, [&](int64_t begin, int64_t end) {
     const AlignedArray<A> scores(kMinTileKeys * kPanelWidth);
@@ -49,11 +49,11 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
         for (int64_t j = at; j < std::min(at + width, m); ++j) {
           const auto share = [&](int64_t i) { return upstream[i] * weights[2 * i]; };
           const auto score = [&](int64_t i) -> A& { return scores[(i - row) * width + j - at]; };
-          const int64_t own = j - contrast.first;  // the row whose positive this key is
-          if (in_tile(own)) score(own) -= share(own);
+          const int64_t own_row = j - contrast.key_offset;  // the row whose positive this key is
+          if (in_tile(own_row)) score(own_row) -= share(own_row);
           if (!by_id) continue;
           by_id->for_each(contrast.key_ids[j], [&](int64_t i) {
-            if (i == own || !in_tile(i)) return;
+            if (i == own_row || !in_tile(i)) return;
             if (contrast.same_id_positive) {
               score(i) -= share(i);
             } else {

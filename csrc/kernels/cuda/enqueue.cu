@@ -1,4 +1,4 @@
-// The circular queue write: normalise, cast, write and advance the pointer in one launch.
+// The circular queue write: normalize, cast, write and advance the pointer in one launch.
 #include "kernels/cuda.h"
 #include "kernels/cuda/cuda_launch.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -10,12 +10,12 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRowsPerBlock = kThreads / kWarp;
-constexpr int64_t kMaxBlocks = 2048;  // fills any device; more would queue up at the pointer's atomic
+constexpr int64_t kMaxBlocks = 2048;  // fills any device; more would wait for the pointer's atomic
 
-// While the kernel runs, queue_ptr holds the position in its low bits and the number of blocks that have come in the
-// bits above, so that one atomic both reads the pointer and counts, and no memory beyond the pointer is needed.
-constexpr int kPositionBits = 40;
-constexpr uint64_t kPositionMask = (uint64_t{1} << kPositionBits) - 1;
+// While the kernel runs, queue_ptr is the pointer plus 2^40 for each block that has started: one atomic both reads the
+// pointer and counts the blocks, without other memory. The low 40 bits are the pointer in two's complement.
+constexpr int kPointerBits = 40;
+constexpr int64_t kPointerLimit = int64_t{1} << (kPointerBits - 1);
 
 // queue [K, C], keys [B, C]. A warp takes a row.
 template <int width, bool fits, typename Key, typename Queue>
@@ -24,23 +24,26 @@ __global__ __launch_bounds__(kThreads, kRowBlocksPerMultiprocessor<fits>) void e
   __shared__ int64_t first_slot;
   const int64_t skipped = b > k ? b - k : 0;  // rows that later rows of the same batch would overwrite
   if (threadIdx.x == 0) {
-    const uint64_t arrived = atomicAdd(reinterpret_cast<unsigned long long*>(queue_ptr),  // NOLINT: CUDA's own type
-                                       1ull << kPositionBits);
-    const int64_t position = static_cast<int64_t>(arrived & kPositionMask) % k;
+    const uint64_t before = atomicAdd(reinterpret_cast<unsigned long long*>(queue_ptr),  // NOLINT: CUDA's type
+                                      1ull << kPointerBits);
+    constexpr int kCountBits = 64 - kPointerBits;
+    const int64_t pointer = static_cast<int64_t>(before << kCountBits) >> kCountBits;
+    const uint64_t blocks_before = (before - static_cast<uint64_t>(pointer)) >> kPointerBits;
+    const int64_t position = (pointer % k + k) % k;
     first_slot = (position + skipped) % k;
-    // Every other block has read the position by now, so nobody misses it when it goes.
-    if (arrived >> kPositionBits == gridDim.x - 1) *queue_ptr = (position + b) % k;
+    // All other blocks have read the pointer, so it can be overwritten.
+    if (blocks_before == gridDim.x - 1) *queue_ptr = (position + b) % k;
   }
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   bool know_slot = false;
-  // The loop's count is the block's, not the warp's, because of the barrier in it.
+  // All warps of a block run the loop equally often, because of the barrier in it.
   for (int64_t i = skipped + int64_t{blockIdx.x} * kRowsPerBlock; i < b; i += int64_t{gridDim.x} * kRowsPerBlock) {
     const bool mine = i + warp < b;
     const TeamRow<width, fits, kWarp, Key> row(keys + (i + warp) * c, mine ? c : 0, lane);
     const float factor = normalize ? 1.0f / row.norm(eps) : 1.0f;
-    if (!know_slot) __syncthreads();  // the first row is on its way while the atomic is
+    if (!know_slot) __syncthreads();  // here, so that the first row loads while the atomic runs
     know_slot = true;
     int64_t slot = first_slot + (i + warp - skipped);  // < 2 K
     if (slot >= k) slot -= k;
@@ -54,7 +57,7 @@ template <int width, typename Key, typename Queue>
 cudaError_t launch_rows(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c,
                         bool normalize, float eps, cudaStream_t stream) {
   const int64_t rows = b < k ? b : k;
-  const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  const int64_t blocks = rows == 0 ? 1 : (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   constexpr bool kShort = width > 1;  // the scalar path has no variant for short rows
   auto kernel = enqueue_kernel<width, false, Key, Queue>;
   if (kShort && c <= kWarp * width) kernel = enqueue_kernel<width, kShort, Key, Queue>;
@@ -64,12 +67,11 @@ cudaError_t launch_rows(Queue* queue, int64_t* queue_ptr, const Key* keys, int64
 
 }  // namespace
 
-// The pointer must be in [0, 2^40); one beyond K counts modulo K.
+// Pointers are taken modulo K. One outside [-2^39, 2^39) is not advanced correctly; no write is out of bounds.
 template <typename Key, typename Queue>
 cudaError_t enqueue(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, bool normalize,
                     float eps, cudaStream_t stream) {
-  if (k <= 0 || static_cast<uint64_t>(k) > kPositionMask) return cudaErrorInvalidValue;
-  if (b == 0) return cudaSuccess;
+  if (k <= 0 || k >= kPointerLimit) return cudaErrorInvalidValue;
   constexpr int kWidth = kVectorWidth<Key, Queue>;
   const bool vectors = c % kWidth == 0 && is_aligned<kWidth>(keys) && is_aligned<kWidth>(queue);
   return vectors ? launch_rows<kWidth>(queue, queue_ptr, keys, k, b, c, normalize, eps, stream)

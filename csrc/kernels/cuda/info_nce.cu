@@ -23,7 +23,7 @@ cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const 
                                     const InfoNceWorkspace& workspace, cudaStream_t stream) {
   const cudaError_t error =
       launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(workspace.n_padded), dim3(32 * kRowWarps), 0, stream,
-             query, key + contrast.first * shape.c, row_options(shape, options), workspace);
+             query, key + contrast.key_offset * shape.c, row_options(shape, options), workspace);
   if (error != cudaSuccess || !contrast.in_batch) return error;
   const RowOptions keys{contrast.keys, shape.c, options.eps, options.normalize};
   return launch(info_nce_operand_kernel<Query, Operand>, row_blocks(contrast.keys), dim3(32 * kRowWarps), 0, stream,
@@ -43,11 +43,11 @@ cudaError_t launch_info_nce_generic(const Queue* keys, const InfoNceKeyCount& co
 template <typename Queue, typename Operand>
 cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceContrast& contrast,
                                    const InfoNceWorkspace& workspace, cudaStream_t stream) {
-  const InfoNceSource<Queue> of_queue{queue, {shape.k, contrast.valid}, contrast.queue_ids, kNoOwn};
+  const InfoNceSource<Queue> of_queue{queue, {shape.k, contrast.num_valid}, contrast.queue_ids, kNoPositive};
   const InfoNceSource<Operand> of_batch{contrast.in_batch ? static_cast<const Operand*>(workspace.keys) : nullptr,
                                         {contrast.keys, nullptr},
                                         contrast.key_ids,
-                                        contrast.first};
+                                        contrast.key_offset};
   if (workspace.column_sum != nullptr) {
     constexpr int kThreads = 128;
     const auto columns = static_cast<unsigned>((shape.c + kThreads - 1) / kThreads);
@@ -60,7 +60,7 @@ cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape
   }
   if (workspace.match_sum == nullptr) return cudaSuccess;
   return launch(info_nce_match_kernel<Queue, Operand>, dim3(static_cast<unsigned>(shape.n)), dim3(kMatchThreads), 0,
-                stream, of_queue, of_batch, contrast.key_ids + contrast.first, shape.c, workspace);
+                stream, of_queue, of_batch, contrast.key_ids + contrast.key_offset, shape.c, workspace);
 }
 
 template <typename Query>
@@ -70,12 +70,13 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
                                     cudaStream_t stream) {
   // Few rows mean many splits of each: more warps then, so that enough loads are in flight.
   const int warps = workspace.splits >= 4 * kCombineMaxWarps ? kCombineMaxWarps : 4;
-  const InfoNceTarget target{contrast.plain(),         workspace.column_sum,      workspace.match_sum,
-                             workspace.matches,        {shape.k, contrast.valid}, contrast.in_batch ? contrast.keys : 0,
-                             contrast.label_smoothing, contrast.same_id_positive};
+  const InfoNceTarget target{
+      contrast.plain(),         workspace.column_sum,          workspace.match_sum,
+      workspace.matches,        {shape.k, contrast.num_valid}, contrast.in_batch ? contrast.keys : 0,
+      contrast.label_smoothing, contrast.same_id_positive};
   return launch(info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps), 0, stream,
-                query, key + contrast.first * shape.c, row_options(shape, options), temperature_of(options), target,
-                workspace, outputs);
+                query, key + contrast.key_offset * shape.c, row_options(shape, options), temperature_of(options),
+                target, workspace, outputs);
 }
 
 #define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                                \

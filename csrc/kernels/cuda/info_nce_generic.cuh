@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
       if (mask.any() && lane < keys && block_row + row < n) {
         const bool same_id = mask.same_id(block_row + row, tile_key + lane);
         is_negative = !same_id;
-        if (mask.is_own(block_row + row, tile_key + lane) || (same_id && !mask.same_id_positive)) s = -INFINITY;
+        if (mask.is_positive(block_row + row, tile_key + lane) || (same_id && !mask.same_id_positive)) s = -INFINITY;
       }
       const float max = fmaxf(row_max[r], warp_join(s, Max{}));
       const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
       if (lane != 0) continue;
       const InfoNceColumn column = columns[first + q];
       float w = column.upstream * exp2f(score * scale - column.lse) - column.floor;
-      const bool masked = mask.same_id(row, first + q) && !mask.is_own(row, first + q) && !mask.same_id_positive;
+      const bool masked = mask.same_id(row, first + q) && !mask.is_positive(row, first + q) && !mask.same_id_positive;
       if (masked) w = 0.0f;
       weights[q] = w;
     }
@@ -92,12 +92,12 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
       gradient[i] -= workspace.columns[query].share * to_float(queries[query * c + i]);
     }
   };
-  const int64_t own = row + mask.own;
-  if (own >= 0 && own < n) take_share(own);
+  const int64_t own_query = row + mask.key_offset;
+  if (own_query >= 0 && own_query < n) take_share(own_query);
   if (mask.key_ids != nullptr && mask.same_id_positive) {
     for (int64_t first = 0; first < n; first += blockDim.x) {
       const int64_t query = first + threadIdx.x;
-      const bool match = query < n && query != own && mask.same_id(row, query);
+      const bool match = query < n && query != own_query && mask.same_id(row, query);
       __syncthreads();  // the chunk before has been looked at
       if (threadIdx.x == 0) any = 0;
       __syncthreads();
@@ -105,7 +105,7 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
       __syncthreads();
       if (any == 0) continue;
       for (int64_t q = first; q < min(first + blockDim.x, n); ++q) {
-        if (q != own && mask.same_id(row, q)) take_share(q);
+        if (q != own_query && mask.same_id(row, q)) take_share(q);
       }
     }
   }
@@ -176,9 +176,9 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
   const RowOptions queries{n, shape.c, options.eps, options.normalize};
   const RowOptions keys{m, shape.c, options.eps, options.normalize};
   const InfoNceTemperature temperature{options.temperature, options.temperature_ptr};
-  const int64_t* const query_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.first;
-  // Here the rows are keys: row j's own query is j - first.
-  const InfoNceMask mask{contrast.key_ids, query_ids, -contrast.first, contrast.same_id_positive};
+  const int64_t* const query_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
+  // Here the rows are keys: row j is the key of query j - key_offset.
+  const InfoNceMask mask{contrast.key_ids, query_ids, -contrast.key_offset, contrast.same_id_positive};
 
   cudaError_t error = launch(info_nce_columns_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)),
                              dim3(kThreads), 0, stream, lse, weights, upstream, n, w.columns);

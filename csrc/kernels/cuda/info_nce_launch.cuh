@@ -157,17 +157,17 @@ template <typename Operand, typename Query, typename Queue, typename Pass>
 cudaError_t launch_info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
                             const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceWorkspace& w,
                             const InfoNceOutputs& outputs, cudaStream_t stream, Pass&& pass) {
-  const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.first;
+  const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
   const bool positive = contrast.same_id_positive;
   cudaError_t error = launch_info_nce_prepare<Query, Operand>(query, key, shape, options, contrast, w, stream);
   if (error == cudaSuccess && w.queue_splits > 0) {
-    error =
-        pass(queue, InfoNceKeyCount{shape.k, contrast.valid},
-             InfoNceMask{row_ids, contrast.queue_ids, kNoOwn, positive}, partials_from(w, shape, 0), w.queue_splits);
+    error = pass(queue, InfoNceKeyCount{shape.k, contrast.num_valid},
+                 InfoNceMask{row_ids, contrast.queue_ids, kNoPositive, positive}, partials_from(w, shape, 0),
+                 w.queue_splits);
   }
   if (error == cudaSuccess && contrast.in_batch) {
     error = pass(static_cast<const Operand*>(w.keys), InfoNceKeyCount{contrast.keys, nullptr},
-                 InfoNceMask{row_ids, contrast.key_ids, contrast.first, positive},
+                 InfoNceMask{row_ids, contrast.key_ids, contrast.key_offset, positive},
                  partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits);
   }
   if (error == cudaSuccess) error = launch_info_nce_target<Queue, Operand>(queue, shape, contrast, w, stream);

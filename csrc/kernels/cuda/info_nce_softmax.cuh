@@ -65,7 +65,7 @@ template <int tiles>
 struct MaskBits {
   using Bits = std::conditional_t<tiles * 4 <= 32, uint32_t, uint64_t>;
   static_assert(tiles * 4 <= 64);
-  Bits own = 0;
+  Bits positive = 0;
   Bits same_id = 0;
 };
 
@@ -81,10 +81,10 @@ __device__ __forceinline__ MaskBits<tiles> mask_bits(const InfoNceMask& mask, in
     const int64_t key = first_key + key_of_tile;
     const int64_t this_row = row + at / 2 % 2 * 8;
     if (this_row >= n || key_of_tile >= valid) continue;
-    bits.own |= static_cast<Bits>(mask.is_own(this_row, key)) << at;
+    bits.positive |= static_cast<Bits>(mask.is_positive(this_row, key)) << at;
     bits.same_id |= static_cast<Bits>(mask.same_id(this_row, key)) << at;
   }
-  bits.same_id &= ~bits.own;
+  bits.same_id &= ~bits.positive;
   return bits;
 }
 
@@ -92,14 +92,14 @@ template <int tiles>
 __device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& rows, const InfoNceMask& mask,
                                             int64_t row, int64_t n, int64_t first_key, int valid, int lane) {
   const MaskBits<tiles> bits = mask_bits<tiles>(mask, row, n, first_key, valid, lane);
-  const auto masked = bits.own | (mask.same_id_positive ? 0 : bits.same_id);
-  const auto positives = mask.same_id_positive ? bits.same_id : 0;
+  const auto masked = bits.positive | (mask.same_id_positive ? 0 : bits.same_id);
+  const auto further_positives = mask.same_id_positive ? bits.same_id : 0;
 #pragma unroll
   for (int at = 0; at < tiles * 4; ++at) {
     float& x = s[at / 4][at % 4];
     if (masked >> at & 1) x = -INFINITY;
     // It will be counted with the negatives.
-    if (positives >> at & 1) rows.rank[at / 2 % 2] -= x > rows.positive[at / 2 % 2];
+    if (further_positives >> at & 1) rows.rank[at / 2 % 2] -= x > rows.positive[at / 2 % 2];
   }
 }
 

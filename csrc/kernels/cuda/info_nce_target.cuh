@@ -12,7 +12,7 @@ struct InfoNceSource {
   const Key* keys;  // [K, C], or null: there are none
   InfoNceKeyCount count;
   const int64_t* ids;  // [K] or null
-  int64_t own;         // as in InfoNceMask
+  int64_t key_offset;  // as in InfoNceMask
 };
 
 // parts [gridDim.y, C]: each block's share of the rows of both sources. A thread a column.
@@ -58,12 +58,12 @@ __global__ void __launch_bounds__(kMatchThreads)
   int64_t matches = 0;
   const auto gather = [&](const auto& source) {
     if (source.keys == nullptr || source.ids == nullptr) return;
-    const InfoNceMask mask{row_ids, source.ids, source.own, false};
+    const InfoNceMask mask{row_ids, source.ids, source.key_offset, false};
     const int64_t k = source.count.value();
 #pragma unroll 1
     for (int64_t first = 0; first < k; first += kMatchThreads) {
       const int64_t key = first + thread;
-      const bool match = key < k && mask.same_id(row, key) && !mask.is_own(row, key);
+      const bool match = key < k && mask.same_id(row, key) && !mask.is_positive(row, key);
       const unsigned bits = __ballot_sync(0xffffffffu, match);
       __syncthreads();  // the chunk before has been read
       if (thread % 32 == 0) found[thread / 32] = bits;

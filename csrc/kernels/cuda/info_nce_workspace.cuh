@@ -28,17 +28,19 @@ struct InfoNcePartials {
   float* keys;     // [splits, N, C] sum of p n; null without gradient
 };
 
-constexpr int64_t kNoOwn = INT64_MIN;
+constexpr int64_t kNoPositive = INT64_MIN;
 
 // Which of a pass's keys are not negatives of a row.
 struct InfoNceMask {
   const int64_t* row_ids;  // [N], where key_ids are given
   const int64_t* key_ids;  // [K] or null
-  int64_t own;             // key own + row is the row's positive; kNoOwn: none is
+  int64_t key_offset;      // key key_offset + row is the positive of row; kNoPositive: none is
   bool same_id_positive;
 
-  __host__ __device__ bool any() const { return key_ids != nullptr || own != kNoOwn; }
-  __device__ bool is_own(int64_t row, int64_t key) const { return own != kNoOwn && key == own + row; }
+  __host__ __device__ bool any() const { return key_ids != nullptr || key_offset != kNoPositive; }
+  __device__ bool is_positive(int64_t row, int64_t key) const {
+    return key_offset != kNoPositive && key == key_offset + row;
+  }
   __device__ bool same_id(int64_t row, int64_t key) const {
     return key_ids != nullptr && row_ids[row] >= 0 && row_ids[row] == key_ids[key];
   }
@@ -47,10 +49,10 @@ struct InfoNceMask {
 // The number of keys that count: known here, or only on the device.
 struct InfoNceKeyCount {
   int64_t most;
-  const int64_t* valid;  // [1] or null
+  const int64_t* num_valid;  // [1] or null
   __device__ int64_t value() const {
-    if (valid == nullptr) return most;
-    return *valid < 0 ? 0 : *valid < most ? *valid : most;
+    if (num_valid == nullptr) return most;
+    return *num_valid < 0 ? 0 : *num_valid < most ? *num_valid : most;
   }
 };
 

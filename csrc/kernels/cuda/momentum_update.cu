@@ -14,26 +14,26 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChunk = 4096;  // elements a block updates, all its loads in flight at once
 constexpr int kTensors = 1000;
-constexpr int kShadowTensors = 800;
+constexpr int kLowPrecisionTensors = 800;
 
 // Arrays rather than an array of structs: no padding.
-template <int capacity, bool kShadow>
+template <int capacity, bool kLowPrecision>
 struct TensorTable {
   void* key[capacity];
   const void* query[capacity];
   int64_t numel[capacity];
   uint32_t first_chunk[capacity];  // the chunks of tensor t: blocks [first_chunk[t], first_chunk[t + 1])
-  uint8_t dtypes[capacity];        // key * 3 + query; shadow * 3 + query
-  void* shadow[kShadow ? capacity : 1];
+  uint8_t dtypes[capacity];        // key * 3 + query; low_precision * 3 + query
+  void* low_precision[kLowPrecision ? capacity : 1];
   int32_t count;
 };
 template <typename Table>
 constexpr bool kFits = sizeof(Table) + sizeof(float) + sizeof(const float*) <= 32764;
-static_assert(kFits<TensorTable<kTensors, false>> && kFits<TensorTable<kShadowTensors, true>>);
+static_assert(kFits<TensorTable<kTensors, false>> && kFits<TensorTable<kLowPrecisionTensors, true>>);
 
-template <int width, typename Key, typename Query, typename Shadow>
-__device__ __forceinline__ void update_vectors(Key* key, const Query* query, Shadow* shadow, int n, float keep,
-                                               float take) {
+template <int width, typename Key, typename Query, typename LowPrecision>
+__device__ __forceinline__ void update_vectors(Key* key, const Query* query, LowPrecision* low_precision, int n,
+                                               float keep, float take) {
   constexpr int kVectors = kChunk / (kThreads * width);
   Packed<width, Key> k[kVectors];
   Packed<width, Query> q[kVectors];
@@ -54,36 +54,36 @@ __device__ __forceinline__ void update_vectors(Key* key, const Query* query, Sha
 #pragma unroll
     for (int j = 0; j < width; ++j) a[j] = fmaf(keep, a[j], take * b[j]);
     store_floats<width>(key + at, a);
-    if constexpr (!std::is_void_v<Shadow>) store_floats<width>(shadow + at, a);
+    if constexpr (!std::is_void_v<LowPrecision>) store_floats<width>(low_precision + at, a);
   }
 }
 
-// One chunk: key, query, shadow [n]; Shadow is void where there is none.
-template <typename Key, typename Query, typename Shadow>
-__device__ __forceinline__ void update_chunk(Key* key, const Query* query, Shadow* shadow, int n, float keep,
-                                             float take) {
+// One chunk: key, query, low_precision [n]; LowPrecision is void if there is no copy.
+template <typename Key, typename Query, typename LowPrecision>
+__device__ __forceinline__ void update_chunk(Key* key, const Query* query, LowPrecision* low_precision, int n,
+                                             float keep, float take) {
   constexpr int kWidth = kVectorWidth<Key, Query>;
   int done = 0;
   bool aligned = is_aligned<kWidth>(key) && is_aligned<kWidth>(query);
-  if constexpr (!std::is_void_v<Shadow>) aligned &= is_aligned<kWidth>(shadow);
+  if constexpr (!std::is_void_v<LowPrecision>) aligned &= is_aligned<kWidth>(low_precision);
   if (aligned) {
     done = n - n % kWidth;
-    update_vectors<kWidth>(key, query, shadow, done, keep, take);
+    update_vectors<kWidth>(key, query, low_precision, done, keep, take);
   }
 #pragma unroll 4
   for (int at = done + static_cast<int>(threadIdx.x); at < n; at += kThreads) {
     const float moved = fmaf(keep, to_float(key[at]), take * to_float(query[at]));
     key[at] = from_float<Key>(moved);
-    if constexpr (!std::is_void_v<Shadow>) shadow[at] = from_float<Shadow>(moved);
+    if constexpr (!std::is_void_v<LowPrecision>) low_precision[at] = from_float<LowPrecision>(moved);
   }
 }
 
-template <typename Key, typename Shadow>
-__device__ __forceinline__ void update_chunk(void* key, const void* query, void* shadow, int query_dtype, int64_t begin,
-                                             int n, float keep, float take) {
+template <typename Key, typename LowPrecision>
+__device__ __forceinline__ void update_chunk(void* key, const void* query, void* low_precision, int query_dtype,
+                                             int64_t begin, int n, float keep, float take) {
   Key* const k = static_cast<Key*>(key) + begin;
-  Shadow* s = static_cast<Shadow*>(shadow);
-  if constexpr (!std::is_void_v<Shadow>) s += begin;
+  LowPrecision* s = static_cast<LowPrecision*>(low_precision);
+  if constexpr (!std::is_void_v<LowPrecision>) s += begin;
   switch (static_cast<Dtype>(query_dtype)) {
     case Dtype::kFloat32:
       return update_chunk(k, static_cast<const float*>(query) + begin, s, n, keep, take);
@@ -94,9 +94,9 @@ __device__ __forceinline__ void update_chunk(void* key, const void* query, void*
   }
 }
 
-template <int capacity, bool kShadow>
+template <int capacity, bool kLowPrecision>
 __global__ __launch_bounds__(kThreads, 4) void momentum_update_kernel(
-    const __grid_constant__ TensorTable<capacity, kShadow> tensors, float m, const float* m_ptr) {
+    const __grid_constant__ TensorTable<capacity, kLowPrecision> tensors, float m, const float* m_ptr) {
   int t = 0;  // the last tensor that begins at or before this block
   if constexpr (capacity > 1) {
     int end = tensors.count;
@@ -111,12 +111,12 @@ __global__ __launch_bounds__(kThreads, 4) void momentum_update_kernel(
   const float keep = m_ptr != nullptr ? *m_ptr : m;
   const float take = 1.0f - keep;
   const int query_dtype = tensors.dtypes[t] % 3;
-  const auto update = [&]<typename Key, typename Shadow>() {
-    void* const shadow = kShadow ? tensors.shadow[kShadow ? t : 0] : nullptr;
-    update_chunk<Key, Shadow>(tensors.key[t], tensors.query[t], shadow, query_dtype, begin, n, keep, take);
+  const auto update = [&]<typename Key, typename LowPrecision>() {
+    void* const low_precision = kLowPrecision ? tensors.low_precision[kLowPrecision ? t : 0] : nullptr;
+    update_chunk<Key, LowPrecision>(tensors.key[t], tensors.query[t], low_precision, query_dtype, begin, n, keep, take);
   };
   const auto other = static_cast<Dtype>(tensors.dtypes[t] / 3);
-  if constexpr (kShadow) {
+  if constexpr (kLowPrecision) {
     if (other == Dtype::kBFloat16) return update.template operator()<float, __nv_bfloat16>();
     return update.template operator()<float, __half>();
   } else {
@@ -129,10 +129,10 @@ __global__ __launch_bounds__(kThreads, 4) void momentum_update_kernel(
 // ---- launcher
 
 // Launches for the first `capacity` tensors that have elements, and advances `tensors` past them.
-template <int capacity, bool kShadow>
+template <int capacity, bool kLowPrecision>
 cudaError_t launch_some(const MomentumTensor*& tensors, const MomentumTensor* end, float m, const float* m_ptr,
                         cudaStream_t stream) {
-  TensorTable<capacity, kShadow> table;
+  TensorTable<capacity, kLowPrecision> table;
   table.count = 0;
   int64_t chunks = 0;
   for (; tensors != end && table.count < capacity; ++tensors) {
@@ -144,14 +144,14 @@ cudaError_t launch_some(const MomentumTensor*& tensors, const MomentumTensor* en
     table.query[t] = tensors->query;
     table.numel[t] = tensors->numel;
     table.first_chunk[t] = static_cast<uint32_t>(chunks);
-    const Dtype other = kShadow ? tensors->shadow_dtype : tensors->key_dtype;
+    const Dtype other = kLowPrecision ? tensors->low_precision_dtype : tensors->key_dtype;
     table.dtypes[t] = static_cast<uint8_t>(static_cast<int>(other) * 3 + static_cast<int>(tensors->query_dtype));
-    if constexpr (kShadow) table.shadow[t] = tensors->shadow;
+    if constexpr (kLowPrecision) table.low_precision[t] = tensors->low_precision;
     chunks += more;
   }
   if (table.count == 0) return tensors == end ? cudaSuccess : cudaErrorInvalidValue;
-  return launch(momentum_update_kernel<capacity, kShadow>, static_cast<unsigned>(chunks), kThreads, 0, stream, table, m,
-                m_ptr);
+  return launch(momentum_update_kernel<capacity, kLowPrecision>, static_cast<unsigned>(chunks), kThreads, 0, stream,
+                table, m, m_ptr);
 }
 
 }  // namespace
@@ -159,14 +159,14 @@ cudaError_t launch_some(const MomentumTensor*& tensors, const MomentumTensor* en
 cudaError_t momentum_update(const MomentumTensor* tensors, int64_t count, float m, const float* m_ptr,
                             cudaStream_t stream) {
   const MomentumTensor* const end = tensors + count;
-  const bool shadows = count > 0 && tensors->shadow != nullptr;
+  const bool low_precision = count > 0 && tensors->low_precision != nullptr;
   while (tensors != end) {
     // A small table is a cheaper launch: one entry when the parameters are flattened.
     const int64_t left = end - tensors;
     cudaError_t error = cudaSuccess;
-    if (shadows) {
+    if (low_precision) {
       error = left == 1 ? launch_some<1, true>(tensors, end, m, m_ptr, stream)
-                        : launch_some<kShadowTensors, true>(tensors, end, m, m_ptr, stream);
+                        : launch_some<kLowPrecisionTensors, true>(tensors, end, m, m_ptr, stream);
     } else {
       error = left == 1    ? launch_some<1, false>(tensors, end, m, m_ptr, stream)
               : left <= 64 ? launch_some<64, false>(tensors, end, m, m_ptr, stream)
