@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_ext.compat import moco
-from moco_ext.compat.logits import LazyLogits
+from moco_ext.compat.moco.logits import LazyLogits
 
 DIM, K, N = 8, 70, 6  # K is no multiple of the batch, of topk's groups, or of its tiles
 
@@ -89,7 +89,7 @@ def test_the_state_dict_loads_both_ways():
 def test_metadata_makes_nothing(monkeypatch):
     ours, _ = pair()
     output, _ = ours(*images())
-    monkeypatch.setattr("moco_ext.compat.logits.Scores.matrix", lambda self: pytest.fail("the logits were made"))
+    monkeypatch.setattr("moco_ext.compat.moco.logits.Scores.compute", lambda self: pytest.fail("the logits were made"))
     assert isinstance(output, LazyLogits)
     assert output.shape == (N, 1 + K)
     assert output.size(0) == len(output) == N
@@ -103,7 +103,7 @@ def test_the_loss_and_the_largest_are_found_without_the_logits(monkeypatch):
     ours, theirs = pair()
     output, target = ours(*images())
     published, _ = theirs_without_enqueue(theirs)
-    monkeypatch.setattr("moco_ext.compat.logits.Scores.matrix", lambda self: pytest.fail("the logits were made"))
+    monkeypatch.setattr("moco_ext.compat.moco.logits.Scores.compute", lambda self: pytest.fail("the logits were made"))
     for reduction in ("mean", "sum", "none"):
         loss = F.cross_entropy(output, target, reduction=reduction)
         torch.testing.assert_close(loss, F.cross_entropy(published, target, reduction=reduction), rtol=0, atol=1e-5)
@@ -122,7 +122,7 @@ TILINGS = [(70, 8192), (70, 32), (131, 48), (16, 8192), (3, 2)]
 
 @pytest.mark.parametrize(("size", "tile", "k"), [(*t, k) for t in TILINGS for k in (1, 5, 17, 64) if k <= t[0]])
 def test_topk_is_that_of_all_logits(monkeypatch, size, tile, k):
-    monkeypatch.setattr("moco_ext.compat.logits.TILE", tile)
+    monkeypatch.setattr("moco_ext.compat.moco.logits.TILE", tile)
     ours, theirs = pair(size)
     values, columns = ours(*images())[0].topk(k, 1, True, True)
     published = theirs_without_enqueue(theirs)[0].topk(k, 1, True, True)

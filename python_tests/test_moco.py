@@ -305,8 +305,14 @@ def test_low_precision_weights_follow_steps_below_their_precision(device):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"low_precision": torch.float32}, "low_precision: expected None, torch.bfloat16 or torch.float16, got torch.float32"),
-        ({"low_precision": torch.bfloat16, "key_encoder": "identical"}, "low_precision: expected None with key_encoder"),
+        (
+            {"low_precision": torch.float32},
+            "low_precision: expected None, torch.bfloat16 or torch.float16, got torch.float32",
+        ),
+        (
+            {"low_precision": torch.bfloat16, "key_encoder": "identical"},
+            "low_precision: expected None with key_encoder",
+        ),
     ],
 )
 def test_invalid_low_precision_is_refused(options, message):
@@ -316,5 +322,7 @@ def test_invalid_low_precision_is_refused(options, message):
 
 def test_low_precision_needs_float32_parameters(device):
     model = tiny_moco(device, low_precision=torch.bfloat16).double()
-    with pytest.raises(ValueError, match=r"low_precision: expected an encoder of float32 parameters, got torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"low_precision: expected an encoder of float32 parameters, got torch.float64"
+    ):
         model(*(view.double() for view in views(device)))

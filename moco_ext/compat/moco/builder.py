@@ -1,6 +1,6 @@
 """The official implementation's ``moco/builder.py``: its model and its gather, on this package's kernels.
 
-``forward`` gives ``(logits, labels)``, where the logits are a :class:`moco_ext.compat.logits.LazyLogits`:
+``forward`` gives ``(logits, labels)``, where the logits are a :class:`moco_ext.compat.moco.logits.LazyLogits`:
 ``nn.CrossEntropyLoss`` on them is the loss that forward has already computed, ``topk`` never holds all of them, and any
 other use gives the values the official code would have had.
 """
@@ -20,7 +20,7 @@ from ...moco import MoCo as _MoCo
 from ...momentum import update_key_encoder_
 from ...ops import info_nce
 from ...shuffle_bn import shuffle_order, start_shuffle, unshuffle
-from ..logits import LazyLogits, Scores
+from .logits import LazyLogits, Scores
 
 __all__ = ["MoCo", "concat_all_gather"]
 
@@ -62,14 +62,16 @@ class MoCo(_MoCo):
             keys = distributed.all_gather(encode(self.encoder_k, im_k if arriving is None else arriving()))
             keys = unshuffle(keys, order)  # [world * N, dim]
             own = keys[distributed.rank() * n :][:n]
-        losses = info_nce(queries, own, self.queue, self.T, reduction="none")
+        leaf = queries.detach().requires_grad_(queries.requires_grad)
+        losses = info_nce(leaf, own, self.queue, self.T, reduction="none")
         labels = torch.zeros(n, dtype=torch.long, device=queries.device)
         B = min(len(keys), self.K)
         slots = (self.queue_ptr + len(keys) - B + torch.arange(B, device=self.queue.device)) % self.K
         kept = self.queue[slots]
         self.enqueue(keys)
         self._steps += 1
-        scores = Scores(self, self._steps, queries, F.normalize(own.float(), dim=1), losses, labels, slots, kept)
+        key = F.normalize(own.to(torch.promote_types(own.dtype, torch.float32)), dim=1)
+        scores = Scores(queries, leaf, losses, labels, key, self.queue, slots, kept, self.T)
         return LazyLogits.of(scores), labels
 
     @torch.no_grad()
