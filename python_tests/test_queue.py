@@ -1,11 +1,18 @@
 """KeyQueue's ids, ages and empty start, and MoCo's loss with them."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import leave_group
 from test_moco import Tiny
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import moco_ext.reference
-from moco_ext import KeyQueue, MoCo
+from moco_ext import KeyQueue, MemoryBank, MoCo
+from moco_ext.distributed import exclude_queues_from_ddp
 
 
 @pytest.mark.parametrize("batches", [[3, 3, 3, 3], [2, 7, 1], [10, 25, 4]])
@@ -41,7 +48,7 @@ def test_a_plain_queue_has_only_the_official_state():
         KeyQueue(4, 10).enqueue(torch.randn(2, 4), torch.arange(2))
     with pytest.raises(ValueError, match="ages: expected a queue made with ids=True"):
         _ = KeyQueue(4, 10).ages
-    with pytest.raises(ValueError, match=r"ids: expected int64 \[2\], an id a key, got torch.int64 \[3\]"):
+    with pytest.raises(ValueError, match=r"ids: expected int64 \[2\], one id per key, got torch.int64 \[3\]"):
         KeyQueue(4, 10, ids=True).enqueue(torch.randn(2, 4), torch.arange(3))
 
 
@@ -101,3 +108,60 @@ def test_the_queue_of_an_empty_start_fills(device):
     out = model(*views(device))
     assert out.loss.item() > 0
     assert out.stats.rank.max() <= 4
+
+
+class Trainer(nn.Module):
+    """A queue, a MoCo and a memory bank, at different depths, and buffers that DDP does broadcast."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.nested = nn.ModuleDict({"queue": KeyQueue(4, 1000, ids=True, empty=True)})
+        self.inner = nn.Sequential(nn.Sequential(MoCo(lambda num_classes: nn.Linear(4, num_classes), 4, 1000)))
+        self.bank = MemoryBank(lambda num_classes: nn.Linear(4, num_classes), images=1000, dim=4, K=4)
+
+    def forward(self, x):
+        return self.encoder(x).sum() + self.inner[0][0].encoder_q(x).sum() + self.bank.encoder_q(x).sum()
+
+
+def broadcast_by_ddp(rank, world, path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    sent = []
+    broadcast = dist._broadcast_coalesced
+
+    def counting(group, tensors, *args):
+        sent.append(sum(x.nbytes for x in tensors))
+        return broadcast(group, tensors, *args)
+
+    dist._broadcast_coalesced = counting
+
+    def forward(prepare):
+        trainer = Trainer()
+        model = DistributedDataParallel(prepare(trainer))
+        queues = (trainer.nested["queue"].queue, trainer.inner[0][0].queue, trainer.bank.bank)
+        for queue in queues:
+            queue.fill_(rank)  # in training they are equal; here, to see whether they are broadcast
+        sent.clear()
+        for _ in range(2):
+            model(torch.randn(3, 4)).backward()
+        return sent[-1], [queue.unique().tolist() for queue in queues]
+
+    small = 4 * 4 + 4 * 4 + 8  # BatchNorm's buffers
+    assert forward(exclude_queues_from_ddp) == (small, [[rank]] * 3)
+    assert forward(lambda trainer: trainer)[0] > 3 * 16_000
+    leave_group()
+
+
+def test_ddp_does_not_broadcast_excluded_queues(tmp_path):
+    torch.multiprocessing.spawn(broadcast_by_ddp, (2, tmp_path / "rendezvous"), nprocs=2)
+
+
+def test_excluding_queues_keeps_what_is_excluded_already():
+    trainer = Trainer()
+    trainer._ddp_params_and_buffers_to_ignore = ["encoder.0.bias"]
+    assert exclude_queues_from_ddp(trainer) is trainer
+    names = set(trainer._ddp_params_and_buffers_to_ignore)
+    assert {"encoder.0.bias", "nested.queue.queue_ids", "inner.0.0.queue", "bank.bank"} <= names
+    assert all("queue" in name or "bank" in name for name in names - {"encoder.0.bias"})
+    assert "queue" in exclude_queues_from_ddp(KeyQueue(4, 10))._ddp_params_and_buffers_to_ignore

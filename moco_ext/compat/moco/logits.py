@@ -53,6 +53,7 @@ class LazyTensor(Tensor):
     source: Source
 
     @staticmethod
+    @torch.compiler.disable(reason="a tensor subclass that torch.compile cannot trace")
     def __new__(cls, source: Source) -> LazyTensor:
         made = Tensor._make_wrapper_subclass(cls, source.shape, dtype=source.dtype, device=source.device)  # type: ignore[attr-defined]
         made.source = source
@@ -64,6 +65,7 @@ class LazyTensor(Tensor):
         return f"{type(self).__name__}({list(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     @classmethod
+    @torch.compiler.disable(reason="computes the logits when they are needed")
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func == Tensor.data.__set__ and isinstance(args[0], LazyTensor):  # type: ignore[attr-defined]
@@ -247,10 +249,12 @@ class LazyLogits(LazyTensor):
     source: Scores
 
     @classmethod
+    @torch.compiler.disable(reason="makes a tensor subclass that torch.compile cannot trace")
     def of(cls, scores: Scores) -> Tensor:
         return _Logits.apply(scores.queries, scores)
 
     @classmethod
+    @torch.compiler.disable(reason="computes the logits when they are needed")
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.cross_entropy:
             loss = _cross_entropy(*args, **(kwargs or {}))
