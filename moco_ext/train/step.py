@@ -143,7 +143,7 @@ class OptimizerStep:
 def _contiguous_strides(gradient: Tensor) -> Tensor:
     """The gradient of a 1x1 kernel [O, I, 1, 1] with the strides of a contiguous one.
 
-    channels_last is the same memory with other strides, and DDP warns and copies where strides differ from the weight's.
+    In channels_last it is the same memory with other strides than the weight's, at which DDP warns and copies.
     """
     return gradient.flatten(1).view(gradient.shape)
 
