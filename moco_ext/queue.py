@@ -100,7 +100,7 @@ class KeyQueue(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A copy, as a transposed view is not contiguous, which safetensors and whatever builds on it refuse to save.
+        # A copy, because safetensors, and the tools that use it, refuse a transposed view, which is not contiguous.
         transposed = destination[prefix + "queue"].t()
         destination[prefix + "queue"] = transposed.clone(memory_format=torch.contiguous_format)
 

@@ -1,4 +1,4 @@
-"""The official shim's logits beside the official ones: every tensor operation, in-place edits, hooks, gradients."""
+"""Lazy logits compared with the official ones: tensor operations, in-place edits, hooks, gradients."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco_ext.compat import moco
-from moco_ext.compat.moco.logits import LazyLogits, LazyTensor
+from moco_ext.compat.moco.logits import LazyLogits, LazyTensor, Source
 
 DIM = 4
 FORWARD = {"wide": (3, 7), "square": (4, 3)}  # images, keys in the queue
@@ -28,7 +28,7 @@ class Encoder(nn.Module):
 
 
 class Sides:
-    """The shim and the official model, in the same state. Logits of either are made anew at each call."""
+    """Our model and the official one, in the same state. Each call computes new logits."""
 
     def __init__(self, shape: str = "wide") -> None:
         n, k = FORWARD[shape]
@@ -43,7 +43,7 @@ class Sides:
         self.ours.load_state_dict(self.state)
         logits, labels = self.ours(*self.images)
         assert isinstance(logits, LazyLogits)
-        assert not torch.equal(self.ours.queue.t(), self.state["queue"])  # the queue has moved on
+        assert not torch.equal(self.ours.queue.t(), self.state["queue"])  # which has changed since
         return logits, labels, self.ours.encoder_q.fc.weight
 
     def real(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,8 +65,8 @@ def close(got, want):
 
 # --- every operation --------------------------------------------------------------------------------------------------
 
-# Arguments -> methods and properties of a tensor that take them. Not here: what wants integers, complex, sparse or
-# quantized tensors, or other dimensions than two.
+# Arguments -> methods and properties of a tensor that accept them. Those for integer, complex, sparse or quantized
+# tensors, or for another number of dimensions, are left out.
 TABLE = {
     "": """H T abs abs_ absolute absolute_ acos acos_ acosh adjoint all amax amin angle any arccos arccos_ arccosh
         arcsin arcsin_ arcsinh arctan arctan_ arctanh argmax argmin argsort argwhere asin asin_ asinh atan atan_ atanh
@@ -158,7 +158,7 @@ SQUARE = {
     "other.t()": "cholesky_solve triangular_solve",
     "torch.ones(w)": "orgqr",
 }
-# What is no method, or more than one.
+# Functions, and sequences of operations.
 USES = {
     "cat": lambda x: torch.cat([x, x.new_ones(1, x.shape[1])]),
     "stack": lambda x: torch.stack([x, x]),
@@ -204,7 +204,7 @@ USES = {
 
 
 def outcome(make, use, detached):
-    """(what the use returns, the logits after it, the gradient of both to the encoder's weight)"""
+    """(result of ``use``, the logits after it, the gradient of both with respect to the encoder's weight)"""
     logits, _, weight = make()
     torch.manual_seed(1)
     result = use(logits.detach() if detached else logits)
@@ -312,7 +312,7 @@ def test_operations_that_change_the_shape_in_place_are_refused(name):
 
 
 def with_both(use):
-    """What ``use(logits, labels, weight)`` returns is close on both sides."""
+    """Compare the tensors that ``use(logits, labels, weight)`` returns for both models."""
     got, want = (use(*side) for side in SIDES["wide"].both())
     close([x.detach() + 0 for x in got], [x.detach() + 0 for x in want])
     return got
@@ -437,7 +437,7 @@ def test_losses_and_other_uses_add_up():
 
 
 def test_the_backward_pass_may_follow_another_forward_pass():
-    """Whatever has been used before it: the official logits keep a copy of the queue."""
+    """If the logits were used before it: the official logits keep a copy of the queue."""
     sides = SIDES["wide"]
     for use in (
         lambda x, labels: x.square().sum(),
@@ -454,7 +454,7 @@ def test_the_backward_pass_may_follow_another_forward_pass():
         close(*gradients)
 
 
-def test_a_gradient_that_is_looked_at_too_late_is_refused():
+def test_reading_a_lazy_gradient_too_late_is_an_error():
     sides = SIDES["wide"]
     logits, labels, _ = sides.lazy()
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels), logits)
@@ -463,12 +463,12 @@ def test_a_gradient_that_is_looked_at_too_late_is_refused():
         gradient.sum()
 
 
-def test_the_plain_loss_makes_neither_logits_nor_their_gradient(monkeypatch):
-    """A hook that does not look changes nothing."""
+def test_the_loss_computes_neither_logits_nor_their_gradient(monkeypatch):
+    """Not even with a hook that does not use the gradient."""
     logits, labels, weight = SIDES["wide"].lazy()
     seen = []
     logits.register_hook(lambda gradient: seen.append(type(gradient)))
-    monkeypatch.setattr("moco_ext.compat.moco.logits.Source.materialize", lambda self: pytest.fail("made"))
+    monkeypatch.setattr(Source, "materialize", lambda self: pytest.fail("computed"))
     F.cross_entropy(logits, labels).backward()
     assert seen == [LazyTensor]
     assert weight.grad.norm() > 0

@@ -1,4 +1,4 @@
-"""KeyQueue's ids, ages and empty start, and MoCo's loss with them."""
+"""Ids, ages and the empty start of KeyQueue, MoCo's loss with them, and DDP."""
 
 import os
 
@@ -17,7 +17,7 @@ from moco_ext.distributed import exclude_queues_from_ddp
 
 @pytest.mark.parametrize("batches", [[3, 3, 3, 3], [2, 7, 1], [10, 25, 4]])
 def test_ids_and_ages_follow_the_keys(device, batches):
-    """Through wrap-around and batches longer than the queue: against a list that is written one key at a time."""
+    """With wrap-around, and batches larger than the queue. The reference is a list, written one key at a time."""
     queue = KeyQueue(4, 10, ids=True, empty=True).to(device)
     rows = [(-1, None)] * 10  # (id, number of its enqueue)
     slot = written = 0
@@ -58,7 +58,7 @@ def test_state_survives_and_official_state_loads(device):
     again.load_state_dict(queue.state_dict())
     for name, value in queue.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    again.load_state_dict(KeyQueue(4, 10).state_dict())  # full, of nothing known
+    again.load_state_dict(KeyQueue(4, 10).state_dict())  # full, with unknown ids
     assert again.queue_valid.item() == 10
     assert set(again.queue_ids.tolist()) == set(again.ages.tolist()) == {-1}
 
@@ -69,7 +69,7 @@ def views(device, n=4):
 
 @pytest.mark.parametrize("same_id", ["mask", "positive"])
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_moco_hands_ids_to_the_loss(device, in_batch, same_id):
+def test_moco_passes_ids_to_the_loss(device, in_batch, same_id):
     torch.manual_seed(0)
     options = {"same_id": same_id, "in_batch": in_batch, "label_smoothing": 0.1, "empty": True}
     model = MoCo(lambda num_classes: Tiny(num_classes), dim=8, K=12, T=0.2, **options).to(device)
@@ -98,8 +98,8 @@ def test_moco_hands_ids_to_the_loss(device, in_batch, same_id):
         model(*views(device))
 
 
-def test_the_queue_of_an_empty_start_fills(device):
-    """The first loss is that of no negatives: 0, and no gradient; the second has the first batch's keys."""
+def test_an_empty_queue_fills(device):
+    """Without negatives the first loss is 0. The second step has the keys of the first batch."""
     torch.manual_seed(0)
     model = MoCo(lambda num_classes: Tiny(num_classes), dim=8, K=12, empty=True).to(device)
     out = model(*views(device))
@@ -157,7 +157,7 @@ def test_ddp_does_not_broadcast_excluded_queues(tmp_path):
     torch.multiprocessing.spawn(broadcast_by_ddp, (2, tmp_path / "rendezvous"), nprocs=2)
 
 
-def test_excluding_queues_keeps_what_is_excluded_already():
+def test_excluding_queues_keeps_earlier_exclusions():
     trainer = Trainer()
     trainer._ddp_params_and_buffers_to_ignore = ["encoder.0.bias"]
     assert exclude_queues_from_ddp(trainer) is trainer
