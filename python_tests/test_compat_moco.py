@@ -287,6 +287,12 @@ def run_rank(rank, world, path, unused):
             optimizer.step()
         torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.queue.t(), theirs.queue, rtol=0, atol=1e-5)
+    for model in ddp:  # edited logits
+        output, target = model(*images(rank, 5))
+        output[:, 3:9] = -1e4
+        model.zero_grad()
+        F.cross_entropy(output, target).backward()
+    compare_gradients(ours, theirs)
     x = torch.arange(8.0).view(4, 2) + 8 * rank
     shuffled, undo = ours._batch_shuffle_ddp(x)
     assert torch.equal(ours._batch_unshuffle_ddp(shuffled, undo), x)

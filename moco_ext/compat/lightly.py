@@ -100,8 +100,8 @@ class MemoryBankModule(nn.Module):
     def _dequeue_and_enqueue(self, batch: Tensor) -> None:
         if self.gather_distributed:
             batch = all_gather(batch)
-        # Rows past the end are replaced with the last row that fits. No slice then depends on the pointer's value, so the
-        # host does not wait for it.
+        # Rows past the end are replaced with the last row that fits. So no slice depends on the pointer's value, for
+        # which the host would have to wait.
         size, after = self.size[0], self.bank_ptr + len(batch)
         rows = torch.arange(len(batch), device=self.bank.device).minimum(size - 1 - self.bank_ptr)
         self.bank.index_copy_(0, self.bank_ptr + rows, batch.detach().to(self.bank)[rows])
