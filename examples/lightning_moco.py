@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moco_ext import MoCo
 from moco_ext.data import Augmentation, ImageData, TrainLoader, load
+from moco_ext.distributed import exclude_queues_from_ddp
 from moco_ext.evaluate import encoder_features, knn_top1
 
 
@@ -25,13 +26,11 @@ class LitMoCo(L.LightningModule):
         model: the arguments of :class:`moco_ext.MoCo`.
     """
 
-    # The queue is equal on all ranks by construction: DDP must not broadcast it.
-    _ddp_params_and_buffers_to_ignore = tuple(f"model.{name}" for name in MoCo._ddp_params_and_buffers_to_ignore)
-
     def __init__(self, lr: float = 0.03, weight_decay: float = 1e-4, **model: Any) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.model = MoCo(**model)
+        exclude_queues_from_ddp(self)
         self.keys: list[Tensor] = []  # of the micro-batches since the last optimizer step
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

@@ -1,33 +1,62 @@
-"""The few collectives MoCo needs; with one process, or none started, each is the identity."""
+"""The collectives that MoCo needs, and what DistributedDataParallel has to be told.
+
+With one process, or without a process group, each collective is the identity.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def world_size() -> int:
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """Concatenate the ranks' tensors: [N, ...] on each -> [world * N, ...] on all, without gradient.
+def exclude_queues_from_ddp(module: M) -> M:
+    """Keep DDP from broadcasting the queues and memory banks in a module. Call it before wrapping the module.
 
-    Every rank must bring the same shape (a sampler that pads or drops the last batch sees to that).
+    DDP broadcasts all buffers at every forward pass, unless the module that it wraps lists them as ignored. Queues are
+    equal on all ranks anyway. :class:`moco_ext.MoCo`, wrapped itself, does not need this; a module that contains it or
+    a :class:`moco_ext.KeyQueue` does::
+
+        model = DistributedDataParallel(exclude_queues_from_ddp(model))
+
+    Returns:
+        The module.
+    """
+    names = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for prefix, child in module.named_modules():
+        of_child = getattr(type(child), "_ddp_params_and_buffers_to_ignore", ())
+        names.update(f"{prefix}.{name}" if prefix else name for name in of_child)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(names))
+    return module
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks, [N, ...] each, to [world * N, ...] on every rank; without gradient.
+
+    All ranks must pass the same shape (drop or pad the last batch).
     """
     return start_all_gather(x)()
 
 
 @torch.no_grad()
 def start_all_gather(x: Tensor) -> Callable[[], Tensor]:
-    """Begin :func:`all_gather`; what it returns waits (on CUDA the stream does, not the host) and gives the result."""
+    """Start :func:`all_gather`. The returned function waits (on CUDA, the stream does) and returns the result."""
     world = world_size()
     x = x.detach()
     if world == 1:
@@ -39,7 +68,10 @@ def start_all_gather(x: Tensor) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 def start_exchange(x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Callable[[], Tensor]:
-    """Begin to send rows of x [N, ...], the first ``send_counts[0]`` to rank 0 and so on; gives those received."""
+    """Start an all-to-all exchange of rows: the first ``send_counts[0]`` rows of x [N, ...] go to rank 0, and so on.
+
+    The returned function waits and returns the received rows, in the order of the ranks.
+    """
     x = x.contiguous()
     received = x.new_empty(sum(receive_counts), *x.shape[1:])
     work = dist.all_to_all_single(received, x, receive_counts, send_counts, async_op=True)
@@ -47,7 +79,7 @@ def start_exchange(x: Tensor, send_counts: list[int], receive_counts: list[int])
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """:func:`all_gather` whose gradient goes back to the rank each row came from, summed over the ranks."""
+    """:func:`all_gather` with gradient: each row's, summed over the ranks, goes back to the rank it came from."""
     if world_size() == 1:
         return x
     from torch.distributed.nn import functional
@@ -56,7 +88,7 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
 
 
 def all_reduce(x: Tensor) -> Tensor:
-    """The sum over the ranks, in place."""
+    """Sum over the ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
@@ -66,7 +98,7 @@ def _result_of(work: dist.Work, out: Tensor, source: Tensor) -> Callable[[], Ten
     def wait() -> Tensor:
         nonlocal source
         work.wait()
-        source = out  # not before: the collective reads its memory until here
+        source = out  # not earlier: the collective reads the source's memory until here
         return out
 
     return wait

@@ -86,11 +86,6 @@ class MoCo(Mechanism, KeyQueue):
         ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
     """
 
-    # Equal on all ranks by construction (same start, same gathered keys), so DDP must not broadcast them each step.
-    _ddp_params_and_buffers_to_ignore = (
-        "queue", "queue_ptr", "queue_ids", "queue_written", "queue_writes", "queue_valid"
-    )  # fmt: skip
-
     def __init__(
         self,
         base_encoder: str | Callable[..., nn.Module],

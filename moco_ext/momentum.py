@@ -20,6 +20,11 @@ ALIGNMENT = 16
 _buffers: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
 
 
+# torch.compile cannot trace addresses: it breaks the graph around these functions.
+_untraced = torch.compiler.disable(reason="looks at the addresses of parameters")
+
+
+@_untraced
 @torch.no_grad()
 def flatten_parameters_(module: nn.Module) -> Tensor:
     """Move all parameters of a module into one contiguous buffer, in place.
@@ -69,6 +74,7 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
     return flat
 
 
+@_untraced
 @torch.no_grad()
 def update_key_encoder_(
     key_encoder: nn.Module,
@@ -136,6 +142,13 @@ class LowPrecisionWeights:
 
     def __call__(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """``module(inputs)`` under autocast with the copied weights."""
+        weights = self._weights(module)
+        with torch.autocast(inputs.device.type, dtype=self.dtype):
+            return functional_call(module, weights, (inputs,), tie_weights=False)
+
+    @_untraced
+    def _weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The copied weights by name, refreshed if need be."""
         parameters = list(_parameters(module))
         if self._flat is None or self._copied != _versions(parameters):
             flat = flatten_parameters_(module)
@@ -144,13 +157,11 @@ class LowPrecisionWeights:
             self.refresh(flat, parameters, lambda copy: copy.copy_(flat))
         assert self._flat is not None
         offsets = dict(zip(parameters, _layout(parameters)[0], strict=True))
-        weights = {
+        return {
             name: self._flat.as_strided(parameter.shape, parameter.stride(), offsets[parameter])
             for name, parameter in module.named_parameters(remove_duplicate=False)
             if parameter.ndim > 1 and name.endswith("weight")
         }
-        with torch.autocast(inputs.device.type, dtype=self.dtype):
-            return functional_call(module, weights, (inputs,), tie_weights=False)
 
     def refresh(self, flat: Tensor, parameters: list[nn.Parameter], write: Callable[[Tensor], object]) -> None:
         """Let ``write`` fill the copy [P] of ``flat`` [P], the buffer of ``parameters``."""

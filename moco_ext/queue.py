@@ -12,30 +12,38 @@ from .ops import enqueue_
 
 
 class KeyQueue(nn.Module):
-    """A first-in-first-out queue of K unit-length keys (the dictionary of the paper, Sec. 3.1).
+    """A first-in-first-out queue of K unit-length keys: the dictionary of the paper, Sec. 3.1.
 
-    In memory the keys are rows, ``queue`` [K, dim]: a batch is one contiguous write. In the state dict they are
-    columns, ``queue`` [dim, K], beside ``queue_ptr`` [1]: the official layout, so either side loads the other's.
+    In memory the keys are rows, ``queue`` [K, dim], so that a batch is one contiguous write. In the state dict they are
+    columns, ``queue`` [dim, K], next to ``queue_ptr`` [1]: the official layout, so checkpoints load both ways. The
+    state dict holds a transposed copy of the queue; all other entries share memory with the module, as usual.
 
-    The first keys are random unit vectors from a fixed seed, equal on every rank by construction: under DDP the queue
-    need never be broadcast.
+    The first keys are random unit vectors from a fixed seed, and all ranks enqueue the same keys, so the queue is the
+    same on every rank. DistributedDataParallel need not broadcast it: if the queue is part of a module that DDP wraps,
+    call :func:`moco_ext.distributed.exclude_queues_from_ddp` on that module first.
 
     Args:
-        dim: features of a key.
-        K: keys the queue holds.
-        dtype: of the stored keys; bfloat16 takes half of float32's memory and traffic.
-        ids: keep what each key is of, ``queue_ids`` [K] int64 (-1: not known), and when it was written (``ages``).
-        empty: begin without keys: ``queue_valid`` [1] int64 says how many there are, for the loss to be told.
+        dim: number of features of a key.
+        K: number of keys.
+        dtype: of the stored keys; bfloat16 takes half the memory and the traffic of float32.
+        ids: also store the id of each key, ``queue_ids`` [K] int64 (-1: unknown), and its age (``ages``).
+        empty: start without keys; ``queue_valid`` [1] int64 is then the number of valid keys, to pass to the loss.
 
-    What ``ids`` and ``empty`` add is in the state dict too; a checkpoint without it loads as a full queue of unknowns.
+    The state of ``ids`` and ``empty`` is in the state dict, too. A checkpoint without it loads as a full queue of keys
+    with unknown ids.
     """
+
+    # DDP reads this from the module that it wraps; see distributed.exclude_queues_from_ddp.
+    _ddp_params_and_buffers_to_ignore = (
+        "queue", "queue_ptr", "queue_ids", "queue_written", "queue_writes", "queue_valid"
+    )  # fmt: skip
 
     queue: Tensor
     queue_ptr: Tensor
     queue_ids: Tensor | None
     queue_valid: Tensor | None
-    queue_written: Tensor | None  # [K] number of the enqueue that wrote each key; -1: none has
-    queue_writes: Tensor | None  # [1] enqueues so far
+    queue_written: Tensor | None  # [K] number of the enqueue that wrote each key, -1 if none has
+    queue_writes: Tensor | None  # [1] number of enqueues so far
 
     def __init__(
         self, dim: int, K: int, dtype: torch.dtype = torch.float32, *, ids: bool = False, empty: bool = False
@@ -56,7 +64,7 @@ class KeyQueue(nn.Module):
 
     @property
     def ages(self) -> Tensor:
-        """[K] int64: how many enqueues ago each key was written, 0 for the latest; -1 where none has been.
+        """[K] int64: how many enqueues ago each key was written; 0 for the latest, -1 for keys never written.
 
         Raises:
             ValueError: the queue was made without ``ids``.
@@ -67,18 +75,23 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, ids: Tensor | None = None, *, normalize: bool = True) -> None:
-        """Write keys [B, dim] over the oldest ones, and what they are of; see :func:`moco_ext.enqueue_`.
+        """Replace the oldest keys; see :func:`moco_ext.enqueue_`.
 
         Args:
-            ids: [B] int64, for a queue made with ``ids``; None: not known.
+            keys: [B, dim].
+            ids: [B] int64, of a queue made with ``ids``; None: unknown.
+            normalize: scale the keys to unit length first.
+
+        Raises:
+            ValueError: ids for a queue without them, or of another shape or dtype; nothing is written.
         """
         B = len(keys)
         if ids is not None and self.queue_ids is None:
             raise ValueError("ids: expected none for a queue made without ids, got a tensor")
         if ids is not None and (ids.shape != (B,) or ids.dtype != torch.long):
-            raise ValueError(f"ids: expected int64 [{B}], an id a key, got {ids.dtype} {list(ids.shape)}")
+            raise ValueError(f"ids: expected int64 [{B}], one id per key, got {ids.dtype} {list(ids.shape)}")
         if self.queue_ids is not None and self.queue_written is not None and self.queue_writes is not None:
-            first = max(B - self.K, 0)  # earlier keys are overwritten in the same call
+            first = max(B - self.K, 0)  # earlier keys would be overwritten in the same call
             slots = (self.queue_ptr + torch.arange(first, B, device=self.queue.device)) % self.K
             self.queue_ids[slots] = -1 if ids is None else ids[first:]
             self.queue_written[slots] = self.queue_writes
@@ -89,7 +102,7 @@ class KeyQueue(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # A copy, as a transposed view is not contiguous, which safetensors and whatever builds on it refuse to save.
+        # A copy, because safetensors, and the tools that use it, refuse a transposed view, which is not contiguous.
         transposed = destination[prefix + "queue"].t()
         destination[prefix + "queue"] = transposed.clone(memory_format=torch.contiguous_format)
 

@@ -1,9 +1,9 @@
-"""Shuffling BN: query and key of one image must not share batch statistics (Sec. 3.3 of the paper).
+"""Shuffling BN: the query and the key of an image must not share batch statistics (Sec. 3.3 of the paper).
 
-Otherwise the statistics of the small sub-batch both are normalised with tell which key belongs to which query, and the
-encoder learns to read them instead of the image. Across processes the key images are permuted before the key encoder
-and its output is put back in order; on one device :func:`convert_split_bn` gives groups of a batch their own
-statistics, the effect of as many devices.
+If they do, the statistics reveal which key belongs to which query, and the encoder learns from them instead of from the
+image. With several processes, the key images are permuted across processes before the key encoder, and the keys are put
+back in order after it. On one device, :func:`convert_split_bn` computes the statistics of each group of the batch
+separately, which has the effect of as many devices.
 """
 
 from __future__ import annotations
@@ -25,28 +25,31 @@ def check_mode(mode: str) -> str:
 
 
 def shared_permutation(n: int, step: int) -> Tensor:
-    """A permutation of n that every rank draws for itself: [n] int64 on the CPU, a function of the step alone."""
+    """A random permutation, [n] int64 on the CPU, that depends on the step only, so it is the same on all ranks."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step))
 
 
 def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | None) -> Tensor | None:
-    """The order in which keys are encoded: slot i of the global batch of world * n holds image ``order[i]``.
+    """The order in which the keys are encoded: slot i of the global batch holds image ``order[i]``.
 
     Args:
-        n: images of this rank.
-        given: [world * n] int64 on the CPU, the same on all ranks, instead of one drawn from the step.
+        n: number of images of this rank.
+        mode: one of ``MODES``.
+        split_bn: number of BatchNorm groups.
+        step: seed of the permutation.
+        given: [world * n] int64 on the CPU, the same on all ranks: the order to use instead of a random one.
 
     Returns:
-        [world * n] int64 on the CPU; None where nothing is to be shuffled.
+        [world * n] int64 on the CPU, or None for no shuffling.
 
     Raises:
-        ValueError: an order of the wrong length, or none where the loader has already shuffled.
+        ValueError: an order of the wrong length, or no order with mode ``"loader"``.
     """
     total = world_size() * n
     if mode == "loader" and given is None:
         raise ValueError(
-            "key_order: expected the permutation by which the loader has shuffled the key images, got none; "
-            "moco_ext.data.TrainLoader(..., shuffled_keys=True) gives it with each batch"
+            "key_order: expected the permutation with which the loader shuffled the key images, got None; "
+            "moco_ext.data.TrainLoader(..., shuffled_keys=True) returns it with each batch"
         )
     if given is not None and given.shape != (total,):
         raise ValueError(f"key_order: expected [{total}], a permutation of the global batch, got {list(given.shape)}")
@@ -56,13 +59,13 @@ def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | N
 
 
 def start_shuffle(images: Tensor, order: Tensor | None, mode: str) -> Callable[[], Tensor] | None:
-    """Set out this rank's images [N, ...] for the slots that ``order`` gives them.
+    """Start to send this rank's images [N, ...] to the slots that ``order`` assigns to them.
 
-    ``"gather"`` (as published) collects every image on every rank; ``"all_to_all"`` sends only the rows the permutation
-    moves, 1/world of that; ``"auto"`` is the latter. Of ``"loader"`` they are there already.
+    ``"gather"``, as published, gathers all images on every rank. ``"all_to_all"`` (and ``"auto"``) sends only images
+    that change rank, 1/world_size of the traffic. With ``"loader"``, the images are already in their slots.
 
     Returns:
-        A function that waits for the images of this rank's slots [N, ...] and gives them; None if none has to travel.
+        A function that waits for the images of this rank's slots and returns them, [N, ...]; None if no image moves.
     """
     if order is None or mode == "loader":
         return None
@@ -71,18 +74,18 @@ def start_shuffle(images: Tensor, order: Tensor | None, mode: str) -> Callable[[
     if world == 1:
         shuffled = images[_index(mine, images)]
         return lambda: shuffled
-    # Collectives send memory as it lies: images whose channels lie together travel, and arrive, that way.
+    # Collectives send contiguous memory, so channels_last images are sent, and received, as [N, H, W, C].
     channels_last = images.ndim == 4 and images.is_contiguous(memory_format=torch.channels_last)
     rows = images.permute(0, 2, 3, 1) if channels_last else images
     if mode == "gather":
         arriving, place = start_all_gather(rows), mine
     else:
-        leaving = order // n == me  # slots filled from here, in the order of their receivers
-        wanted_by = torch.arange(world * n) // n
-        send_counts = torch.bincount(wanted_by[leaving], minlength=world).tolist()
+        leaving = order // n == me  # slots of images of this rank, in the order of their receivers
+        receiver = torch.arange(world * n) // n
+        send_counts = torch.bincount(receiver[leaving], minlength=world).tolist()
         receive_counts = torch.bincount(mine // n, minlength=world).tolist()
         arriving = start_exchange(rows[_index(order[leaving] - me * n, rows)], send_counts, receive_counts)
-        # Arrived grouped by sender, within a sender in slot order: a stable sort of the slots by sender, undone.
+        # Images arrive sorted by sender, then by slot. The inverse of that stable sort puts them into their slots.
         place = torch.argsort(mine // n, stable=True).argsort()
 
     def arrived() -> Tensor:
@@ -93,20 +96,26 @@ def start_shuffle(images: Tensor, order: Tensor | None, mode: str) -> Callable[[
 
 
 def unshuffle(keys: Tensor, order: Tensor | None) -> Tensor:
-    """All slots' keys [world * N, dim] back in the order of the images."""
+    """Put the keys of all slots, [world * N, dim], back into the order of the images."""
     return keys if order is None else keys[_index(order.argsort(), keys)]
 
 
 def _index(rows: Tensor, like: Tensor) -> Tensor:
-    """Row numbers beside the tensor that they index, without making the host wait for the GPU."""
+    """Row indices on the device of the tensor that they index, without making the host wait for the GPU."""
     return rows.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else rows
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose training statistics are taken over groups of the batch: sample i belongs to group i mod G.
+    """BatchNorm that computes its training statistics separately for G groups of the batch.
 
-    Running statistics move once a step, by the mean over the groups. In eval mode it is plain BatchNorm, and its state
-    dict is plain BatchNorm's. Groups of a batch that G does not divide differ in size by one.
+    Sample i belongs to group i mod G. If G does not divide the batch, group sizes differ by one. The running statistics
+    are updated once per step, with the mean over the groups. In eval mode, and in its state dict, it is a plain
+    BatchNorm.
+
+    Args:
+        num_features: C of an input [N, C, ...].
+        groups: G.
+        options: see ``torch.nn.BatchNorm2d``.
     """
 
     def __init__(self, num_features: int, groups: int, **options) -> None:
@@ -135,8 +144,8 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         return out
 
     def _normalize(self, x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised batch, and each group's mean and unbiased variance [groups, C]."""
-        # Rows of G consecutive samples become one sample of G * C channels: one launch for all groups.
+        """The normalized batch, and the mean and unbiased variance of each group, [groups, C]."""
+        # G consecutive samples become one sample of G * C channels: one launch for all groups.
         grouped = x.reshape(x.shape[0] // groups, groups * x.shape[1], *x.shape[2:])
         mean = torch.zeros(grouped.shape[1], device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         var = torch.ones_like(mean)
@@ -156,13 +165,17 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
-    """Replace every BatchNorm in a module by :class:`SplitBatchNorm`; parameters and buffers are the same objects.
+    """Replace every BatchNorm in a module with :class:`SplitBatchNorm`, in place. Parameters and buffers are reused.
+
+    Args:
+        module: left as it is if there is only one group.
+        groups: number of groups of a batch.
 
     Returns:
-        The module, changed in place; a new one if it is itself a BatchNorm. For one group there is nothing to change.
+        The module, or its replacement if it is itself a BatchNorm.
 
     Raises:
-        ValueError: less than one group.
+        ValueError: fewer than one group.
     """
     if groups < 1:
         raise ValueError(f"split_bn: expected at least one group, got {groups}")

@@ -1,6 +1,6 @@
-"""MoCo's training step the way its authors published it, rewritten: the formulation users have today.
+"""A rewrite of MoCo's published training step, to compare values and speed with.
 
-Tests compare values with it, benches compare speed. The queue lies [C, K] here, as in published checkpoints.
+The queue is [C, K], as in published checkpoints.
 """
 
 import copy
@@ -27,7 +27,7 @@ def logits(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tup
 
 @torch.no_grad()
 def enqueue(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None:
-    """Write keys [B, C] over columns of the queue [C, K]; B must divide K. Reads the pointer on the host."""
+    """Write keys [B, C] to columns of the queue [C, K]; B must divide K. Reads the pointer on the host."""
     start, batch, size = int(queue_ptr), len(keys), queue.shape[1]
     assert size % batch == 0
     queue[:, start : start + batch] = keys.T
@@ -36,7 +36,7 @@ def enqueue(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None:
 
 @torch.no_grad()
 def momentum_update(key_params: list[Tensor], query_params: list[Tensor], m: float) -> None:
-    """k = m k + (1 - m) q, one parameter at a time, each into memory of its own."""
+    """k = m k + (1 - m) q, one parameter at a time, into new memory."""
     for key, query in zip(key_params, query_params, strict=True):
         key.data = key.data * m + query.data * (1.0 - m)
 
@@ -44,8 +44,8 @@ def momentum_update(key_params: list[Tensor], query_params: list[Tensor], m: flo
 class MoCo(nn.Module):
     """The published model: forward updates the key encoder first, returns logits, and enqueues last.
 
-    Under a process group it gathers every image and every key, and shuffles with a permutation that rank 0 broadcasts.
-    With one process it shuffles nothing, where the published model stops with an error.
+    In a process group it gathers all images and keys, and shuffles with a permutation that rank 0 broadcasts. With one
+    process it does not shuffle; the published model raises an error.
     """
 
     queue: Tensor
@@ -66,7 +66,7 @@ class MoCo(nn.Module):
     def forward(self, im_q: Tensor, im_k: Tensor, key_order: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits [N, 1 + K], already divided by T, and labels [N], all 0, of this rank's images.
 
-        `key_order` [world * N] is the permutation to broadcast, in place of one that rank 0 draws.
+        `key_order` [world * N] is the permutation to broadcast; by default, rank 0 draws one.
         """
         q = F.normalize(self.encoder_q(im_q), dim=1)
         with torch.no_grad():
@@ -80,7 +80,7 @@ class MoCo(nn.Module):
         momentum_update(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), self.m)
 
     def encode_keys(self, im_k: Tensor, key_order: Tensor | None) -> Tensor:
-        """Unit keys [N, dim] of this rank's images, encoded by whichever rank the permutation sends them to."""
+        """Unit keys [N, dim] of this rank's images, encoded by the ranks that the permutation assigns."""
         if not dist.is_initialized():
             return F.normalize(self.encoder_k(im_k), dim=1)
         n, rank = len(im_k), dist.get_rank()

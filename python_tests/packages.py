@@ -1,6 +1,6 @@
-"""What each package's own code has for a state dict of a ResNet-18 in MoCo, and the file that it saves.
+"""State dicts of a ResNet-18 in MoCo, and the files that each package saves.
 
-Built from modules under the packages' names, independently of moco_ext.checkpoints' tables.
+They are built from modules with the names of each package, independently of the tables in moco_ext.checkpoints.
 """
 
 import copy
@@ -18,7 +18,7 @@ def mlp(width, hidden, dim):
 
 
 class Holder(nn.Module):
-    """Modules and buffers under the names that a package gives them."""
+    """A module with the given modules and buffers as its attributes."""
 
     def __init__(self, **parts):
         super().__init__()
@@ -36,7 +36,7 @@ def headless(resnet):
 
 
 def distinct(module):
-    """Every tensor of a module with values of its own."""
+    """Fill every tensor of a module with different values."""
     generator = torch.Generator().manual_seed(0)
     for tensor in module.state_dict().values():
         if tensor.is_floating_point():
@@ -51,14 +51,14 @@ def queue(*shape):
 
 
 def encoders(layers=2):
-    """Two ResNet-18s without head, and two heads."""
+    """Two ResNet-18 without heads, and two heads."""
     bodies = [headless(torchvision.models.resnet18()) for _ in range(2)]
     heads = [mlp(512, 16, DIM) if layers == 2 else nn.Linear(512, DIM) for _ in range(2)]
     return *bodies, *heads
 
 
 def detectron2_names(state):
-    """detectron2's names, written out for each tensor of a ResNet-18."""
+    """A ResNet-18's state dict with detectron2's names."""
     names = {}
     for name in state:
         if name.startswith("fc."):
@@ -77,7 +77,7 @@ def detectron2_names(state):
 
 
 def native(name, layers=2):
-    """What the package's own code would have for a state dict of a ResNet-18, and what it saves."""
+    """A package's state dict of a ResNet-18, and the object that it saves."""
     q, k, head_q, head_k = encoders(layers)
     wrap = nn.Sequential if layers == 1 else (lambda head: head)
     if name == "moco":
@@ -142,7 +142,7 @@ def native(name, layers=2):
 
 
 def saved(folder, name, layers=2):
-    """A file as the package saves it, and its tensors by the names in its own state dict."""
+    """Save a file as the package does. Returns its path, and the package's state dict."""
     state, content = native(name, layers)
     if name == "detectron2":
         path = folder / "in.pkl"

@@ -1,4 +1,4 @@
-"""compat.lightly beside Lightly itself, where it is installed, and beside its formulation."""
+"""compat.lightly compared with Lightly, if it is installed, and with its formulas."""
 
 import copy
 import os
@@ -25,7 +25,7 @@ def features(seed, *shape, dtype=torch.float32):
 
 
 def formulation(out0, out1, bank, temperature):
-    """The logits of the loss written out, in float64."""
+    """The loss from its logits, in float64."""
     out0, out1 = (F.normalize(x.double(), dim=1) for x in (out0, out1))
     if bank is not None:
         logits = torch.cat([(out0 * out1).sum(1, keepdim=True), out0 @ bank.double().t()], 1)
@@ -68,11 +68,11 @@ def lightly():
 
 
 @pytest.mark.parametrize("bank", [(K, DIM), 0], ids=["memory bank", "in batch"])
-@pytest.mark.parametrize("batch", [N, 5])  # 5 divides K, 6 does not: its batches are cut at the bank's end
-def test_fifty_steps_beside_lightly(bank, batch):
+@pytest.mark.parametrize("batch", [N, 5])  # 5 divides K; with 6, a batch is cut off at the end of the bank
+def test_fifty_steps_match_lightly(bank, batch):
     mine, criterion = train(vars(ours), bank=bank, batch=batch)
     theirs, peer = train(lightly(), bank=bank, batch=batch)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)  # float32 rounding, 50 steps of it
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)  # float32 rounding over 50 steps
     assert mine[-1] != mine[0]
     if bank:
         torch.testing.assert_close(criterion.memory_bank.bank, peer.memory_bank.bank, rtol=0, atol=1e-5)
@@ -90,13 +90,13 @@ def test_loss_and_gradients(n, size, dtype):
     loss, want = criterion(*views), formulation(*wide, bank, 0.2)
     loss.backward()
     want.backward()
-    rtol = 1e-5 if dtype == torch.float32 else 1e-2  # of bfloat16 the gradient is rounded
+    rtol = 1e-5 if dtype == torch.float32 else 1e-2  # the gradient is rounded to bfloat16
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
     for view, reference in zip(views, wide, strict=True):
         torch.testing.assert_close(view.grad.double(), reference.grad, rtol=rtol, atol=1e-5)
 
 
-def test_bank_takes_keys_only_of_a_training_step():
+def test_the_bank_is_updated_in_training_steps_only():
     criterion = ours.NTXentLoss(memory_bank_size=(K, DIM))
     before = criterion.memory_bank.bank.clone()
     criterion(features(1, N, DIM), features(2, N, DIM))
@@ -115,10 +115,10 @@ def test_memory_bank(first):
     assert out is x0
     assert copy0.shape == ((2, 5) if first else (5, 2))
     rows = [x.t() if first else x for x in (copy0, bank(x1, update=True)[1], bank(x2, update=True)[1])]
-    assert not torch.equal(rows[0][:3], x0)  # handed out before it took them in
+    assert not torch.equal(rows[0][:3], x0)  # returned before the update
     assert torch.equal(rows[1][:3], x0)
-    assert torch.equal(rows[2], torch.cat([x0, x1[:2]]))  # cut at the end
-    assert torch.equal(bank.bank, torch.cat([x2, x1[:2]]))  # and begun anew
+    assert torch.equal(rows[2], torch.cat([x0, x1[:2]]))  # cut off at the end
+    assert torch.equal(bank.bank, torch.cat([x2, x1[:2]]))  # and started again
     assert int(bank.bank_ptr) == 3
     bank(features(9, 12, 2), update=True)
     assert torch.equal(bank.bank[3:], features(9, 12, 2)[:2])
@@ -127,7 +127,7 @@ def test_memory_bank(first):
     assert torch.equal(bank(x0)[1].t() if first else bank(x0)[1], bank.bank)
 
 
-def test_memory_bank_of_no_size_and_of_no_width():
+def test_memory_bank_without_size_or_dimension():
     x = features(0, 3, 2)
     assert ours.MemoryBankModule(0)(x, update=True) == (x, None)
     bank = ours.MemoryBankModule(7)
@@ -136,7 +136,7 @@ def test_memory_bank_of_no_size_and_of_no_width():
 
 
 @pytest.mark.parametrize("size", [-1, (10, -1), (1, 2, 3), ()])
-def test_illegal_sizes(size):
+def test_invalid_sizes(size):
     with pytest.raises(ValueError, match="size: expected"):
         ours.MemoryBankModule(size)
     with pytest.raises(ValueError, match="size: expected"):
@@ -144,7 +144,7 @@ def test_illegal_sizes(size):
 
 
 @pytest.mark.parametrize("size", [(K, DIM), 0])
-def test_a_negative_temperature_turns_similarities_round(size):
+def test_a_negative_temperature_inverts_similarities(size):
     views = [features(seed, 7, DIM) for seed in (1, 2)]
     criterion = ours.NTXentLoss(-0.2, size)
     want = formulation(*views, criterion.memory_bank.bank if size else None, -0.2)
@@ -158,7 +158,7 @@ def test_gathering_without_distributed_support(monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-9, -1e-9, float("nan")])
-def test_illegal_temperature(temperature):
+def test_invalid_temperature(temperature):
     with pytest.raises(ValueError, match="temperature: expected"):
         ours.NTXentLoss(temperature)
 

@@ -1,4 +1,4 @@
-"""compat.moco beside the published formulation: what an unchanged trainer does with the model and its logits."""
+"""compat.moco compared with the official formulation, in an unchanged trainer."""
 
 import copy
 import os
@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco_ext.compat import moco
-from moco_ext.compat.logits import LazyLogits
+from moco_ext.compat.moco.logits import LazyLogits, Scores
 
-DIM, K, N = 8, 70, 6  # K is no multiple of the batch, of topk's groups, or of its tiles
+DIM, K, N = 8, 70, 6  # K is not a multiple of the batch, nor of the groups and tiles of topk
 
 
 class Encoder(nn.Module):
@@ -44,7 +44,7 @@ def images(seed=1, n=N):
 
 
 def accuracy(output, target, topk=(1, 5)):
-    """As the published trainer computes it."""
+    """As the official trainer computes it."""
     with torch.no_grad():
         maxk = max(topk)
         _, pred = output.topk(maxk, 1, True, True)
@@ -53,7 +53,7 @@ def accuracy(output, target, topk=(1, 5)):
 
 
 def train(model, steps, k=K):
-    """The published trainer's loop; the batch divides K, as the published queue wants."""
+    """The official trainer's loop. The batch size divides K, as the official queue requires."""
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4)
     seen = []
@@ -68,12 +68,12 @@ def train(model, steps, k=K):
     return torch.tensor(seen)
 
 
-def test_fifty_steps_of_the_published_trainer():
+def test_fifty_steps_of_the_official_trainer():
     ours, theirs = pair()
     mine, published = train(ours, 50), train(theirs, 50)
-    torch.testing.assert_close(mine[:, 0], published[:, 0], rtol=0, atol=1e-5)  # float32 rounding, 50 steps of it
+    torch.testing.assert_close(mine[:, 0], published[:, 0], rtol=0, atol=1e-5)  # float32 rounding over 50 steps
     assert torch.equal(mine[:, 1:], published[:, 1:])
-    assert mine[:, 1].max() > mine[:, 1].min()  # not 0 or 100 % throughout
+    assert mine[:, 1].max() > mine[:, 1].min()  # not always 0 or 100 %
     for name, value in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-5, msg=name)
 
@@ -86,10 +86,10 @@ def test_the_state_dict_loads_both_ways():
     assert int(theirs.queue_ptr) == 14
 
 
-def test_metadata_makes_nothing(monkeypatch):
+def test_metadata_needs_no_logits(monkeypatch):
     ours, _ = pair()
     output, _ = ours(*images())
-    monkeypatch.setattr("moco_ext.compat.logits.Scores.matrix", lambda self: pytest.fail("the logits were made"))
+    monkeypatch.setattr(Scores, "compute", lambda self: pytest.fail("the logits were computed"))
     assert isinstance(output, LazyLogits)
     assert output.shape == (N, 1 + K)
     assert output.size(0) == len(output) == N
@@ -99,11 +99,11 @@ def test_metadata_makes_nothing(monkeypatch):
     assert "LazyLogits" in repr(output)
 
 
-def test_the_loss_and_the_largest_are_found_without_the_logits(monkeypatch):
+def test_loss_and_topk_need_no_logits(monkeypatch):
     ours, theirs = pair()
     output, target = ours(*images())
     published, _ = theirs_without_enqueue(theirs)
-    monkeypatch.setattr("moco_ext.compat.logits.Scores.matrix", lambda self: pytest.fail("the logits were made"))
+    monkeypatch.setattr(Scores, "compute", lambda self: pytest.fail("the logits were computed"))
     for reduction in ("mean", "sum", "none"):
         loss = F.cross_entropy(output, target, reduction=reduction)
         torch.testing.assert_close(loss, F.cross_entropy(published, target, reduction=reduction), rtol=0, atol=1e-5)
@@ -112,7 +112,7 @@ def test_the_loss_and_the_largest_are_found_without_the_logits(monkeypatch):
 
 
 def theirs_without_enqueue(model):
-    """The published logits whatever the batch: its own enqueue wants a divisor of K."""
+    """The official logits for any batch size: the official enqueue requires a divisor of K."""
     model.enqueue = lambda k: None
     return model(*images())
 
@@ -121,8 +121,8 @@ TILINGS = [(70, 8192), (70, 32), (131, 48), (16, 8192), (3, 2)]
 
 
 @pytest.mark.parametrize(("size", "tile", "k"), [(*t, k) for t in TILINGS for k in (1, 5, 17, 64) if k <= t[0]])
-def test_topk_is_that_of_all_logits(monkeypatch, size, tile, k):
-    monkeypatch.setattr("moco_ext.compat.logits.TILE", tile)
+def test_topk(monkeypatch, size, tile, k):
+    monkeypatch.setattr("moco_ext.compat.moco.logits.TILE", tile)
     ours, theirs = pair(size)
     values, columns = ours(*images())[0].topk(k, 1, True, True)
     published = theirs_without_enqueue(theirs)[0].topk(k, 1, True, True)
@@ -157,12 +157,12 @@ def compare_gradients(ours, theirs):
     ],
 )
 @pytest.mark.parametrize("start", [0, K - 2])  # the second: forward's own enqueue wraps
-def test_anything_else_has_the_published_values_and_gradients(use, start):
+def test_other_uses_have_the_official_values_and_gradients(use, start):
     ours, theirs = pair()
     ours.queue_ptr.fill_(start)
     output, target = ours(*images())
     published, _ = theirs_without_enqueue(theirs)
-    assert not torch.equal(ours.queue.t(), theirs.queue)  # it has moved on
+    assert not torch.equal(ours.queue.t(), theirs.queue)  # which has changed since
     torch.testing.assert_close(output.detach().clone(), published.detach(), rtol=0, atol=2e-5)
     mine, expected = use(output, target), use(published, target)
     torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-5)
@@ -171,7 +171,7 @@ def test_anything_else_has_the_published_values_and_gradients(use, start):
     compare_gradients(ours, theirs)
 
 
-def test_labels_that_somebody_has_written_to():
+def test_edited_labels():
     ours, theirs = pair()
     output, target = ours(*images())
     target.fill_(2)
@@ -197,7 +197,7 @@ def test_after_another_step_the_logits_are_refused(use):
     ours(*images(2))
     with pytest.raises(RuntimeError, match="before the next forward pass"):
         use(output)
-    torch.testing.assert_close(F.cross_entropy(output, target), loss)  # known since forward
+    torch.testing.assert_close(F.cross_entropy(output, target), loss)  # computed in forward
 
 
 def test_one_loss_for_two_uses_of_the_logits():
@@ -223,19 +223,19 @@ def test_autocast_and_a_scaled_loss(scale):
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    assert losses[0] == pytest.approx(losses[1], abs=0.05)  # the published logits are rounded to 8 bits: up to 0.03
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)  # the official logits are rounded to 8 bits: up to 0.03
     for mine, published in zip(ours.encoder_q.parameters(), theirs.encoder_q.parameters(), strict=True):
         torch.testing.assert_close(mine, published, rtol=0, atol=5e-3)
 
 
-def test_a_copy_is_a_model_of_its_own():
+def test_a_copy_is_independent():
     ours, _ = pair()
     other = copy.deepcopy(ours)
     first = ours(*images())[0] + 0
     torch.testing.assert_close(other(*images())[0] + 0, first)
 
 
-def test_the_published_methods():
+def test_the_official_methods():
     ours, _ = pair()
     x = torch.arange(12.0).view(6, 2)
     shuffled, order = ours._batch_shuffle_ddp(x)
@@ -272,14 +272,14 @@ def run_rank(rank, world, path, unused):
     ours, theirs = pair()
     for model in (ours, theirs):
         for batch_norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-            batch_norm.eval()  # so that it does not matter which images share statistics: each side draws its own order
+            batch_norm.eval()  # the two models shuffle differently, so batch statistics would differ
     ddp = [DistributedDataParallel(m, find_unused_parameters=unused) for m in (ours, theirs)]
     optimizers = [torch.optim.SGD(m.encoder_q.parameters(), 0.03, momentum=0.9) for m in (ours, theirs)]
     for step in range(10):
         losses = []
         for model, optimizer in zip(ddp, optimizers, strict=True):
             output, target = model(*images(10 * step + rank, 5))
-            assert isinstance(output, LazyLogits) == (model is ddp[0] and not unused)  # of an unused one DDP copies
+            assert isinstance(output, LazyLogits) == (model is ddp[0] and not unused)  # otherwise DDP copies it
             loss = nn.CrossEntropyLoss()(output, target)
             losses.append((loss.item(), *(a.item() for a in accuracy(output, target))))
             optimizer.zero_grad()
@@ -287,6 +287,12 @@ def run_rank(rank, world, path, unused):
             optimizer.step()
         torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.queue.t(), theirs.queue, rtol=0, atol=1e-5)
+    for model in ddp:  # edited logits
+        output, target = model(*images(rank, 5))
+        output[:, 3:9] = -1e4
+        model.zero_grad()
+        F.cross_entropy(output, target).backward()
+    compare_gradients(ours, theirs)
     x = torch.arange(8.0).view(4, 2) + 8 * rank
     shuffled, undo = ours._batch_shuffle_ddp(x)
     assert torch.equal(ours._batch_unshuffle_ddp(shuffled, undo), x)

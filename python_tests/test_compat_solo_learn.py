@@ -1,4 +1,4 @@
-"""compat.solo_learn beside the formulation of solo-learn's MoCo v2+, which is not installed in a test environment."""
+"""compat.solo_learn compared with the formulas of solo-learn's MoCo v2+; the package itself is not installed."""
 
 import copy
 import math
@@ -18,13 +18,13 @@ def features(seed, *shape):
 
 
 def loss_func(query, key, queue, temperature=0.1):
-    """The (K + 1)-way cross-entropy of features as they are, with the logits written out."""
+    """The (K + 1)-way cross-entropy of features that are not normalized, from its logits."""
     logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue], 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
 
 
 class Published:
-    """solo-learn's side of a training step: the queue's columns are written one by one, the parameters one by one."""
+    """solo-learn's part of a training step."""
 
     mocov2plus_loss_func = staticmethod(loss_func)
 
@@ -86,12 +86,12 @@ def test_fifty_steps(contiguous):
     queue = ours.init_queue(DIM, K)
     published, want = train(Published, queue.contiguous())
     mine, got = train(ours, queue.contiguous() if contiguous else queue.clone())
-    torch.testing.assert_close(mine, published, rtol=0, atol=2e-5)  # float32 rounding, 50 steps of it
+    torch.testing.assert_close(mine, published, rtol=0, atol=2e-5)  # float32 rounding over 50 steps
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     assert mine[-1] != mine[0]
 
 
-@pytest.mark.parametrize("norm", [1, 20])  # its own test's features are not of unit length
+@pytest.mark.parametrize("norm", [1, 20])  # solo-learn's own test uses features that are not unit vectors
 def test_loss_and_both_gradients(norm):
     inputs = [(norm * features(seed, 7, DIM)).requires_grad_() for seed in (1, 2)]
     wide = [x.detach().double().requires_grad_() for x in inputs]

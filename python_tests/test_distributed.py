@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -132,13 +133,16 @@ def train_in_every_mode(args: argparse.Namespace, process: launching.Process) ->
     """A record's loss and this rank's state for each mode of shuffling BN, and for a run resumed in the middle."""
     (folder,) = args.arguments
     data, results = few_digits(), {}
-    for mode in (*MODES, "masked"):
-        own = {"same_image": "mask", "in_batch": True} if mode == "masked" else {"shuffle_bn": mode}
-        config = tiny(epochs=1, **own)
-        model = build_model(config)
-        run = run_in(Path(folder) / mode, local_world=process.local_world, save_every=3, keep=9)
-        records = pretrain(config, data, run, model)
-        results[mode] = {"state": model.state_dict(), "losses": [record["loss"] for record in records]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for mode in (*MODES, "masked"):
+            own = {"same_image": "mask", "in_batch": True} if mode == "masked" else {"shuffle_bn": mode}
+            config = tiny(epochs=1, **own)
+            model = build_model(config)
+            run = run_in(Path(folder) / mode, local_world=process.local_world, save_every=3, keep=9)
+            records = pretrain(config, data, run, model)
+            results[mode] = {"state": model.state_dict(), "losses": [record["loss"] for record in records]}
+    results["warnings"] = [str(warning.message) for warning in caught]
     config = tiny(epochs=1, shuffle_bn="gather")
     model = build_model(config)
     middle = Path(folder) / "gather" / "checkpoint_00000003.pth"
@@ -166,6 +170,11 @@ def test_ranks_agree(trained, mode):
     assert_equal_states(*(learnt(results[mode]["state"]) for results in trained))
     # 150 images: four batches of 32 and one of 22, eleven a rank; K = 100
     assert trained[0][mode]["state"]["queue_ptr"].item() == 50
+
+
+def test_gradients_have_the_strides_that_ddp_expects(trained):
+    """Images are channels_last by default, so the gradients of 1x1 kernels are, too."""
+    assert not [message for results in trained for message in results["warnings"] if "Grad strides" in message]
 
 
 @pytest.mark.parametrize("mode", ["all_to_all", "loader"])

@@ -1,9 +1,12 @@
-"""Parameters as views of one buffer: what moves, what stays, and when the buffer is made anew."""
+"""Parameters in one buffer: what changes, what stays the same, and when a new buffer is made."""
 
 import copy
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import leave_group
 from torch import nn
 
 import moco_ext
@@ -25,7 +28,7 @@ def network(device, dtype=torch.float32) -> nn.Module:
 
 
 def assert_views_of(buffer, module):
-    """The buffer holds every parameter, each in a stretch of its own."""
+    """The buffer contains every parameter, without overlap."""
     assert buffer.dim() == 1
     assert buffer.is_contiguous()
     assert not buffer.requires_grad
@@ -35,7 +38,7 @@ def assert_views_of(buffer, module):
     for number, p in enumerate(params, start=1):
         with torch.no_grad():
             p.fill_(number)
-        assert (buffer == number).sum() == p.numel(), "not in the buffer, or written over by a neighbour"
+        assert (buffer == number).sum() == p.numel(), "not in the buffer, or overwritten by a neighbor"
     for number, p in enumerate(params, start=1):
         assert (p == number).all()
     buffer.fill_(-1)
@@ -54,7 +57,7 @@ def test_nothing_visible_changes(device, flatten_):
     output = net(x)
 
     flatten_(net)
-    assert all(p is params[name] for name, p in net.named_parameters())  # an optimizer still holds them
+    assert all(p is params[name] for name, p in net.named_parameters())  # which an optimizer refers to
     assert all(p.grad is grads[name] for name, p in params.items())
     assert {name: p.requires_grad for name, p in params.items()} == requires
     assert all(isinstance(p, nn.Parameter) and p.is_leaf for p in params.values())
@@ -65,7 +68,7 @@ def test_nothing_visible_changes(device, flatten_):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_parameters_become_views_of_one_buffer(device, flatten_, dtype):
+def test_parameters_are_in_one_buffer(device, flatten_, dtype):
     if device.type == "cuda" and dtype == torch.float64:
         pytest.skip("float64 is for the CPU")
     net = network(device, dtype)
@@ -76,14 +79,14 @@ def test_parameters_become_views_of_one_buffer(device, flatten_, dtype):
     assert_views_of(buffer, net)
 
 
-def test_values_lie_in_the_order_of_the_parameters(device, flatten_):
+def test_values_are_in_the_order_of_the_parameters(device, flatten_):
     """Two networks of one architecture line up element by element, so one update moves them all."""
     buffers = [flatten_(network(device)) for _ in range(2)]
     assert buffers[0].shape == buffers[1].shape
     net = network(device)
     want = torch.cat([p.detach().flatten() for p in net.parameters()])
     buffer = flatten_(net)
-    assert torch.equal(buffer[buffer != 0], want[want != 0])  # zeros may pad
+    assert torch.equal(buffer[buffer != 0], want[want != 0])  # padding is zero
 
 
 def test_flattening_again_returns_the_same_buffer(device, flatten_):
@@ -97,7 +100,7 @@ def test_flattening_again_returns_the_same_buffer(device, flatten_):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "dtype", "replaced parameter", "replaced data"])
-def test_a_broken_view_gets_a_new_buffer(device, flatten_, how):
+def test_moved_parameters_get_a_new_buffer(device, flatten_, how):
     net = network(device)
     old = flatten_(net)
     if how == "deepcopy":
@@ -115,7 +118,7 @@ def test_a_broken_view_gets_a_new_buffer(device, flatten_, how):
     assert_views_of(new, net)
 
 
-def test_steps_of_an_optimizer_reach_the_buffer(device, flatten_):
+def test_optimizer_steps_change_the_buffer(device, flatten_):
     net = network(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     buffer = flatten_(net)
@@ -149,7 +152,7 @@ def test_one_update_of_two_buffers_is_the_update_of_all(device):
     torch.testing.assert_close([p.detach() for p in key.parameters()], want, rtol=1e-6, atol=1e-6)
 
 
-def test_mixed_kinds_are_refused_untouched(flatten_):
+def test_mixed_dtypes_and_devices_are_refused(flatten_):
     net = network("cpu")
     net[3].to(torch.bfloat16)
     addresses = [p.data_ptr() for p in net.parameters()]
@@ -163,7 +166,7 @@ def test_mixed_kinds_are_refused_untouched(flatten_):
         flatten_(net)
 
 
-def test_nothing_to_flatten_is_said(flatten_):
+def test_no_parameters_is_an_error(flatten_):
     with pytest.raises(ValueError, match="module"):
         flatten_(nn.ReLU())
 
@@ -178,7 +181,7 @@ def test_a_part_of_a_flat_module_is_flat(device):
 
 
 def test_sharded_parameters_are_refused(device):
-    """What FSDP2 makes of parameters are tensors whose own memory is empty."""
+    """FSDP2 turns parameters into a tensor subclass without memory of its own, as this one."""
     from torch.testing._internal.two_tensor import TwoTensor
 
     sharded = TwoTensor(torch.ones(3, device=device), torch.ones(3, device=device))
@@ -190,3 +193,24 @@ def test_sharded_parameters_are_refused(device):
         with pytest.raises(TypeError, match=f"{name}: expected plain tensors"):
             moco_ext.momentum_update_([keys], [queries], 0.9)
     assert torch.equal(sharded.a, torch.ones(3, device=device))
+
+
+def update_sharded(rank, world, path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    model = moco_ext.MoCo(lambda num_classes: nn.Linear(4, num_classes), dim=8, K=16)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    out = model(torch.randn(3, 4), torch.randn(3, 4))
+    out.loss.backward()
+    before = model.queue.clone()
+    with pytest.raises(TypeError, match=r"key_encoder: expected plain tensors, got DTensor; .* \(fully_shard\)"):
+        model.update(out.keys)
+    assert torch.equal(model.queue, before)
+    leave_group()
+
+
+def test_a_model_sharded_by_fsdp2_is_refused(tmp_path):
+    torch.multiprocessing.spawn(update_sharded, (1, tmp_path / "rendezvous"), nprocs=1)

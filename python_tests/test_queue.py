@@ -1,16 +1,23 @@
-"""KeyQueue's ids, ages and empty start, and MoCo's loss with them."""
+"""Ids, ages and the empty start of KeyQueue, MoCo's loss with them, and DDP."""
+
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import leave_group
 from test_moco import Tiny
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import moco_ext.reference
-from moco_ext import KeyQueue, MoCo
+from moco_ext import KeyQueue, MemoryBank, MoCo
+from moco_ext.distributed import exclude_queues_from_ddp
 
 
 @pytest.mark.parametrize("batches", [[3, 3, 3, 3], [2, 7, 1], [10, 25, 4]])
 def test_ids_and_ages_follow_the_keys(device, batches):
-    """Through wrap-around and batches longer than the queue: against a list that is written one key at a time."""
+    """With wrap-around, and batches larger than the queue. The reference is a list, written one key at a time."""
     queue = KeyQueue(4, 10, ids=True, empty=True).to(device)
     rows = [(-1, None)] * 10  # (id, number of its enqueue)
     slot = written = 0
@@ -41,7 +48,7 @@ def test_a_plain_queue_has_only_the_official_state():
         KeyQueue(4, 10).enqueue(torch.randn(2, 4), torch.arange(2))
     with pytest.raises(ValueError, match="ages: expected a queue made with ids=True"):
         _ = KeyQueue(4, 10).ages
-    with pytest.raises(ValueError, match=r"ids: expected int64 \[2\], an id a key, got torch.int64 \[3\]"):
+    with pytest.raises(ValueError, match=r"ids: expected int64 \[2\], one id per key, got torch.int64 \[3\]"):
         KeyQueue(4, 10, ids=True).enqueue(torch.randn(2, 4), torch.arange(3))
 
 
@@ -51,7 +58,7 @@ def test_state_survives_and_official_state_loads(device):
     again.load_state_dict(queue.state_dict())
     for name, value in queue.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    again.load_state_dict(KeyQueue(4, 10).state_dict())  # full, of nothing known
+    again.load_state_dict(KeyQueue(4, 10).state_dict())  # full, with unknown ids
     assert again.queue_valid.item() == 10
     assert set(again.queue_ids.tolist()) == set(again.ages.tolist()) == {-1}
 
@@ -62,7 +69,7 @@ def views(device, n=4):
 
 @pytest.mark.parametrize("same_id", ["mask", "positive"])
 @pytest.mark.parametrize("in_batch", [False, True])
-def test_moco_hands_ids_to_the_loss(device, in_batch, same_id):
+def test_moco_passes_ids_to_the_loss(device, in_batch, same_id):
     torch.manual_seed(0)
     options = {"same_id": same_id, "in_batch": in_batch, "label_smoothing": 0.1, "empty": True}
     model = MoCo(lambda num_classes: Tiny(num_classes), dim=8, K=12, T=0.2, **options).to(device)
@@ -91,8 +98,8 @@ def test_moco_hands_ids_to_the_loss(device, in_batch, same_id):
         model(*views(device))
 
 
-def test_the_queue_of_an_empty_start_fills(device):
-    """The first loss is that of no negatives: 0, and no gradient; the second has the first batch's keys."""
+def test_an_empty_queue_fills(device):
+    """Without negatives the first loss is 0. The second step has the keys of the first batch."""
     torch.manual_seed(0)
     model = MoCo(lambda num_classes: Tiny(num_classes), dim=8, K=12, empty=True).to(device)
     out = model(*views(device))
@@ -101,3 +108,60 @@ def test_the_queue_of_an_empty_start_fills(device):
     out = model(*views(device))
     assert out.loss.item() > 0
     assert out.stats.rank.max() <= 4
+
+
+class Trainer(nn.Module):
+    """A queue, a MoCo and a memory bank, at different depths, and buffers that DDP does broadcast."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.nested = nn.ModuleDict({"queue": KeyQueue(4, 1000, ids=True, empty=True)})
+        self.inner = nn.Sequential(nn.Sequential(MoCo(lambda num_classes: nn.Linear(4, num_classes), 4, 1000)))
+        self.bank = MemoryBank(lambda num_classes: nn.Linear(4, num_classes), images=1000, dim=4, K=4)
+
+    def forward(self, x):
+        return self.encoder(x).sum() + self.inner[0][0].encoder_q(x).sum() + self.bank.encoder_q(x).sum()
+
+
+def broadcast_by_ddp(rank, world, path):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
+    sent = []
+    broadcast = dist._broadcast_coalesced
+
+    def counting(group, tensors, *args):
+        sent.append(sum(x.nbytes for x in tensors))
+        return broadcast(group, tensors, *args)
+
+    dist._broadcast_coalesced = counting
+
+    def forward(prepare):
+        trainer = Trainer()
+        model = DistributedDataParallel(prepare(trainer))
+        queues = (trainer.nested["queue"].queue, trainer.inner[0][0].queue, trainer.bank.bank)
+        for queue in queues:
+            queue.fill_(rank)  # in training they are equal; here, to see whether they are broadcast
+        sent.clear()
+        for _ in range(2):
+            model(torch.randn(3, 4)).backward()
+        return sent[-1], [queue.unique().tolist() for queue in queues]
+
+    small = 4 * 4 + 4 * 4 + 8  # BatchNorm's buffers
+    assert forward(exclude_queues_from_ddp) == (small, [[rank]] * 3)
+    assert forward(lambda trainer: trainer)[0] > 3 * 16_000
+    leave_group()
+
+
+def test_ddp_does_not_broadcast_excluded_queues(tmp_path):
+    torch.multiprocessing.spawn(broadcast_by_ddp, (2, tmp_path / "rendezvous"), nprocs=2)
+
+
+def test_excluding_queues_keeps_earlier_exclusions():
+    trainer = Trainer()
+    trainer._ddp_params_and_buffers_to_ignore = ["encoder.0.bias"]
+    assert exclude_queues_from_ddp(trainer) is trainer
+    names = set(trainer._ddp_params_and_buffers_to_ignore)
+    assert {"encoder.0.bias", "nested.queue.queue_ids", "inner.0.0.queue", "bank.bank"} <= names
+    assert all("queue" in name or "bank" in name for name in names - {"encoder.0.bias"})
+    assert "queue" in exclude_queues_from_ddp(KeyQueue(4, 10))._ddp_params_and_buffers_to_ignore

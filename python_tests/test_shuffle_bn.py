@@ -205,7 +205,7 @@ def test_an_order_of_the_wrong_length(device):
     with pytest.raises(ValueError, match=r"key_order: expected \[4\], .* got \[3\]"):
         model(images, images, key_order=torch.arange(3))
     model = tiny_moco(device, shuffle_bn="loader")
-    with pytest.raises(ValueError, match="key_order: expected the permutation by which the loader has shuffled"):
+    with pytest.raises(ValueError, match="key_order: expected the permutation with which the loader shuffled"):
         model(images, images)
 
 

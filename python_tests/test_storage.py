@@ -1,4 +1,4 @@
-"""Saving and loading: what torch, safetensors, accelerate and the Hugging Face Hub do with a model's tensors."""
+"""Saving and loading with torch, safetensors, accelerate and the Hugging Face Hub."""
 
 import copy
 import io
@@ -118,7 +118,7 @@ def test_safetensors(make, tmp_path):
 
 @modules
 def test_accelerate(make, tmp_path):
-    """``save_state`` is what a training script calls, ``save_model`` what exports the weights."""
+    """``save_state`` saves a training run, ``save_model`` exports the weights."""
     accelerate = pytest.importorskip("accelerate")
     from accelerate.utils import load_checkpoint_in_model
 
@@ -163,7 +163,7 @@ def test_a_part_is_saved_without_the_rest():
 
 
 def test_state_dict_tensors_are_the_parameters():
-    """Code that averages weights writes into ``state_dict()``; the queue alone, transposed, is a copy."""
+    """Code that averages weights writes into ``state_dict()``. Only the queue, transposed, is a copy."""
     module = model()
     for name, value in module.state_dict().items():
         if name != "queue":
@@ -191,10 +191,10 @@ def test_queues_of_either_layout_load(contiguous, assign, k):
     assert torch.equal(queue.state_dict()["queue"], published)
 
 
-def test_parameters_that_are_left_where_they_are():
+def test_without_flattening():
     torch.manual_seed(1)
     flat, loose = model(), model(flatten_parameters=False)
-    loose.to(torch.float32)  # .to() flattens again where it may
+    loose.to(torch.float32)  # .to() flattens again, but not here
     for update in range(2):
         keys = torch.randn(5, DIM)
         for each in (flat, loose):

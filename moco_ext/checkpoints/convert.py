@@ -272,6 +272,7 @@ def _missing(tensors: Mapping[str, Tensor], target: Format, head: str) -> Iterat
     for name in wanted:
         if name not in tensors or (name == "queue" and tensors[name].dim() != target.queue_dims):
             yield str(target.from_canonical(name, head))
+    yield from target.own
 
 
 def _check_arch(tensors: Mapping[str, Tensor], arch: str | None, report: Report) -> None:

@@ -37,6 +37,7 @@ class Format:
         wraps: puts named tensors into what the package's own code saves; also given ``arch`` and ``epoch``.
         needs_arch: whether that names the architecture.
         queue_dims: of its queue, [C, K] or [2, C, K].
+        own: names that its code looks for and no other format has.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Format:
     wraps: Callable[[Tensors, Mapping[str, Any]], Any] = lambda tensors, about: dict(tensors)
     needs_arch: bool = False
     queue_dims: int = 2
+    own: tuple[str, ...] = ()
 
     @property
     def one_encoder(self) -> bool:
@@ -323,6 +325,7 @@ FORMATS = {
             },
             single={"q.head": "neck.fc.", "k.head": "encoder_k.module.1.fc."},
             wraps=_openmmlab,
+            own=("encoder_k.steps",),  # updates so far, of its averaged model
         ),
         Format(
             "vissl",

@@ -1,1 +1,1 @@
-"""Stand-ins for what existing trainers import, one module a project: same names, same results, this package's speed."""
+"""Drop-in replacements for what existing trainers import from other packages, one module per package."""

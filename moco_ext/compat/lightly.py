@@ -1,7 +1,7 @@
 """Lightly's loss, memory bank and momentum helpers, on this package's kernels.
 
-Replaces, name by name, what a MoCo or SimCLR trainer imports from ``lightly.loss``, ``lightly.models.modules`` and
-``lightly.models.utils`` (Lightly 1.6); encoders, heads and transforms stay Lightly's.
+Replaces what a MoCo or SimCLR trainer imports from ``lightly.loss``, ``lightly.models.modules`` and
+``lightly.models.utils`` (Lightly 1.6). Encoders, heads and transforms are still Lightly's.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ __all__ = [
 
 
 class MemoryBankModule(nn.Module):
-    """A circular bank of features, to be used as it is or as the base class of a loss.
+    """A circular bank of features, for direct use or as the base class of a loss.
 
-    ``bank`` [size, dim] float32 and ``bank_ptr`` [1] are buffers, not saved in the state dict. They follow the features
-    to their device; Lightly's bank would be copied there at each step. A batch that reaches the bank's end is cut there
-    and the pointer starts anew, as in Lightly (:class:`moco_ext.KeyQueue` wraps around).
+    ``bank`` [size, dim] float32 and ``bank_ptr`` [1] are buffers that are not saved in the state dict. They move to the
+    device of the features once, where Lightly copies the bank at every step. A batch that reaches the end of the bank
+    is cut off there and the pointer is reset, as in Lightly (:class:`moco_ext.KeyQueue` wraps around).
 
     Args:
-        size: ``(features, dim)``, or 0 for no bank; a number of features alone takes ``dim`` from the first batch
-            (which Lightly allowed up to 1.5).
+        size: ``(features, dim)``, or 0 for no bank. With the number of features alone, as up to Lightly 1.5, ``dim``
+            is that of the first batch.
         gather_distributed: store the features of all ranks.
-        feature_dim_first: hand the bank out as [dim, size] instead of [size, dim].
+        feature_dim_first: return the bank as [dim, size] instead of [size, dim].
 
     Raises:
-        ValueError: a negative size, or one that is neither of these.
+        ValueError: a size that is negative or not one of these.
     """
 
     bank: Tensor
@@ -65,13 +65,15 @@ class MemoryBankModule(nn.Module):
     def forward(
         self, output: Tensor, labels: Tensor | None = None, update: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """A copy of the bank as it is, and then, if ``update``, the output [B, dim] written into it.
+        """Return the bank as it is, then write the output into it if ``update``.
 
         Args:
+            output: [B, dim] features.
             labels: ignored.
+            update: write the output into the bank.
 
         Returns:
-            The output and the copy; None instead of the copy if there is no bank.
+            The output, and a copy of the bank or None if there is no bank.
         """
         if self.size[0] == 0:
             return output, None
@@ -81,7 +83,7 @@ class MemoryBankModule(nn.Module):
         return output, bank.t() if self.feature_dim_first else bank
 
     def _ready(self, like: Tensor) -> Tensor:
-        """The bank, on the features' device and of their width."""
+        """The bank, on the device of the features and with their dimension."""
         if self.bank.device != like.device:
             self.to(like.device)
         if len(self.size) == 1:
@@ -98,8 +100,8 @@ class MemoryBankModule(nn.Module):
     def _dequeue_and_enqueue(self, batch: Tensor) -> None:
         if self.gather_distributed:
             batch = all_gather(batch)
-        # Rows past the end all become one more copy of the last that fits: no slice depends on the pointer's value, so
-        # the host need not know it.
+        # Rows past the end are replaced with the last row that fits. So no slice depends on the pointer's value, for
+        # which the host would have to wait.
         size, after = self.size[0], self.bank_ptr + len(batch)
         rows = torch.arange(len(batch), device=self.bank.device).minimum(size - 1 - self.bank_ptr)
         self.bank.index_copy_(0, self.bank_ptr + rows, batch.detach().to(self.bank)[rows])
@@ -107,21 +109,26 @@ class MemoryBankModule(nn.Module):
 
 
 class NTXentLoss(nn.Module):
-    """Normalised temperature-scaled cross-entropy: MoCo's loss with a memory bank, SimCLR's without.
+    """Normalized temperature-scaled cross-entropy: MoCo's loss with a memory bank, SimCLR's without.
 
-    With a bank, row n's negatives are the bank's features, and gradient flows to both outputs through their own
-    similarity. Without, both views are queries and their negatives are all other rows of both views (SimCLR,
-    arXiv 2002.05709, Eq. 1). In either case the similarities are never stored.
+    With a bank, the negatives of each row are the bank's features, and both outputs receive a gradient. Without a bank,
+    both views are queries, and their negatives are all other rows of both views (SimCLR, arXiv 2002.05709, Eq. 1). The
+    similarities are never stored.
 
     Args:
-        temperature: what similarities are divided by; a negative one turns them round, as in Lightly.
+        temperature: divides the similarities; a negative temperature inverts them, as in Lightly.
         memory_bank_size: see :class:`MemoryBankModule`.
-        gather_distributed: with a bank, store the features of all ranks; without, take them as negatives, with
+        gather_distributed: with a bank, store the features of all ranks; without a bank, use them as negatives, with
             gradient.
 
     Raises:
-        ValueError: a temperature within 1e-8 of zero, an illegal bank size, or ``gather_distributed`` in a torch that
-            has no distributed support.
+        ValueError: a temperature within 1e-8 of zero, an invalid bank size, or ``gather_distributed`` when torch has
+            no distributed support.
+
+    Example::
+
+        criterion = NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
+        loss = criterion(query, key)  # [N, 128] each
     """
 
     def __init__(
@@ -132,7 +139,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not abs(temperature) >= 1e-8:
-            raise ValueError(f"temperature: expected at least 1e-8 in size, got {temperature}")
+            raise ValueError(f"temperature: expected an absolute value of at least 1e-8, got {temperature}")
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed: expected False in a torch without distributed support, got True")
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
@@ -140,10 +147,10 @@ class NTXentLoss(nn.Module):
         self.gather_distributed = gather_distributed
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        """The mean loss, 0-dim; a bank takes in ``out1`` if ``out0`` requires a gradient.
+        """The mean loss, 0-dim. The bank stores ``out1`` if ``out0`` requires a gradient.
 
         Args:
-            out0, out1: [N, dim] features of two views, row by row of the same images; of any length.
+            out0, out1: [N, dim] features of two views of the same images, of any norm.
         """
         if self.memory_bank.size[0] == 0:
             return self._in_batch(out0, out1)
@@ -157,12 +164,12 @@ class NTXentLoss(nn.Module):
 
     def _in_batch(self, out0: Tensor, out1: Tensor) -> Tensor:
         n = len(out0)
-        queries, keys = torch.cat([out0, out1]), torch.cat([out1, out0])  # row by row each other's positive
+        queries, keys = torch.cat([out0, out1]), torch.cat([out1, out0])  # row n of each is the other's positive
         me, world = 0, 1
         if self.gather_distributed:
             me, world = rank(), world_size()
             keys = all_gather_with_grad(keys)
-        # The only other key of a query's image is the query itself, which is no negative.
+        # Besides its positive, the only key of a query's image is the query itself, which is not a negative.
         images = torch.arange(world * n, device=out0.device).view(world, 1, n).expand(-1, 2, -1).flatten()
         queries = self._signed(queries)
         return info_nce(
@@ -171,31 +178,32 @@ class NTXentLoss(nn.Module):
 
 
 def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
-    """Move the parameters of ``model_ema`` towards those of ``model``: ``ema = m·ema + (1 - m)·model``.
+    """Exponential moving average of the parameters: ``ema = m·ema + (1 - m)·model``.
 
-    Each module's parameters are laid out in one buffer at the first call, so that the update is one launch.
+    The first call flattens the parameters of each module (:func:`moco_ext.flatten_parameters_`), so that the update is
+    one launch. To leave them where they are, call ``moco_ext.momentum_update_`` with two lists of parameters instead.
 
     Raises:
-        ValueError: m not in [0, 1], or modules of different parameters.
+        ValueError: m is not in [0, 1], or the modules have different parameters.
     """
     update_key_encoder_(model_ema, model, m)
 
 
 def deactivate_requires_grad(model: nn.Module) -> None:
-    """Let no parameter of the module take a gradient."""
+    """Freeze all parameters of the module."""
     model.requires_grad_(False)
 
 
-_shuffles = itertools.count()  # all ranks shuffle equally often, so each draws the same permutations by itself
+_shuffles = itertools.count()  # all ranks shuffle equally often, so they draw the same permutations
 
 
 @torch.no_grad()
 def batch_shuffle(batch: Tensor, distributed: bool = False) -> tuple[Tensor, Tensor]:
-    """Put the rows of a batch [N, ...] in random order, across all ranks if ``distributed``.
+    """Shuffle the rows of a batch [N, ...], across all ranks if ``distributed``.
 
     Returns:
-        This rank's rows [N, ...], and what :func:`batch_unshuffle` wants: the permutation [N], or, if ``distributed``,
-        the inverse of the global one [world * N], int64.
+        This rank's rows [N, ...], and the argument of :func:`batch_unshuffle`: the permutation [N] int64, or, if
+        ``distributed``, the inverse of the global permutation [world * N] int64.
     """
     if not distributed:
         shuffle = torch.randperm(len(batch), device=batch.device)
@@ -208,7 +216,13 @@ def batch_shuffle(batch: Tensor, distributed: bool = False) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def batch_unshuffle(batch: Tensor, shuffle: Tensor, distributed: bool = False) -> Tensor:
-    """Undo :func:`batch_shuffle` on what was made of its rows, [N, ...]; ``shuffle`` is what it returned."""
+    """Undo :func:`batch_shuffle`.
+
+    Args:
+        batch: [N, ...] computed from the shuffled rows.
+        shuffle: the second result of :func:`batch_shuffle`.
+        distributed: as for :func:`batch_shuffle`.
+    """
     if not distributed:
         return batch[torch.argsort(shuffle)]
     return all_gather(batch)[shuffle.view(world_size(), -1)[rank()]]

@@ -1,8 +1,8 @@
-"""solo-learn's MoCo v2+ loss, its queue, and its momentum updater, on this package's kernels.
+"""solo-learn's MoCo v2+ loss, queue and momentum updater, on this package's kernels.
 
-Replaces what ``solo/methods/mocov2plus.py`` takes from ``solo.losses`` and ``solo.utils.momentum``. A queue made by
-:func:`init_queue` has solo-learn's shape [2, C, K] and the memory that the kernels read; one made otherwise works too,
-at the price of a transposed copy a call.
+Replaces what ``solo/methods/mocov2plus.py`` imports from ``solo.losses`` and ``solo.utils.momentum``. A queue made by
+:func:`init_queue` has solo-learn's shape [2, C, K] and the memory layout of the kernels; any other works, too, but is
+transposed at each call.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = [
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
-    """InfoNCE of features taken as they are (the trainer normalises them), 0-dim; see :func:`moco_ext.info_nce`.
+    """InfoNCE loss, 0-dim, of features that the trainer has normalized; see :func:`moco_ext.info_nce`.
 
     Args:
-        query, key: [N, C]; gradient flows to whichever requires one.
-        queue: [C, K] negatives, without gradient. If its columns are contiguous (``queue.t()`` is), nothing is copied.
+        query, key: [N, C], with gradient to those that require it.
+        queue: [C, K] negatives, without gradient. It is not copied if ``queue.t()`` is contiguous.
         temperature: positive.
     """
     key = key.to(query.dtype)
@@ -38,9 +38,10 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
 
 
 def init_queue(proj_output_dim: int, queue_size: int, queues: int = 2) -> Tensor:
-    """Queues of random unit keys, [queues, C, K] float32, each column of which is contiguous in memory.
+    """Queues of random unit keys, [queues, C, K] float32, with contiguous columns.
 
-    To be registered as a buffer; ``.to()``, ``clone()`` and loading a checkpoint keep the layout.
+    Register the result as a buffer. ``.to()``, ``clone()`` and loading a checkpoint keep its layout. safetensors saves
+    contiguous tensors only: pass it ``queue.contiguous()``.
     """
     keys = F.normalize(torch.randn(queues, queue_size, proj_output_dim), dim=2)
     return keys.transpose(1, 2)
@@ -48,12 +49,15 @@ def init_queue(proj_output_dim: int, queue_size: int, queues: int = 2) -> Tensor
 
 @torch.no_grad()
 def dequeue_and_enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None:
-    """Write keys over the oldest columns of each queue, in place, and advance the pointer that they share.
+    """Replace the oldest columns of each queue, in place, and advance their common pointer.
 
     Args:
-        queue: [Q, C, K]; of any layout, though only that of :func:`init_queue` is written by the kernel.
-        queue_ptr: [1] int64. Any B goes: the write wraps around.
-        keys: [Q, B, C].
+        queue: [Q, C, K], of any layout; that of :func:`init_queue` is written to without a copy.
+        queue_ptr: [1] int64.
+        keys: [Q, B, C]. B need not divide K: the write wraps around.
+
+    Raises:
+        ValueError: keys of another shape; nothing is written.
     """
     if keys.dim() != 3 or len(keys) != len(queue) or keys.shape[2] != queue.shape[1]:
         raise ValueError(f"keys: expected [{len(queue)}, B, {queue.shape[1]}], got {list(keys.shape)}")
@@ -68,19 +72,22 @@ def dequeue_and_enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None
 
 @torch.no_grad()
 def initialize_momentum_params(online_net: nn.Module, momentum_net: nn.Module) -> None:
-    """Copy the online parameters into the momentum network, which takes no gradient from then on."""
+    """Copy the online parameters into the momentum network, and freeze it."""
     update_key_encoder_(momentum_net, online_net, 0.0)
     momentum_net.requires_grad_(False)
 
 
 class MomentumUpdater:
-    """``momentum = tau·momentum + (1 - tau)·online``, tau going from ``base_tau`` to ``final_tau`` along a cosine.
+    """``momentum = tau·momentum + (1 - tau)·online``, with a cosine schedule of tau.
 
     Args:
-        base_tau, final_tau: 0 <= base_tau <= final_tau <= 1.
+        base_tau, final_tau: the first and the last tau, 0 <= base_tau <= final_tau <= 1.
 
     Attributes:
-        cur_tau: the tau of the next update.
+        cur_tau: tau of the next update.
+
+    Raises:
+        ValueError: base_tau or final_tau out of range.
     """
 
     def __init__(self, base_tau: float = 0.996, final_tau: float = 1.0) -> None:
@@ -92,14 +99,17 @@ class MomentumUpdater:
         self.final_tau = final_tau
 
     def update(self, online_net: nn.Module, momentum_net: nn.Module) -> None:
-        """After the optimizer's step; one launch over all parameters.
+        """Update the momentum network, after the optimizer's step, in one launch.
+
+        The first call flattens both networks (:func:`moco_ext.flatten_parameters_`). To leave their parameters where
+        they are, call ``moco_ext.momentum_update_`` with two lists of parameters instead.
 
         Raises:
-            ValueError: networks of different parameters (solo-learn stops at the shorter list, in silence).
+            ValueError: the networks have different parameters (solo-learn silently stops at the shorter list).
         """
         update_key_encoder_(momentum_net, online_net, self.cur_tau)
 
     def update_tau(self, cur_step: int, max_steps: int) -> None:
-        """Set ``cur_tau`` for step ``cur_step`` of ``max_steps``."""
+        """Set ``cur_tau`` to its value at step ``cur_step`` of ``max_steps``."""
         remaining = (math.cos(math.pi * cur_step / max_steps) + 1) / 2
         self.cur_tau = self.final_tau - (self.final_tau - self.base_tau) * remaining

@@ -78,6 +78,9 @@ class OptimizerStep:
             self._objective = DistributedDataParallel(
                 self._objective, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.shape[2:] == (1, 1) and parameter.is_contiguous():
+                    parameter.register_hook(_contiguous_strides)
         self._stepped = False
         optimizer.register_step_post_hook(self._note)
 
@@ -124,6 +127,14 @@ class OptimizerStep:
 
     def _note(self, *_: Any) -> None:
         self._stepped = True
+
+
+def _contiguous_strides(gradient: Tensor) -> Tensor:
+    """The gradient of a 1x1 kernel [O, I, 1, 1] with the strides of a contiguous one.
+
+    In channels_last it is the same memory with other strides than the weight's, at which DDP warns and copies.
+    """
+    return gradient.flatten(1).view(gradient.shape)
 
 
 def _metrics(stats: InfoNCEStats) -> Tensor:

@@ -1,4 +1,4 @@
-"""The official implementation's package ``moco``: ``from moco_ext.compat import moco`` instead of importing its own."""
+"""Drop-in replacement for the package ``moco`` of the official implementation."""
 
 from . import builder, loader
 

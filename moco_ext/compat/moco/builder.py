@@ -1,8 +1,8 @@
-"""The official implementation's ``moco/builder.py``: its model and its gather, on this package's kernels.
+"""The official implementation's ``moco/builder.py`` on this package's kernels.
 
-``forward`` gives ``(logits, labels)``, where the logits are a :class:`moco_ext.compat.logits.LazyLogits`:
-``nn.CrossEntropyLoss`` on them is the loss that forward has already computed, ``topk`` never holds all of them, and any
-other use gives the values the official code would have had.
+``forward`` returns ``(logits, labels)`` like the official model, but the logits are lazy
+(:class:`moco_ext.compat.moco.logits.LazyLogits`): their cross-entropy has already been computed by the fused loss,
+``topk`` runs tile by tile, and any other operation computes their values first.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from ...moco import MoCo as _MoCo
 from ...momentum import update_key_encoder_
 from ...ops import info_nce
 from ...shuffle_bn import shuffle_order, start_shuffle, unshuffle
-from ..logits import LazyLogits, Scores
+from .logits import LazyLogits, Scores
 
 __all__ = ["MoCo", "concat_all_gather"]
 
 
 class MoCo(_MoCo):
-    """The official ``moco.builder.MoCo``: same arguments, state dict, methods, and order of events in ``forward``.
+    """Drop-in replacement for the official ``moco.builder.MoCo``.
 
-    What differs: one process needs no process group; K need not be a multiple of the batch; ``queue`` is [K, dim] in
-    memory (its columns are rows) and [dim, K] in the state dict; DDP does not broadcast it; and images are shuffled by
-    a permutation that all ranks draw alike, each sent once, where the official code gathers them all.
-    Of the methods named with an underscore, ``forward`` calls the momentum update alone.
+    Arguments, state dict, methods and the order of operations in ``forward`` are the same. Differences:
+
+    - A single process needs no process group, and the batch size need not divide K.
+    - ``queue`` is [K, dim] in memory, and [dim, K] in the state dict. DDP does not broadcast it.
+    - Shuffling BN sends only images that change rank. The official code gathers all images on every rank.
+    - ``forward`` calls ``_momentum_update_key_encoder``, but none of the other methods named with an underscore.
 
     Args:
         base_encoder: ``base_encoder(num_classes=dim) -> Module``.
@@ -44,14 +46,14 @@ class MoCo(_MoCo):
         super().__init__(base_encoder, dim, K, m, T, mlp)
 
     def forward(self, im_q: Tensor, im_k: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """Move the key encoder, encode, enqueue the keys.
+        """Update the key encoder, compute the logits, and enqueue the keys.
 
         Args:
-            im_q, im_k: [N, 3, H, W] the two views.
+            im_q, im_k: [N, 3, H, W] two views of the same images.
 
         Returns:
-            Logits [N, 1 + K], divided by T, the positive first, and labels [N] int64, all 0. The logits can be used
-            until the next forward pass.
+            Logits [N, 1 + K], divided by T, with the positive first, and labels [N] int64, all 0. Logits that nothing
+            has used yet can only be used until the next forward pass.
         """
         n = im_q.shape[0]
         queries = encode(self.encoder_q, im_q)  # [N, dim]
@@ -62,14 +64,16 @@ class MoCo(_MoCo):
             keys = distributed.all_gather(encode(self.encoder_k, im_k if arriving is None else arriving()))
             keys = unshuffle(keys, order)  # [world * N, dim]
             own = keys[distributed.rank() * n :][:n]
-        losses = info_nce(queries, own, self.queue, self.T, reduction="none")
+        leaf = queries.detach().requires_grad_(queries.requires_grad)
+        losses = info_nce(leaf, own, self.queue, self.T, reduction="none")
         labels = torch.zeros(n, dtype=torch.long, device=queries.device)
         B = min(len(keys), self.K)
         slots = (self.queue_ptr + len(keys) - B + torch.arange(B, device=self.queue.device)) % self.K
         kept = self.queue[slots]
         self.enqueue(keys)
         self.updates += 1
-        scores = Scores(self, self.updates, queries, F.normalize(own.float(), dim=1), losses, labels, slots, kept)
+        key = F.normalize(own.to(torch.promote_types(own.dtype, torch.float32)), dim=1)
+        scores = Scores(queries, leaf, losses, labels, key, self.queue, slots, kept, self.T)
         return LazyLogits.of(scores), labels
 
     @torch.no_grad()
@@ -78,13 +82,13 @@ class MoCo(_MoCo):
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys: Tensor) -> None:
-        """Write the unit keys [N, dim] of all ranks over the oldest ones."""
+        """Replace the oldest keys of the queue with the unit keys [N, dim] of all ranks."""
         self.enqueue(concat_all_gather(keys), normalize=False)
         self.updates += 1
 
     @torch.no_grad()
     def _batch_shuffle_ddp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's share [N, ...] of all ranks' rows in random order, and the order [world * N] that undoes it."""
+        """Shuffle rows [N, ...] across all ranks: this rank's new rows, and the inverse permutation [world * N]."""
         everything = concat_all_gather(x)
         order = torch.randperm(len(everything), device=x.device)
         if distributed.world_size() > 1:
@@ -98,5 +102,5 @@ class MoCo(_MoCo):
 
 
 def concat_all_gather(tensor: Tensor) -> Tensor:
-    """All ranks' rows [world * N, ...], in order, without gradient; with one process the tensor itself."""
+    """The rows of all ranks, [world * N, ...], without gradient. With one process, the tensor itself."""
     return distributed.all_gather(tensor)

@@ -1,4 +1,4 @@
-"""The official implementation's ``moco/loader.py``: what its trainer composes transforms of."""
+"""The transforms of the official implementation's ``moco/loader.py``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ __all__ = ["GaussianBlur", "TwoCropsTransform"]
 
 
 class GaussianBlur:
-    """A Gaussian blur of a PIL image, its sigma in pixels drawn from a range (SimCLR, arXiv 2002.05709, App. A)."""
+    """Gaussian blur of a PIL image with a random sigma (SimCLR, arXiv 2002.05709, App. A).
+
+    Args:
+        sigma: range of the standard deviation, in pixels.
+
+    Raises:
+        ValueError: not a range.
+    """
 
     def __init__(self, sigma: Sequence[float] = (0.1, 2.0)) -> None:
         if len(sigma) != 2 or not 0 <= sigma[0] <= sigma[1]:
-            raise ValueError(f"sigma: expected a range of pixels, got {sigma}")
+            raise ValueError(f"sigma: expected 0 <= low <= high, in pixels, got {sigma}")
         self.sigma = sigma
 
     def __call__(self, x: Image.Image) -> Image.Image:
