@@ -1,69 +1,91 @@
-# make demo: an environment, pre-training on real images, evaluation, a report.
-# make test: the test suite.   make docs: build/docs/index.html.
+# make demo    pretrain on real images, evaluate, write a report
+# make test    the test suite
+# make lint    style, types, imports, spelling
+# make docs    build/docs/index.html
 PYTHON ?= python3
-# A pair that is known to work; any torch >= 2.10 with its torchvision does.
-TORCH ?= torch==2.11.0 torchvision==0.26.0
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
 
-# Without an NVIDIA driver the kernels for GPUs could not run here, so these targets save the minutes of compiling them;
-# with one, they are compiled for the GPUs in this machine. `pip install .` decides by nvcc instead.
-ifneq ($(shell command -v nvidia-smi),)
-TORCH_CUDA_ARCH_LIST ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr '\n' ';')
-export TORCH_CUDA_ARCH_LIST
-else
+# These versions work together. Any torch >= 2.10 with its torchvision does: make TORCH="torch==2.13.0 torchvision==0.28.0"
+TORCH ?= torch==2.11.0 torchvision==0.26.0
+
+# Without an NVIDIA driver: no CUDA kernels, which take minutes to compile, and torch's CPU build if it can be downloaded
+# (the default build for Linux includes the CUDA libraries). macOS has only one build.
+NVIDIA_SMI := $(shell command -v nvidia-smi 2>/dev/null)
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ifeq ($(NVIDIA_SMI),)
 MOCO_EXT_CUDA ?= 0
-endif
 export MOCO_EXT_CUDA
+ifeq ($(origin TORCH)-$(shell uname -s 2>/dev/null),file-Linux)
+CPU_TORCH := $(addsuffix +cpu,$(TORCH))
+endif
+endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
+.NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
 .PHONY: demo test docs bench lint native-test gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(BIN)/python -m pytest python_tests
 
-# Pages and the API reference; a broken link or docstring is an error.
-docs: .venv/installed
-	$(BIN)/python -m pip install --quiet sphinx furo myst-parser
+# A broken link or docstring is an error.
+docs: $(VENV)/installed
+	$(PIP) install --quiet --group docs
 	$(BIN)/python -m sphinx -W --keep-going --quiet -b html docs build/docs
 
-# The wheel's metadata names its dependencies; torch goes first so that it is this one.
-.venv/installed: $(NATIVE)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[train,test]"
+# Only an index that answers within 10 seconds and has the CPU build is used.
+$(VENV)/torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	@if [ -n "$(CPU_TORCH)" ] && timeout 10 $(PIP) index versions torch --extra-index-url $(CPU_INDEX) \
+	    --retries 0 --timeout 5 2>/dev/null | grep -qF '$(patsubst torch==%,%,$(firstword $(CPU_TORCH)))'; then \
+	  echo "Downloading $(CPU_TORCH): the CPU build, about 200 MB"; \
+	  $(PIP) install --extra-index-url $(CPU_INDEX) $(CPU_TORCH); \
+	else \
+	  echo "Downloading $(TORCH): about 2.7 GB if it includes the CUDA libraries"; \
+	  $(PIP) install $(TORCH); \
+	fi
 	touch $@
 
-# Timings want a machine that does nothing else.
-bench: .venv/installed
+$(VENV)/installed: $(NATIVE) | $(VENV)/torch
+	@echo "Installing the dependencies and compiling moco_ext: a few minutes"
+	$(PIP) install --quiet --group build --editable ".[train,test]"
+	touch $@
+
+# Meaningful only on an idle machine.
+bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --ignore=bench/bench_loader.py --benchmark-json=bench/results/$(or $(NAME),cpu).json
 	$(BIN)/python bench/table.py bench/results/$(or $(NAME),cpu).json
 
-lint: .venv/installed
-	$(BIN)/python -m pip install --quiet ruff==0.17.6 mypy clang-format==23.1.5
+lint: $(VENV)/installed
+	$(PIP) install --quiet --group lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inc' 'csrc/*.cu' 'csrc/*.cuh')
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	git ls-files | xargs $(BIN)/codespell
 	$(BIN)/python bench/readme.py --check
 
-# CUDA kernels' source run on the host, against float64 loops; needs the CUDA headers, no GPU.
-native-test: .venv/installed
-	cmake -S . -B build/tests -G Ninja -DMOCO_EXT_TESTS=ON -DMOCO_EXT_PYTHON=OFF -DMOCO_EXT_WERROR=ON \
+# Runs the CUDA kernels' source on the host and compares with float64 loops. Needs the CUDA headers but no GPU.
+native-test: $(VENV)/installed
+	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_PYTHON=OFF -DMOCO_EXT_WERROR=ON \
 	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
-	cmake --build build/tests
-	ctest --test-dir build/tests --output-on-failure --parallel 2
+	$(BIN)/cmake --build build/tests
+	$(BIN)/ctest --test-dir build/tests --output-on-failure --parallel 2
 
-# On a machine with a GPU and its own python with torch; needs no network. Each part also alone, and OPS="enqueue ..."
-# for some kernels alone; JSON goes to $(OUT).
+# On a machine with a GPU, with the torch of $(PYTHON); needs no network. JSON goes to $(OUT). OPS="enqueue ..." selects
+# kernels.
 OUT ?= build/gpu
 gpu: gpu-build gpu-test gpu-sanitize gpu-bench
 gpu-build gpu-test gpu-sanitize gpu-bench: gpu-%:
 	$(PYTHON) tools/gpu.py $* --out $(OUT) $(if $(OPS),--ops $(OPS))
 
 clean:
-	rm -rf .venv build dist *.egg-info moco_ext/lib moco_ext/_C*.so compile_commands.json
+	rm -rf $(VENV) build dist *.egg-info moco_ext/lib moco_ext/_C*.so compile_commands.json

@@ -1,10 +1,11 @@
-"""Thin driver: metadata is in pyproject.toml, the native build in CMakeLists.txt; this runs the one for the other.
+"""Runs the native build of CMakeLists.txt for setuptools; the metadata is in pyproject.toml.
 
-Environment variables: MOCO_EXT_CUDA (auto, 0, 1), TORCH_CUDA_ARCH_LIST (e.g. "8.0 9.0a+PTX"), MAX_JOBS,
-MOCO_EXT_CMAKE_ARGS (passed on as they are). See CONTRIBUTING.md.
+Environment variables: MOCO_EXT_CUDA (auto, 0, 1), TORCH_CUDA_ARCH_LIST ("8.0 9.0a+PTX", all), MAX_JOBS, and
+MOCO_EXT_CMAKE_ARGS (passed to CMake unchanged). See CONTRIBUTING.md. Messages show with `pip install -v`.
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,14 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
-from build_backend import cuda_wanted, find_nvcc, find_torch_headers  # noqa: E402
+from build_backend import (  # noqa: E402
+    cuda_wanted,
+    find_cmake,
+    find_ninja,
+    find_nvcc,
+    find_torch_headers,
+    gpu_capabilities,
+)
 
 
 def cmake_archs(torch_arch_list: str) -> str:
@@ -25,26 +33,50 @@ def cmake_archs(torch_arch_list: str) -> str:
     for entry in torch_arch_list.replace(" ", ";").split(";"):
         if entry:
             name = entry.removesuffix("+PTX").replace(".", "")
-            name = "90a" if name == "90" else name  # Hopper's own instructions (wgmma, setmaxnreg) are sm_90a's
+            name = "90a" if name == "90" else name  # the Hopper kernels need sm_90a's instructions (wgmma, setmaxnreg)
             archs.append(name if entry.endswith("+PTX") else f"{name}-real")
     return ";".join(archs)
+
+
+def choose_archs(nvcc: Path) -> tuple[str, str]:
+    """What to build for, and why: TORCH_CUDA_ARCH_LIST, else the GPUs in this machine, else "all".
+
+    It is also "all" if nvcc or the kernels (8.0 or newer) do not support a GPU here: PTX covers GPUs newer than nvcc.
+    """
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if chosen:
+        return chosen, "TORCH_CUDA_ARCH_LIST"
+    codes = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    supported = {int(code) for code in re.findall(r"sm_(\d+)\b", codes)} - set(range(80))
+    gpus = gpu_capabilities()
+    if gpus and all(int(gpu.replace(".", "")) in supported for gpu in gpus):
+        return ";".join(gpus), "the GPUs in this machine"
+    return "all", "this takes minutes; TORCH_CUDA_ARCH_LIST=8.0 builds for one GPU, MOCO_EXT_CUDA=0 for none"
 
 
 def cuda_options() -> list[str]:
     wanted, nvcc = cuda_wanted(), find_nvcc()
     if wanted and nvcc is None:
-        raise SystemExit("MOCO_EXT_CUDA=1, but no nvcc: set CUDACXX or CUDA_HOME, or build with build isolation")
+        raise SystemExit(
+            "moco_ext: MOCO_EXT_CUDA=1 needs nvcc, found none: set CUDACXX or CUDA_HOME, or build with build isolation"
+        )
     if wanted is False or nvcc is None:
         why = "MOCO_EXT_CUDA=0" if wanted is False else "no nvcc and no NVIDIA driver found"
-        print(f"moco_ext: building for the CPU only ({why})", flush=True)
+        print(f"moco_ext: building CPU kernels only ({why})", flush=True)
         return ["-DMOCO_EXT_CUDA=OFF"]
-    print(f"moco_ext: building for CPU and CUDA with {nvcc}", flush=True)
+    archs, why = choose_archs(nvcc)
+    print(f"moco_ext: building CPU and CUDA kernels with {nvcc}, compute capability {archs} ({why})", flush=True)
     options = ["-DMOCO_EXT_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-    if nvcc.parent.parent.parent.name == "nvidia":  # NVIDIA's packages keep their libraries in lib, not lib64
+    if nvcc.parent.parent.parent.name == "nvidia":  # NVIDIA's PyPI packages have their libraries in lib, not lib64
         options.append(f"-DCMAKE_CUDA_FLAGS=-L{nvcc.parent.parent / 'lib'}")
-    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        options.append(f"-DMOCO_EXT_CUDA_ARCHS={cmake_archs(os.environ['TORCH_CUDA_ARCH_LIST'])}")
+    # -U: an earlier build's choice is in CMake's cache.
+    options.append("-UMOCO_EXT_CUDA_ARCHS" if archs == "all" else f"-DMOCO_EXT_CUDA_ARCHS={cmake_archs(archs)}")
     return options
+
+
+def run(command: list[str]) -> None:
+    if subprocess.run(command).returncode:
+        raise SystemExit(f"moco_ext: failed, see above: {shlex.join(command)}")
 
 
 class CMakeBuild(build_ext):
@@ -53,12 +85,14 @@ class CMakeBuild(build_ext):
 
         headers = find_torch_headers()
         if headers is None:
-            raise SystemExit("moco_ext needs the headers of torch >= 2.10 to build; install torch first")
+            raise SystemExit("moco_ext: torch: expected 2.10 or newer in this environment: pip install torch")
+        at_least = re.search(r"cmake_minimum_required\(VERSION (\S+)\)", (ROOT / "CMakeLists.txt").read_text())[1]
+        cmake = find_cmake(at_least)
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-cp{sys.version_info.major}{sys.version_info.minor}"
         configure = [
-            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={find_ninja()}",
             f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DTORCH_INCLUDE_DIR={headers}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -68,12 +102,12 @@ class CMakeBuild(build_ext):
             *shlex.split(os.environ.get("MOCO_EXT_CMAKE_ARGS", "")),
         ]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
-        subprocess.run(["cmake", "--install", str(build)], check=True)
-        if self.editable_mode:  # setuptools itself brings only the module into the source folder, not the libraries
-            shutil.rmtree(ROOT / "moco_ext" / "lib", ignore_errors=True)  # a CUDA library of an earlier build
-            subprocess.run(["cmake", "--install", str(build), "--prefix", str(ROOT / "moco_ext")], check=True)
+        run(configure)
+        run([cmake, "--build", str(build), *jobs])
+        run([cmake, "--install", str(build)])
+        if self.editable_mode:  # setuptools copies only the module into the source folder, not the libraries
+            shutil.rmtree(ROOT / "moco_ext" / "lib", ignore_errors=True)  # may hold an earlier build's CUDA library
+            run([cmake, "--install", str(build), "--prefix", str(ROOT / "moco_ext")])
         shutil.copyfile(build / "compile_commands.json", ROOT / "compile_commands.json")
 
 

@@ -72,8 +72,8 @@ def run_section(summary: dict) -> str:
 def summary_section(report: dict) -> str:
     """One line per operator: our time, and the time of each baseline divided by ours."""
     lines = [
-        f"{heading(report)}. How many times longer each baseline takes: medians of interleaved runs. Memory is the peak "
-        "beyond the inputs.",
+        f"{heading(report)}. How many times longer each baseline takes: medians of interleaved runs. Memory is the "
+        "peak beyond the inputs.",
         "",
         f"| | ours, ms | {' | '.join(BASELINES)} | memory, ours / official, MB |",
         "|---|--:|" + "--:|" * (len(BASELINES) + 1),
@@ -87,7 +87,7 @@ def summary_section(report: dict) -> str:
         ours = next(iter(rows.values()))
         found = [next((rows[name] for name in names if name in rows), None) for names in BASELINES.values()]
         cells = [f"{statistics.median(ours['ms']):.3g}"]
-        cells += ["" if row is None else f"{statistics.median(ratios(row, ours)):.2f}×" for row in found]
+        cells += ["" if row is None else f"{statistics.median(ratios(row, ours)):.2f}x" for row in found]
         memory = [row["peak_bytes"] for row in (ours, found[0]) if row is not None and row["peak_bytes"] is not None]
         cells.append(" / ".join(f"{peak / 2**20:.1f}" for peak in memory))
         lines.append(f"| {work} | {' | '.join(cells)} |")

@@ -1,8 +1,12 @@
-"""What the build decides before it compiles: torch's headers, nvcc, architectures."""
+"""What is decided before compiling: torch's headers, CMake, nvcc, architectures, and the torch that make installs."""
 
 import importlib.util
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,10 +22,10 @@ def load(name: str, path: Path):
 
 @pytest.fixture
 def backend(monkeypatch):
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="70.1")
     module = load("build_backend", ROOT / "tools" / "build_backend.py")
     monkeypatch.setitem(sys.modules, "build_backend", module)
-    for name in ("MOCO_EXT_CUDA", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+    for name in ("MOCO_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     return module
 
@@ -34,6 +38,13 @@ def setup_script(backend, monkeypatch):
     return load("setup_script", ROOT / "setup.py")
 
 
+def write_program(path: Path, script: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -43,7 +54,7 @@ def setup_script(backend, monkeypatch):
         ("9.0a;10.0a;", "90a-real;100a-real"),
     ],
 )
-def test_torchs_notation_of_architectures(setup_script, given, expected):
+def test_torch_arch_list_in_cmake_notation(setup_script, given, expected):
     assert setup_script.cmake_archs(given) == expected
 
 
@@ -58,9 +69,7 @@ def test_torchs_notation_of_architectures(setup_script, given, expected):
         ("0", False, True, False),
     ],
 )
-def test_nvcc_comes_from_pypi_only_where_it_is_wanted_and_missing(
-    backend, monkeypatch, variable, nvcc, driver, fetched
-):
+def test_nvcc_is_downloaded_only_if_wanted_and_missing(backend, monkeypatch, variable, nvcc, driver, fetched):
     if variable:
         monkeypatch.setenv("MOCO_EXT_CUDA", variable)
     monkeypatch.setattr(backend, "find_nvcc", lambda: Path("nvcc") if nvcc else None)
@@ -70,7 +79,7 @@ def test_nvcc_comes_from_pypi_only_where_it_is_wanted_and_missing(
     assert len({r.partition("==")[2] for r in requirements if r.startswith("nvidia")}) <= 1
 
 
-def test_torch_is_asked_for_only_where_no_headers_are_found(backend, monkeypatch, tmp_path):
+def test_torch_is_a_build_requirement_only_without_headers(backend, monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "site_packages", lambda: [tmp_path])
     assert backend.find_torch_headers() is None
     assert "torch>=2.10" in backend.extra_requirements()
@@ -82,7 +91,106 @@ def test_torch_is_asked_for_only_where_no_headers_are_found(backend, monkeypatch
     assert backend.find_torch_headers() == tmp_path / "torch" / "include"
 
 
-def test_an_unknown_switch_is_refused(backend, monkeypatch):
+def test_unknown_cuda_switch(backend, monkeypatch):
     monkeypatch.setenv("MOCO_EXT_CUDA", "perhaps")
     with pytest.raises(ValueError, match="MOCO_EXT_CUDA: expected 0, 1 or auto"):
         backend.cuda_wanted()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "variable", "expected"),
+    [
+        ([], None, "all"),
+        (["8.6", "9.0"], None, "8.6;9.0"),
+        (["7.5"], None, "all"),  # older than the kernels support
+        (["9.0", "13.0"], None, "all"),  # newer than nvcc, needs PTX
+        (["9.0"], "8.0+PTX", "8.0+PTX"),
+        (["9.0"], "all", "all"),
+    ],
+)
+def test_cuda_is_built_for_the_gpus_present(setup_script, monkeypatch, tmp_path, capsys, gpus, variable, expected):
+    nvcc = write_program(tmp_path / "nvcc", "printf 'sm_75\nsm_80\nsm_86\nsm_90\nsm_120\n'")
+    monkeypatch.setattr(setup_script, "find_nvcc", lambda: nvcc)
+    monkeypatch.setattr(setup_script, "gpu_capabilities", lambda: gpus)
+    if variable:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", variable)
+    options = setup_script.cuda_options()
+    # "all" is the default in CMakeLists.txt; -U removes the choice of an earlier build from CMake's cache.
+    in_cmake = {"8.6;9.0": "-DMOCO_EXT_CUDA_ARCHS=86-real;90a-real", "8.0+PTX": "-DMOCO_EXT_CUDA_ARCHS=80"}
+    assert in_cmake.get(expected, "-UMOCO_EXT_CUDA_ARCHS") in options
+    printed = capsys.readouterr().out
+    assert f"compute capability {expected} (" in printed
+    assert ("MOCO_EXT_CUDA=0 for none" in printed) == (expected == "all" and not variable)
+
+
+def test_gpu_capabilities_are_those_of_nvidia_smi(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert backend.gpu_capabilities() == []
+    smi = write_program(tmp_path / "nvidia-smi", "printf '12.0\n9.0\n12.0\n'")
+    assert backend.gpu_capabilities() == ["9.0", "12.0"]
+    write_program(smi, "echo No devices were found; exit 6")
+    assert backend.gpu_capabilities() == []
+
+
+def test_cmake_of_the_environment_is_preferred(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    in_package = write_program(tmp_path / "package" / "cmake", "echo cmake version 3.31.6")
+    monkeypatch.setitem(sys.modules, "cmake", None)  # no such package
+    with pytest.raises(SystemExit, match=r"CMake: expected 3.25.2 or newer, got none: pip install cmake"):
+        backend.find_cmake("3.25.2")
+    in_path = write_program(tmp_path / "system" / "cmake", "echo cmake version 3.25.1")
+    with pytest.raises(SystemExit, match=f"CMake: expected 3.25.2 or newer, got 3.25.1 in {in_path}: pip install"):
+        backend.find_cmake("3.25.2")
+    assert backend.find_cmake("3.25") == str(in_path)
+    monkeypatch.setitem(sys.modules, "cmake", SimpleNamespace(CMAKE_BIN_DIR=str(in_package.parent)))
+    assert backend.find_cmake("3.25.2") == str(in_package)
+
+
+def test_ninja_of_an_environment_that_is_not_activated(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path / "system"))
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    with pytest.raises(SystemExit, match="pip install ninja"):
+        backend.find_ninja()
+    ninja = write_program(tmp_path / "scripts" / "ninja", "")
+    assert backend.find_ninja() == str(ninja)
+
+
+def test_old_setuptools_is_refused_with_what_to_do(backend, monkeypatch):
+    import setuptools
+
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"setuptools: expected 70.1 or newer, got 65.5.0: pip install"):
+        load("build_backend", ROOT / "tools" / "build_backend.py")
+
+
+def test_requirements_for_a_build_without_isolation():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    requirements = project["build-system"]["requires"]
+    assert project["dependency-groups"]["build"] == requirements
+    cmake = re.search(r"cmake_minimum_required\(VERSION (\S+)\)", (ROOT / "CMakeLists.txt").read_text())[1]
+    assert f"cmake>={cmake}" in requirements
+
+
+@pytest.mark.parametrize(
+    ("versions", "variable", "options", "expected"),
+    [
+        ("2.13.0, 2.11.0+cpu, 2.11.0", "", "--extra-index-url INDEX ", "torch==2.11.0+cpu torchvision==0.26.0+cpu"),
+        ("2.13.0+cpu, 2.11.0", "", "", "torch==2.11.0 torchvision==0.26.0"),  # the CPU index does not answer
+        ("2.11.0+cpu", "TORCH=torch==2.10.0", "", "torch==2.10.0"),
+        ("2.11.0+cpu", "NVIDIA_SMI=/usr/bin/nvidia-smi", "", "torch==2.11.0 torchvision==0.26.0"),
+    ],
+)
+@pytest.mark.skipif(not shutil.which("make") or not sys.platform.startswith("linux"), reason="needs make on Linux")
+def test_make_installs_a_cpu_build_of_torch_without_a_gpu(monkeypatch, tmp_path, versions, variable, options, expected):
+    for name in ("TORCH", "MAKEFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    log = tmp_path / "log"
+    answer = f'case "$*" in *"index versions"*) echo "Available versions: {versions}";; esac'
+    write_program(tmp_path / "bin" / "python", f'echo "$@" >> {log}\n{answer}')
+    command = ["make", "NVIDIA_SMI=", "CPU_INDEX=INDEX", f"VENV={tmp_path}", f"{tmp_path}/installed"]
+    output = subprocess.run([*command, *variable.split()], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"Downloading {expected}: " in output
+    commands = log.read_text().splitlines()
+    assert f"-m pip install {options}{expected}" in commands
+    assert "-m pip install --quiet --group build --editable .[train,test]" in commands

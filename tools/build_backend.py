@@ -1,37 +1,54 @@
-"""PEP 517 backend: setuptools, plus the two things a native build needs and pip cannot know.
+"""PEP 517 build backend: setuptools, plus two build requirements that depend on the machine.
 
-* torch's headers. If the environment being installed into already has torch, its headers serve, and nothing is
-  downloaded; otherwise the build asks for torch. Any torch >= 2.10 will do: the libraries use its stable ABI.
-* nvcc. Found in the usual places it is used as it is. With an NVIDIA driver (or MOCO_EXT_CUDA=1) and no nvcc, the
-  build asks for NVIDIA's compiler packages from PyPI. With neither, the build is for the CPU only.
+* torch's headers. If the environment that moco_ext is installed into has torch >= 2.10, its headers are used and
+  nothing is downloaded. Otherwise torch becomes a build requirement; any version will do, because of the stable ABI.
+* nvcc. With an NVIDIA driver (or MOCO_EXT_CUDA=1) but no nvcc, NVIDIA's compiler packages on PyPI become build
+  requirements. With neither driver nor nvcc, only the CPU kernels are built.
+
+setup.py imports the functions that find the build tools.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import site
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
 
-# One minor version for all: a newer nvvm beside an older ptxas does not assemble.
+# One minor version for all: a newer nvvm with an older ptxas does not assemble.
 NVCC_PACKAGES = ["nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl"]
 NVCC_VERSION = "13.0.*"
 
 
-def site_packages() -> list[Path]:
-    """Where packages of this interpreter lie: the environment installed into, then the isolated build environment."""
-    import site
-    import sys
+def parse_version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
+
+# pip does not check build requirements without build isolation, and older versions say "invalid command 'bdist_wheel'".
+# Below 82, because some versions of torch require that.
+if parse_version(setuptools.__version__) < (70, 1):
+    raise SystemExit(
+        f"moco_ext: setuptools: expected 70.1 or newer, got {setuptools.__version__}: "
+        'pip install "setuptools>=70.1,<82"'
+    )
+
+
+def site_packages() -> list[Path]:
+    """Package folders: first the environment that moco_ext is installed into, then the isolated build environment."""
     candidates = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *sys.path, *site.getsitepackages()]
     return list(dict.fromkeys(Path(path) for path in candidates if path))
 
 
 def find_torch_headers() -> Path | None:
-    """The include folder of a torch whose stable ABI headers are new enough (2.10), or None."""
+    """The include folder of a torch that has the stable ABI of 2.10, or None."""
     for folder in site_packages():
         include = folder / "torch" / "include"
         macros = include / "torch" / "csrc" / "stable" / "version.h"
@@ -40,8 +57,33 @@ def find_torch_headers() -> Path | None:
     return None
 
 
+def find_cmake(at_least: str) -> str:
+    """CMake from the environment's ``cmake`` package, else from PATH; an error if it is missing or too old."""
+    try:
+        from cmake import CMAKE_BIN_DIR
+
+        cmake = str(Path(CMAKE_BIN_DIR) / "cmake")
+    except ImportError:
+        cmake = shutil.which("cmake")
+    version = "none"
+    if cmake:
+        version = subprocess.run([cmake, "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
+    if parse_version(version) < parse_version(at_least):
+        where = f" in {cmake}" if cmake else ""
+        raise SystemExit(f"moco_ext: CMake: expected {at_least} or newer, got {version}{where}: pip install cmake")
+    return cmake
+
+
+def find_ninja() -> str:
+    """Ninja from PATH or from the environment, which need not be activated."""
+    ninja = shutil.which("ninja", path=os.pathsep.join([os.environ["PATH"], sysconfig.get_path("scripts")]))
+    if ninja is None:
+        raise SystemExit("moco_ext: Ninja: not found: pip install ninja")
+    return ninja
+
+
 def find_nvcc() -> Path | None:
-    """nvcc from CUDACXX, CUDA_HOME, PATH, the usual folder, or NVIDIA's packages on PyPI; None if there is none."""
+    """nvcc from CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda or NVIDIA's PyPI packages, or None."""
     named = os.environ.get("CUDACXX")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     candidates = [Path(named)] if named else []
@@ -58,8 +100,18 @@ def has_nvidia_driver() -> bool:
     return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
 
 
+def gpu_capabilities() -> list[str]:
+    """Compute capabilities of the GPUs in this machine, such as ["8.0", "9.0"]."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted(set(answer.split()), key=parse_version)
+
+
 def cuda_wanted() -> bool | None:
-    """MOCO_EXT_CUDA: 1 demands CUDA, 0 switches it off, unset or "auto" builds it where nvcc is to be had (None)."""
+    """MOCO_EXT_CUDA: True for 1 (an error without nvcc), False for 0, None for "auto" (if there is nvcc)."""
     value = os.environ.get("MOCO_EXT_CUDA", "auto").lower()
     if value not in ("0", "1", "auto"):
         raise ValueError(f"MOCO_EXT_CUDA: expected 0, 1 or auto, got {value!r}")

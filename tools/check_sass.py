@@ -1,10 +1,10 @@
-"""Reads the machine code of the built CUDA library: are the instructions that the kernels are fast by really there?
+"""Checks the machine code (SASS) of the CUDA library for the instructions that make the kernels fast.
 
-    python tools/check_sass.py [LIBRARY]      pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm (or a CUDA toolkit)
+    python tools/check_sass.py [LIBRARY]    # needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 
-For each architecture: every tensor-core kernel multiplies with HMMA, reads its operands with LDSM and fetches key tiles
-with 16-byte LDGSTS, Hopper's own with HGMMA from tiles that UTMALDG brings; the momentum update moves 16 bytes a
-load and a store. None touches local memory.
+For each architecture: tensor-core kernels multiply with HMMA, read operands with LDSM and fetch key tiles with 16-byte
+LDGSTS; the Hopper kernel uses HGMMA on tiles that UTMALDG loads; the momentum update loads and stores 16 bytes per
+instruction. No kernel uses local memory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import site_packages
 
-# Part of a kernel's name -> how many of it there must be, instructions each must have, and must not have.
+# Part of a kernel's name -> number of such kernels, instructions each must contain, instructions none may contain.
 LOCAL_MEMORY = (r"\bLDL\b", r"\bSTL\b")
 RULES = {
-    # C in (64, 128, 256, 512, 768, 1024) x (4 operand types x with and without gradient + 3 for keys' gradient)
+    # C in (64, 128, 256, 512, 768, 1024) x (4 operand types x with and without gradient + 3 for the gradient of keys)
     "info_nce_mma_kernel": (66, (r"\bHMMA\.", r"\bLDSM\.", r"\bLDGSTS\.E\.BYPASS\S*\.128\b"), LOCAL_MEMORY),
-    # tables of 1, 64 and 1,000 tensors, and of 1 and 800 with shadows
+    # tables of 1, 64 and 1,000 tensors, and of 1 and 800 with low-precision copies
     "momentum_update_kernel": (5, (r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
 }
 # C in (64, 128, 256) x two types x with and without gradient
@@ -35,7 +35,7 @@ def find_cuobjdump() -> str:
     candidates += [str(path) for folder in site_packages() for path in folder.glob("nvidia/*/bin/cuobjdump")]
     found = next((path for path in candidates if path and Path(path).is_file()), None)
     if found is None:
-        raise SystemExit("check_sass: no cuobjdump; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        raise SystemExit("check_sass: cuobjdump not found: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     return found
 
 

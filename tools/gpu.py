@@ -1,7 +1,7 @@
-"""What `make gpu` runs: build, test, sanitize and bench on a bare GPU machine, each within minutes, each leaving JSON.
+"""What `make gpu` runs: build, test, sanitize and bench on a GPU machine. Each part takes minutes and writes JSON.
 
 The machine needs an NVIDIA GPU, nvcc, and a python with torch, setuptools, cmake, ninja, pybind11, pytest and
-pytest-benchmark; no network. Results: OUT/gpu-PART.json, one record a command; OUT/bench-gpu.json from the benches.
+pytest-benchmark, but no network. Results: OUT/gpu-PART.json, one record per command, and OUT/bench-gpu.json.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu-cmake"
-BENCHES = ("info_nce", "momentum_update", "enqueue", "host", "step", "shuffle", "memory")  # the first matter most
-OPS = ("info_nce", "info_nce_contrast", "momentum_update", "enqueue", "l2_normalize")
+BENCHES = ("info_nce", "momentum_update", "enqueue", "host", "step", "shuffle", "memory")  # most important first
+TESTS = (ROOT / "csrc" / "tests").glob("test_*_cuda.cu")
+OPS = sorted(path.stem.removeprefix("test_").removesuffix("_cuda") for path in TESTS)
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TAIL = 6000  # characters of output kept in the record
+TAIL = 6000  # characters of output kept in a record
 
 
 class Part:
-    """Runs commands, prints what they print, and records each."""
+    """Runs commands, prints the end of their output, and records them."""
 
     def __init__(self, name: str, out: Path) -> None:
         self.records: list[dict] = []
@@ -78,7 +79,7 @@ def device() -> str:
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (FileNotFoundError, subprocess.CalledProcessError):
-        raise SystemExit("make gpu: no NVIDIA GPU here (nvidia-smi does not answer)") from None
+        raise SystemExit("make gpu: no NVIDIA GPU found (nvidia-smi failed)") from None
 
 
 def build(part: Part, ops: list[str]) -> None:
@@ -86,7 +87,7 @@ def build(part: Part, ops: list[str]) -> None:
     part.environment |= {"MOCO_EXT_CUDA": "1", "TORCH_CUDA_ARCH_LIST": capability}
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
     part.run("install", pip, 8)
-    import torch  # here, not at the top: the other parts must report a python without torch as a failed command
+    import torch  # not at the top: the other parts record a missing torch as a failed command
 
     arch = {"9.0": "90a"}.get(capability, capability.replace(".", ""))
     configure = ["cmake", "-S", ".", "-B", str(BUILD), "-G", "Ninja", "-DMOCO_EXT_TESTS=ON", "-DMOCO_EXT_CUDA=ON"]
@@ -102,14 +103,14 @@ def test(part: Part, ops: list[str]) -> None:
         program = str(BUILD / "csrc" / "tests" / f"gpu_test_{op}")
         part.run(f"kernel {op}", [program], 3)
         if op.startswith("info_nce"):
-            part.run(f"kernel {op}, Hopper's pass", ["env", "MOCO_EXT_SM90=1", program], 3)
+            part.run(f"kernel {op}, Hopper kernel", ["env", "MOCO_EXT_SM90=1", program], 3)
     part.run("pytest", [sys.executable, "-m", "pytest", "python_tests", "-q", "--durations=10"], 9)
 
 
 def sanitize(part: Part, ops: list[str]) -> None:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for op in ops:
-        # The sanitizers slow kernels down a great deal: fewer random cases, the same shapes and types.
+        # The sanitizers are slow: fewer random cases of the same shapes and types.
         cases = ["20"] if op.startswith("info_nce") else []
         for tool in SANITIZERS:
             program = [str(BUILD / "csrc" / "tests" / f"gpu_test_{op}"), *cases]
@@ -117,15 +118,15 @@ def sanitize(part: Part, ops: list[str]) -> None:
 
 
 def bench(part: Part, ops: list[str]) -> None:
-    """A process a file, so that one kernel's fault does not take the others' figures with it."""
+    """One process per file, so that a fault in one kernel does not lose the other results."""
     out, merged = part.path.parent, []
     for name in BENCHES:
         found = out / f"bench-{name}.json"
-        found.unlink(missing_ok=True)  # of an earlier run
-        # The CPU's benches are for a machine that is measured as such; 16 M keys are little on a GPU.
+        found.unlink(missing_ok=True)
+        # CUDA only: CPU results belong to another machine. 16 M keys fit on any GPU.
         options = ["-q", "-s", "-rs", "-k", "cuda", "--keys", str(2**24), f"--benchmark-json={found}"]
         part.run(f"bench {name}", [sys.executable, "-m", "pytest", f"bench/bench_{name}.py", *options], 6)
-        if found.is_file() and (text := found.read_text()):  # empty where nothing was measured
+        if found.is_file() and (text := found.read_text()):  # empty if nothing was measured
             report = json.loads(text)
             merged += report["benchmarks"]
             (out / "bench-gpu.json").write_text(json.dumps(report | {"benchmarks": merged}, indent=1))

@@ -1,4 +1,4 @@
-"""What is installed here, and does it compute the right thing: ``moco-ext info``."""
+"""Installed versions, libraries and GPUs, and a numerical self-test: ``moco-ext info``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, libraries, instruction sets, GPUs, and a numerical self-test of about a second, JSON-serialisable.
+    """Versions, libraries, instruction set, GPUs, and a self-test of about a second, as a JSON-serializable dict.
 
-    ``self_test`` maps ``"op on device"`` to the relative error against float64 and whether it is within tolerance.
+    ``self_test`` maps ``"op on device"`` to its relative error against float64, the tolerance, and whether it passed.
     """
     build = _C.build_info()
     libraries = sorted(library.LIBRARY_FOLDER.glob("*.so"))
@@ -42,7 +42,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "location": str(Path(library.__file__).parent),
+        "location": str(Path(_C.__file__).parent),
         "libraries": [path.name for path in libraries],
         "built_with": {
             "compiler": build["compiler"],
@@ -61,7 +61,7 @@ def collect() -> dict[str, Any]:
 
 
 def main(as_json: bool = False) -> int:
-    """Print :func:`collect`; 0 if the self-test passed, else 1."""
+    """Print the result of :func:`collect`. Returns 0 if the self-test passed, else 1."""
     facts = collect()
     passed = all(test["passed"] for test in facts["self_test"].values())
     if as_json:
@@ -74,15 +74,15 @@ def main(as_json: bool = False) -> int:
         ("python, torch", f"{facts['python']}, {facts['torch']} (CUDA: {facts['torch_cuda'] or 'none'})"),
         (
             "built with",
-            f"{built['compiler']}, torch {built['torch_headers']} headers; runs on {built['torch_at_least']}+",
+            f"{built['compiler']}, torch {built['torch_headers']} headers; runs on torch >= {built['torch_at_least']}",
         ),
         ("libraries", ", ".join(facts["libraries"])),
         ("CPU", f"{facts['cpu_instruction_set']} kernels, {facts['cpu_threads']} threads"),
-        ("CUDA kernels", f"{archs} ({built['cuda_compiler']})" if archs else "none: this build is for the CPU only"),
+        ("CUDA kernels", f"{archs} ({built['cuda_compiler']})" if archs else "none: built for the CPU only"),
     ]
     if archs and not facts["cuda_library_loaded"]:
-        rows.append(("", "not loaded: this torch has no CUDA"))
-    rows += [("GPU", gpu) for gpu in facts["gpus"]] or [("GPU", "none visible")]
+        rows.append(("", "not loaded: this torch build has no CUDA"))
+    rows += [("GPU", gpu) for gpu in facts["gpus"]] or [("GPU", "none")]
     for name, value in rows:
         print(f"{name:<15}{value}")
     for name, test in facts["self_test"].items():
