@@ -499,3 +499,9 @@ def test_printing():
     assert repr(lazy) == "LazyLogits([3, 8], dtype=torch.float64, device='cpu')"
     _ = lazy + 0
     assert repr(lazy).splitlines()[0] == repr(real).splitlines()[0]
+
+
+def test_code_that_reads_memory_without_an_operation_gets_an_error():
+    logits = SIDES["wide"].lazy()[0].detach()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(logits)

@@ -56,6 +56,7 @@ class LazyTensor(Tensor):
     @torch.compiler.disable(reason="a tensor subclass that torch.compile cannot trace")
     def __new__(cls, source: Source) -> LazyTensor:
         made = Tensor._make_wrapper_subclass(cls, source.shape, dtype=source.dtype, device=source.device)  # type: ignore[attr-defined]
+        torch._C._set_throw_on_mutable_data_ptr(made)  # C++ code that reads memory gets an error, not a null pointer
         made.source = source
         return made
 
@@ -112,7 +113,7 @@ def _plain(x: Any) -> Any:
     return x.view_as(x) if x.grad_fn is not None else x.source.materialize().detach().requires_grad_(x.requires_grad)
 
 
-_READ_MEMORY = {
+_READ_MEMORY = {Tensor.__cuda_array_interface__.__get__} | {  # type: ignore[attr-defined]
     getattr(Tensor, name)
     for name in (
         "__array__", "__deepcopy__", "__dlpack__", "__reduce_ex__", "_typed_storage", "apply_", "data_ptr", "is_shared",
