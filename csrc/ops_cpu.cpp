@@ -1,8 +1,13 @@
 // CPU registrations: tensors -> pointers. Threads are torch's own.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <sstream>
+
+#include "info_nce.h"
 #include "kernels/cpu.h"
-#include "tensors.h"
 
 namespace moco_ext {
 namespace {
@@ -14,8 +19,18 @@ constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
 constexpr int64_t kPiece = 4096;   // elements that stay in cache from one use to the next
 constexpr double kEps = 1e-12;     // floor of a row's norm, as in torch.nn.functional.normalize
 
+// An exception of the body's arrives as it is; the stable ABI would make every one a failed API call.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, n, grain, body);
+  std::atomic_flag failed;
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 cpu::Host host() { return {torch::stable::get_num_threads(), parallel_for}; }
@@ -35,83 +50,56 @@ void dispatch(const Tensor& a, const Tensor& b, F&& f) {
   });
 }
 
-double temperature_value(const std::optional<Tensor>& tensor, double number, const Tensor& on) {
-  if (tensor) {
-    check_same_device(*tensor, "temperature", on, "query");
-    number = cpu_scalar(*tensor);
-  }
-  check_temperature(number);
-  return number;
-}
-
 template <typename A>
 cpu::InfoNceOutputs<A> outputs(const InfoNceTensors& out) {
-  return {data<A>(out.loss),       data<A>(out.lse),      data<A>(out.positive_logit),  data<int64_t>(out.rank),
-          data<A>(out.grad_query), data<A>(out.grad_key), data<A>(out.grad_temperature)};
+  return {data<A>(out.loss),       data<A>(out.lse),      data<A>(out.positive_logit),   data<int64_t>(out.rank),
+          data<A>(out.grad_query), data<A>(out.grad_key), data<A>(out.grad_temperature), data<A>(out.weights)};
 }
 
-auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queue,
-                      const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                      bool query_grad, bool key_grad, bool temperature_grad, bool /*allow_tf32*/) {
-  check_info_nce(query, key, queue, temperature_tensor);
-  temperature = temperature_value(temperature_tensor, temperature, query);
-  const auto [q, k] = same_dtype_rows(query, key);
-  const InfoNceTensors out(q, query_grad, key_grad, temperature_grad);
-  dispatch(q, queue, [&]<typename Query, typename Queue>() {
-    cpu::info_nce(host(), const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue),
-                  {q.size(0), queue.size(0), queue.size(1)}, {temperature, kEps, normalize}, {},
-                  outputs<cpu::accumulate_t<Queue>>(out));
-  });
-  return out.as_tuple();
-}
-
-auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
-                               const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                               bool query_grad, bool key_grad, bool temperature_grad, bool /*allow_tf32*/,
-                               bool in_batch, int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
-                               int64_t num_valid, double label_smoothing, const std::optional<Tensor>& key_ids,
-                               const std::optional<Tensor>& queue_ids, bool same_id_positive) {
-  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, key_offset, num_valid_tensor, num_valid,
-                          label_smoothing, key_ids, queue_ids);
-  temperature = temperature_value(temperature_tensor, temperature, query);
-  const auto [q, k] = same_dtype_rows(query, key);
-  int64_t queue_keys = queue ? queue->size(0) : 0;
-  if (num_valid_tensor) {
-    queue_keys = std::clamp<int64_t>(*const_data<int64_t>(*num_valid_tensor), 0, queue_keys);
-  } else if (num_valid >= 0) {
-    queue_keys = num_valid;
+cpu::InfoNceOptions options(const InfoNceArguments& a, bool float64) {
+  double temperature = a.temperature;
+  if (a.temperature_tensor) {
+    check_same_device(*a.temperature_tensor, "temperature", a.query, "query");
+    temperature = cpu_scalar(*a.temperature_tensor);
   }
-  const IdRows key_id_rows(key_ids), queue_id_rows(queue_ids);
-  const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
-  dispatch(q, queue ? *queue : q, [&]<typename Query, typename Queue>() {
-    using A = cpu::accumulate_t<Queue>;
-    cpu::InfoNceOutputs<A> pointers = outputs<A>(out);
-    pointers.weights = data<A>(out.weights);
-    cpu::info_nce(
-        host(), const_data<Query>(q), const_data<Query>(k), queue ? const_data<Queue>(*queue) : nullptr,
-        {q.size(0), queue_keys, q.size(1)}, {temperature, kEps, normalize},
-        {in_batch, k.size(0), key_offset, label_smoothing, key_id_rows.data(), queue_id_rows.data(), same_id_positive},
-        pointers);
-  });
-  return out.as_tuple();
+  check_temperature(temperature, float64);
+  return {temperature, kEps, a.normalize};
 }
 
-Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
-                                  const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                                  bool /*allow_tf32*/, int64_t key_offset, const std::optional<Tensor>& key_ids,
-                                  bool same_id_positive, const Tensor& lse, const Tensor& weights,
-                                  const Tensor& grad_loss) {
-  temperature = temperature_value(temperature_tensor, temperature, query);
-  const auto [q, k] = same_dtype_rows(query, key);
-  const IdRows id_rows(key_ids);
-  const Tensor upstream = torch::stable::contiguous(grad_loss);
-  const Tensor grad_key = InfoNceTensors::make(q, {k.size(0), k.size(1)}, true);
-  dispatch(q, [&]<typename Query>() {
+cpu::InfoNceContrast contrast(const InfoNceArguments& a, const InfoNceRows& rows) {
+  return {a.in_batch,        rows.key.size(0),      a.key_offset,
+          a.label_smoothing, rows.query_ids.data(), rows.queue_ids.data(),
+          a.same_id_positive};
+}
+
+InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wanted) {
+  const cpu::InfoNceOptions info_nce_options = options(a, a.float64());
+  int64_t queue_keys = a.num_valid.value_or(a.queue_size());
+  if (a.num_valid_tensor) {
+    queue_keys = *OptionalInt64(a.num_valid_tensor).data();
+    check_num_valid(queue_keys, a.queue_size());
+  }
+  const InfoNceRows rows(a, a.float64());
+  const InfoNceTensors out(rows.query, wanted, a.in_batch);
+  const Tensor& queue = rows.queue ? *rows.queue : rows.query;
+  dispatch(rows.query, queue, [&]<typename Query, typename Queue>() {
+    cpu::info_nce(host(), const_data<Query>(rows.query), const_data<Query>(rows.key),
+                  rows.queue ? const_data<Queue>(queue) : nullptr, {a.query.size(0), queue_keys, a.query.size(1)},
+                  info_nce_options, contrast(a, rows), outputs<cpu::accumulate_t<Queue>>(out));
+  });
+  return out;
+}
+
+Tensor info_nce_keys(const InfoNceArguments& a, const Tensor& lse, const Tensor& weights, const Tensor& grad_loss) {
+  const cpu::InfoNceOptions info_nce_options = options(a, is_float64(lse));
+  const InfoNceRows rows(a, is_float64(lse));
+  const Tensor grad_key = InfoNceTensors::make(rows.query, {a.key.size(0), a.key.size(1)}, true);
+  dispatch(rows.query, [&]<typename Query>() {
     using A = cpu::accumulate_t<Query>;
-    cpu::info_nce_keys_backward(host(), const_data<Query>(q), const_data<Query>(k), {q.size(0), 0, q.size(1)},
-                                {temperature, kEps, normalize},
-                                {true, k.size(0), key_offset, 0.0, id_rows.data(), nullptr, same_id_positive},
-                                const_data<A>(lse), const_data<A>(weights), const_data<A>(upstream), data<A>(grad_key));
+    cpu::info_nce_keys_backward(host(), const_data<Query>(rows.query), const_data<Query>(rows.key),
+                                {a.query.size(0), 0, a.query.size(1)}, info_nce_options, contrast(a, rows),
+                                const_data<A>(lse), const_data<A>(weights), const_data<A>(grad_loss),
+                                data<A>(grad_key));
   });
   return grad_key;
 }
@@ -177,10 +165,9 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
 
 std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
   check_l2_normalize(x, eps);
-  const Tensor rows = torch::stable::contiguous(x);
-  const Tensor out = torch::stable::new_empty(rows, {x.size(0), x.size(1)});
-  const Tensor norm =
-      torch::stable::new_empty(rows, {x.size(0)}, is_float64(x) ? ScalarType::Double : ScalarType::Float);
+  const Tensor rows = row_major(x);
+  const Tensor out = make_tensor(rows, {x.size(0), x.size(1)}, x.scalar_type());
+  const Tensor norm = make_tensor(rows, {x.size(0)}, is_float64(x) ? ScalarType::Double : ScalarType::Float);
   dispatch(rows, [&]<typename T>() {
     cpu::l2_normalize(host(), const_data<T>(rows), data<T>(out), data<cpu::accumulate_t<T>>(norm), x.size(0), x.size(1),
                       eps);
@@ -190,13 +177,18 @@ std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
 
 }  // namespace
 
+void out_of_memory(double bytes) {
+  std::ostringstream message;
+  message << "DefaultCPUAllocator: can't allocate memory: you tried to allocate " << bytes << " bytes";
+  throw std::runtime_error(message.str());
+}
+
 STABLE_TORCH_LIBRARY_IMPL(moco_ext, CPU, m) {
-  m.impl("info_nce_forward", TORCH_BOX(&info_nce_forward));
-  m.impl("info_nce_contrast_forward", TORCH_BOX(&info_nce_contrast_forward));
-  m.impl("info_nce_contrast_backward", TORCH_BOX(&info_nce_contrast_backward));
-  m.impl("enqueue_", TORCH_BOX(&enqueue_));
-  m.impl("momentum_update_", TORCH_BOX(&momentum_update_));
-  m.impl("l2_normalize_forward", TORCH_BOX(&l2_normalize_forward));
+  m.impl("info_nce_forward", TORCH_BOX(&Operator<&info_nce_forward<&info_nce>>::call));
+  m.impl("info_nce_backward", TORCH_BOX(&Operator<&info_nce_backward<&info_nce_keys>>::call));
+  m.impl("enqueue_", TORCH_BOX(&Operator<&enqueue_>::call));
+  m.impl("momentum_update_", TORCH_BOX(&Operator<&momentum_update_>::call));
+  m.impl("l2_normalize_forward", TORCH_BOX(&Operator<&l2_normalize_forward>::call));
 }
 
 }  // namespace moco_ext

@@ -3,8 +3,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <iomanip>
+#include <sstream>
+
+#include "info_nce.h"
 #include "kernels/cuda.h"
-#include "tensors.h"
 
 namespace moco_ext {
 namespace {
@@ -42,106 +45,89 @@ struct DeviceScalar {
       value = cpu_scalar(*given);
     } else {
       check_same_device(*given, name, on, "the other arguments");
-      tensor = torch::stable::to(*given, ScalarType::Float);
+      tensor = cast(*given, ScalarType::Float);
     }
   }
   const float* pointer() const { return tensor ? const_data<float>(*tensor) : nullptr; }
 };
 
-cuda::InfoNceOutputs outputs(const InfoNceTensors& out) {
-  return {
-      data<float>(out.loss),       data<float>(out.lse),      data<float>(out.positive_logit),  data<int64_t>(out.rank),
-      data<float>(out.grad_query), data<float>(out.grad_key), data<float>(out.grad_temperature)};
-}
-
 Tensor workspace_of(size_t bytes, const Tensor& on) {
-  return torch::stable::new_empty(on, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  return make_tensor(on, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-auto info_nce_forward(const Tensor& query, const Tensor& key, const Tensor& queue,
-                      const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                      bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32) {
-  check_info_nce(query, key, queue, temperature_tensor);
-  const DeviceScalar device_temperature(temperature_tensor, "temperature", queue, temperature);
-  if (device_temperature.pointer() == nullptr) check_temperature(temperature);
-  const Launch launch(queue);
-  const auto [q, k] = same_dtype_rows(query, key);
-  const InfoNceTensors out(q, query_grad, key_grad, temperature_grad);
-  dispatch(q, [&]<typename Query>() {
-    dispatch(queue, [&]<typename Queue>() {
-      const cuda::InfoNceShape shape{q.size(0), queue.size(0), queue.size(1)};
-      const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
-                                         allow_tf32};
-      const bool gradient = out.grad_query.numel() > 0;
-      const Tensor workspace = workspace_of(cuda::info_nce_workspace_bytes<Queue>(shape, options, {}, gradient), queue);
-      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(q), const_data<Query>(k), const_data<Queue>(queue), shape,
-                                    options, {}, outputs(out), workspace.mutable_data_ptr(), launch.stream()));
-    });
-  });
-  return out.as_tuple();
+cuda::InfoNceOutputs outputs(const InfoNceTensors& out) {
+  return {data<float>(out.loss),
+          data<float>(out.lse),
+          data<float>(out.positive_logit),
+          data<int64_t>(out.rank),
+          data<float>(out.grad_query),
+          data<float>(out.grad_key),
+          data<float>(out.grad_temperature),
+          data<float>(out.weights)};
 }
 
-auto info_nce_contrast_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
-                               const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                               bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch,
-                               int64_t key_offset, const std::optional<Tensor>& num_valid_tensor, int64_t num_valid,
-                               double label_smoothing, const std::optional<Tensor>& key_ids,
-                               const std::optional<Tensor>& queue_ids, bool same_id_positive) {
-  check_info_nce_contrast(query, key, queue, temperature_tensor, in_batch, key_offset, num_valid_tensor, num_valid,
-                          label_smoothing, key_ids, queue_ids);
-  const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
-  if (device_temperature.pointer() == nullptr) check_temperature(temperature);
-  const Launch launch(query);
-  const auto [q, k] = same_dtype_rows(query, key);
-  const IdRows key_id_rows(key_ids), queue_id_rows(queue_ids);
-  const InfoNceContrastTensors out(q, query_grad, key_grad, temperature_grad, in_batch);
-  const cuda::InfoNceContrast contrast{in_batch,
-                                       k.size(0),
-                                       key_offset,
-                                       num_valid_tensor ? const_data<int64_t>(*num_valid_tensor) : nullptr,
-                                       static_cast<float>(label_smoothing),
-                                       key_id_rows.data(),
-                                       queue_id_rows.data(),
-                                       same_id_positive};
-  const cuda::InfoNceShape shape{q.size(0), !queue ? 0 : num_valid >= 0 ? num_valid : queue->size(0), q.size(1)};
-  const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
-                                     allow_tf32};
-  cuda::InfoNceOutputs pointers = outputs(out);
-  pointers.weights = data<float>(out.weights);
-  dispatch(q, [&]<typename Query>() {
-    dispatch(queue ? *queue : k, [&]<typename Queue>() {
+// A tensor on the device is not checked: reading it would wait for the device. A temperature out of range gives NaN or
+// infinity, and a num_valid out of range counts as the nearest that is in it.
+struct InfoNceScalars {
+  double number;
+  DeviceScalar temperature;
+  OptionalInt64 num_valid;
+
+  explicit InfoNceScalars(const InfoNceArguments& a)
+      : number(a.temperature),
+        temperature(a.temperature_tensor, "temperature", a.query, number),
+        num_valid(a.num_valid_tensor) {
+    if (temperature.pointer() == nullptr) check_temperature(number, false);
+  }
+  cuda::InfoNceOptions options(const InfoNceArguments& a) const {
+    return {static_cast<float>(number), temperature.pointer(), kEps, a.normalize, a.allow_tf32};
+  }
+  cuda::InfoNceContrast contrast(const InfoNceArguments& a, const InfoNceRows& rows) const {
+    return {a.in_batch,
+            rows.key.size(0),
+            a.key_offset,
+            num_valid.data(),
+            static_cast<float>(a.label_smoothing),
+            rows.query_ids.data(),
+            rows.queue_ids.data(),
+            a.same_id_positive};
+  }
+};
+
+InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wanted) {
+  const Launch launch(a.query);
+  const InfoNceScalars scalars(a);
+  const InfoNceRows rows(a, false);
+  const InfoNceTensors out(rows.query, wanted, a.in_batch);
+  const cuda::InfoNceShape shape{a.query.size(0), a.num_valid.value_or(a.queue_size()), a.query.size(1)};
+  const cuda::InfoNceOptions options = scalars.options(a);
+  const cuda::InfoNceContrast contrast = scalars.contrast(a, rows);
+  dispatch(rows.query, [&]<typename Query>() {
+    dispatch(rows.queue ? *rows.queue : rows.key, [&]<typename Queue>() {
       const Tensor workspace = workspace_of(
-          cuda::info_nce_workspace_bytes<Queue>(shape, options, contrast, out.grad_query.numel() > 0), query);
-      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(q), const_data<Query>(k),
-                                    queue ? const_data<Queue>(*queue) : nullptr, shape, options, contrast, pointers,
-                                    workspace.mutable_data_ptr(), launch.stream()));
+          cuda::info_nce_workspace_bytes<Queue>(shape, options, contrast, out.grad_query.numel() > 0), a.query);
+      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(rows.query), const_data<Query>(rows.key),
+                                    rows.queue ? const_data<Queue>(*rows.queue) : nullptr, shape, options, contrast,
+                                    outputs(out), workspace.mutable_data_ptr(), launch.stream()));
     });
   });
-  return out.as_tuple();
+  return out;
 }
 
-Tensor info_nce_contrast_backward(const Tensor& query, const Tensor& key,
-                                  const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                                  bool allow_tf32, int64_t key_offset, const std::optional<Tensor>& key_ids,
-                                  bool same_id_positive, const Tensor& lse, const Tensor& weights,
-                                  const Tensor& grad_loss) {
-  const DeviceScalar device_temperature(temperature_tensor, "temperature", query, temperature);
-  const Launch launch(query);
-  const auto [q, k] = same_dtype_rows(query, key);
-  const IdRows id_rows(key_ids);
-  const Tensor upstream = torch::stable::contiguous(grad_loss);
-  const Tensor grad_key = InfoNceTensors::make(q, {k.size(0), k.size(1)}, true);
-  const cuda::InfoNceContrast contrast{true, k.size(0),      key_offset, nullptr,
-                                       0,    id_rows.data(), nullptr,    same_id_positive};
-  const cuda::InfoNceShape shape{q.size(0), 0, q.size(1)};
-  const cuda::InfoNceOptions options{static_cast<float>(temperature), device_temperature.pointer(), kEps, normalize,
-                                     allow_tf32};
-  dispatch(q, [&]<typename Query>() {
+Tensor info_nce_keys(const InfoNceArguments& a, const Tensor& lse, const Tensor& weights, const Tensor& grad_loss) {
+  const Launch launch(a.query);
+  const InfoNceScalars scalars(a);
+  const InfoNceRows rows(a, false);
+  const Tensor grad_key = InfoNceTensors::make(rows.query, {a.key.size(0), a.key.size(1)}, true);
+  const cuda::InfoNceShape shape{a.query.size(0), 0, a.query.size(1)};
+  const cuda::InfoNceOptions options = scalars.options(a);
+  const cuda::InfoNceContrast contrast = scalars.contrast(a, rows);
+  dispatch(rows.query, [&]<typename Query>() {
     const Tensor workspace =
-        workspace_of(cuda::info_nce_keys_backward_workspace_bytes<Query>(shape, options, contrast), query);
-    STD_CUDA_CHECK(cuda::info_nce_keys_backward(const_data<Query>(q), const_data<Query>(k), shape, options, contrast,
-                                                const_data<float>(lse), const_data<float>(weights),
-                                                const_data<float>(upstream), data<float>(grad_key),
+        workspace_of(cuda::info_nce_keys_backward_workspace_bytes<Query>(shape, options, contrast), a.query);
+    STD_CUDA_CHECK(cuda::info_nce_keys_backward(const_data<Query>(rows.query), const_data<Query>(rows.key), shape,
+                                                options, contrast, const_data<float>(lse), const_data<float>(weights),
+                                                const_data<float>(grad_loss), data<float>(grad_key),
                                                 workspace.mutable_data_ptr(), launch.stream()));
   });
   return grad_key;
@@ -193,9 +179,9 @@ void momentum_update_(const std::vector<Tensor>& key_params, const std::vector<T
 std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
   check_l2_normalize(x, eps);
   const Launch launch(x);
-  const Tensor rows = torch::stable::contiguous(x);
-  const Tensor out = torch::stable::new_empty(rows, {x.size(0), x.size(1)});
-  const Tensor norm = torch::stable::new_empty(rows, {x.size(0)}, ScalarType::Float);
+  const Tensor rows = row_major(x);
+  const Tensor out = make_tensor(rows, {x.size(0), x.size(1)}, x.scalar_type());
+  const Tensor norm = make_tensor(rows, {x.size(0)}, ScalarType::Float);
   dispatch(rows, [&]<typename T>() {
     STD_CUDA_CHECK(cuda::l2_normalize(const_data<T>(rows), data<T>(out), data<float>(norm), x.size(0), x.size(1),
                                       static_cast<float>(eps), launch.stream()));
@@ -205,13 +191,24 @@ std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
 
 }  // namespace
 
+void out_of_memory(double bytes) {
+  size_t free = 0;
+  size_t total = 0;
+  STD_CUDA_CHECK(cudaMemGetInfo(&free, &total));  // fails too if what failed was an earlier kernel, and says so
+  constexpr double kGiB = 1 << 30;
+  std::ostringstream message;
+  message << std::fixed << std::setprecision(2) << "CUDA out of memory. Tried to allocate " << bytes / kGiB
+          << " GiB, of " << static_cast<double>(total) / kGiB << " GiB on the GPU " << static_cast<double>(free) / kGiB
+          << " GiB are free.";
+  throw std::runtime_error(message.str());
+}
+
 STABLE_TORCH_LIBRARY_IMPL(moco_ext, CUDA, m) {
-  m.impl("info_nce_forward", TORCH_BOX(&info_nce_forward));
-  m.impl("info_nce_contrast_forward", TORCH_BOX(&info_nce_contrast_forward));
-  m.impl("info_nce_contrast_backward", TORCH_BOX(&info_nce_contrast_backward));
-  m.impl("enqueue_", TORCH_BOX(&enqueue_));
-  m.impl("momentum_update_", TORCH_BOX(&momentum_update_));
-  m.impl("l2_normalize_forward", TORCH_BOX(&l2_normalize_forward));
+  m.impl("info_nce_forward", TORCH_BOX(&Operator<&info_nce_forward<&info_nce>>::call));
+  m.impl("info_nce_backward", TORCH_BOX(&Operator<&info_nce_backward<&info_nce_keys>>::call));
+  m.impl("enqueue_", TORCH_BOX(&Operator<&enqueue_>::call));
+  m.impl("momentum_update_", TORCH_BOX(&Operator<&momentum_update_>::call));
+  m.impl("l2_normalize_forward", TORCH_BOX(&Operator<&l2_normalize_forward>::call));
 }
 
 }  // namespace moco_ext

@@ -1,10 +1,12 @@
-// What the CPU and CUDA op layers both do with tensors once they are checked.
+// What the CPU and CUDA op layers both do with tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <tuple>
+#include <new>
+#include <optional>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -40,75 +42,87 @@ void dispatch_dtype(const Tensor& t, F&& f) {
   }
 }
 
-// The value of a 0-dim tensor on the CPU.
-inline double cpu_scalar(const Tensor& t) {
-  const Tensor wide = torch::stable::to(t, ScalarType::Double);
-  return *static_cast<const double*>(wide.const_data_ptr());
+// --- memory ---
+// The stable ABI logs torch's out-of-memory error and reports "API call failed", so the backend states it again, in
+// words that start as torch's do. ops.py raises torch's own type for them.
+[[noreturn]] void out_of_memory(double bytes);  // each backend has one
+
+template <typename Allocate>
+Tensor allocate(double bytes, Allocate&& make) {
+  try {
+    return make();
+  } catch (const std::runtime_error&) {
+    out_of_memory(bytes);
+  }
 }
 
-// Query and key rows of one dtype, contiguous: float32 where they differ.
-inline std::pair<Tensor, Tensor> same_dtype_rows(const Tensor& query, const Tensor& key) {
-  const auto row_major = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
-  if (query.scalar_type() == key.scalar_type()) return {row_major(query), row_major(key)};
-  return {row_major(torch::stable::to(query, ScalarType::Float)), row_major(torch::stable::to(key, ScalarType::Float))};
+inline double element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return 1;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    case ScalarType::Float:
+      return 4;
+    default:
+      return 8;
+  }
+}
+
+inline Tensor make_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  double bytes = element_size(type);  // an int64 could overflow
+  for (const int64_t size : sizes) bytes *= static_cast<double>(size);
+  return allocate(bytes, [&] { return torch::stable::new_empty(like, sizes, type); });
+}
+
+inline Tensor cast(const Tensor& t, ScalarType type) {
+  if (t.scalar_type() == type) return t;
+  return allocate(static_cast<double>(t.numel()) * element_size(type), [&] { return torch::stable::to(t, type); });
+}
+
+inline Tensor row_major(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  return allocate(static_cast<double>(t.numel()) * element_size(t.scalar_type()),
+                  [&] { return torch::stable::contiguous(t); });
 }
 
 // The rows to enqueue, contiguous; a copy where writing the queue or its pointer would change them.
 inline Tensor keys_to_write(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys) {
-  if (!keys.is_contiguous()) return torch::stable::contiguous(keys);
+  if (!keys.is_contiguous()) return row_major(keys);
   const Span span(keys);
-  return span.overlaps(Span(queue)) || span.overlaps(Span(queue_ptr)) ? torch::stable::clone(keys) : keys;
+  if (!span.overlaps(Span(queue)) && !span.overlaps(Span(queue_ptr))) return keys;
+  return allocate(static_cast<double>(keys.numel()) * element_size(keys.scalar_type()),
+                  [&] { return torch::stable::clone(keys); });
 }
 
-// Ids as kernels take them; null where there are none.
-class IdRows {
- public:
-  explicit IdRows(const std::optional<Tensor>& ids) {
-    if (ids) rows_ = torch::stable::contiguous(*ids);
+// An operator as it is registered: its own memory running out is reported as torch's would be.
+template <auto function>
+struct Operator;
+template <typename Result, typename... Arguments, Result (*function)(Arguments...)>
+struct Operator<function> {
+  static Result call(Arguments... arguments) {
+    try {
+      return function(arguments...);
+    } catch (const std::bad_alloc&) {
+      out_of_memory(0);
+    }
   }
-  const int64_t* data() const { return rows_ ? const_data<int64_t>(*rows_) : nullptr; }
+};
+
+// The value of a tensor of one element on the CPU.
+inline double cpu_scalar(const Tensor& t) { return *const_data<double>(cast(t, ScalarType::Double)); }
+
+// int32 or int64, as kernels take it: contiguous int64; null where there is none.
+class OptionalInt64 {
+ public:
+  explicit OptionalInt64(const std::optional<Tensor>& given) {
+    if (given) tensor_ = row_major(cast(*given, ScalarType::Long));
+  }
+  const int64_t* data() const { return tensor_ ? const_data<int64_t>(*tensor_) : nullptr; }
 
  private:
-  std::optional<Tensor> rows_;
-};
-
-// What info_nce_forward returns; a gradient that was not asked for is an empty tensor.
-struct InfoNceTensors {
-  Tensor loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature;
-
-  InfoNceTensors(const Tensor& query, bool query_grad, bool key_grad, bool temperature_grad)
-      : loss(make(query, {query.size(0)}, true)),
-        lse(make(query, {query.size(0)}, true)),
-        positive_logit(make(query, {query.size(0)}, true)),
-        rank(torch::stable::new_empty(query, {query.size(0)}, ScalarType::Long)),
-        // The temperature's gradient falls out of the query's.
-        grad_query(make(query, {query.size(0), query.size(1)}, query_grad || temperature_grad)),
-        grad_key(make(query, {query.size(0), query.size(1)}, key_grad)),
-        grad_temperature(make(query, {query.size(0)}, temperature_grad)) {}
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
-    return {loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature};
-  }
-
-  // Of the accumulation type, on the device of `like`.
-  static Tensor make(const Tensor& like, std::vector<int64_t> sizes, bool wanted) {
-    if (!wanted) sizes = {0};
-    return torch::stable::new_empty(like, sizes, is_float64(like) ? ScalarType::Double : ScalarType::Float);
-  }
-};
-
-// What info_nce_contrast_forward returns: with in-batch keys their gradient is backward's business, which needs
-// weights.
-struct InfoNceContrastTensors : InfoNceTensors {
-  Tensor weights;
-
-  InfoNceContrastTensors(const Tensor& query, bool query_grad, bool key_grad, bool temperature_grad, bool in_batch)
-      : InfoNceTensors(query, query_grad, key_grad && !in_batch, temperature_grad),
-        weights(make(query, {query.size(0), 2}, key_grad && in_batch)) {}
-
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> as_tuple() const {
-    return std::tuple_cat(InfoNceTensors::as_tuple(), std::make_tuple(weights));
-  }
+  std::optional<Tensor> tensor_;
 };
 
 }  // namespace moco_ext

@@ -9,8 +9,7 @@ import torch
 
 OPERATORS = (
     "info_nce_forward",
-    "info_nce_contrast_forward",
-    "info_nce_contrast_backward",
+    "info_nce_backward",
     "enqueue_",
     "momentum_update_",
     "l2_normalize_forward",

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .library import load_libraries
 from .stats import InfoNCEStats
@@ -21,13 +22,40 @@ load_libraries()
 
 
 def _scalar(name: str, value: float | Tensor) -> tuple[Tensor | None, float]:
-    """A scalar argument as the operators take it: a tensor stays on its device, anything else is a number."""
+    """A scalar as the operators take it: a tensor stays on its device, anything else is a number."""
     if isinstance(value, Tensor):
         return value, math.nan
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}")
     try:
         return None, float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}") from None
+
+
+def _check_tensors(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def _refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """The operators would drop tangents without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{name}: forward-mode differentiation is not implemented; use reverse mode")
+
+
+def _native(operator: Any, *arguments: Any) -> Any:
+    """Call an operator; its out-of-memory errors become torch's own type."""
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if str(error).startswith("CUDA out of memory") and not isinstance(error, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def _check_devices(**tensors: Tensor) -> None:
@@ -58,6 +86,20 @@ def _allow_tf32() -> bool:
 
 # --- info_nce ---------------------------------------------------------------------------------------------------------
 
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _Keywords(TypedDict, total=False):
+        normalize: bool
+        reduction: str
+        label_smoothing: float
+        num_valid: int | Tensor | None
+        in_batch: bool
+        key_offset: int
+        query_ids: Tensor | None
+        queue_ids: Tensor | None
+        same_id: str
+
 
 @overload
 def info_nce(
@@ -66,16 +108,8 @@ def info_nce(
     queue: Tensor | None,
     temperature: float | Tensor = ...,
     *,
-    normalize: bool = ...,
-    reduction: str = ...,
     return_stats: Literal[False] = ...,
-    label_smoothing: float = ...,
-    num_valid: int | Tensor | None = ...,
-    in_batch: bool = ...,
-    key_offset: int = ...,
-    query_ids: Tensor | None = ...,
-    queue_ids: Tensor | None = ...,
-    same_id: str = ...,
+    **keywords: Unpack[_Keywords],
 ) -> Tensor: ...
 @overload
 def info_nce(
@@ -84,16 +118,8 @@ def info_nce(
     queue: Tensor | None,
     temperature: float | Tensor = ...,
     *,
-    normalize: bool = ...,
-    reduction: str = ...,
     return_stats: Literal[True],
-    label_smoothing: float = ...,
-    num_valid: int | Tensor | None = ...,
-    in_batch: bool = ...,
-    key_offset: int = ...,
-    query_ids: Tensor | None = ...,
-    queue_ids: Tensor | None = ...,
-    same_id: str = ...,
+    **keywords: Unpack[_Keywords],
 ) -> tuple[Tensor, InfoNCEStats]: ...
 def info_nce(
     query: Tensor,
@@ -115,49 +141,57 @@ def info_nce(
     """InfoNCE of queries against their positive key and a queue of negatives (MoCo, arXiv 1911.05722, Eq. 1).
 
     ``loss[n] = -log softmax([q_n·k_n, q_n·queue_1, ..., q_n·queue_K] / temperature)[0]``, computed with its gradients
-    in one pass over the queue. Neither the [N, K] logits nor a copy of the queue ever exist, and the queue is not
-    saved for the backward pass: it may be overwritten before ``backward()``.
+    in one pass over the queue. Neither the [N, K] logits nor a copy of the queue are stored, and the queue is not saved
+    for backward: you may overwrite it before ``backward()``.
 
     Args:
         query: [N, C] features; float32, bfloat16 or float16 (float64 on the CPU, for gradient checks).
-        key: [N, C] the positive of each row; gradient flows to it if it requires one.
-        queue: [K, C] negatives, contiguous rows, unit length if ``normalize``; its dtype may differ from query's.
-            It takes no gradient. None: the batch's keys alone (``in_batch``).
-        temperature: a positive number, or a 0-dim tensor on the queue's device, which may require a gradient.
+        key: [N, C] the positive of each row. Gets a gradient if it requires one.
+        queue: [K, C] negatives, contiguous rows of unit length if ``normalize``. Its dtype may differ from query's. It
+            gets no gradient. None: only the keys of the batch (with ``in_batch``).
+        temperature: a positive number, or a tensor of one element on the queue's device, which may require a gradient.
         normalize: scale query and key rows to unit length first (``x / max(||x||, 1e-12)``). ``False`` takes all
             three as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the N rows.
         return_stats: also return :class:`InfoNCEStats` (loss, lse, positive_logit, rank; [N] each, no gradient).
-        label_smoothing: this share of the target distribution, in [0, 1), is spread evenly over the positive and
-            all negatives, as in ``torch.nn.functional.cross_entropy``.
-        num_valid: only the queue's first ``num_valid`` keys count (a queue that starts empty); a number, or int64 of
-            one element on the queue's device.
-        in_batch: every other key of the batch is a negative too. Then key may be [M, C] with M >= N, the keys of all
-            ranks say, of which row n's positive is ``key[key_offset + n]``. With ``queue=None`` this is the end-to-end
-            mechanism. Keys that require a gradient get it as positives and as negatives, by a second pass in
+        label_smoothing: share of the target distribution, in [0, 1), that is spread evenly over the positive and all
+            negatives, as in ``torch.nn.functional.cross_entropy``.
+        num_valid: use only the first ``num_valid`` keys of the queue, for a queue that starts empty. A number, or an
+            integer tensor of one element on the queue's device. On CUDA a tensor is not checked, which would stall the
+            GPU: values out of range are clamped.
+        in_batch: the other keys of the batch are negatives too. Key may then be [M, C] with M >= N, for example the
+            keys of all ranks, and the positive of row n is ``key[key_offset + n]``. With ``queue=None`` this is the
+            end-to-end mechanism. Keys that require a gradient get it as positives and as negatives, by a second pass in
             ``backward()``.
-        query_ids: [N] int64, which image (text, class) each query is of; [M], those of all keys, if ``in_batch``.
-            Negative: not known, equal to none.
-        queue_ids: [K] int64, the same for the queue.
-        same_id: what a negative with the query's own id is: ``"mask"``, no negative; ``"positive"``, a further
-            positive (the loss is the cross-entropy of a target distribution even over the positives).
+        key_offset: see ``in_batch``.
+        query_ids: [N] integers that identify the image, text or class of each query; with ``in_batch`` [M], those of
+            all keys. Negative: unknown, equal to none.
+        queue_ids: [K] integers, the same for the queue.
+        same_id: ``"mask"`` ignores negatives with the query's id; ``"positive"`` makes them additional positives (the
+            loss is the cross-entropy of a target distribution that is uniform over the positives).
 
-    Several problems in one call: query and key [G, N, C], with one queue [K, C] for all or one each [G, K, C] (ids
-    likewise). The symmetric loss of two views is
-    ``info_nce(torch.stack([q1, q2]), torch.stack([k2, k1]), queue)``, which passes over the queue once.
+    Several problems in one call: query and key [G, N, C], with one queue [K, C] for all or [G, K, C], and ids likewise.
+    The symmetric loss of two views is ``info_nce(torch.stack([q1, q2]), torch.stack([k2, k1]), queue)``, which reads
+    the queue once.
 
     Returns:
-        The loss, float32 (float64 for float64 input): 0-dim, or [N] ([G, N]) for ``reduction="none"``; with
-        ``return_stats`` the pair ``(loss, stats)``. N = 0 gives NaN for the mean, as in
+        The loss, float32 (float64 if an input is float64): 0-dim, or [N] ([G, N]) for ``reduction="none"``. With
+        ``return_stats``, the pair ``(loss, stats)``. The mean over N = 0 rows is NaN, as in
         ``torch.nn.functional.cross_entropy``.
 
     Precision: accumulation is float32. On CUDA a bfloat16 or float16 queue is multiplied on tensor cores in its own
-    dtype; a float32 queue in float32 accuracy, or in tf32 where ``torch.backends.cuda.matmul.allow_tf32`` is set.
+    dtype; a float32 queue in float32 accuracy, or in tf32 if ``torch.backends.cuda.matmul.allow_tf32`` is set.
+
+    Reproducibility: on a CPU, equal inputs and an equal number of threads give equal bits. The keys are divided among
+    the threads, so another number of threads changes the order of summation, and with it the last bits.
 
     Raises:
-        ValueError: an argument of wrong shape, dtype, device or value; the message names it. Nothing is computed.
-        RuntimeError: a second derivative is asked for, or no kernel exists for the device.
+        ValueError, TypeError: an argument of the wrong type, shape, dtype, device or value; the message names it.
+            Nothing is computed.
+        RuntimeError: a second derivative or forward-mode differentiation is requested, there is no kernel for the
+            device, or memory runs out (``torch.OutOfMemoryError`` on CUDA).
     """
+    _check_tensors(query=query, key=key)
     if queue is not None and queue.requires_grad:
         raise ValueError(
             "queue: expected a tensor without gradient, got one that requires it; for gradients into the keys use "
@@ -167,202 +201,212 @@ def info_nce(
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if same_id not in ("mask", "positive"):
         raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
-    if num_valid is not None and not isinstance(num_valid, Tensor) and num_valid < 0:  # the operator takes -1 for all
-        raise ValueError(f"num_valid: expected a number of keys, got {num_valid}")
-    options = _Options(temperature, normalize, reduction, label_smoothing, num_valid, in_batch, key_offset, same_id)
-    problem = _info_nce_groups if query.dim() == 3 else _info_nce_rows
-    loss, *figures = problem(query, key, queue, query_ids, queue_ids, options)
-    return (loss, InfoNCEStats(*figures)) if return_stats else loss
-
-
-class _Options(NamedTuple):
-    temperature: float | Tensor
-    normalize: bool
-    reduction: str
-    label_smoothing: float
-    num_valid: int | Tensor | None
-    in_batch: bool
-    key_offset: int
-    same_id: str
-
-
-def _info_nce_rows(query, key, queue, query_ids, queue_ids, options: _Options) -> tuple[Tensor, ...]:
-    """The reduced loss, and the stats [N] without gradient."""
-    temperature, normalize, reduction, label_smoothing, num_valid, in_batch, key_offset, same_id = options
-    grad = torch.is_grad_enabled()
     temperature_tensor, temperature_value = _scalar("temperature", temperature)
-    wanted = (
-        grad and query.requires_grad,
-        grad and key.requires_grad,
-        grad and temperature_tensor is not None and temperature_tensor.requires_grad,
-    )
-    inputs: tuple[Any, ...] = (
+    _refuse_forward_mode("info_nce", query, key, temperature_tensor)
+    grad = torch.is_grad_enabled()
+    arguments = _Arguments(
         query,
         key,
         queue,
         temperature_tensor,
         temperature_value,
         normalize,
-        *wanted,
+        grad and query.requires_grad,
+        grad and key.requires_grad,
+        grad and temperature_tensor is not None and temperature_tensor.requires_grad,
         query.is_cuda and (key if queue is None else queue).dtype == torch.float32 and _allow_tf32(),
+        in_batch,
+        key_offset,
+        *((num_valid, None) if isinstance(num_valid, Tensor) else (None, num_valid)),
+        label_smoothing,
+        query_ids,
+        queue_ids,
+        same_id == "positive",
     )
-    no_ids = query_ids is None and queue_ids is None
-    if queue is None or not no_ids or num_valid is not None or in_batch or key_offset != 0 or label_smoothing != 0:
-        num_valid_tensor, num_valid_number = (
-            (num_valid, -1) if isinstance(num_valid, Tensor) else (None, -1 if num_valid is None else num_valid)
-        )
-        inputs += (in_batch, key_offset, num_valid_tensor, num_valid_number, label_smoothing)
-        inputs += (query_ids, queue_ids, same_id == "positive")
-    if any(wanted):
-        return _InfoNCE.apply(reduction, *inputs)
-    return _info_nce_figures(reduction, inputs)[0]
+    loss, *stats = (_info_nce_groups if query.dim() == 3 else _info_nce_rows)(reduction, arguments)
+    return (loss, InfoNCEStats(*stats)) if return_stats else loss
 
 
-def _info_nce_figures(reduction: str, inputs: tuple) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """(the reduced loss and the stats), (what backward needs)."""
-    operator = (
-        torch.ops.moco_ext.info_nce_forward if len(inputs) == 10 else torch.ops.moco_ext.info_nce_contrast_forward
-    )
-    losses, lse, positive_logit, rank, *gradients = operator.default(*inputs)
-    loss = losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses.clone()
-    return (loss, losses, lse, positive_logit, rank), gradients
+class _Arguments(NamedTuple):
+    """The arguments of ``info_nce_forward``, in the order of its schema."""
+
+    query: Tensor
+    key: Tensor
+    queue: Tensor | None
+    temperature_tensor: Tensor | None
+    temperature: float
+    normalize: bool
+    query_grad: bool
+    key_grad: bool
+    temperature_grad: bool
+    allow_tf32: bool
+    in_batch: bool
+    key_offset: int
+    num_valid_tensor: Tensor | None
+    num_valid: int | None
+    label_smoothing: float
+    query_ids: Tensor | None
+    queue_ids: Tensor | None
+    same_id_positive: bool
+
+
+class _Results(NamedTuple):
+    """The results of ``info_nce_forward``; a gradient that was not asked for is empty."""
+
+    loss: Tensor
+    lse: Tensor
+    positive_logit: Tensor
+    rank: Tensor
+    grad_query: Tensor
+    grad_key: Tensor
+    grad_temperature: Tensor
+    weights: Tensor
+
+
+def _info_nce_rows(reduction: str, arguments: _Arguments) -> tuple[Tensor, ...]:
+    """The reduced loss, and the stats [N] without gradient."""
+    if arguments.query_grad or arguments.key_grad or arguments.temperature_grad:
+        return _InfoNCE.apply(reduction, *arguments)[:5]
+    loss, lse, positive_logit, rank, *_ = _native(torch.ops.moco_ext.info_nce_forward.default, *arguments)
+    return _reduced(loss, reduction), loss, lse, positive_logit, rank
+
+
+def _reduced(losses: Tensor, reduction: str) -> Tensor:
+    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses.clone()
 
 
 class _InfoNCE(torch.autograd.Function):
-    """The gradients were computed in forward: backward scales them. Not registered with the operators, because
-    torch.library's own layer takes three times as long, longer than the kernel for a small batch."""
+    """Backward only scales the gradients that forward has computed. Not registered with the operators, because
+    torch.library's autograd takes three times as long, longer than the kernel for a small batch."""
 
     @staticmethod
-    def forward(ctx, reduction, *inputs):
-        figures, gradients = _info_nce_figures(reduction, inputs)
-        ctx.mark_non_differentiable(*figures[1:])
+    def forward(reduction, *arguments):
+        results = _native(torch.ops.moco_ext.info_nce_forward.default, *arguments)
+        return _reduced(results[0], reduction), *results
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        reduction, *arguments = inputs
+        a, results = _Arguments(*arguments), _Results(*output[1:])
+        ctx.mark_non_differentiable(*results)
         ctx.set_materialize_grads(False)
-        ctx.reduction = reduction
-        query, key, _, temperature, temperature_value, normalize, *ctx.wanted, tf32 = inputs[:10]
-        ctx.second_pass = False
-        if len(inputs) > 10:
-            in_batch, key_offset, _, _, _, key_ids, _, positive = inputs[10:]
-            ctx.second_pass = in_batch and key.requires_grad  # such keys get a gradient from every row
-            ctx.options = temperature_value, normalize, tf32, key_offset, positive
-        rest = (query, key, temperature, key_ids, figures[2]) if ctx.second_pass else ()
-        ctx.save_for_backward(*gradients, *rest)
-        ctx.dtypes = query.dtype, key.dtype, None if temperature is None else temperature.dtype
-        ctx.rows, ctx.inputs = len(query), len(inputs)
-        return figures
+        ctx.reduction, ctx.in_batch_gradient = reduction, a.in_batch and a.key_grad
+        ctx.temperature, ctx.options = a.temperature, (a.normalize, a.allow_tf32, a.key_offset)
+        ctx.same_id_positive = a.same_id_positive
+        ctx.wanted = a.query_grad, a.key_grad, a.temperature_grad
+        tensor = a.temperature_tensor
+        ctx.like_temperature = None if tensor is None else (tensor.dtype, tensor.shape)
+        ctx.dtypes, ctx.rows = (a.query.dtype, a.key.dtype), len(a.query)
+        saved = (results.grad_query, results.grad_key, results.grad_temperature, a.query, a.key, tensor)
+        if ctx.in_batch_gradient:
+            saved += (results.weights, results.lse, a.query_ids)
+        ctx.save_for_backward(*saved)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
+        grads: list[Tensor | None] = [None] * (1 + len(_Arguments._fields))
         if grad_loss is None:
-            return (None,) * (1 + ctx.inputs)
-        if torch.is_grad_enabled():  # create_graph=True: going on would make the penalty a constant, silently
-            raise RuntimeError("info_nce: second derivatives are not implemented (the gradient is computed in forward)")
-        grad_query, grad_key, grad_temperature, *rest = ctx.saved_tensors
-        query_grad, key_grad, temperature_grad = ctx.wanted
-        query_dtype, key_dtype, temperature_dtype = ctx.dtypes
+            return tuple(grads)
+        grad_query, grad_key, grad_temperature, query, key, temperature, *rest = ctx.saved_tensors
+        query_wanted, key_wanted, temperature_wanted = ctx.wanted
         if ctx.reduction == "mean":
             grad_loss = grad_loss / ctx.rows
         scale = grad_loss.unsqueeze(1) if ctx.reduction == "none" else grad_loss
-        if ctx.second_pass:
-            weights, query, key, temperature, key_ids, lse = rest
-            temperature_value, normalize, tf32, key_offset, positive = ctx.options
-            wanted_key = torch.ops.moco_ext.info_nce_contrast_backward.default(
-                query, key, temperature, temperature_value, normalize, tf32, key_offset, key_ids, positive, lse,
-                weights, grad_loss.expand(ctx.rows),
+        if query_wanted:
+            grads[1] = (scale * grad_query).to(ctx.dtypes[0])
+        if ctx.in_batch_gradient:  # each key gets a gradient from every row
+            weights, lse, ids = rest
+            grad_key = _native(
+                torch.ops.moco_ext.info_nce_backward.default, query, key, temperature, ctx.temperature, *ctx.options,
+                ids, ctx.same_id_positive, lse, weights, grad_loss.expand(ctx.rows).to(lse.dtype),
             )  # fmt: skip
-        else:
-            wanted_key = scale * grad_key if key_grad else None
-        return (
-            None,
-            (scale * grad_query).to(query_dtype) if query_grad else None,
-            wanted_key.to(key_dtype) if key_grad else None,
-            None,
-            (grad_loss * grad_temperature).sum().to(temperature_dtype) if temperature_grad else None,
-            *(None,) * (ctx.inputs - 4),
-        )
+            grads[2] = grad_key.to(ctx.dtypes[1])
+        elif key_wanted:
+            grads[2] = (scale * grad_key).to(ctx.dtypes[1])
+        if temperature_wanted:
+            dtype, shape = ctx.like_temperature
+            grads[4] = (grad_loss * grad_temperature).sum().to(dtype).view(shape)
+        if torch.is_grad_enabled():  # create_graph=True, torch.func
+            inputs = [x for x in (query, key, temperature) if x is not None]
+            grads = [None if grad is None else _NotTwice.apply(grad, *inputs) for grad in grads]
+        return tuple(grads)
 
 
-def _info_nce_groups(query, key, queue, query_ids, queue_ids, options: _Options) -> tuple[Tensor, ...]:
-    """The same for G problems, stats [G, N]. Those that share a queue, and no keys of the batch, are one batch."""
-    groups, n = query.shape[:2]
-    if key.dim() != 3 or len(key) != groups:
-        raise ValueError(f"key: expected [{groups}, N, C] as query, got {list(key.shape)}")
-    if queue is not None and queue.dim() == 3 and len(queue) != groups:
-        raise ValueError(f"queue: expected [K, C], or [{groups}, K, C] as query, got {list(queue.shape)}")
-    reduction = options.reduction
+class _NotTwice(torch.autograd.Function):
+    """The identity, whose derivative with respect to the inputs of the loss is an error instead of zero."""
 
-    def of(x, group, dims):  # the group's own x, where they do not share one
+    @staticmethod
+    def forward(grad, *inputs):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("info_nce: second derivatives are not implemented (the gradient is computed in forward)")
+
+
+def _info_nce_groups(reduction: str, a: _Arguments) -> tuple[Tensor, ...]:
+    """G problems, stats [G, N]. Groups that share a queue, and no keys of the batch, are one batch."""
+    groups, n = a.query.shape[:2]
+    if groups == 0:
+        raise ValueError("query: expected at least one group in [G, N, C], got none")
+    if a.key.dim() != 3 or len(a.key) != groups:
+        raise ValueError(f"key: expected [{groups}, N, C] as query, got {list(a.key.shape)}")
+    if a.queue is not None and a.queue.dim() == 3 and len(a.queue) != groups:
+        raise ValueError(f"queue: expected [K, C], or [{groups}, K, C] as query, got {list(a.queue.shape)}")
+    for name, ids in (("query_ids", a.query_ids), ("queue_ids", a.queue_ids)):
+        if ids is not None and not (ids.dim() == 1 or (ids.dim() == 2 and len(ids) == groups)):
+            raise ValueError(f"{name}: expected one row of ids for all groups or one each, got {list(ids.shape)}")
+
+    def of(x: Tensor | None, group: int, dims: int) -> Tensor | None:  # the group's x, where each has one
         return x[group] if x is not None and x.dim() > dims else x
 
-    if not options.in_batch and queue is not None and queue.dim() == 2 and (queue_ids is None or queue_ids.dim() == 1):
-        ids = None if query_ids is None else query_ids.expand(groups, n).flatten()
-        loss, *stats = _info_nce_rows(query.flatten(0, 1), key.flatten(0, 1), queue, ids, queue_ids, options)
-        stats = [figure.unflatten(0, (groups, n)) for figure in stats]
+    shared_queue = a.queue is not None and a.queue.dim() == 2 and (a.queue_ids is None or a.queue_ids.dim() == 1)
+    if not a.in_batch and shared_queue:
+        ids = None if a.query_ids is None else a.query_ids.expand(groups, n).flatten()
+        flat = a._replace(query=a.query.flatten(0, 1), key=a.key.flatten(0, 1), query_ids=ids)
+        loss, *stats = _info_nce_rows(reduction, flat)
+        stats = [values.unflatten(0, (groups, n)) for values in stats]
         return (loss.unflatten(0, (groups, n)) if reduction == "none" else loss), *stats
     parts = [
-        _info_nce_rows(query[g], key[g], of(queue, g, 2), of(query_ids, g, 1), of(queue_ids, g, 1), options)
+        _info_nce_rows(
+            reduction,
+            a._replace(
+                query=a.query[g],
+                key=a.key[g],
+                queue=of(a.queue, g, 2),
+                query_ids=of(a.query_ids, g, 1),
+                queue_ids=of(a.queue_ids, g, 1),
+            ),
+        )
         for g in range(groups)
     ]
-    loss, *stats = (torch.stack(figures) for figures in zip(*parts, strict=True))
-    return (loss.mean() if reduction == "mean" else loss.sum() if reduction == "sum" else loss), *stats
+    loss, *stats = (torch.stack(values) for values in zip(*parts, strict=True))
+    return (loss if reduction == "none" else _reduced(loss, reduction)), *stats
 
 
 @torch.library.register_fake("moco_ext::info_nce_forward")
-def _(
-    query,
-    key,
-    queue,
-    temperature_tensor,
-    temperature,
-    normalize,
-    query_grad,
-    key_grad,
-    temperature_grad,
-    _tf32,
-):
-    _check_devices(queue=queue, query=query, key=key)
-    n, c = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    row = [query.new_empty(n, dtype=dtype) for _ in range(3)]
+def _(*arguments):
+    a = _Arguments(*arguments)
+    _check_devices(query=a.query, key=a.key, **({} if a.queue is None else {"queue": a.queue}))
+    n, c = a.query.shape
+    dtype = torch.float64 if torch.float64 in (a.query.dtype, a.key.dtype) else torch.float32
+    empty = a.query.new_empty
     return (
-        *row,
-        query.new_empty(n, dtype=torch.int64),
-        query.new_empty((n, c) if query_grad or temperature_grad else 0, dtype=dtype),
-        query.new_empty((n, c) if key_grad else 0, dtype=dtype),
-        query.new_empty(n if temperature_grad else 0, dtype=dtype),
+        *(empty(n, dtype=dtype) for _ in range(3)),
+        empty(n, dtype=torch.int64),
+        empty((n, c) if a.query_grad or a.temperature_grad else 0, dtype=dtype),
+        empty((n, c) if a.key_grad and not a.in_batch else 0, dtype=dtype),
+        empty(n if a.temperature_grad else 0, dtype=dtype),
+        empty((n, 3) if a.key_grad and a.in_batch else (0,), dtype=dtype),
     )
 
 
-@torch.library.register_fake("moco_ext::info_nce_contrast_forward")
-def _(
-    query,
-    key,
-    queue,
-    temperature_tensor,
-    temperature,
-    normalize,
-    query_grad,
-    key_grad,
-    temperature_grad,
-    _tf32,
-    in_batch,
-    *_,
-):
-    _check_devices(query=query, key=key, **({} if queue is None else {"queue": queue}))
-    n, c = query.shape
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    row = [query.new_empty(n, dtype=dtype) for _ in range(3)]
-    return (
-        *row,
-        query.new_empty(n, dtype=torch.int64),
-        query.new_empty((n, c) if query_grad or temperature_grad else 0, dtype=dtype),
-        query.new_empty((n, c) if key_grad and not in_batch else 0, dtype=dtype),
-        query.new_empty(n if temperature_grad else 0, dtype=dtype),
-        query.new_empty((n, 2) if key_grad and in_batch else (0,), dtype=dtype),
-    )
-
-
-@torch.library.register_fake("moco_ext::info_nce_contrast_backward")
-def _(query, key, temperature_tensor, temperature, normalize, _tf32, first, key_ids, same_id_positive, lse, *_):
+@torch.library.register_fake("moco_ext::info_nce_backward")
+def _(query, key, temperature_tensor, temperature, normalize, allow_tf32, key_offset, query_ids, positive, lse, *_):
     return key.new_empty(key.shape, dtype=lse.dtype)
 
 
@@ -458,7 +502,9 @@ def l2_normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     Raises:
         ValueError: x is not a float matrix, or eps is negative or not finite.
     """
-    return torch.ops.moco_ext.l2_normalize_forward(x, eps)[0]
+    _check_tensors(x=x)
+    _refuse_forward_mode("l2_normalize", x)
+    return _native(torch.ops.moco_ext.l2_normalize_forward, x, eps)[0]
 
 
 @torch.library.register_fake("moco_ext::l2_normalize_forward")

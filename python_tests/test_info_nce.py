@@ -260,6 +260,59 @@ def test_second_derivative_raises(device):
         penalised_step()
 
 
+def test_function_transforms(device):
+    """torch.func.grad and vjp work; a second derivative and forward mode, which would be 0, are errors."""
+    query, key, queue = problem(4, 50, 8, device)
+
+    def loss(query):
+        return moco_ext.info_nce(query, key, queue)
+
+    want = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07)[2]["query"]
+    assert torch.equal(torch.func.grad(loss)(query), want)
+    _, pull = torch.func.vjp(loss, query)
+    assert rel_error(pull(torch.tensor(3.0, device=device))[0], 3 * want) <= 1e-6
+    with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+        torch.func.grad(lambda query: torch.func.grad(loss)(query).sum())(query)
+    with pytest.raises(RuntimeError, match="info_nce: forward-mode differentiation is not implemented"):
+        torch.func.jvp(loss, (query,), (torch.ones_like(query),))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match="l2_normalize: forward-mode differentiation is not implemented"),
+    ):
+        moco_ext.l2_normalize(torch.autograd.forward_ad.make_dual(query, torch.ones_like(query)))
+
+
+def test_one_float64_input_makes_all_float64():
+    """What torch.set_default_dtype(torch.float64) leads to: float64 features, a float32 queue."""
+    query, key, queue = problem(6, 40, 8, torch.device("cpu"))
+    want = run_info_nce(moco_ext.info_nce, query.double(), key.double(), queue.double(), 0.2)
+    mixed = [(query.double(), key, queue), (query, key.double(), queue), (query, key, queue.double())]
+    for inputs in mixed:
+        loss, _, grads = run_info_nce(moco_ext.info_nce, *inputs, 0.2)
+        assert loss.dtype == torch.float64
+        assert rel_error(loss, want[0]) <= 1e-12
+        for name, value in zip(("query", "key"), inputs, strict=False):
+            assert grads[name].dtype == value.dtype
+            assert rel_error(grads[name], want[2][name]) <= 1e-6
+
+
+def test_a_temperature_of_one_element(device):
+    query, key, queue = problem(6, 40, 8, device)
+    temperature = torch.full((1,), 0.2, device=device, requires_grad=True)
+    loss = moco_ext.info_nce(query, key, queue, temperature)
+    loss.backward()
+    want = run_info_nce(moco_ext.info_nce, query, key, queue, torch.tensor(0.2, device=device))
+    assert torch.equal(loss.detach(), want[0])
+    assert torch.equal(temperature.grad, want[2]["temperature"].view(1))
+
+
+def test_out_of_memory_is_torchs_own_error():
+    """[N, C] gradients of 2^62 elements, from an expanded query that itself takes a few bytes."""
+    query = torch.zeros(1, 1).expand(2**40, 2**12).requires_grad_()
+    with pytest.raises((RuntimeError, torch.OutOfMemoryError), match=r"(?i)not enough memory|out of memory|allocate"):
+        moco_ext.info_nce(query, query.detach(), torch.zeros(1, 2**12))
+
+
 def test_queue_may_change_between_forward_and_backward(device):
     query, key, queue = problem(8, 100, 16, device)
     want = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07)[2]["query"]
@@ -398,16 +451,16 @@ def test_any_stride_gives_the_same_bits(device, layout):
     assert torch.equal(strided[2]["query"], plain[2]["query"])
 
 
+PLAIN = (False, 0, None, None, 0.0, None, None, False)  # the schema's options, not used
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
 @pytest.mark.parametrize("learn_temperature", [True, False])
 def test_opcheck(device, learn_temperature, dtypes):
     query, key, queue = problem(4, 30, 8, device, *dtypes)
     temperature = torch.tensor(0.2, device=device) if learn_temperature else None
-    arguments = (query, key, queue, temperature, 0.2)
-    opcheck(
-        torch.ops.moco_ext.info_nce_forward.default,
-        (*arguments, True, True, True, learn_temperature, False),
-    )
+    arguments = (query, key, queue, temperature, 0.2, True, True, True, learn_temperature, False)
+    opcheck(torch.ops.moco_ext.info_nce_forward.default, (*arguments, *PLAIN))
 
 
 def test_the_tf32_switch_follows_torchs():

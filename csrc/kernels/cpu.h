@@ -50,7 +50,7 @@ struct InfoNceOutputs {
   Accumulate* grad_query;         // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
   Accumulate* grad_key;           // [N, C] or null; not with in_batch
   Accumulate* grad_temperature;   // [N] or null; needs grad_query
-  Accumulate* weights = nullptr;  // [N, 2] or null: the target's share of each positive, and of each class
+  Accumulate* weights = nullptr;  // [N, 3] or null; with in_batch, for the keys' gradient
 };
 
 // query [N, C]; key [N, C], or [M, C] with in_batch; queue [K, C]. Scratch: O(N*C) a thread and a tile of logits.
@@ -60,7 +60,8 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
               const InfoNceOutputs<accumulate_t<Queue>>& outputs);
 
 // The gradient of keys [M, C] that are one another's negatives (in_batch), once the rows' own gradients are known:
-// sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 2].
+// sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 3]: the
+// target's share of each positive and of each class, and the row's positive's own p - target.
 template <typename Query>
 void info_nce_keys_backward(const Host& host, const Query* query, const Query* key, const InfoNceShape& shape,
                             const InfoNceOptions& options, const InfoNceContrast& contrast,

@@ -49,7 +49,7 @@ struct InfoNceOutputs {
   float* grad_query;         // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
   float* grad_key;           // [N, C] or null; not with in_batch
   float* grad_temperature;   // [N] or null; needs grad_query
-  float* weights = nullptr;  // [N, 2] or null: the target's share of each positive, and of each class
+  float* weights = nullptr;  // [N, 3] or null; with in_batch, for the keys' gradient
 };
 
 // Scratch the launcher needs, in bytes, 256-byte aligned: O(N*C) times the splits of the queue, never N*K.
@@ -64,7 +64,8 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
                      void* workspace, cudaStream_t stream);
 
 // The gradient of keys [M, C] that are one another's negatives (in_batch), once the rows' own gradients are known:
-// sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 2].
+// sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 3]: the
+// target's share of each positive and of each class, and the row's positive's own p - target.
 template <typename Query>
 size_t info_nce_keys_backward_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
                                               const InfoNceContrast& contrast);

@@ -33,6 +33,7 @@ struct Problem {
   const AlignedArray<A>& positive;  // [padded N] of query . key
   A scale;                          // from a score to the exponent of 2
   const RowsById* by_id;            // or null
+  const int64_t* row_ids;           // [N], with by_id
   const InfoNceContrast& contrast;
 };
 
@@ -61,6 +62,11 @@ struct Partial {
   }
 };
 
+template <typename A>
+bool all_finite(const A* x, int64_t n) {
+  return std::all_of(x, x + n, [](A value) { return std::isfinite(value); });
+}
+
 // Walks keys [begin, end) of one source: the queue, or the batch's own keys, where key `key_offset` + i is row i's
 // positive.
 template <typename A, typename Key>
@@ -75,26 +81,45 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
     bool is_positive;
   };
   std::vector<std::vector<Match>> matches(ids == nullptr && !key_offset ? 0 : p.panels.count());  // of a tile, by panel
+  // Keys of the tile that are not finite and masked out of some row. A weight of 0 would not keep NaN out of that row's
+  // sums, so they are summed as 0, and the rows that do see them become NaN.
+  std::vector<int64_t> hidden;
+  std::vector<A> visible;
 
   for (int64_t first = begin; first < end; first += p.tile) {
     const int64_t count = std::min(p.tile, end - first);
     const A* tile = widen(keys + first * c, count * c, widened.get());
     for (auto& of_panel : matches) of_panel.clear();
+    hidden.clear();
     for (int64_t j = 0; key_offset && j < count; ++j) {
       const int64_t row = first + j - *key_offset;
       if (row >= 0 && row < n) matches[row / kPanelWidth].push_back({row, j, true});
     }
     for (int64_t j = 0; ids != nullptr && j < count; ++j) {
+      bool masked = false;
       p.by_id->for_each(ids[first + j], [&](int64_t row) {
         if (key_offset && row == first + j - *key_offset) return;
         matches[row / kPanelWidth].push_back({row, j, false});
-        ++partial.matches[row];
-        if (partial.match_sum.empty()) return;
-        for (int64_t f = 0; f < c; ++f) partial.match_sum[row * c + f] += tile[j * c + f];
+        masked = !p.contrast.same_id_positive;
       });
+      if (masked && !all_finite(tile + j * c, c)) hidden.push_back(j);
+    }
+    const A* summed = tile;
+    if (!hidden.empty()) {
+      visible.assign(tile, tile + count * c);
+      for (const int64_t j : hidden) std::fill_n(visible.begin() + j * c, c, A{0});
+      summed = visible.data();
+    }
+    for (const auto& of_panel : matches) {
+      for (const auto [row, j, is_positive] : of_panel) {
+        if (is_positive) continue;
+        ++partial.matches[row];
+        if (partial.match_sum.empty()) continue;
+        for (int64_t f = 0; f < c; ++f) partial.match_sum[row * c + f] += summed[j * c + f];
+      }
     }
     for (int64_t j = 0; !partial.column_sum.empty() && j < count; ++j) {
-      for (int64_t f = 0; f < c; ++f) partial.column_sum[f] += tile[j * c + f];
+      for (int64_t f = 0; f < c; ++f) partial.column_sum[f] += summed[j * c + f];
     }
 
     for (int64_t panel = 0; panel < p.panels.count(); ++panel) {
@@ -114,7 +139,12 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
       loops.softmax(
           scores.get(), count, c, width, p.scale,
           {p.positive.get() + at, partial.max.get() + at, partial.sum.get() + at, partial.above.get() + at, acc});
-      if (acc != nullptr) loops.accumulate(tile, scores.get(), acc, count, c, width);
+      if (acc != nullptr) loops.accumulate(summed, scores.get(), acc, count, c, width);
+      for (const int64_t j : hidden) {
+        for (int64_t row = at; row < std::min(at + width, n); ++row) {
+          if (p.row_ids[row] != ids[first + j]) partial.sum[row] = std::numeric_limits<A>::quiet_NaN();
+        }
+      }
     }
   }
 }
@@ -147,8 +177,10 @@ struct Target {
     }
     const int64_t positives = 1 + (x.same_id_positive ? matches : 0);
     const int64_t classes = 1 + candidates - (x.same_id_positive ? 0 : matches);
-    const double share = (1 - x.label_smoothing) / static_cast<double>(positives);
-    const double floor = x.label_smoothing / static_cast<double>(classes);
+    // A positive without negatives has the whole target, exactly: its gradient is 0, and a rounding error of 1e-8 would
+    // be infinite after the division by a tiny norm.
+    const double share = classes == 1 ? 1 : (1 - x.label_smoothing) / static_cast<double>(positives);
+    const double floor = classes == 1 ? 0 : x.label_smoothing / static_cast<double>(classes);
     for (int64_t f = 0; f < p.c; ++f) {
       const double matched = match_sum.empty() ? 0 : match_sum[f];
       double all = 0;
@@ -195,11 +227,12 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
   A target_score = positive;
   if (targets != nullptr) {
     const auto [share, floor] = targets->row(p, i, scratch);
-    if (out.weights != nullptr) {
-      out.weights[2 * i] = share;
-      out.weights[2 * i + 1] = floor;
-    }
     rest -= 1 - (share + floor);
+    if (out.weights != nullptr) {
+      out.weights[3 * i] = share;
+      out.weights[3 * i + 1] = floor;
+      out.weights[3 * i + 2] = -rest;
+    }
     target = scratch;
     target_score = dot(query, target, c);
   }
@@ -259,6 +292,7 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
                            positive,
                            static_cast<A>(std::numbers::log2e / options.temperature),
                            by_id ? &*by_id : nullptr,
+                           by_id ? contrast.key_ids + contrast.key_offset : nullptr,
                            contrast};
 
   const int64_t batch_keys = contrast.in_batch ? key_rows : 0;

@@ -28,7 +28,7 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
   std::vector<A> shift(n), floor(n);
   for (int64_t i = 0; i < n; ++i) {
     shift[i] = lse[i] * temperature;
-    floor[i] = weights[2 * i + 1];
+    floor[i] = weights[3 * i + 1];
   }
   std::optional<RowsById> by_id;
   if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.key_offset, n);
@@ -47,10 +47,10 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
         loops.scores(queries.row(row), packed.get() + at * c, scores.get(), count, c, width);
         loops.weigh(scores.get(), count, width, scale, shift.data() + row, floor.data() + row, upstream + row);
         for (int64_t j = at; j < std::min(at + width, m); ++j) {
-          const auto share = [&](int64_t i) { return upstream[i] * weights[2 * i]; };
+          const auto share = [&](int64_t i) { return upstream[i] * weights[3 * i]; };
           const auto score = [&](int64_t i) -> A& { return scores[(i - row) * width + j - at]; };
           const int64_t own_row = j - contrast.key_offset;  // the row whose positive this key is
-          if (in_tile(own_row)) score(own_row) -= share(own_row);
+          if (in_tile(own_row)) score(own_row) = upstream[own_row] * weights[3 * own_row + 2];  // without cancellation
           if (!by_id) continue;
           by_id->for_each(contrast.key_ids[j], [&](int64_t i) {
             if (i == own_row || !in_tile(i)) return;

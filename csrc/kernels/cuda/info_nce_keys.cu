@@ -27,7 +27,7 @@ __global__ void info_nce_columns_kernel(const float* lse, const float* weights, 
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
   const float g = upstream[i];
-  columns[i] = {lse[i] * 1.44269504f, g, weights[2 * i + 1] * g, weights[2 * i] * g};
+  columns[i] = {lse[i] * 1.44269504f, g, weights[3 * i + 1] * g, weights[3 * i] * g};
 }
 
 constexpr int kChunk = 64;  // queries whose weights a block holds

@@ -205,8 +205,10 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     const long long queue_keys = target.queue_keys.value();                                            // NOLINT
     const long long classes = 1 + queue_keys + (target.batch_keys == 0 ? 0 : target.batch_keys - 1) -  // NOLINT
                               (target.same_id_positive ? 0 : matches);
-    share = (1.0f - target.label_smoothing) / static_cast<float>(1 + (target.same_id_positive ? matches : 0));
-    floor = target.label_smoothing / static_cast<float>(classes);
+    if (classes > 1) {  // a positive without negatives has the whole target, exactly: its gradient is 0
+      share = (1.0f - target.label_smoothing) / static_cast<float>(1 + (target.same_id_positive ? matches : 0));
+      floor = target.label_smoothing / static_cast<float>(classes);
+    }
   }
   const auto target_less_key = [&](int64_t i, float k) {  // element i, k being the key's
     const float matched = target.match_sum == nullptr ? 0.0f : target.match_sum[row * c + i];
@@ -231,8 +233,9 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     outputs.positive_logit[row] = positive_logit;
     outputs.rank[row] = rank;
     if (outputs.weights != nullptr) {
-      outputs.weights[2 * row] = share;
-      outputs.weights[2 * row + 1] = floor;
+      outputs.weights[3 * row] = share;
+      outputs.weights[3 * row + 1] = floor;
+      outputs.weights[3 * row + 2] = 1.0f - (share + floor) - rest;
     }
   }
 

@@ -13,6 +13,12 @@ struct InfoNceSource {
   InfoNceKeyCount count;
   const int64_t* ids;  // [K] or null
   int64_t key_offset;  // as in InfoNceMask
+
+  // With ids, NaN counts as 0 here: the key may be masked out, and rows that do see it have a score of NaN.
+  __device__ float summand(int64_t i) const {
+    const float value = to_float(keys[i]);
+    return ids != nullptr && !isfinite(value) ? 0.0f : value;
+  }
 };
 
 // parts [gridDim.y, C]: each block's share of the rows of both sources. A thread a column.
@@ -26,7 +32,7 @@ __global__ void info_nce_column_parts_kernel(InfoNceSource<Queue> queue, InfoNce
     if (source.keys == nullptr) return;
     const int64_t k = source.count.value();
     for (int64_t j = k * blockIdx.y / gridDim.y; j < k * (blockIdx.y + 1) / gridDim.y; ++j) {
-      sum += to_float(source.keys[j * c + column]);
+      sum += source.summand(j * c + column);
     }
   };
   add(queue);
@@ -73,7 +79,7 @@ __global__ void __launch_bounds__(kMatchThreads)
         for (unsigned left = found[w]; left != 0; left &= left - 1) {
           const int64_t j = first + w * 32 + __ffs(static_cast<int>(left)) - 1;
 #pragma unroll 1
-          for (int64_t i = thread; i < c; i += kMatchThreads) sum[i] += to_float(source.keys[j * c + i]);
+          for (int64_t i = thread; i < c; i += kMatchThreads) sum[i] += source.summand(j * c + i);
           ++matches;
         }
       }

@@ -140,11 +140,75 @@ def test_what_lies_beyond_valid_is_never_read(device):
 
 
 @pytest.mark.parametrize("beyond", [-5, 301])
-def test_a_valid_count_on_the_device_is_clamped(device, beyond):
-    """A tensor's value is not known without waiting for the device, so it cannot be an error."""
+def test_a_num_valid_tensor_out_of_range(device, beyond):
+    """An error on the CPU. CUDA would have to wait for the device to see it, and takes the nearest in range."""
     query, key, queue = problem(8, 300, 32, device)
-    got = moco_ext.info_nce(query, key, queue, num_valid=torch.tensor([beyond], device=device))
+    num_valid = torch.tensor([beyond], device=device)
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match=f"num_valid: expected 0 to 300 keys of the queue, got {beyond}"):
+            moco_ext.info_nce(query, key, queue, num_valid=num_valid)
+        return
+    got = moco_ext.info_nce(query, key, queue, num_valid=num_valid)
     assert torch.equal(got, moco_ext.info_nce(query, key, queue, num_valid=min(max(beyond, 0), 300)))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_masked_key_that_is_not_finite_is_never_seen(device, label_smoothing, bad):
+    query, key, queue = problem(8, 300, 32, device)
+    ids = {"query_ids": torch.arange(8, device=device), "queue_ids": torch.arange(300, device=device) + 100}
+    ids["queue_ids"][5] = 3
+    options = {"label_smoothing": label_smoothing, "reduction": "none"} | ids
+    want = moco_ext.info_nce(query, key, queue, **options)
+    queue[5] = bad
+    got = moco_ext.info_nce(query, key, queue, **options)
+    assert got[3] == want[3]
+    others = torch.arange(8, device=device) != 3
+    assert not got[others].isfinite().any() or bad != math.nan
+
+
+def test_a_lone_positive_has_no_gradient():
+    """N = M = 1 without a queue: the loss is 0 for any key, however short, with label smoothing too."""
+    torch.manual_seed(0)
+    for _ in range(200):
+        query, key = (1e-30 * torch.randn(1, 8) for _ in range(2))
+        loss, _, grads = run_info_nce(moco_ext.info_nce, query, key, None, 0.035, in_batch=True, label_smoothing=0.84)
+        assert loss == 0
+        assert not grads["query"].any()
+        assert not grads["key"].any()
+
+
+def test_int32_ids(device):
+    query, key, queue = problem(8, 300, 32, device)
+    ids = {"query_ids": torch.arange(8, device=device), "queue_ids": torch.arange(300, device=device) % 30}
+    want = moco_ext.info_nce(query, key, queue, **ids)
+    assert torch.equal(moco_ext.info_nce(query, key, queue, **{name: x.int() for name, x in ids.items()}), want)
+
+
+def test_the_backward_operator_checks_for_itself():
+    query, key, _ = problem(4, 30, 8, torch.device("cpu"))
+    good = [query, key, None, 0.2, True, False, 0, None, False, torch.zeros(4), torch.zeros(4, 3), torch.zeros(4)]
+    operator = torch.ops.moco_ext.info_nce_backward.default
+    assert operator(*good).shape == (4, 8)
+    bad = {0: query[:, :5], 1: key[:2], 3: -1.0, 6: 2**63 - 1, 7: torch.arange(3), 9: torch.zeros(3)}
+    bad |= {10: torch.zeros(4, 2), 11: torch.zeros(5)}
+    for place, value in bad.items():
+        with pytest.raises(ValueError, match="expected"):
+            operator(*good[:place], value, *good[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query": torch.ones(0, 4, 8), "key": torch.ones(0, 4, 8)}, "query: expected at least one group"),
+        ({"query_ids": torch.zeros(3, 4).long(), "queue_ids": torch.arange(30)}, "query_ids: expected one row of ids"),
+        ({"query_ids": torch.zeros(4).long(), "queue_ids": torch.zeros(3, 30).long()}, "queue_ids: expected one row"),
+    ],
+)
+def test_bad_groups_are_named(change, message):
+    arguments = {"query": torch.ones(2, 4, 8), "key": torch.ones(2, 4, 8), "queue": torch.ones(30, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        moco_ext.info_nce(**arguments)
 
 
 def test_a_bad_row_stays_alone(device):
@@ -201,10 +265,10 @@ def test_opcheck(device, in_batch):
     temperature = torch.tensor(0.2, device=device)
     arguments = (query, key, queue, temperature, 0.0, True, True, True, True, False)
     rest = (in_batch, 0, None, 20, 0.1, *ids, False)
-    opcheck(torch.ops.moco_ext.info_nce_contrast_forward.default, arguments + rest)
-    _, lse, *_, weights = torch.ops.moco_ext.info_nce_contrast_forward(*arguments, True, *rest[1:])
+    opcheck(torch.ops.moco_ext.info_nce_forward.default, arguments + rest)
+    _, lse, *_, weights = torch.ops.moco_ext.info_nce_forward(*arguments, True, *rest[1:])
     opcheck(
-        torch.ops.moco_ext.info_nce_contrast_backward.default,
+        torch.ops.moco_ext.info_nce_backward.default,
         (query, key, None, 0.2, True, False, 0, ids[0], True, lse, weights, torch.ones_like(lse)),
     )
 
@@ -265,7 +329,12 @@ def test_repeatable_to_the_bit(device):
         ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1"),
         ({"label_smoothing": math.nan}, "label_smoothing: expected a number"),
         ({"num_valid": 301}, "num_valid: expected 0 to 300 keys of the queue, got 301"),
-        ({"num_valid": -1}, "num_valid: expected a number of keys, got -1"),
+        ({"num_valid": -1}, "num_valid: expected 0 to 300 keys of the queue, got -1"),
+        ({"key_offset": 2**63 - 1}, "key_offset: expected 0 to 0 for 8 queries among 8 keys, got 9223372036854775807"),
+        ({"temperature": "0.07"}, "temperature: expected a number or a 0-dim tensor, got '0.07'"),
+        ({"temperature": 1e-39}, "temperature: expected a positive number from 1.17"),
+        ({"key": None}, "key: expected a tensor, got NoneType"),
+        ({"queue_ids": torch.zeros(300, 2).long(), "query_ids": torch.arange(8)}, r"queue_ids: expected shape \[300\]"),
         ({"num_valid": torch.tensor([1.0])}, "num_valid: expected int64, got float32"),
         ({"key_offset": 1}, "key_offset: expected 0 to 0 for 8 queries among 8 keys, got 1"),
         ({"same_id": "skip"}, "same_id: expected 'mask' or 'positive', got 'skip'"),
@@ -282,5 +351,5 @@ def test_repeatable_to_the_bit(device):
 def test_bad_arguments_are_named(options, message):
     query, key, queue = problem()
     inputs = {"query": query, "key": key, "queue": queue, "label_smoothing": 0.1} | options
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         moco_ext.info_nce(inputs.pop("query"), inputs.pop("key"), inputs.pop("queue"), **inputs)

@@ -1,0 +1,205 @@
+// What the InfoNCE operators of both backends share: their arguments, the checks, and the tensors that kernels read and
+// write. A backend supplies two functions of InfoNceArguments; the operators around them are at the end.
+#pragma once
+
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#include "checks.h"
+#include "tensors.h"
+
+namespace moco_ext {
+
+// Named as in the schema (ops.cpp).
+struct InfoNceArguments {
+  const Tensor& query;
+  const Tensor& key;
+  const std::optional<Tensor>& queue;
+  const std::optional<Tensor>& temperature_tensor;
+  double temperature;
+  bool normalize;
+  bool allow_tf32;
+  bool in_batch;
+  int64_t key_offset;
+  const std::optional<Tensor>& num_valid_tensor;
+  std::optional<int64_t> num_valid;
+  double label_smoothing;
+  const std::optional<Tensor>& query_ids;
+  const std::optional<Tensor>& queue_ids;
+  bool same_id_positive;
+
+  // One float64 tensor, which only the CPU takes, and everything is computed in float64.
+  bool float64() const { return is_float64(query) || is_float64(key) || (queue && is_float64(*queue)); }
+  int64_t queue_size() const { return queue ? queue->size(0) : 0; }
+};
+
+struct InfoNceGradients {
+  bool query, key, temperature;
+};
+
+// Below float32's normal numbers 1 / T is infinite.
+inline void check_temperature(double temperature, bool float64) {
+  const double low = float64 ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+  const double high = float64 ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  check(temperature >= low && temperature <= high, "temperature: expected a positive number from ", low, " to ", high,
+        ", got ", temperature);
+}
+
+// Rows of queries or keys, which go with those of the queue, or with the queries where there is no queue.
+inline void check_rows(const Tensor& t, const char* name, const Tensor& as, const char* as_name) {
+  check_matrix(t, name, "[N, C]");
+  check_same_device(t, name, as, as_name);
+  check_float_dtype(t, name, as.is_cpu());
+  check(t.size(1) == as.size(1), name, ": expected ", as.size(1), " features as in ", as_name, ", got shape ",
+        shape_name(t));
+}
+
+inline void check_integers(const Tensor& t, const char* name) {
+  check(t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int, name, ": expected int64, got ",
+        dtype_name(t));
+  check_storage(t, name);
+}
+
+inline void check_ids(const std::optional<Tensor>& ids, const char* name, int64_t rows, const char* of,
+                      const Tensor& on) {
+  if (!ids) return;
+  check_integers(*ids, name);
+  check(ids->dim() == 1 && ids->size(0) == rows, name, ": expected shape [", rows, "], an id for each row of ", of,
+        ", got ", shape_name(*ids));
+  check_same_device(*ids, name, on, "query");
+}
+
+inline void check_num_valid(int64_t num_valid, int64_t queue_size) {
+  check(num_valid >= 0 && num_valid <= queue_size, "num_valid: expected 0 to ", queue_size, " keys of the queue, got ",
+        num_valid);
+}
+
+inline void check_info_nce(const InfoNceArguments& a) {
+  if (a.queue) check_queue(*a.queue);
+  check_rows(a.query, "query", a.queue ? *a.queue : a.query, "queue");
+  check_rows(a.key, "key", a.query, "query");
+  check(a.query.size(1) > 0, "query: expected at least one feature, got shape ", shape_name(a.query));
+  check(a.queue || a.in_batch, "queue: expected a tensor, or in_batch keys to compare with, got neither");
+  const int64_t n = a.query.size(0);
+  const int64_t m = a.key.size(0);
+  check(a.in_batch || m == n, "key: expected the shape of query ", shape_name(a.query), ", got ", shape_name(a.key),
+        "; more keys than queries need in_batch");
+  check(a.key_offset >= 0 && a.key_offset <= m - n, "key_offset: expected 0 to ", m - n, " for ", n, " queries among ",
+        m, " keys, got ", a.key_offset);
+  if (a.temperature_tensor) {
+    check(a.temperature_tensor->numel() == 1 && a.temperature_tensor->dim() <= 1,
+          "temperature: expected a number or a tensor of one element, got shape ", shape_name(*a.temperature_tensor));
+    check_float_dtype(*a.temperature_tensor, "temperature", true);
+  }
+  check(std::isfinite(a.label_smoothing) && a.label_smoothing >= 0 && a.label_smoothing < 1,
+        "label_smoothing: expected a number in [0, 1), got ", a.label_smoothing);
+  check_ids(a.query_ids, "query_ids", m, a.in_batch ? "key" : "query", a.query);
+  check(!a.queue_ids || a.queue, "queue_ids: expected none without a queue");
+  check_ids(a.queue_ids, "queue_ids", a.queue_size(), "queue", a.query);
+  check(!a.queue_ids || a.query_ids, "query_ids: expected together with queue_ids");
+  check(!a.query_ids || a.queue_ids || a.in_batch, "queue_ids: expected together with query_ids");
+  if (a.num_valid_tensor) {
+    check_integers(*a.num_valid_tensor, "num_valid");
+    check(a.num_valid_tensor->numel() == 1 && a.num_valid_tensor->dim() <= 1,
+          "num_valid: expected one number, got shape ", shape_name(*a.num_valid_tensor));
+    check_same_device(*a.num_valid_tensor, "num_valid", a.query, "query");
+  } else if (a.num_valid) {
+    check_num_valid(*a.num_valid, a.queue_size());
+  }
+}
+
+// Per-row results that backward gets back: lse [N], weights [N, 3], grad_loss [N].
+inline void check_info_nce_backward(const InfoNceArguments& a, const Tensor& lse, const Tensor& weights,
+                                    const Tensor& grad_loss) {
+  check_info_nce(a);
+  const ScalarType type = a.float64() || is_float64(lse) ? ScalarType::Double : ScalarType::Float;
+  const auto check_result = [&](const Tensor& t, const char* name, int64_t columns) {
+    check(t.dim() == (columns == 1 ? 1 : 2) && t.size(0) == a.query.size(0) && (columns == 1 || t.size(1) == columns),
+          name, ": expected one row of info_nce_forward's for each query, got shape ", shape_name(t));
+    check(t.scalar_type() == type && (type == ScalarType::Float || a.query.is_cpu()), name,
+          ": expected the dtype of the loss, got ", dtype_name(t));
+    check_storage(t, name);
+    check_same_device(t, name, a.query, "query");
+  };
+  check_result(lse, "lse", 1);
+  check_result(weights, "weights", 3);
+  check_result(grad_loss, "grad_loss", 1);
+}
+
+// The inputs as kernels take them: contiguous, query and key of one dtype (float32 where they differ), all float64 or
+// none.
+struct InfoNceRows {
+  Tensor query, key;
+  std::optional<Tensor> queue;
+  OptionalInt64 query_ids, queue_ids;
+
+  explicit InfoNceRows(const InfoNceArguments& a, bool float64)
+      : query(row_major(float64 ? cast(a.query, ScalarType::Double) : a.query)),
+        key(row_major(float64 ? cast(a.key, ScalarType::Double) : a.key)),
+        queue(a.queue && float64 ? cast(*a.queue, ScalarType::Double) : a.queue),
+        query_ids(a.query_ids),
+        queue_ids(a.queue_ids) {
+    if (query.scalar_type() == key.scalar_type()) return;
+    query = cast(query, ScalarType::Float);
+    key = cast(key, ScalarType::Float);
+  }
+};
+
+// What info_nce_forward returns; a gradient that was not asked for is an empty tensor. In-batch keys get theirs from
+// info_nce_backward, which needs weights.
+struct InfoNceTensors {
+  Tensor loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, weights;
+
+  InfoNceTensors(const Tensor& query, const InfoNceGradients& wanted, bool in_batch)
+      : loss(make(query, {query.size(0)}, true)),
+        lse(make(query, {query.size(0)}, true)),
+        positive_logit(make(query, {query.size(0)}, true)),
+        rank(make_tensor(query, {query.size(0)}, ScalarType::Long)),
+        // The temperature's gradient falls out of the query's.
+        grad_query(make(query, {query.size(0), query.size(1)}, wanted.query || wanted.temperature)),
+        grad_key(make(query, {query.size(0), query.size(1)}, wanted.key && !in_batch)),
+        grad_temperature(make(query, {query.size(0)}, wanted.temperature)),
+        weights(make(query, {query.size(0), 3}, wanted.key && in_batch)) {}
+
+  auto as_tuple() const {
+    return std::make_tuple(loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, weights);
+  }
+
+  // Of the accumulation type, on the device of `like`.
+  static Tensor make(const Tensor& like, std::vector<int64_t> sizes, bool wanted) {
+    if (!wanted) sizes = {0};
+    return make_tensor(like, sizes, is_float64(like) ? ScalarType::Double : ScalarType::Float);
+  }
+};
+
+// The operators, from a backend's functions.
+template <InfoNceTensors (*forward)(const InfoNceArguments&, const InfoNceGradients&)>
+auto info_nce_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
+                      const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
+                      bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch,
+                      int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
+                      std::optional<int64_t> num_valid, double label_smoothing, const std::optional<Tensor>& query_ids,
+                      const std::optional<Tensor>& queue_ids, bool same_id_positive) {
+  const InfoNceArguments arguments{
+      query,      key,       queue,           temperature_tensor, temperature, normalize,
+      allow_tf32, in_batch,  key_offset,      num_valid_tensor,   num_valid,   label_smoothing,
+      query_ids,  queue_ids, same_id_positive};
+  check_info_nce(arguments);
+  return forward(arguments, {query_grad, key_grad, temperature_grad}).as_tuple();
+}
+
+template <Tensor (*backward)(const InfoNceArguments&, const Tensor&, const Tensor&, const Tensor&)>
+Tensor info_nce_backward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& temperature_tensor,
+                         double temperature, bool normalize, bool allow_tf32, int64_t key_offset,
+                         const std::optional<Tensor>& query_ids, bool same_id_positive, const Tensor& lse,
+                         const Tensor& weights, const Tensor& grad_loss) {
+  const std::optional<Tensor> none;
+  const InfoNceArguments arguments{
+      query, key, none, temperature_tensor, temperature, normalize,       allow_tf32, true, key_offset,
+      none,  {},  0.0,  query_ids,          none,        same_id_positive};
+  check_info_nce_backward(arguments, lse, weights, grad_loss);
+  return backward(arguments, row_major(lse), row_major(weights), row_major(grad_loss));
+}
+
+}  // namespace moco_ext
