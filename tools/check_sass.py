@@ -23,7 +23,7 @@ LOCAL_MEMORY = (r"\bLDL\b", r"\bSTL\b")
 RULES = {
     # C in (64, 128, 256, 512, 768, 1024) x (4 operand types x with and without gradient + 3 for keys' gradient)
     "info_nce_mma_kernel": (66, (r"\bHMMA\.", r"\bLDSM\.", r"\bLDGSTS\.E\.BYPASS\S*\.128\b"), LOCAL_MEMORY),
-    # tables of 1, 64 and 1,000 tensors, and of 1 and 800 with shadows
+    # tables of 1, 64 and 1,000 tensors, and of 1 and 800 with low-precision copies
     "momentum_update_kernel": (5, (r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
 }
 # C in (64, 128, 256) x two types x with and without gradient

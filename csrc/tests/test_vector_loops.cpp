@@ -1,5 +1,5 @@
-// The CPU's vector loops, every instruction set that this processor has: exp2 against double over its whole range, the
-// products and the softmax of a tile against plain loops, of every width and of sizes that divide nothing.
+// The vector loops of the CPU for every instruction set that this processor has: exp2 against double over its whole
+// range, the products and the softmax of a tile against plain loops, for all widths and odd sizes.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
