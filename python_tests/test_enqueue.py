@@ -1,4 +1,4 @@
-"""The circular queue write: where rows land, how they are rounded, what becomes of the pointer."""
+"""The circular queue write: slots, rounding and the pointer."""
 
 import official
 import pytest
@@ -20,7 +20,7 @@ def pointer(value: int, device="cpu"):
 
 @given(data=st.data())
 def test_matches_the_reference(device, data):
-    """Without normalising a write is a cast, exact to the bit; with it float32 rows differ by rounding."""
+    """Without normalization a write is a cast and bitwise exact; with it, float32 rows differ by rounding."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31)))
     K, B, C = draw(st.integers(1, 40)), draw(st.integers(0, 100)), draw(sizes_c)
@@ -56,7 +56,7 @@ def test_float64_on_cpu():
 
 @pytest.mark.parametrize("B", [0, 1, 4, 5, 6, 10, 13])
 def test_successive_writes_equal_a_loop(device, B):
-    """K = 5: rows go round one by one, whatever the batch; the last row written to a slot stays."""
+    """K = 5: rows wrap around for any batch size; the last row written to a slot remains."""
     queue, queue_ptr = torch.full((5, 3), -1.0, device=device), pointer(2, device)
     want, slot = queue.clone(), 2
     for step in range(3):
@@ -111,7 +111,7 @@ def test_a_pointer_in_the_memory_of_the_queue_is_refused(device):
 
 
 def test_negative_pointers_count_from_the_end(device):
-    """Modulo K, as an index of Python; the next one is in [0, K) again."""
+    """Modulo K, like an index in Python; the new pointer is in [0, K)."""
     queue, queue_ptr, keys = torch.zeros(5, 3, device=device), pointer(-6, device), torch.randn(2, 3, device=device)
     moco_ext.enqueue_(queue, queue_ptr, keys)  # -6 mod 5 = 4
     assert torch.equal(queue[[4, 0]], keys)
@@ -120,7 +120,7 @@ def test_negative_pointers_count_from_the_end(device):
 
 
 def test_values_beyond_float16_become_infinite(device):
-    """As any cast does; a silent clamp would hide a diverging encoder."""
+    """Like in any cast. A silent clamp would hide a diverging encoder."""
     queue = torch.zeros(2, 2, dtype=torch.float16, device=device)
     moco_ext.enqueue_(queue, pointer(0, device), torch.tensor([[1e6, -1e6]], device=device))
     assert queue.tolist() == [[float("inf"), float("-inf")], [0.0, 0.0]]
@@ -142,7 +142,7 @@ def test_keys_with_gradient_are_written_without_it(device):
 
 
 def test_writes_are_seen_by_autograd(device):
-    """A graph that saved the queue or the pointer must notice that they changed."""
+    """A graph that saved the queue or the pointer must detect that they changed."""
     queue, queue_ptr = torch.zeros(4, 3, device=device), pointer(0, device)
     x = torch.randn(4, 3, device=device, requires_grad=True)
     y = (x * queue).sum()
@@ -181,7 +181,7 @@ def test_compiles_without_a_graph_break(device, backend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_neither_waits_nor_leaves_the_graph():
-    """The pointer lives on the device: nothing waits for it, and a replayed graph reads its present value."""
+    """The pointer is on the device: no synchronization, and a replayed graph reads its current value."""
     queue, queue_ptr = torch.zeros(5, 3, device="cuda"), pointer(0, "cuda")
     keys = torch.randn(2, 3, device="cuda")
     moco_ext.enqueue_(queue, queue_ptr, keys)  # slots 0, 1

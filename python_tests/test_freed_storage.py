@@ -1,4 +1,4 @@
-"""Tensors whose storage is too small for their shape, as FSDP leaves freed parameters: refused by name, never read."""
+"""Tensors with a storage too small for their shape, like parameters that FSDP has freed, are errors."""
 
 import pytest
 import torch

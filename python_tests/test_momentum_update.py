@@ -1,4 +1,4 @@
-"""The momentum update over lists of tensors: value, rounding, and that it happens in place."""
+"""The momentum update of lists of tensors: values, rounding, in place."""
 
 import math
 
@@ -18,7 +18,7 @@ DTYPES = st.sampled_from([torch.float32, torch.float32, *HALF])
 
 
 def pairs(shapes, device, key_dtype=torch.float32, query_dtype=torch.float32):
-    """(key tensors, query tensors) of those shapes."""
+    """(key tensors, query tensors) of these shapes."""
     keys = [torch.randn(s, device=device).to(key_dtype) for s in shapes]
     return keys, [torch.randn(s, device=device).to(query_dtype) for s in shapes]
 
@@ -36,7 +36,7 @@ def assert_close_to(keys, want, before, queries):
 
 @given(data=st.data())
 def test_matches_float64(device, data):
-    """Lists of any shapes, empty and 0-dim ones too, and any mix of dtypes."""
+    """Lists of any shapes, including empty and 0-dim tensors, and any mix of dtypes."""
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31)))
     keys, queries = pairs(draw(SHAPES), device)
@@ -61,7 +61,7 @@ def test_float64_on_cpu():
 
 @pytest.mark.parametrize("sizes", [[1_000_003], [4095, 4096, 4097], [17] * 1500])
 def test_large_and_many(device, sizes):
-    """More elements than a thread's share, ends off every vector width, more tensors than one table holds."""
+    """More elements than one thread handles, sizes that no vector width divides, more tensors than fit in one table."""
     keys, queries = pairs([(s,) for s in sizes], device)
     before = [x.clone() for x in keys]
     want = [x.double() for x in keys]
@@ -93,7 +93,7 @@ def test_low_precision_copies_are_the_rounded_keys(device, query_dtype, dtype):
 
 
 def test_16_bit_keys_stall_where_a_float32_master_with_a_copy_moves(device):
-    """A step of (1 - m) (q - k) = 0.001 is below half of bfloat16's spacing at 1, 2^-8: such keys never move."""
+    """A step of (1 - m) (q - k) = 0.001 is below half of bfloat16's spacing at 1, 2^-8: such keys do not change."""
     query = torch.full((64,), 2.0, device=device)
     alone, master = torch.ones(64, dtype=torch.bfloat16, device=device), torch.ones(64, device=device)
     copy = master.bfloat16()
@@ -155,7 +155,7 @@ def test_equals_the_official_loop(device):
 
 
 def test_views_and_their_base_change_together(device):
-    """Offsets of one element: no view is aligned to more than its element size; neighbors stay."""
+    """Offsets of one element: views are aligned only to the element size; elements around a view do not change."""
     buffer, query = torch.randn(100, device=device), torch.randn(50, device=device)
     before, address = buffer.clone(), buffer.data_ptr()
     moco_ext.momentum_update_([buffer[1:51]], [query], 0.5)
@@ -166,7 +166,7 @@ def test_views_and_their_base_change_together(device):
 
 
 def test_channels_last_weights(device):
-    """Both sides dense in the same order of dimensions."""
+    """Both sides are dense with the same order of dimensions."""
     key, query = (torch.randn(8, 5, 3, 3, device=device) for _ in range(2))
     key, query = (x.contiguous(memory_format=torch.channels_last) for x in (key, query))
     want = 0.9 * key.double() + 0.1 * query.double()
@@ -295,7 +295,7 @@ def test_compiles_without_a_graph_break(device, backend):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_neither_waits_nor_leaves_the_graph():
-    """A replay reads the present parameters and the present m."""
+    """A replay reads the current parameters and the current m."""
     keys, queries = pairs([(1000,), (3, 5)], "cuda")
     m = torch.tensor(1.0, device="cuda")
     moco_ext.momentum_update_(keys, queries, m)

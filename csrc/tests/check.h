@@ -1,5 +1,5 @@
-// What the CUDA kernel tests share. They run on a GPU (nvcc) or in the emulator (g++ -DMOCO_EMULATE), print a line a
-// group of cases and "N passed, M failed" at the end, and return nonzero on a failure.
+// Shared by the CUDA kernel tests. They run on a GPU (nvcc) or in the emulator (g++ -DMOCO_EMULATE), print a line for
+// each group of cases and "N passed, M failed" at the end, and return nonzero on failure.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -27,7 +27,7 @@ struct State {
 };
 inline State state;
 
-// Closes the group before, and begins one.
+// Ends the previous group and begins a new one.
 inline void group(const std::string& name) {
   if (!state.group.empty())
     printf("%-60s %6d passed, %d failed\n", state.group.c_str(), state.group_passed, state.group_failed);
@@ -54,7 +54,7 @@ inline void cuda(cudaError_t error, std::source_location where = std::source_loc
   exit(2);
 }
 
-// Host copies of elements, as double.
+// Host copies of elements as double.
 inline double value(float x) { return x; }
 inline double value(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline double value(__half x) { return __half2float(x); }
@@ -71,7 +71,7 @@ const char* name() {
   return std::is_same_v<T, float> ? "float32" : std::is_same_v<T, __half> ? "float16" : "bfloat16";
 }
 
-// Rounding to T is worth half a unit in the last place; float16's subnormals are 2^-24 apart.
+// Half a unit in the last place of T; float16's subnormals are 2^-24 apart.
 template <typename T>
 double relative_tolerance() {
   return std::is_same_v<T, float> ? 1e-6 : std::is_same_v<T, __half> ? 0x1.02p-11 : 0x1.02p-8;
@@ -89,7 +89,7 @@ bool close(T got, double want, double scale = 0.0) {
          relative_tolerance<T>() * std::abs(want) + 2e-6 * scale + absolute_tolerance<T>();
 }
 
-// Device memory of n elements, `offset` elements behind an allocation's start: misaligned on purpose.
+// Device memory of n elements that starts `offset` elements into an allocation, to misalign it.
 template <typename T>
 class Device {
  public:

@@ -1,4 +1,4 @@
-// The emulator's own test: right kernels give right results under every schedule, and each detector fires.
+// Tests of the emulator: correct kernels give correct results under every schedule, and each detector fires.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,7 +21,7 @@ void check(const char* name, bool good) {
   if (!good) printf("FAILED: %s\n", name);
 }
 
-// Runs `body` in a child, which must die and say `message`.
+// Runs `body` in a child process, which must abort with `message`.
 void check_dies(const char* name, const std::function<void()>& body, const char* message) {
   int pipes[2];
   if (pipe(pipes) != 0) exit(2);
@@ -74,7 +74,7 @@ bool block_sums_are_right() {
   return true;
 }
 
-// mode 0: right; 1: no wait; 2: no barrier, so other threads' copies may not have landed
+// mode 0: correct; 1: no wait; 2: no barrier, so copies of other threads may not have completed
 __global__ void reverse(const float4* in, float4* out, int n, int mode) {
   MOCO_DYNAMIC_SHARED(raw);
   float4* shared = reinterpret_cast<float4*>(raw);

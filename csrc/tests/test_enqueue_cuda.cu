@@ -1,4 +1,4 @@
-// enqueue against a float64 loop: values, untouched rows, pointer.
+// enqueue against a float64 loop: values, unchanged rows, pointer.
 #include <algorithm>
 
 #include "check.h"
@@ -75,7 +75,7 @@ void test_shapes(Random& random, int draws) {
     Shape s{};
     s.k = check::pick(random, kKs);
     s.b = check::pick(random, kBs);
-    s.c = kCs[i % 16];  // each width, whatever the draw
+    s.c = kCs[i % 16];  // every width, for any number of draws
     constexpr int64_t kLargest = (int64_t{1} << 39) - 1;
     s.ptr = i % 5 == 0 ? check::uniform(random, -7 * s.k, 7 * s.k) : check::uniform(random, 0, s.k - 1);
     if (i % 16 == 6) s.ptr = kLargest;

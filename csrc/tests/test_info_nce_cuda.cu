@@ -1,13 +1,13 @@
-// info_nce on CUDA against a float64 loop: every output, every pair of types, fast and generic passes.
+// info_nce on CUDA against a float64 loop: all outputs, all pairs of types, fast and generic passes.
 //
-// One source for the device (nvcc; also what compute-sanitizer runs) and for the host emulator (MOCO_EMULATE).
-// Arguments: number of random cases (default 150), seed; in the emulator, multiprocessors (default 1: every block goes
-// through many tiles; with 40 the queue is split over many blocks instead).
+// One source for the device (nvcc, also for compute-sanitizer) and for the host emulator (MOCO_EMULATE).
+// Arguments: number of random cases (default 150), seed; in the emulator also multiprocessors (with 1, the default,
+// every block has many tiles; with 40 the queue is split among many blocks).
 //
-// Tolerances. With u the relative error of a product's operands, a logit is off by at most
-//   delta = u min(1, 2 / sqrt(C)) |q| max |n| / T, for rounding errors of independent signs,
+// Tolerances. If u is the relative error of a product's operands, the error of a logit is at most
+//   delta = u min(1, 2 / sqrt(C)) |q| max |n| / T, for rounding errors with independent signs,
 // u = 2^-8 for bfloat16 queues (the query is rounded to 8 bits), 2^-11 for float16, 2^-10 for tf32 (both operands are
-// rounded to 11 bits) and 2^-21 without the square root for float32 (rounding of sums). From that follow, exactly,
+// rounded to 11 bits) and 2^-21 without the square root for float32 (rounding of sums). From this follow
 //   |loss error| <= min(delta, (1 - p0) (exp(delta) - 1)), and for gradients, which are sums of p n / T, an error of
 //   (1 - p0) (exp(2 delta) - 1 + u_p) (|n| + |k|) / T, u_p being the rounding of the probabilities and keys.
 #include <algorithm>
@@ -63,7 +63,7 @@ struct Array {
   size_t count;
   explicit Array(size_t n) : count(n) {
     require(cudaMalloc(reinterpret_cast<void**>(&data), n * sizeof(T) + 1), "cudaMalloc");
-    require(cudaMemset(data, 0xff, n * sizeof(T)), "cudaMemset");  // NaN: shows what is not written
+    require(cudaMemset(data, 0xff, n * sizeof(T)), "cudaMemset");  // NaN, to detect elements that are not written
   }
   explicit Array(const std::vector<T>& host) : Array(host.size()) {
     require(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
@@ -84,9 +84,9 @@ struct Case {
   bool normalize;
   bool gradient;
   bool allow_tf32;
-  bool misaligned;  // the queue starts one element behind a 16-byte boundary
-  bool easy;        // keys lie next to their queries: the positive dominates
-  double norm;      // of query and key, and of the queue's rows if not normalised
+  bool misaligned;  // the queue starts one element after a 16-byte boundary
+  bool easy;        // keys are close to their queries: the positive dominates
+  double norm;      // of query and key, and of the queue's rows if not normalized
   int nan_row;      // or -1
   int zero_row;     // or -1
 };
@@ -184,7 +184,7 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
     for (int64_t i = 0; c.gradient && i < width; ++i) all_nan &= std::isnan(got.grad_query[row * width + i]);
     return all_nan ? 0 : INFINITY;
   }
-  double negatives = 0;  // relative to the maximum, as the rest
+  double negatives = 0;  // relative to the maximum, like the rest
   double share = std::exp((positive - max) / t);
   std::vector<double> mean(width);
   for (int64_t j = 0; j < c.shape.k; ++j) {
@@ -197,8 +197,8 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
   const double loss = max == positive ? std::log1p(negatives) : (max - positive) / t + std::log(total);
 
   const double q_norm = norm_of(q.data(), width);
-  // Rounding errors of C terms add up at random: to 0.11 of the bound (one deviation, C = 128); and a queue may hold
-  // the same key many times.
+  // Rounding errors of C terms add up at random, to 0.11 of the bound (one standard deviation, C = 128), and a queue
+  // may contain the same key many times.
   const double spread = rounded ? std::fmin(1, 5 / std::sqrt(static_cast<double>(width))) : 1;
   const double score_error = operand_error * spread * q_norm * longest + 0x1p-22 * q_norm * longest;
   const double delta = score_error / t + 1e-30;
@@ -229,7 +229,7 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
   }
   const double share_error = std::expm1(2 * delta) + (rounded ? 2 * operand_error : 0x1p-19);
   const double g_error = rest * share_error * 2 * longest / t;
-  const bool conditioned = delta < 0.5;  // else probabilities are arbitrary; the gradient need only be a number
+  const bool conditioned = delta < 0.5;  // else probabilities are arbitrary, and the gradient must only be a number
   double query_difference = 0;
   double key_difference = 0;
   for (int64_t i = 0; i < width; ++i) {
@@ -279,7 +279,7 @@ void test(const Case& c, Random random) {
   for (int64_t j = 0; j < k; ++j) {
     fill_row(queue, j, c.normalize ? 1 : c.norm, nullptr);
     const int64_t row = random.below(n + (n == 0));
-    if (random.below(8) == 0 && row < n && row != c.nan_row) {  // the positive of some row, once more
+    if (random.below(8) == 0 && row < n && row != c.nan_row) {  // a copy of the positive of some row
       const double scale = c.normalize ? 1 / c.norm : 1;
       for (int64_t i = 0; i < width; ++i) assign(queue[j * width + i], to_float(key[row * width + i]) * scale);
     }
@@ -293,7 +293,7 @@ void test(const Case& c, Random random) {
 
   const Results first = run(c, query, key, queue);
 #ifdef MOCO_EMULATE
-  emu::config().seed += 1;  // another schedule of threads and blocks
+  emu::config().seed += 1;  // a different schedule of threads and blocks
 #endif
   const bool repeatable = first == run(c, query, key, queue);
   double worst = 0;
@@ -316,8 +316,8 @@ void test(const Case& c, Random random) {
   fflush(stdout);
 }
 
-// Every key scores above every positive: a row's rank is the number of keys it has met, each once if it is K, and with
-// a temperature beyond all scores its lse is log(K + 1).
+// Every key scores above every positive, so a row's rank is the number of keys processed: K if each is processed once.
+// The temperature is far above all scores, so its lse is log(K + 1).
 template <typename Queue>
 void test_visits(int64_t n, int64_t k, int64_t c, bool gradient) {
   const Case plain{{n, k, c}, 1e6, false, false, gradient, false, false, false, 1, -1, -1};
@@ -361,11 +361,11 @@ int main(int argc, char** argv) {
   const int64_t all_c[] = {64, 128, 256, 512, 768, 1024, 1, 3, 17, 96, 520};
   const double all_t[] = {0.01, 0.07, 1, 10};
 
-  // Every C with every queue type (float32 twice, with tf32 and without), with gradient and without.
+  // Every C with every queue type (float32 with and without tf32), with and without gradient.
   for (const int64_t c : all_c) {
     for (int queue_type = 0; queue_type < 4; ++queue_type) {
       for (const bool gradient : {true, false}) {
-        const int64_t n = c > 512 ? 17 : 65;  // wide rows take long on the host
+        const int64_t n = c > 512 ? 17 : 65;  // wide rows are slow in the emulator
         const Case plain{{n, 5 * n + 8, c}, 0.07, false, true, gradient, queue_type == 3, false, false, 1, -1, -1};
         random.bits();
         test_types(0, queue_type % 3, plain, random);

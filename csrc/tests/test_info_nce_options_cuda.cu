@@ -1,9 +1,9 @@
-// What info_nce takes beyond one positive and a queue, on CUDA, against a float64 loop: ids, in-batch keys and their
-// gradient, a valid count, label smoothing, with each other.
+// The options of info_nce on CUDA against a float64 loop, alone and combined: ids, in-batch keys and their gradient, a
+// number of valid keys, label smoothing.
 //
-// Arguments: number of random cases (default 100), seed. Tolerances are those of python_tests/cases.py: a logit of size
-// L carries an absolute error of `unit` max(1, L / 20) from rounding, 1e-5 in float32, four units in the last place of
-// what the operands are rounded to; gradients are held to that share of their largest possible size.
+// Arguments: number of random cases (default 100), seed. Tolerances as in python_tests/cases.py: rounding gives a logit
+// of size L an absolute error of `unit` max(1, L / 20), with a unit of 1e-5 in float32, else four units in the last
+// place of the operands' type. The tolerance of gradients is that share of their largest possible size.
 #include <algorithm>
 
 #include "check.h"
@@ -17,7 +17,7 @@ using check::Device;
 struct Case {
   int64_t n, k, c, m, key_offset, num_valid;  // num_valid: -1 all, on the device where `valid_on_device`
   bool valid_on_device, in_batch, ids, positive, normalize, tf32;
-  int names;  // different ids
+  int names;  // number of different ids
   double smoothing, temperature;
 };
 
@@ -52,7 +52,7 @@ std::vector<double> unit_rows(const std::vector<double>& x, int64_t rows, int64_
   return out;
 }
 
-// In float64, straight from the definition: all candidates of a row, their weights in the target, their probabilities.
+// In float64, from the definition: all candidates of a row, their weights in the target, their probabilities.
 Exact exact(const Case& x, const std::vector<double>& query, const std::vector<double>& key,
             const std::vector<double>& queue, const std::vector<int64_t>& key_ids,
             const std::vector<int64_t>& queue_ids, const std::vector<double>& upstream, double unit) {
@@ -284,7 +284,7 @@ int main(int argc, char** argv) {
       }
     }
   }
-  for (const int names : {1, 0}) {  // all of one id, none known
+  for (const int names : {1, 0}) {  // all have the same id; no id is known
     Case x = plain;
     x.ids = x.in_batch = true;
     x.names = names;

@@ -19,7 +19,7 @@ constexpr Dtype kDtype = std::is_same_v<T, float>    ? Dtype::kFloat32
                          : std::is_same_v<T, __half> ? Dtype::kFloat16
                                                      : Dtype::kBFloat16;
 
-// One tensor's memory, what it must become, and how to compare.
+// The memory of one tensor, its expected values and their comparison.
 class Case {
  public:
   virtual ~Case() = default;
@@ -125,7 +125,7 @@ void test_lists(Random& random) {
   }
 }
 
-// Slices of one buffer, as the parameters of a module are after flattening; more of them than fit one launch.
+// Slices of one buffer, like flattened parameters; more of them than fit in one launch.
 void test_many(Random& random) {
   for (const int count : {1000, 1001, 2300}) {
     check::group(std::to_string(count) + " slices of one buffer");
@@ -153,7 +153,7 @@ void test_many(Random& random) {
   }
 }
 
-// float32 keys with 16-bit copies: the copy is the rounded key, whatever the alignments.
+// float32 keys with low-precision copies: the copy is the rounded key, for all alignments.
 template <typename Query, typename LowPrecision>
 void test_low_precision(Random& random) {
   check::group(std::string("low-precision copy ") + check::name<LowPrecision>() + ", query " + check::name<Query>());

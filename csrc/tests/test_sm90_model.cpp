@@ -1,6 +1,6 @@
-// Hopper's pass cannot run in the emulator, so its arithmetic is held against models of the hardware, each written from
-// the instruction set's description: where a swizzled tensor copy puts an element, which element a warpgroup product
-// reads through a descriptor, and when an mbarrier lets a thread pass.
+// The Hopper pass cannot run in the emulator, so its arithmetic is tested against models of the hardware, written from
+// the description of the instruction set: where a swizzled tensor copy puts an element, which element a warpgroup
+// product reads through a descriptor, and when an mbarrier lets a thread pass.
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -17,10 +17,11 @@ void expect(bool good, const char* what) {
   failures += !good;
 }
 
-// 128-byte swizzle: bits 4 to 6 of an address (the chunk) are exclusive-or'd with bits 7 to 9 (the row of a group).
+// 128-byte swizzle: bits 4 to 6 of an address (the chunk) are XORed with bits 7 to 9 (the row in a group).
 uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
-// A tile [rows, columns] as tensor copies of boxes [rows, 64] bring it: the element's number at each 2-byte place.
+// A tile [rows, columns] as written by tensor copies of boxes [rows, 64]: the number of the element at each 2-byte
+// address.
 std::vector<int> copied(int rows, int columns, uint32_t start, int panel_bytes) {
   std::vector<int> shared((start + columns / 64 * panel_bytes) / 2, -1);
   for (int panel = 0; panel < columns / 64; ++panel) {
@@ -41,9 +42,9 @@ struct Descriptor {
         leading(static_cast<uint32_t>(d >> 16 & 0x3fff) << 4),
         stride(static_cast<uint32_t>(d >> 32 & 0x3fff) << 4),
         swizzle128(d >> 62 == 1) {}
-  // Contraction along the rows' bytes: row i, element k of 16.
+  // Contracted along the bytes of rows: row i, element k of 16.
   uint32_t along(int i, int k) const { return swizzled(start + i / 8 * stride + i % 8 * 128 + k * 2); }
-  // Contraction down the rows: element k of 16, column i.
+  // Contracted down the rows: element k of 16, column i.
   uint32_t down(int i, int k) const {
     return swizzled(start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128);
   }
@@ -54,7 +55,7 @@ void test_operands(int keys, int columns) {
   const int key_panel = keys * 128;
   const std::vector<int> tile = copied(keys, columns, start, key_panel);
   bool along = true;
-  for (int step = 0; step < columns / 16; ++step) {  // as issue_scores walks them
+  for (int step = 0; step < columns / 16; ++step) {  // as in issue_scores
     const Descriptor d(sm90::row_operand(start + step / 4 * key_panel + step % 4 * 32));
     along &= d.swizzle128;
     for (int i = 0; i < keys; ++i) {
@@ -62,7 +63,7 @@ void test_operands(int keys, int columns) {
     }
   }
   bool down = true;
-  for (int step = 0; step < keys / 16; ++step) {  // as issue_outputs walks them
+  for (int step = 0; step < keys / 16; ++step) {  // as in issue_outputs
     const Descriptor d(sm90::column_operand(start + step * 2048, key_panel));
     for (int i = 0; i < columns; ++i) {
       for (int k = 0; k < 16; ++k) down &= tile[d.down(i, k) / 2] == (step * 16 + k) * columns + i;
@@ -86,7 +87,7 @@ void test_operands(int keys, int columns) {
   expect(rows, what);
 }
 
-// An mbarrier: a phase completes when all its arrivals (and bytes) have come.
+// An mbarrier: a phase completes after all its arrivals (and bytes).
 struct Barrier {
   int arrivals, pending, phase = 0;
   explicit Barrier(int n) : arrivals(n), pending(n) {}
@@ -99,7 +100,7 @@ struct Barrier {
   bool passes(int parity) const { return (phase & 1) != parity; }  // the phase of that parity has completed
 };
 
-// One producer and two consumers that take turns at random: every tile reaches both, whole and once, and all end.
+// One producer and two consumers in random order: both get every tile completely and once, and all finish.
 bool ring_works(int tiles, int stages, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<Barrier> full(stages, Barrier(1)), empty(stages, Barrier(2));
@@ -112,11 +113,11 @@ bool ring_works(int tiles, int stages, unsigned seed) {
     if (who == 0 && produced < tiles) {
       const int stage = produced % stages;
       if (!empty[stage].passes(sm90::empty_parity(produced, stages))) continue;
-      if (arriving[stage] >= 0) return false;  // a copy into a stage whose last one is under way
+      if (arriving[stage] >= 0) return false;  // a copy into a stage whose previous copy is not complete
       held[stage] = -1;                        // from here on its bytes change
       arriving[stage] = produced++;
       idle = 0;
-    } else if (who == 1) {  // the copy engine completes one, in any order
+    } else if (who == 1) {  // the copy engine completes a copy, in any order
       const int stage = static_cast<int>(random() % stages);
       if (arriving[stage] < 0) continue;
       held[stage] = arriving[stage];
@@ -128,7 +129,7 @@ bool ring_works(int tiles, int stages, unsigned seed) {
       const int stage = tile % stages;
       if (!full[stage].passes(sm90::full_parity(tile, stages))) continue;
       if (held[stage] != tile) return false;
-      // It reads the next tile, too, before it releases this one.
+      // It also reads the next tile before it releases this one.
       if (tile + 1 < tiles) {
         const int next = (tile + 1) % stages;
         if (!full[next].passes(sm90::full_parity(tile + 1, stages))) continue;

@@ -6,7 +6,7 @@
 
 namespace moco_ext::cpu {
 
-constexpr int64_t kGrain = 65536;  // elements worth waking a thread for
+constexpr int64_t kGrain = 65536;  // elements that are worth a thread
 
 template <typename Key, typename Queue>
 void enqueue(const Host& host, Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c,

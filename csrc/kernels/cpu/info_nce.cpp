@@ -307,6 +307,7 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
     return std::pair{edge(slab), edge(slab + 1)};
   };
   host.parallel_for(slabs, 1, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const FlushSubnormals flush;
     for (int64_t slab = begin; slab < end; ++slab) {
       const auto [first, last] = range(k, slab);
       walk(problem, queue, contrast.queue_ids, std::nullopt, first, last, partials[slab]);
@@ -321,6 +322,7 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
   std::optional<Target<A>> targets;
   if (weighted) targets.emplace(problem, partials, k);
   host.parallel_for(n, 1 + kRowWork / c, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const FlushSubnormals flush;
     std::vector<A> scratch(2 * c);
     for (int64_t i = begin; i < end; ++i) {
       finish_row(i, problem, partials, weighted ? &*targets : nullptr, options, scratch.data(), outputs);

@@ -34,6 +34,7 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
   if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.key_offset, n);
 
   host.parallel_for(panels.count(), 1, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const FlushSubnormals flush;
     const AlignedArray<A> scores(kMinTileKeys * kPanelWidth);
     const AlignedArray<A> acc(c * kPanelWidth);
     std::vector<A> gradient(c);

@@ -5,7 +5,7 @@
 
 namespace moco_ext::cpu {
 
-constexpr int64_t kGrain = 65536;  // elements worth waking a thread for
+constexpr int64_t kGrain = 65536;  // elements that are worth a thread
 
 template <typename T>
 void l2_normalize(const Host& host, const T* x, T* out, accumulate_t<T>* norm, int64_t rows, int64_t cols, double eps) {

@@ -4,7 +4,7 @@
 namespace moco_ext::cpu {
 namespace {
 
-// x [n] in the accumulation type: itself, or converted into `piece`.
+// x [n] in the accumulation type: x itself, or converted into `piece`.
 template <typename T, typename A>
 inline auto widen(T* x, int64_t n, A* piece) {
   if constexpr (std::is_same_v<std::remove_const_t<T>, A>) {
@@ -22,7 +22,7 @@ void momentum_update(Key* key, const Query* query, int64_t begin, int64_t end, d
   using A = accumulate_t<Key>;
   const A keep = static_cast<A>(m);
   const A take = static_cast<A>(1.0 - m);
-  // 16-bit elements by way of a piece that stays in cache, so that their conversions run as wide vectors.
+  // 16-bit elements are converted a piece at a time, in wide vectors, while the piece is in cache.
   constexpr int64_t kPiece = 1024;
   A key_piece[kPiece];
   A query_piece[kPiece];

@@ -1,4 +1,4 @@
-// Work on one row of features: read, normalise, and the gradient of normalising.
+// Operations on one row of features: loading, normalization and its gradient.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace moco_ext::cpu {
 
-// In eight sums, so that no addition waits for the one before.
+// Eight independent sums, so that additions do not wait for each other.
 template <typename A>
 inline double double_dot(const A* x, const A* y, int64_t n) {
   double lanes[8] = {};
@@ -23,12 +23,12 @@ inline double double_dot(const A* x, const A* y, int64_t n) {
 
 template <typename A>
 inline A dot(const A* x, const A* y, int64_t n) {
-  // Double keeps a row's norm and its positive's score exact to the last bit of the accumulation type, and float32
-  // rows of huge norm from overflowing.
+  // In double, norms and scores of positives are exact to the last bit of the accumulation type, and huge float32 rows
+  // do not overflow.
   return static_cast<A>(double_dot(x, y, n));
 }
 
-// out = x, or x / max(||x||, eps); returns max(||x||, eps), 1 when not normalising.
+// out = x, or x / max(||x||, eps) if normalize; returns the divisor.
 template <typename T, typename A>
 inline A load_row(const T* x, A* out, int64_t n, bool normalize, A eps) {
   convert_array(x, out, n);
@@ -39,7 +39,7 @@ inline A load_row(const T* x, A* out, int64_t n, bool normalize, A eps) {
   return static_cast<A>(norm);
 }
 
-// gradient with respect to the unit row -> with respect to the row itself, in place. Below eps the norm is a constant.
+// Gradient with respect to the unit row -> gradient with respect to the row, in place. A norm below eps is a constant.
 template <typename A>
 inline void normalize_backward(const A* unit, A norm, A eps, A* gradient, int64_t n) {
   const A along = norm > eps ? dot(unit, gradient, n) : A{0};

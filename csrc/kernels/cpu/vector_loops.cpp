@@ -17,8 +17,7 @@ namespace {
 
 const VectorLoops& choose() {
 #ifdef MOCO_X86
-  // MOCO_EXT_ISA names a lower instruction set, for tests and comparisons; a higher one than the processor's is not
-  // taken.
+  // MOCO_EXT_ISA selects a lower instruction set, for tests and comparisons. One that the processor lacks is ignored.
   const char* wanted = std::getenv("MOCO_EXT_ISA");
   const auto allowed = [wanted](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
   __builtin_cpu_init();

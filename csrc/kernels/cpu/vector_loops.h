@@ -1,5 +1,5 @@
-// The loops that deserve wide vectors. vector_loops.inc and tiles.inc are compiled once for every instruction set; the
-// best one this processor runs is chosen once, at the first call.
+// The loops that benefit from wide vectors. vector_loops.inc and tiles.inc are compiled once for every instruction set;
+// the first call chooses the best one that the processor supports.
 #pragma once
 
 #include <algorithm>
@@ -10,29 +10,30 @@
 namespace moco_ext::cpu {
 
 template <typename A>
-using count_t = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;  // as wide as a lane
+using count_t = std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>;  // the width of a lane
 
-// The running softmax of a panel: `width` rows side by side, a lane each.
+// The running softmax of a panel of `width` rows, one lane each.
 template <typename A>
 struct PanelSoftmax {
   const A* positive;  // [width]
-  A* max;             // [width] of the scores so far; NaN is passed over: the sum that follows carries it
+  A* max;             // [width] of the scores so far; ignores NaN, which the sum propagates
   A* sum;             // [width] of exp2((score - max) * scale)
   count_t<A>* above;  // [width] scores strictly above the positive
-  A* acc;             // [C, width] what else is relative to max, or null
+  A* acc;             // [C, width] weighted sum of the keys, relative to max as well; or null
 };
 
-// What a tile of keys goes through. Rows lie in panels [C, width], width a multiple of kPanelStep, so that a vector
-// holds one feature of several rows, and any C and any number of keys will do.
+// Operations on a tile of keys. Rows are stored in panels [C, width], with width a multiple of kPanelStep, so that a
+// vector holds one feature of several rows. C and the number of keys are arbitrary.
 template <typename A>
 struct TileLoops {
   // scores [keys, width] = tile [keys, C] @ panel [C, width]
   void (*scores)(const A* tile, const A* panel, A* scores, int64_t keys, int64_t c, int64_t width);
   // acc [C, width] += tile [keys, C]^T @ weights [keys, width]
   void (*accumulate)(const A* tile, const A* weights, A* acc, int64_t keys, int64_t c, int64_t width);
-  // scores [keys, width] -> exp2((score - max) * scale), in place when there is an acc, with max brought up to date.
+  // Updates max, sum, above and the scale of acc. With an acc, scores [keys, width] -> exp2((score - max) * scale), in
+  // place.
   void (*softmax)(A* scores, int64_t keys, int64_t c, int64_t width, A scale, const PanelSoftmax<A>& rows);
-  // scores [keys, width] -> weight * (exp2((score - shift) * scale) - minus), with three numbers a key.
+  // scores [keys, width] -> weight * (exp2((score - shift) * scale) - minus); shift, minus, weight [keys]
   void (*weigh)(A* scores, int64_t keys, int64_t width, A scale, const A* shift, const A* minus, const A* weight);
 };
 
@@ -41,7 +42,7 @@ constexpr int64_t kPanelWidth = 64;
 
 struct VectorLoops {
   const char* name;
-  void (*exp2)(float* x, int64_t n);  // in place, of x <= 0; for tests of its error
+  void (*exp2)(float* x, int64_t n);  // in place, for x <= 0; for testing its error
   TileLoops<float> tile_float;
   TileLoops<double> tile_double;
   void (*bfloat16_to_float)(const bfloat16* x, float* out, int64_t n);

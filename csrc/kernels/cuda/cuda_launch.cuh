@@ -19,9 +19,9 @@
 
 namespace moco_ext::cuda {
 
-constexpr size_t kDefaultSharedBytes = 48 * 1024;  // what a block may have without asking
+constexpr size_t kDefaultSharedBytes = 48 * 1024;  // a block may use without opting in
 
-// More dynamic shared memory than the default must be asked for, once a kernel and device; asking again is cheap.
+// A kernel must opt in to more dynamic shared memory than the default, once per device; opting in again is cheap.
 template <typename... Parameters>
 cudaError_t allow_dynamic_shared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= kDefaultSharedBytes) return cudaSuccess;

@@ -40,14 +40,14 @@ __global__ __launch_bounds__(kThreads, kRowBlocksPerMultiprocessor<fits>) void e
   bool know_slot = false;
   // All warps of a block run the loop equally often, because of the barrier in it.
   for (int64_t i = skipped + int64_t{blockIdx.x} * kRowsPerBlock; i < b; i += int64_t{gridDim.x} * kRowsPerBlock) {
-    const bool mine = i + warp < b;
-    const TeamRow<width, fits, kWarp, Key> row(keys + (i + warp) * c, mine ? c : 0, lane);
+    const bool has_row = i + warp < b;
+    const TeamRow<width, fits, kWarp, Key> row(keys + (i + warp) * c, has_row ? c : 0, lane);
     const float factor = normalize ? 1.0f / row.norm(eps) : 1.0f;
     if (!know_slot) __syncthreads();  // here, so that the first row loads while the atomic runs
     know_slot = true;
     int64_t slot = first_slot + (i + warp - skipped);  // < 2 K
     if (slot >= k) slot -= k;
-    if (mine) row.store(queue + slot * c, factor);
+    if (has_row) row.store(queue + slot * c, factor);
   }
 }
 

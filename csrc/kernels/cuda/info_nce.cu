@@ -1,4 +1,4 @@
-// What InfoNCE launches whatever the queue's tensor-core pass is: the kernels over rows, and the pass for any C.
+// The InfoNCE kernels that do not depend on the tensor-core pass: those over rows, and the generic pass.
 #include "kernels/cuda/info_nce_generic.cuh"
 #include "kernels/cuda/info_nce_rows.cuh"
 #include "kernels/cuda/info_nce_target.cuh"
@@ -68,7 +68,7 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
                                     const InfoNceOptions& options, const InfoNceContrast& contrast,
                                     const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
                                     cudaStream_t stream) {
-  // Few rows mean many splits of each: more warps then, so that enough loads are in flight.
+  // Few rows have many splits each, and need more warps to keep enough loads in flight.
   const int warps = workspace.splits >= 4 * kCombineMaxWarps ? kCombineMaxWarps : 4;
   const InfoNceTarget target{
       contrast.plain(),         workspace.column_sum,          workspace.match_sum,

@@ -1,7 +1,7 @@
 // The InfoNCE pass over the queue for any C and any alignment, in float32 arithmetic.
 //
-// A block owns kGenericRows queries and one split of the queue. Its sums of p n live in its slots of the workspace, so
-// nothing here grows with C.
+// A block handles kGenericRows queries and one split of the queue. Its sums of p n are in the workspace, so that shared
+// memory and registers do not grow with C.
 #pragma once
 
 #include "kernels/cuda/info_nce_rows.cuh"
@@ -9,15 +9,15 @@
 namespace moco_ext::cuda {
 
 constexpr int kGenericThreads = 256;
-constexpr int kGenericColumns = 32;  // of the contraction, held in shared memory at a time
-constexpr int kGenericItemRows = 4;  // that a thread accumulates at once, for every load of a key's element
+constexpr int kGenericColumns = 32;  // columns of the contraction in shared memory at a time
+constexpr int kGenericItemRows = 4;  // rows that a thread accumulates for each element of a key it loads
 static_assert(kGenericThreads == kGenericRows * kGenericKeys / 2 && kGenericKeys == 32);
 
 template <typename Queue>
 __global__ void __launch_bounds__(kGenericThreads, 2)
     info_nce_generic_kernel(const Queue* queue, InfoNceKeyCount count, InfoNceMask mask, InfoNcePartials partials,
                             int64_t n, int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
-  __shared__ float query[kGenericRows][kGenericColumns + 1];  // one more: columns lie in distinct banks
+  __shared__ float query[kGenericRows][kGenericColumns + 1];  // padding: elements of a column are in distinct banks
   __shared__ float key[kGenericKeys][kGenericColumns + 1];
   __shared__ float scores[kGenericRows][kGenericKeys];
   __shared__ float rescale[kGenericRows];
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
   const float* const operand = static_cast<const float*>(workspace.query) + block_row * c;
   const float scale = 1.44269504f / temperature.value();
 
-  // Softmax state: warp w keeps rows w and w + 8, equal in all its lanes but for sum and rank, which are parts.
+  // Softmax state: warp w keeps rows w and w + 8. All lanes hold the same max; sum and rank cover a lane's keys.
   constexpr int kWarps = kGenericThreads / 32;
   float row_max[2] = {-INFINITY, -INFINITY};
   float row_sum[2] = {};
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
 
     float score[2] = {};  // of row thread / 16 and keys thread % 16, thread % 16 + 16
     for (int64_t column = 0; column < c; column += kGenericColumns) {
-      __syncthreads();  // the last columns have been read
+      __syncthreads();  // all threads have read the previous columns
       for (int i = thread; i < (kGenericRows + kGenericKeys) * kGenericColumns; i += kGenericThreads) {
         const int row = i / kGenericColumns;
         const int64_t at = column + i % kGenericColumns;
@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         }
       }
     }
-    // The next tile's first barrier stands between these reads of scores and rescale, and what overwrites them.
+    // The first barrier of the next tile separates these reads of scores and rescale from the next writes.
   }
 
-  if (first_tile == end_tile && partials.keys != nullptr) {  // fewer keys count than there are splits
+  if (first_tile == end_tile && partials.keys != nullptr) {  // fewer tiles than splits
     const int64_t rows = min(n - block_row, kGenericRows);
     for (int64_t i = thread; i < rows * c; i += kGenericThreads) partials.keys[split_row * c + i] = 0.0f;
   }

@@ -1,7 +1,7 @@
-// The gradient of keys that are negatives of one another's queries: the pass of info_nce with the roles of the two
-// sides exchanged. A row's logsumexp is known by now, so there is no maximum to keep:
+// The gradient of in-batch keys: the pass of info_nce with the roles of queries and keys exchanged. The logsumexp of
+// each query is already known, so no running maximum is needed:
 //   W = upstream (exp(K Q^T / T - lse) - target),  gradient = W Q / T, then through the norm of each key.
-// Keys and queries of bfloat16 are multiplied as they are, of float16 in tf32 (weights may be below its range).
+// bfloat16 is multiplied directly, float16 in tf32 because weights may be below the range of float16.
 #include "kernels/cuda/info_nce_launch.cuh"
 #include "kernels/cuda/info_nce_rows.cuh"
 
@@ -30,10 +30,10 @@ __global__ void info_nce_columns_kernel(const float* lse, const float* weights, 
   columns[i] = {lse[i] * 1.44269504f, g, weights[3 * i + 1] * g, weights[3 * i] * g};
 }
 
-constexpr int kChunk = 64;  // queries whose weights a block holds
+constexpr int kChunk = 64;  // queries whose weights are in shared memory
 constexpr int kThreads = 256;
 
-// For any C: a block a key.
+// For any C. A block per key.
 __global__ void __launch_bounds__(kThreads)
     info_nce_keys_generic_kernel(const float* keys, const float* queries, const InfoNceColumn* columns,
                                  InfoNceMask mask, int64_t n, int64_t c, InfoNceTemperature temperature, float* sums) {
@@ -64,11 +64,12 @@ __global__ void __launch_bounds__(kThreads)
       for (int q = 0; q < count; ++q) sum += weights[q] * queries[(first + q) * c + i];
       sums[i] += sum;
     }
-    __syncthreads();  // the next chunk overwrites the weights
+    __syncthreads();  // before the next chunk overwrites the weights
   }
 }
 
-// gradient [M, C] from the splits' sums and the key's shares as a positive, through 1 / T and the norm. A block a key.
+// gradient [M, C]: adds up the splits, subtracts the key's shares as a positive, and applies 1 / T and the norm. A
+// block per key.
 template <typename Query, typename Operand>
 __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* queries, int64_t n, RowOptions options,
                                              InfoNceMask mask, InfoNceTemperature temperature, KeysWorkspace workspace,
@@ -98,10 +99,10 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
     for (int64_t first = 0; first < n; first += blockDim.x) {
       const int64_t query = first + threadIdx.x;
       const bool match = query < n && query != own_query && mask.same_id(row, query);
-      __syncthreads();  // the chunk before has been looked at
+      __syncthreads();  // all threads have read `any` for the previous chunk
       if (threadIdx.x == 0) any = 0;
       __syncthreads();
-      if (match) any = 1;  // whoever writes, writes the same
+      if (match) any = 1;  // all writers write the same value
       __syncthreads();
       if (any == 0) continue;
       for (int64_t q = first; q < min(first + blockDim.x, n); ++q) {

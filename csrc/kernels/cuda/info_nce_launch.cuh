@@ -1,4 +1,4 @@
-// The launcher of info_nce. One translation unit a queue type instantiates it, so that they compile side by side.
+// The launcher of info_nce. Each queue type has a translation unit that instantiates it, to compile in parallel.
 #pragma once
 
 #include <algorithm>
@@ -10,23 +10,23 @@
 
 namespace moco_ext::cuda {
 
-// What the launcher must know of a pass over the queue; kernel is null for the generic one.
+// A pass over the queue, for the launcher; kernel is null for the generic one.
 template <typename Queue>
 struct InfoNcePass {
   void (*kernel)(MmaArguments<Queue>);
-  int64_t rows;  // of a block
-  int64_t keys;  // of a tile
+  int64_t rows;  // per block
+  int64_t keys;  // per tile
   int threads;
   int shared_bytes;
-  int64_t resident;  // blocks that run at a time on the whole device
+  int64_t resident;  // blocks that run at the same time on the device
   size_t operand_bytes = sizeof(Queue);
 };
 
-// More blocks a multiprocessor hide little more latency, but each writes its rows' partial sums.
+// More blocks per multiprocessor hide little more latency, but each writes partial sums for its rows.
 constexpr int kMaxBlocksPerMultiprocessor = 2;
 
-// 0 where the kernel cannot run on the current device. `cache` remembers a kernel's answer plus one, by device: the
-// workspace's size and the launch must agree, and both are asked at every step.
+// 0 if the kernel cannot run on the current device. `cache` holds the result plus one for each device, because both the
+// workspace's size and the launch need it at every step.
 constexpr int kMaxDevices = 64;
 template <typename... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes,
@@ -40,7 +40,7 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_b
   int multiprocessors = 0;
   if (multiprocessor_count(&multiprocessors) != cudaSuccess ||
       max_blocks_per_multiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes)) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // or the next launch would report it
+    static_cast<void>(cudaGetLastError());  // otherwise the next launch would report it
     blocks = 0;
   }
   const int resident = std::min(blocks, kMaxBlocksPerMultiprocessor) * multiprocessors;
@@ -99,7 +99,7 @@ InfoNcePass<Queue> generic_pass() {
           sizeof(float)};
 }
 
-// Hopper's, with nothing but its shape; resident is 0 where it is not taken.
+// The Hopper pass, without its kernel; resident is 0 if it is not used.
 template <typename Queue>
 InfoNcePass<Queue> sm90_pass(const InfoNceShape& shape) {
   const int64_t keys = sizeof(Queue) == 2 ? sm90_tile_keys(shape.c) : 0;
@@ -108,19 +108,19 @@ InfoNcePass<Queue> sm90_pass(const InfoNceShape& shape) {
   return {nullptr, kSm90Rows, keys, 0, 0, multiprocessors};
 }
 
-// Splits of the queue, for the least time: waves of resident blocks, times tiles that a block goes through plus what
-// its start and end cost.
+// The number of splits of the queue with the lowest estimated time: waves of resident blocks times the tiles of a
+// block, plus the cost of its start and end.
 inline int64_t choose_splits(int64_t row_blocks, int64_t tiles, int64_t resident) {
   constexpr int64_t kBlockCostTiles = 3;
   int64_t best = 1;
   int64_t best_cost = INT64_MAX;
   for (int64_t waves = 1; waves <= 4; ++waves) {
-    const int64_t most = std::min({waves * resident / row_blocks, tiles, int64_t{65535}});  // of gridDim.y
+    const int64_t most = std::min({waves * resident / row_blocks, tiles, int64_t{65535}});  // gridDim.y
     if (most == 0) continue;
     const int64_t block_tiles = (tiles + most - 1) / most;
     if (const int64_t cost = waves * (block_tiles + kBlockCostTiles); cost < best_cost) {
       best_cost = cost;
-      best = (tiles + block_tiles - 1) / block_tiles;  // fewer splits where the longest stays as long
+      best = (tiles + block_tiles - 1) / block_tiles;  // fewer splits if the longest stays as long
     }
   }
   return best;
@@ -141,7 +141,7 @@ template <typename Queue>
 size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
                                 const InfoNceContrast& contrast, bool gradient) {
   if (shape.n == 0) return 0;
-  // Which pass will run depends on the queue's alignment too, which is not known here.
+  // The pass also depends on the queue's alignment, which is not known here.
   size_t bytes = pass_workspace(generic_pass<Queue>(), nullptr, shape, contrast, gradient).bytes;
   if (const InfoNcePass<Queue> pass = mma_pass<Queue>(shape, options, gradient); pass.resident > 0) {
     bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);

@@ -1,12 +1,12 @@
-// The InfoNCE pass over the queue on tensor cores (sm_80 and up): attention whose values are its keys.
+// The InfoNCE pass over the queue on tensor cores (sm_80 and newer): attention whose values are its keys.
 //
-// A block owns kRows queries and one split of the queue, whose key tiles arrive through a cp.async ring; the same tile
-// is the operand of both products, S = Q K^T and O += P K. A warp owns 16 rows and up to 128 of the columns: rows
-// longer than that are divided over kColumnGroups warps, which add up their parts of S through shared memory, so that
-// query fragments and O stay in registers at every C. All of a block's partial results leave once, at its end.
+// A block handles kRows queries and one split of the queue, and loads key tiles through a cp.async ring. The same tile
+// is the operand of both products, S = Q K^T and O += P K. A warp handles 16 rows and up to 128 columns. Longer rows
+// are divided among kColumnGroups warps, which add up their parts of S through shared memory, so that query fragments
+// and O stay in registers for every C. A block writes its partial results once, at its end.
 //
-// A key row is kRowBytes in shared memory, its 16-byte chunks permuted by chunk ^ (key & 7): then the eight rows that
-// one ldmatrix phase reads at equal chunk lie in distinct banks, without padding.
+// A key row takes kRowBytes of shared memory, with its 16-byte chunks permuted by chunk ^ (key & 7): the same chunk of
+// the eight rows that one ldmatrix phase reads is then in distinct banks, without padding.
 #pragma once
 
 #include <type_traits>
@@ -22,7 +22,7 @@ struct MmaTile {
   // kExact needs registers for both halves of every operand.
   static constexpr int kWarpColumns = columns == 64 || (kExact && columns < 512) ? 64 : 128;
   static constexpr int kColumnGroups = columns / kWarpColumns;
-  // What registers allow beside O and the query: 255 a thread of 8 warps, 168 of 12.
+  // Limited by the registers besides O and the query: 255 per thread with 8 warps, 168 with 12.
   static constexpr int kRowWarps = kColumnGroups < 4 ? 4 : columns <= 512 || columns * sizeof(Element) <= 1536 ? 2 : 1;
   static constexpr int kWarps = kRowWarps * kColumnGroups;
   static constexpr int kThreads = 32 * kWarps;
@@ -31,31 +31,31 @@ struct MmaTile {
   static constexpr int kRowChunks = kRowBytes / 16;
   static constexpr int kKeys = kRowBytes <= 256 && !kExact ? 64 : kRowBytes <= 1024 ? 32 : 16;
   static constexpr int kTileBytes = kKeys * kRowBytes;
-  // All fit the 99 KB that a block may have on sm_86, sm_89 and sm_120 but float rows of 768 and 1024, which go the
-  // generic way there.
+  // Fits in the 99 KB that a block may use on sm_86, sm_89 and sm_120, except float rows of 768 and 1024, which use the
+  // generic pass there.
   static constexpr int kStages = kTileBytes <= 16 * 1024 ? 3 : 2;
   static constexpr int kExchangeBytes = kColumnGroups > 1 ? kThreads * kKeys / 2 * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kSharedBytes = kStages * kTileBytes + kExchangeBytes;
   static constexpr int kWarpBytes = kWarpColumns * sizeof(Element);
-  static constexpr int kSteps = kWarpBytes / 32;  // of the contraction in S; a step is 32 bytes of a row
+  static constexpr int kSteps = kWarpBytes / 32;  // steps of the contraction in S, 32 bytes of a row each
   static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0);
   static_assert(kSharedBytes <= (kRowBytes <= 2048 ? 99 : 163) * 1024);
 };
 
-// A query as the pass over its keys sees it: upstream * (p - target) is upstream * exp2(score * scale - lse) - floor,
-// less share where the key is a positive (which is few keys' business: that of the sums' last step).
+// A query in the pass over its keys. upstream * (p - target) is upstream * exp2(score * scale - lse) - floor, minus
+// share if the key is a positive, which info_nce_keys_combine_kernel subtracts.
 struct alignas(16) InfoNceColumn {
   float lse;  // in units of log 2
   float upstream;
-  float floor;  // these two times upstream
+  float floor;  // this and share are multiplied by upstream
   float share;
 };
 
 template <typename Element>
 struct MmaArguments {
-  const uint32_t* query;   // [N_padded, C] of Element, normalised and scaled by 1 / row_scale
+  const uint32_t* query;   // [N_padded, C] of Element, normalized and scaled by 1 / row_scale
   const Element* queue;    // [K, C], 16-byte aligned
-  const float* positive;   // [N_padded] the query's score of its own key
+  const float* positive;   // [N_padded] score of the query and its positive
   const float* row_scale;  // [N_padded] a power of two
   InfoNcePartials partials;
   int64_t n;
@@ -65,11 +65,11 @@ struct MmaArguments {
   const InfoNceColumn* columns;  // [K] for kKeys
 };
 
-// What a pass computes of its rows: their loss, their gradient too, or, when the rows are keys and the keys queries
-// whose losses are known, the gradient of those keys.
+// What a pass computes for its rows: the loss; the loss and the gradient; or the gradient of keys, with keys as rows
+// and queries whose losses are known as columns.
 enum class MmaPass { kLoss, kGradient, kKeys };
 
-// Operand registers as the product wants them. float keys are tf32 words; kExact splits each into high + low, two tf32
+// Operand registers for the product. float elements are tf32 words; kExact splits each into high + low, two tf32
 // numbers that together hold 22 bits.
 template <int count, bool kExact>
 struct MmaWords {
@@ -107,8 +107,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], const MmaWords<4, kExact
 
 // s [16, kKeys] = this warp's columns of Q K^T.
 //
-// Tensor cores round sums towards zero, a bias that grows with their number: so what is exact gathers there only a few
-// steps (here) or one tile (of P K), and adds those up with ordinary additions.
+// Tensor cores round sums towards zero, a bias that grows with the number of terms. So exact products accumulate there
+// over only a few steps (here) or one tile (of P K), and ordinary additions add up the results.
 template <typename Element, bool kExact, typename Tile>
 __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], uint32_t (&query)[Tile::kSteps][4],
                                                 SharedAddress keys, int lane) {
@@ -121,7 +121,7 @@ __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], 
     float sum[Tile::kKeys / 8][4] = {};
 #pragma unroll
     for (int step = first; step < first + kStepsTogether; ++step) {
-      if constexpr (kExact) {  // split anew for every tile: kept, both halves of all queries would not fit registers
+      if constexpr (kExact) {  // split again for every tile: both halves of all queries do not fit in registers
 #pragma unroll
         for (int i = 0; i < 4; ++i) opaque(query[step][i]);
       }
@@ -143,8 +143,8 @@ __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], 
   }
 }
 
-// o [16, kWarpColumns] += P K, 16-bit: the accumulators of two neighbouring 8-key tiles of S, packed, are an A
-// operand as they stand, and ldmatrix.trans makes the B operand of the rows that S read.
+// o [16, kWarpColumns] += P K, 16-bit: the packed accumulators of two adjacent 8-key tiles of S already are an A
+// operand, and ldmatrix.trans makes the B operand from the rows that S read.
 template <typename Element, typename Tile>
 __device__ __forceinline__ void multiply_keys_packed(float (&o)[Tile::kWarpColumns / 8][4],
                                                      const float (&p)[Tile::kKeys / 8][4], SharedAddress keys,
@@ -167,9 +167,9 @@ __device__ __forceinline__ void multiply_keys_packed(float (&o)[Tile::kWarpColum
   }
 }
 
-// The same for float. The order of the contraction is free, so let its index t stand for key 2t and t + 4 for key
-// 2t + 1: then S's accumulators are the A operand as they stand. Within 32 columns, column 4g + u is column g of
-// output tile u: then a lane's B words of four tiles are one 16-byte load, and its eight outputs neighbours.
+// The same for float. The contraction may be in any order, so its index t stands for key 2t, and t + 4 for key 2t + 1:
+// the accumulators of S then already are the A operand. Within 32 columns, column 4g + u is column g of output tile u,
+// so that a lane loads its B words of four tiles with one 16-byte load, and its eight outputs are adjacent.
 template <bool kExact, typename Tile>
 __device__ __forceinline__ void multiply_keys_tf32(float (&o)[Tile::kWarpColumns / 8][4],
                                                    const float (&p)[Tile::kKeys / 8][4], SharedAddress keys, int lane) {
@@ -210,13 +210,13 @@ template <int tiles>
 __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNceColumn* columns, float scale,
                                               const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
                                               int valid, int lane) {
-  // A lane loads one column of every 32, and hands it out: all that it needs itself would not fit registers.
+  // A lane loads one of every 32 columns and shares it by shuffles: all columns that it needs do not fit in registers.
   constexpr int kLoads = (tiles * 8 + 31) / 32;
   InfoNceColumn loaded[kLoads];
 #pragma unroll
   for (int u = 0; u < kLoads; ++u) {
     const int key = 32 * u + lane;
-    loaded[u] = key < valid ? columns[first_key + key] : InfoNceColumn{};  // which gives weight 0
+    loaded[u] = key < valid ? columns[first_key + key] : InfoNceColumn{};  // gives weight 0
   }
 #pragma unroll
   for (int j = 0; j < tiles; ++j) {
@@ -259,13 +259,13 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   const int tiles = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y) - first_tile;
   const int split_keys = static_cast<int>(
       min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
-  const auto valid_keys = [&](int tile) {  // of this split's tile; only the queue's last is not full
+  const auto valid_keys = [&](int tile) {  // in this split's tile; only the last one of the queue may not be full
     return min(split_keys - tile * Tile::kKeys, Tile::kKeys);
   };
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * Tile::kRows;
   const int64_t row = block_row + warp % Tile::kRowWarps * 16 + lane / 4;  // and row + 8
 
-  // Thread -> one chunk of every kRowsAtOnce-th key of a tile.
+  // Each thread loads one chunk of every kRowsAtOnce-th key of a tile.
   constexpr int kRowsAtOnce = Tile::kThreads / Tile::kRowChunks;
   const int load_key = thread / Tile::kRowChunks;
   const int load_chunk = thread % Tile::kRowChunks;
@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
                     key < valid ? row : reinterpret_cast<const char*>(arguments.queue), key < valid);
       }
     }
-    cp_async_commit();  // an empty group too: the wait below counts them
+    cp_async_commit();  // also an empty group, because the wait below counts groups
   };
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(i);
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
     }
   }
   constexpr int kBias =
-      std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
+      std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
   SoftmaxRows rows;
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
@@ -319,7 +319,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
 
   for (int tile = 0; tile < tiles; ++tile) {
     cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // the tile has arrived for all, and all have left the stage that the next load overwrites
+    __syncthreads();  // the whole tile is there, and no thread still reads the stage that the next load overwrites
     load_tile(tile + Tile::kStages - 1);
     const SharedAddress keys = ring + tile % Tile::kStages * Tile::kTileBytes + column_group * Tile::kWarpBytes;
 
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
       for (int j = 0; j < Tile::kKeys / 8; ++j) {
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int group = 0; group < Tile::kColumnGroups; ++group) {  // one order for all, so all see the same bits
+        for (int group = 0; group < Tile::kColumnGroups; ++group) {  // in the same order in all warps, for equal bits
           const int other = group * Tile::kRowWarps + warp % Tile::kRowWarps;
           const float4 part = exchange[(other * (Tile::kKeys / 8) + j) * 32];
           sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);

@@ -1,4 +1,4 @@
-// InfoNCE's kernels over rows: `prepare` before the pass over the queue, `combine` after it.
+// The InfoNCE kernels over rows: `prepare` before the pass over the queue, `combine` after it.
 #pragma once
 
 #include <cmath>
@@ -25,12 +25,12 @@ __device__ __forceinline__ T warp_join(T x, Join join) {
   return x;
 }
 
-// Over the block, in a fixed order; every thread gets the result. At most 32 warps.
+// Over a block of at most 32 warps, in a fixed order; every thread gets the result.
 template <typename T, typename Join>
 __device__ __forceinline__ T block_join(T x, Join join) {
   __shared__ T parts[32];
   x = warp_join(x, join);
-  __syncthreads();  // a former call's readers are done
+  __syncthreads();  // all threads have read the previous result
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
   __syncthreads();
   x = parts[0];
@@ -38,7 +38,7 @@ __device__ __forceinline__ T block_join(T x, Join join) {
   return x;
 }
 
-constexpr int kRowWarps = 4;  // of a block whose warps take a row each
+constexpr int kRowWarps = 4;  // per block, one row each
 
 inline dim3 row_blocks(int64_t rows) { return {static_cast<unsigned>((rows + kRowWarps - 1) / kRowWarps)}; }
 
@@ -50,17 +50,17 @@ struct RowOptions {
   __device__ float divisor(float norm) const { return !normalize ? 1.0f : norm < eps ? eps : norm; }
 };
 
-// The norm of x [c] by a warp, from each lane's part of its square.
+// The norm of x [c], computed by a warp from each lane's part of the square.
 template <typename T>
 __device__ __forceinline__ float warp_norm(const T* x, int64_t c, float square, int lane) {
   const float norm = sqrtf(warp_join(square, Add{}));
   if (!isinf(norm)) return norm;
-  square = 0.0f;  // a norm that fits float although its square does not
+  square = 0.0f;  // the square overflows, the norm may not
   for (int64_t i = lane; i < c; i += 32) square += to_float(x[i]) * 0x1p-80f * (to_float(x[i]) * 0x1p-80f);
   return sqrtf(warp_join(square, Add{})) * 0x1p80f;
 }
 
-// x [N, C] -> operand [padded, C], unit rows where normalize, the padding zero; norm [N] or null. A warp a row.
+// x [N, C] -> operand [padded, C], with unit rows if normalize, zero padding; norm [N] or null. A warp per row.
 template <typename T, typename Operand>
 __global__ void info_nce_operand_kernel(const T* x, RowOptions options, int64_t padded, Operand* operand, float* norm) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -88,7 +88,7 @@ __global__ void info_nce_prepare_kernel(const Query* query, const Query* key, Ro
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= workspace.n_padded) return;
   Operand* const operand = static_cast<Operand*>(workspace.query) + row * options.c;
-  if (row >= options.n) {  // computed along with the rest of its block, never written anywhere
+  if (row >= options.n) {  // padding: computed with the rest of its block, but not written to the outputs
     for (int64_t i = lane; i < options.c; i += 32) operand[i] = from_float<Operand>(0.0f);
     if (lane == 0) {
       workspace.positive[row] = 0.0f;
@@ -114,7 +114,7 @@ __global__ void info_nce_prepare_kernel(const Query* query, const Query* key, Ro
   const float key_divisor = options.divisor(key_norm);
   largest = warp_join(largest, Max{}) / query_divisor;
 
-  // A power of two changes no digit of a product, but keeps rows of any norm within fp16's range.
+  // Scaling by a power of two is exact, and keeps rows of any norm within the range of fp16.
   int exponent = 0;
   if (!std::is_same_v<Operand, float> && largest > 0.0f && largest < INFINITY) {
     frexpf(largest, &exponent);
@@ -138,7 +138,8 @@ __global__ void info_nce_prepare_kernel(const Query* query, const Query* key, Ro
 constexpr int kCombineColumns = 128;
 constexpr int kCombineMaxWarps = 16;
 
-// A block per row: adds the splits up in a fixed order, then the positive, and takes the gradients through the norms.
+// A block per row: adds up the splits in a fixed order, then the positive, and propagates the gradients through the
+// norms.
 template <typename Query>
 __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     info_nce_combine_kernel(const Query* query, const Query* key, RowOptions options, InfoNceTemperature temperature,
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
   const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
   const auto weight = [&](int64_t split) { return exp2f((partials.max[split * n + row] - shift) * scale); };
   float negatives = 0.0f;  // relative to the maximum
-  long long rank = 0;      // NOLINT: the type that shuffles take
+  long long rank = 0;      // NOLINT: a type that shuffles accept
   for (int64_t i = thread; i < splits; i += threads) {
     negatives += weight(i) * partials.sum[i * n + row];
     rank += partials.rank[i * n + row];
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
   negatives = block_join(negatives, Add{});
   rank = block_join(rank, Add{});
 
-  // Everything relative to the larger of the positive's logit and the negatives' largest: nothing cancels, neither in
-  // a loss near 0 nor in 1 - p0. Comparisons with NaN lead to the second branch, and it through.
+  // Everything is relative to the positive's logit or the negatives' largest, whichever is larger, so that nothing
+  // cancels in a loss near 0 or in 1 - p0. NaN takes the second branch, which propagates it.
   const float positive = workspace.positive[row];
   const float gap = (max * row_scale - positive) * inverse_temperature;
   float loss;
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
   query += row * c;
   key += row * c;
 
-  // Instead of the key, of weight 1, the target: shares of it and of other keys. What changes is a difference.
+  // A target distribution other than the key alone: only the difference from the key is added.
   float share = 1.0f;   // of each positive
   float floor = 0.0f;   // of each class
   float excess = 0.0f;  // of the positive's score over the target's
@@ -241,7 +242,7 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
 
   if (outputs.grad_query != nullptr) {
     float* const gradient = outputs.grad_query + row * c;
-    float dot = 0.0f;  // of the query with the sum of p n, which `gradient` holds until the dot is known
+    float dot = 0.0f;  // query . sum of p n; `gradient` holds that sum until dot is known
     for (int64_t first = 0; first < c; first += kCombineColumns) {
       float sum[kCombineColumns / 32] = {};
       for (int64_t split = warp; split < splits; split += threads / 32) {
@@ -261,10 +262,10 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
         gradient[first + i] = total;
         dot += total * (to_float(query[first + i]) * inverse_query);
       }
-      __syncthreads();  // the next columns overwrite parts
+      __syncthreads();  // before the next columns overwrite parts
     }
     dot = block_join(dot, Add{});
-    // of q with d loss / d q
+    // q . d loss / d q
     const float unit_dot = (key_weight * dot - rest * positive + excess) * inverse_temperature;
     for (int64_t i = thread; i < c; i += threads) {
       const float q = to_float(query[i]) * inverse_query;

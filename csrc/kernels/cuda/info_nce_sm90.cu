@@ -1,5 +1,5 @@
-// The launcher of Hopper's pass. Written to the instruction set's description and never yet run: taken only where
-// MOCO_EXT_SM90=1 is set, on a device of compute capability 9.0.
+// The launcher of the Hopper pass. Written from the description of the instruction set and not yet run on a GPU: used
+// only with MOCO_EXT_SM90=1, on a device of compute capability 9.0.
 #include "kernels/cuda/info_nce_sm90_launch.cuh"
 
 #ifndef MOCO_EMULATE
@@ -29,7 +29,7 @@ cudaError_t launch_info_nce_sm90(const Element*, const InfoNceKeyCount&, const I
 namespace {
 
 bool device_is_hopper() {
-  static std::atomic<int> known[64];  // by device: 1 no, 2 yes
+  static std::atomic<int> known[64];  // per device: 1 no, 2 yes
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
   if (const int answer = known[device].load(std::memory_order_relaxed); answer != 0) return answer == 2;
@@ -42,7 +42,7 @@ bool device_is_hopper() {
   return hopper;
 }
 
-// From the driver, which is not linked.
+// Looked up in the driver, which is not linked.
 PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   static const auto found = [] {
     void* function = nullptr;

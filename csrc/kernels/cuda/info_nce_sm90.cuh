@@ -1,8 +1,8 @@
 // The InfoNCE pass over the queue for Hopper: the pass of info_nce_mma.cuh with warpgroup products and tensor copies.
 //
-// A block owns 128 queries and one split of the queue. One thread fetches key tiles into a ring; two warpgroups of 64
-// rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). Their turns interleave by
-// themselves: while one takes its softmax the other's products run. Scores, P and O stay in registers:
+// A block handles 128 queries and one split of the queue. One thread fetches key tiles into a ring; two warpgroups of
+// 64 rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). The warpgroups overlap:
+// one computes its softmax while the products of the other run. Scores, P and O stay in registers:
 //   softmax of S(j) -> issue O += P(j) K and S(j+1) -> wait for both -> release tile j
 #pragma once
 
@@ -17,8 +17,8 @@ namespace moco_ext::cuda {
 
 template <int columns>
 struct Sm90Tile {
-  static constexpr int kRows = kSm90Rows;                  // half of them a warpgroup's
-  static constexpr int kKeys = columns <= 128 ? 128 : 64;  // what S takes of the registers beside O
+  static constexpr int kRows = kSm90Rows;                  // half of them per warpgroup
+  static constexpr int kKeys = columns <= 128 ? 128 : 64;  // limited by the registers of S besides O
   static constexpr int kPanels = columns / 64;
   static constexpr int kKeyPanelBytes = kKeys * 128;
   static constexpr int kTileBytes = kPanels * kKeyPanelBytes;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
   const uint32_t query = (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) + 1023u) & ~1023u;
   const uint32_t ring = query + Tile::kQueryBytes;
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
-  const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: both warpgroups have left it
+  const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: both warpgroups have read it
   const uint32_t query_arrived = empty + Tile::kStages * 8;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t k = arguments.count.value();
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
     const int lane = thread % 32;
     const int64_t n = arguments.n;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows + group * 64 + thread % 128 / 32 * 16 + lane / 4;
-    constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p >= 2^-26 out of fp16's subnormals
+    constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
     SoftmaxRows rows;
     const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       online_softmax<kScores, kBias>(s, o, rows);
       if constexpr (kGradient) {
 #pragma unroll
-        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two neighbouring tiles of S are an operand as they stand
+        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two adjacent tiles of S already are an operand
           p[j][0] = pack(s[2 * j][0], s[2 * j][1], type);
           p[j][1] = pack(s[2 * j][2], s[2 * j][3], type);
           p[j][2] = pack(s[2 * j + 1][0], s[2 * j + 1][1], type);
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
         }
       }
     };
-    // From `begin` to `end` nothing but products may touch s, o and p, and nothing may branch: else the compiler makes
-    // the products wait for each other.
+    // Between `begin` and `end` only products may use s, o and p, and nothing may branch: otherwise the compiler
+    // serializes the products.
     const auto begin = [&] {
       sm90::pin(s);
       sm90::pin(o);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       sm90::pin(o);
     };
 
-    sm90::barrier_wait(query_arrived, 0);  // even without a tile: no block may end before its copies
+    sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
     if (tiles > 0) {
       wait_for(0);
       begin();

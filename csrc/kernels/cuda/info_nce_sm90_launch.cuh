@@ -1,16 +1,17 @@
-// What the launcher of info_nce knows of Hopper's pass (info_nce_sm90.cuh).
+// The Hopper pass (info_nce_sm90.cuh), for the launcher of info_nce.
 #pragma once
 
 #include "kernels/cuda/info_nce_workspace.cuh"
 
 namespace moco_ext::cuda {
 
-constexpr int64_t kSm90Rows = 128;  // of a block; one runs on a multiprocessor at a time
+constexpr int64_t kSm90Rows = 128;  // per block; one block runs on a multiprocessor at a time
 
-// Keys of a tile for that many features; 0 where the pass cannot run, or is not asked for.
+// Keys per tile for this number of features; 0 if the pass cannot run or is not enabled.
 int64_t sm90_tile_keys(int64_t columns);
 
-// One pass over `keys`, 16-byte aligned, into `partials` of `splits` splits, with gradient where partials.keys is set.
+// One pass over `keys`, 16-byte aligned, into `partials` of `splits` splits; computes the gradient if partials.keys is
+// set.
 template <typename Element>
 cudaError_t launch_info_nce_sm90(const Element* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
                                  const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,

@@ -1,5 +1,5 @@
-// The softmax of a tile of scores in the registers of a tensor-core product: a lane holds rows lane / 4 and lane / 4 +
-// 8 of 16, and of every 8 keys the two from lane % 4 * 2 on (D in mma.cuh, and a warp's part of a warpgroup's product).
+// The softmax of a tile of scores in the registers of a tensor-core product. A lane holds rows lane / 4 and lane / 4 +
+// 8 of 16, and two of every 8 keys, from lane % 4 * 2 on (D in mma.cuh, and a warp's part of a warpgroup's product).
 #pragma once
 
 #include <type_traits>
@@ -14,12 +14,12 @@ struct SoftmaxRows {
   float positive[2];
   float scale[2];    // from a score to the exponent of 2
   float max[2];      // of the scores, over the row's four lanes
-  float sum[2];      // this lane's part
-  uint32_t rank[2];  // this lane's part
+  float sum[2];      // over this lane's keys
+  uint32_t rank[2];  // over this lane's keys
 };
 
-// Replaces scores by 2^bias times their probabilities relative to the running maximum. The difference is taken before
-// the scaling: logits may be of any size, and their product's rounding error alone could overflow exp2.
+// Replaces scores by 2^bias times their weights relative to the running maximum. Subtracts before scaling: logits may
+// have any size, and the rounding error of the scaled score alone could overflow exp2.
 template <int tiles, int kBias, int outputs>
 __device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[outputs][4], SoftmaxRows& rows) {
   float rescale[2];
@@ -69,7 +69,7 @@ struct MaskBits {
   Bits same_id = 0;
 };
 
-// Found in a loop that is not unrolled, so that it holds few registers beside the tile's.
+// In a loop that is not unrolled, to need few registers besides the tile's.
 template <int tiles>
 __device__ __forceinline__ MaskBits<tiles> mask_bits(const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
                                                      int valid, int lane) {
@@ -98,12 +98,12 @@ __device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& r
   for (int at = 0; at < tiles * 4; ++at) {
     float& x = s[at / 4][at % 4];
     if (masked >> at & 1) x = -INFINITY;
-    // It will be counted with the negatives.
+    // online_softmax counts it with the negatives.
     if (further_positives >> at & 1) rows.rank[at / 2 % 2] -= x > rows.positive[at / 2 % 2];
   }
 }
 
-// The last key tile is not full: scores of keys from `valid` on.
+// Removes the scores of keys from `valid` on: the last tile may not be full.
 template <int tiles>
 __device__ __forceinline__ void drop_scores(float (&s)[tiles][4], int valid, int lane) {
 #pragma unroll
@@ -115,7 +115,7 @@ __device__ __forceinline__ void drop_scores(float (&s)[tiles][4], int valid, int
   }
 }
 
-// Adds up the lanes' parts of sum and rank, after the last tile.
+// Adds up the lanes' parts of sum and rank after the last tile.
 __device__ __forceinline__ void join_lanes(SoftmaxRows& rows) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

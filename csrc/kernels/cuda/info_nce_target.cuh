@@ -1,15 +1,15 @@
-// What a target distribution other than the positive alone needs of the keys: the sum of all of them, for label
-// smoothing, and the sum of those that have a row's id. Both in a fixed order.
+// Sums of keys that target distributions other than the positive alone need: of all keys, for label smoothing, and of
+// the keys with a row's id. Both are in a fixed order.
 #pragma once
 
 #include "kernels/cuda/info_nce_rows.cuh"
 
 namespace moco_ext::cuda {
 
-// A source of keys: the queue, or the batch's own.
+// A source of keys: the queue or the batch.
 template <typename Key>
 struct InfoNceSource {
-  const Key* keys;  // [K, C], or null: there are none
+  const Key* keys;  // [K, C], or null if there are none
   InfoNceKeyCount count;
   const int64_t* ids;  // [K] or null
   int64_t key_offset;  // as in InfoNceMask
@@ -21,7 +21,7 @@ struct InfoNceSource {
   }
 };
 
-// parts [gridDim.y, C]: each block's share of the rows of both sources. A thread a column.
+// parts [gridDim.y, C]: the sum over each block's share of the rows of both sources. A thread per column.
 template <typename Queue, typename Operand>
 __global__ void info_nce_column_parts_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, int64_t c,
                                              float* parts) {
@@ -51,12 +51,12 @@ static __global__ void info_nce_column_sum_kernel(const float* parts, int64_t c,
 
 constexpr int kMatchThreads = 256;
 
-// match_sum [N, C], matches [N]: a block a row goes through all ids, and adds up the keys that match in their order.
+// match_sum [N, C], matches [N]: a block per row scans all ids and adds up the matching keys in order.
 template <typename Queue, typename Operand>
 __global__ void __launch_bounds__(kMatchThreads)
     info_nce_match_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, const int64_t* row_ids, int64_t c,
                           InfoNceWorkspace workspace) {
-  __shared__ unsigned found[kMatchThreads / 32];  // a bit a key of the chunk that is looked at
+  __shared__ unsigned found[kMatchThreads / 32];  // a bit for each key of the chunk
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t row = blockIdx.x;
   float* const sum = workspace.match_sum + row * c;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kMatchThreads)
       const int64_t key = first + thread;
       const bool match = key < k && mask.same_id(row, key) && !mask.is_positive(row, key);
       const unsigned bits = __ballot_sync(0xffffffffu, match);
-      __syncthreads();  // the chunk before has been read
+      __syncthreads();  // all threads have read the previous chunk
       if (thread % 32 == 0) found[thread / 32] = bits;
       __syncthreads();
 #pragma unroll 1

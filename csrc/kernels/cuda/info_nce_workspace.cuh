@@ -1,9 +1,9 @@
-// What the InfoNCE kernels hand to one another, and where in the workspace it lies.
+// Intermediate results of the InfoNCE kernels, and their layout in the workspace.
 //
 // prepare -> a pass over the queue, divided into splits (info_nce_mma.cuh or info_nce_generic.cuh) -> combine.
 //
-// In-batch keys take the same pass again, over their operand and into splits of their own. A target distribution other
-// than the positive alone is gathered beside it (info_nce_target.cuh), for combine to put in the positive's place.
+// In-batch keys are a second pass with more splits. A target distribution other than the positive alone is computed
+// separately (info_nce_target.cuh), and combine uses it instead of the positive.
 #pragma once
 
 #include <cstddef>
@@ -30,11 +30,11 @@ struct InfoNcePartials {
 
 constexpr int64_t kNoPositive = INT64_MIN;
 
-// Which of a pass's keys are not negatives of a row.
+// Keys of a pass that are not negatives of a row.
 struct InfoNceMask {
   const int64_t* row_ids;  // [N], where key_ids are given
   const int64_t* key_ids;  // [K] or null
-  int64_t key_offset;      // key key_offset + row is the positive of row; kNoPositive: none is
+  int64_t key_offset;      // key key_offset + row is the positive of row; kNoPositive: there is none
   bool same_id_positive;
 
   __host__ __device__ bool any() const { return key_ids != nullptr || key_offset != kNoPositive; }
@@ -46,7 +46,7 @@ struct InfoNceMask {
   }
 };
 
-// The number of keys that count: known here, or only on the device.
+// The number of valid keys, known on the host or only on the device.
 struct InfoNceKeyCount {
   int64_t most;
   const int64_t* num_valid;  // [1] or null
@@ -56,11 +56,11 @@ struct InfoNceKeyCount {
   }
 };
 
-// What combine must know of a target distribution.
+// A target distribution, for combine.
 struct InfoNceTarget {
-  bool plain;               // the positive alone
-  const float* column_sum;  // [C] of all keys, or null: no label smoothing
-  const float* match_sum;   // [N, C] of the keys with the row's id, or null
+  bool plain;               // only the positive
+  const float* column_sum;  // [C] over all keys, or null without label smoothing
+  const float* match_sum;   // [N, C] over the keys with the row's id, or null
   const int64_t* matches;   // [N], with match_sum
   InfoNceKeyCount queue_keys;
   int64_t batch_keys;  // 0, or M with in_batch
@@ -72,17 +72,17 @@ struct InfoNceWorkspace {
   float* query_norm;    // [N]
   float* key_norm;      // [N]
   float* positive;      // [N_padded] q . k, not divided by row_scale
-  float* row_scale;     // [N_padded] power of two that brings the query operand's largest element to [0.5, 1)
-  void* query;          // [N_padded, C] the query operand: normalised, divided by row_scale
-  void* keys;           // [M, C] with in_batch: the keys as the pass takes them, normalised
+  float* row_scale;     // [N_padded] power of two that scales the query operand's largest element to [0.5, 1)
+  void* query;          // [N_padded, C] the query operand: normalized, divided by row_scale
+  void* keys;           // [M, C] with in_batch: the keys as the pass reads them, normalized
   float* column_parts;  // [kColumnParts, C] with label smoothing
   float* column_sum;    // [C]
-  float* match_sum;     // [N, C] with ids, where the target or its smoothing needs them
+  float* match_sum;     // [N, C] with ids, if the target or label smoothing needs them
   int64_t* matches;     // [N]
   InfoNcePartials partials;
   int64_t n_padded;
-  int64_t splits;        // of both
-  int64_t queue_splits;  // the first of them
+  int64_t splits;        // of queue and batch
+  int64_t queue_splits;  // come first
   size_t bytes;
 };
 constexpr int kColumnParts = 128;
@@ -91,7 +91,7 @@ inline bool needs_matches(const InfoNceContrast& contrast) {
   return contrast.key_ids != nullptr && (contrast.same_id_positive || contrast.label_smoothing > 0);
 }
 
-// Hands out pieces of memory; from a null base, to learn the size.
+// Divides memory into pieces. A null base gives the size.
 class Pieces {
  public:
   explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
@@ -112,7 +112,7 @@ class Pieces {
   size_t used_ = 0;
 };
 
-// `base` may be null, to learn the size.
+// A null base gives the size.
 inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape, const InfoNceContrast& contrast,
                                            int64_t block_rows, int64_t queue_splits, int64_t batch_splits,
                                            size_t operand_bytes, bool gradient) {
@@ -172,7 +172,7 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
                                     const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
                                     cudaStream_t stream);
 
-// What the target distribution needs of the keys; nothing where it is the positive alone. Operand as for prepare.
+// Sums of keys for the target distribution; launches nothing if it is only the positive. Operand as for prepare.
 template <typename Queue, typename Operand>
 cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceContrast& contrast,
                                    const InfoNceWorkspace& workspace, cudaStream_t stream);

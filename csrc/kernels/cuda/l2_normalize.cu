@@ -1,4 +1,4 @@
-// x / max(||x||, eps) of each row. A warp takes a row; a whole block where rows are long.
+// x / max(||x||, eps) of each row, by a warp, or by a block if rows are long.
 #include "kernels/cuda.h"
 #include "kernels/cuda/cuda_launch.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -11,14 +11,14 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kLongRow = 2048;
 
-// x, out [rows, cols]; norm [rows] or null. `team` threads a row: kWarp or kThreads.
+// x, out [rows, cols]; norm [rows] or null. `team` threads per row: kWarp or kThreads.
 template <int width, bool fits, int team, typename T>
 __global__ __launch_bounds__(kThreads,
                              kRowBlocksPerMultiprocessor<fits>) void l2_normalize_kernel(const T* x, T* out,
                                                                                          float* norm, int64_t rows,
                                                                                          int64_t cols, float eps) {
   const int64_t index = int64_t{blockIdx.x} * (kThreads / team) + static_cast<int>(threadIdx.x) / team;
-  if (index >= rows) return;  // whole teams leave
+  if (index >= rows) return;  // the whole team
   const int member = static_cast<int>(threadIdx.x) % team;
   const TeamRow<width, fits, team, T> row(x + index * cols, cols, member);
   const float divisor = row.norm(eps);
@@ -32,7 +32,7 @@ template <int width, typename T>
 cudaError_t launch_rows(const T* x, T* out, float* norm, int64_t rows, int64_t cols, float eps, cudaStream_t stream) {
   const bool is_long = cols > kLongRow;
   const int64_t blocks = is_long ? rows : (rows + kThreads / kWarp - 1) / (kThreads / kWarp);
-  if (blocks > INT32_MAX) return cudaErrorInvalidValue;  // 17 G rows; long ones would not fit a device's memory
+  if (blocks > INT32_MAX) return cudaErrorInvalidValue;  // 17 G rows; long ones would not fit in memory
   constexpr bool kShort = width > 1;                     // the scalar path has no variant for short rows
   auto kernel = l2_normalize_kernel<width, false, kWarp, T>;
   if (is_long) kernel = l2_normalize_kernel<width, false, kThreads, T>;

@@ -1,5 +1,5 @@
-// Thin wrappers of the PTX that the tensor-core kernels use, and for MOCO_EMULATE a host model of each, written from
-// the fragment layouts of the PTX ISA.
+// Thin wrappers around the PTX that the tensor-core kernels use, and for MOCO_EMULATE a host model of each, written
+// from the fragment layouts in the PTX ISA.
 //
 // Fragments, with g = lane / 4 and t = lane % 4; a 32-bit register holds two 16-bit elements or one tf32 element:
 //   A [16, 16] 16-bit: a0 (g, 2t..)  a1 (g+8, 2t..)  a2 (g, 2t+8..)  a3 (g+8, 2t+8..)
@@ -33,7 +33,7 @@ __device__ __forceinline__ SharedAddress shared_address(void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// 16 bytes; zeros instead where !valid, and then nothing is read.
+// 16 bytes; if !valid, writes zeros and reads nothing.
 __device__ __forceinline__ void cp_async_16(SharedAddress shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
@@ -81,10 +81,10 @@ __device__ __forceinline__ void mma(float, float (&d)[4], const uint32_t (&a)[4]
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Makes the compiler forget what it knows of x.
+// Hides the value of x from the optimizer.
 __device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
-// Rounds to nearest; the low 13 bits of what mma reads as tf32 are ignored, so leaving them would round towards zero.
+// Rounds to nearest. mma ignores the low 13 bits of a tf32 operand, which alone would round towards zero.
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(__uint_as_float(bits)));
@@ -127,7 +127,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], SharedAddress row) {
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], SharedAddress row) {
   unsigned char* const* rows = emu::warp_exchange(row);
-  for (int i = 0; i < 4; ++i) {  // elements (2t, g) and (2t+1, g) of the matrix as it lies in memory
+  for (int i = 0; i < 4; ++i) {  // elements (2t, g) and (2t+1, g) of the matrix in memory
     uint16_t pair[2];
     for (int j = 0; j < 2; ++j) {
       std::memcpy(&pair[j], emulated_matrix_row(rows, i, 2 * (emu::lane() % 4) + j) + 2 * (emu::lane() / 4), 2);
@@ -140,7 +140,7 @@ inline void load_shared_16(uint32_t (&r)[4], SharedAddress address) {
   std::memcpy(r, address, 16);
 }
 
-// The tensor cores add exact products and round towards zero.
+// Tensor cores add exact products and round towards zero.
 inline float emulated_truncate(double x) {
   const float nearest = static_cast<float>(x);
   return std::fabs(nearest) > std::fabs(x) && std::isfinite(x) ? std::nextafterf(nearest, 0.0f) : nearest;
@@ -170,8 +170,8 @@ void mma(Element type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     const int column = 2 * (emu::lane() % 4) + i % 2;
     double sum = d[i];
     for (int k = 0; k < 8 * kPacked; ++k) {
-      const int t = k / kPacked % 4;       // whose lane of four holds element k
-      const int half = k / (4 * kPacked);  // in its first or its second register
+      const int t = k / kPacked % 4;       // the lane of four that holds element k
+      const int half = k / (4 * kPacked);  // 0 if in its first register, 1 if in its second
       const Operands& row_lane = all[row % 8 * 4 + t];
       const Operands& column_lane = all[column * 4 + t];
       sum += emulated_element(type, row_lane.a[row / 8 + 2 * half], k % kPacked) *

@@ -1,7 +1,7 @@
 // key = m * key + (1 - m) * query over a list of tensors, in one launch.
 //
-// The list travels by value as a kernel parameter: nothing to allocate or cache, nothing on the host that a replayed
-// CUDA graph would read later. CUDA 12.1 and later pass up to 32,764 bytes.
+// The list is passed by value as a kernel parameter: nothing to allocate or cache, and a replayed CUDA graph reads no
+// host memory. CUDA 12.1 and later allow 32,764 bytes of parameters.
 #include "kernels/cuda.h"
 #include "kernels/cuda/cuda_launch.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -12,11 +12,11 @@ namespace {
 // ---- kernel
 
 constexpr int kThreads = 256;
-constexpr int kChunk = 4096;  // elements a block updates, all its loads in flight at once
+constexpr int kChunk = 4096;  // elements per block, all loaded before the first is used
 constexpr int kTensors = 1000;
 constexpr int kLowPrecisionTensors = 800;
 
-// Arrays rather than an array of structs: no padding.
+// A struct of arrays has no padding.
 template <int capacity, bool kLowPrecision>
 struct TensorTable {
   void* key[capacity];
@@ -38,7 +38,7 @@ __device__ __forceinline__ void update_vectors(Key* key, const Query* query, Low
   Packed<width, Key> k[kVectors];
   Packed<width, Query> q[kVectors];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {  // all loads before the first use: unpacking here would wait for each
+  for (int i = 0; i < kVectors; ++i) {  // all loads before the first use; unpacking here would wait for each
     const int at = (i * kThreads + static_cast<int>(threadIdx.x)) * width;
     if (at >= n) continue;
     k[i] = load_packed<width>(key + at);
@@ -97,7 +97,7 @@ __device__ __forceinline__ void update_chunk(void* key, const void* query, void*
 template <int capacity, bool kLowPrecision>
 __global__ __launch_bounds__(kThreads, 4) void momentum_update_kernel(
     const __grid_constant__ TensorTable<capacity, kLowPrecision> tensors, float m, const float* m_ptr) {
-  int t = 0;  // the last tensor that begins at or before this block
+  int t = 0;  // the last tensor whose first chunk is this block or an earlier one
   if constexpr (capacity > 1) {
     int end = tensors.count;
     while (end - t > 1) {
@@ -138,7 +138,7 @@ cudaError_t launch_some(const MomentumTensor*& tensors, const MomentumTensor* en
   for (; tensors != end && table.count < capacity; ++tensors) {
     if (tensors->numel == 0) continue;
     const int64_t more = (tensors->numel + kChunk - 1) / kChunk;
-    if (chunks + more > INT32_MAX) break;  // the grid's limit: 8.8e12 elements
+    if (chunks + more > INT32_MAX) break;  // the largest grid: 8.8e12 elements
     const int t = table.count++;
     table.key[t] = tensors->key;
     table.query[t] = tensors->query;
@@ -161,7 +161,7 @@ cudaError_t momentum_update(const MomentumTensor* tensors, int64_t count, float 
   const MomentumTensor* const end = tensors + count;
   const bool low_precision = count > 0 && tensors->low_precision != nullptr;
   while (tensors != end) {
-    // A small table is a cheaper launch: one entry when the parameters are flattened.
+    // A smaller table is cheaper to launch: flattened parameters need one entry.
     const int64_t left = end - tensors;
     cudaError_t error = cudaSuccess;
     if (low_precision) {

@@ -1,4 +1,4 @@
-// What the kernels share: conversion to and from float, vector loads and stores, sums over a warp or a block, and the
+// Shared by the kernels: conversion to and from float, vector loads and stores, sums over a warp or a block, and the
 // norm of a row.
 #pragma once
 
@@ -34,7 +34,7 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// Two neighbours in one 32-bit word, the first in the low half.
+// Two adjacent elements in one 32-bit word, the first in the low half.
 __device__ __forceinline__ float2 unpack(uint32_t word, __nv_bfloat16) {
   return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
 }
@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t pack(float a, float b, __half) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// Elements that a row of From and a row of To can be moved by at once: 16 bytes of the wider type.
+// Elements of a row to load as From and store as To at once: 16 bytes of the wider type.
 template <typename From, typename To>
 constexpr int kVectorWidth = 16 / (sizeof(From) > sizeof(To) ? sizeof(From) : sizeof(To));
 
@@ -59,11 +59,11 @@ __host__ __device__ __forceinline__ bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0;
 }
 
-// `width` elements as they lie in memory: what one load or store moves.
+// `width` elements as stored in memory: what one load or store moves.
 template <int width, typename T>
 using Packed = std::conditional_t<width == 1, T, std::conditional_t<width * sizeof(T) == 16, uint4, uint2>>;
 
-// One instruction: 16 or 8 bytes, or one element. The address must be aligned to what is moved.
+// One instruction, for 16 or 8 bytes or one element. The address must be aligned to that size.
 template <int width, typename T>
 __device__ __forceinline__ Packed<width, T> load_packed(const T* from) {
   return *reinterpret_cast<const Packed<width, T>*>(from);
@@ -120,13 +120,13 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Sum over a team of threads, the same bits in each: a warp, or a whole block of `team` threads, all of which call.
+// Sum over a team of threads, bitwise equal in each: a warp, or a whole block of `team` threads, all of which call it.
 template <int team>
 __device__ __forceinline__ float team_sum(float x) {
   x = warp_sum(x);
   if constexpr (team > kWarp) {
     __shared__ float partial[team / kWarp];
-    __syncthreads();  // the previous sum may still be being read
+    __syncthreads();  // other threads may still be reading the previous sum
     if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = x;
     __syncthreads();
     x = partial[0];
@@ -136,14 +136,14 @@ __device__ __forceinline__ float team_sum(float x) {
   return x;
 }
 
-// For the launch bounds of kernels of 256 threads that hold a TeamRow: left alone, ptxas aims at more blocks, and
+// For the launch bounds of kernels of 256 threads that hold a TeamRow. Without them, ptxas aims for more blocks and
 // spills.
 template <bool fits>
 constexpr int kRowBlocksPerMultiprocessor = fits ? 5 : 3;
 
-// One row, read by a team of threads `width` elements at a time. Its beginning stays in registers between the norm and
-// the store, so that most rows are read from memory once. `fits` promises cols <= team * width: far fewer registers, so
-// that more warps fit and keep more loads in flight.
+// One row, read by a team of threads `width` elements at a time. Its first elements stay in registers between the norm
+// and the store, so that most rows are read from memory once. With `fits`, cols <= team * width: it needs far fewer
+// registers, and more warps keep more loads in flight.
 template <int width, bool fits, int team, typename From>
 class TeamRow {
  public:
@@ -157,11 +157,12 @@ class TeamRow {
     }
   }
 
-  // max(||row||, eps); NaN if the row holds one. A norm is right up to the largest float, although its square is not.
+  // max(||row||, eps); NaN if the row contains one. Correct for norms up to the largest float, although their squares
+  // overflow.
   __device__ __forceinline__ float norm(float eps) const {
     float norm = sqrtf(team_sum<team>(sum_of_squares(1.0f)));
     if (isinf(norm)) {
-      constexpr float kDown = 0x1p-80f, kUp = 0x1p80f;  // squares that overflowed now do not, and do not vanish either
+      constexpr float kDown = 0x1p-80f, kUp = 0x1p80f;  // squares neither overflow nor underflow
       norm = sqrtf(team_sum<team>(sum_of_squares(kDown))) * kUp;
     }
     return norm < eps ? eps : norm;

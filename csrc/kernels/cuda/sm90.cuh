@@ -1,7 +1,5 @@
-// Hopper's own instructions (sm_90a), thinly wrapped: mbarriers, bulk tensor copies, warpgroup matrix products.
-//
-// A tile in shared memory is panels of 64 16-bit columns, [rows, 128 bytes] each, as a tensor copy with 128-byte
-// swizzle leaves it: the 16-byte chunks of row r permuted by chunk ^ (r % 8). Panels start on multiples of 1,024 bytes.
+// Thin wrappers around Hopper's instructions (sm_90a): mbarriers, bulk tensor copies, warpgroup matrix products.
+// sm90_layout.cuh describes the tiles in shared memory.
 #pragma once
 
 #include <cuda.h>
@@ -19,7 +17,7 @@ namespace moco_ext::cuda::sm90 {
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to the copy engine.
+// Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -30,7 +28,7 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Until the barrier's phase of that parity has completed.
+// Waits until the barrier's phase of that parity has completed.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{\n"
@@ -64,7 +62,7 @@ __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.syn
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
-// Pins values to registers across asynchronous products.
+// Keeps values in registers across asynchronous products.
 template <int count>
 __device__ __forceinline__ void pin(float (&x)[count][4]) {
 #pragma unroll
@@ -91,8 +89,8 @@ __device__ __forceinline__ void pin(float (&x)[count][4]) {
   "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"  \
   "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d [64, n] = (keep ? d : 0) + a [64, 16] b [16, n], a and b row operands in shared memory.
-// d [64, n] += a [64, 16] b [16, n], a in registers, b a column operand.
+// d [64, n] = (keep ? d : 0) + a [64, 16] b [16, n]; a and b are row operands in shared memory.
+// d [64, n] += a [64, 16] b [16, n]; a is in registers, b is a column operand.
 #define MOCO_PRODUCTS(Type, type, n, tiles, regs, outs, k0, k1, k2, k3, k4)                                          \
   __device__ __forceinline__ void multiply_rows(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Type) {      \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k2                                                             \

@@ -1,8 +1,9 @@
-// Where Hopper's pass keeps what, and when: the arithmetic that csrc/tests/test_sm90_model.cpp holds against models of
-// the tensor copy, the warpgroup product and the mbarrier.
+// Addresses and phases of the Hopper pass. csrc/tests/test_sm90_model.cpp tests this arithmetic against models of the
+// tensor copy, the warpgroup product and the mbarrier.
 //
-// A tile in shared memory is panels of 64 16-bit columns, [rows, 128 bytes] each, as a tensor copy with 128-byte
-// swizzle leaves it: the 16-byte chunks of row r permuted by chunk ^ (r % 8). Panels start on multiples of 1,024 bytes.
+// A tile in shared memory consists of panels of 64 16-bit columns, [rows, 128 bytes] each, as written by a tensor copy
+// with 128-byte swizzle: the 16-byte chunks of row r are permuted by chunk ^ (r % 8). Panels start on multiples of
+// 1,024 bytes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,22 +15,22 @@ namespace moco_ext::cuda::sm90 {
 // ---- operand descriptors of warpgroup products
 
 constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-constexpr uint64_t kGroupOfRows = uint64_t{1024 / 16} << 32;  // bytes from 8 rows to the next 8
+constexpr uint64_t kGroupOfRows = uint64_t{1024 / 16} << 32;  // bytes between groups of 8 rows
 
-// Operand whose contraction runs along rows' bytes (64 columns of a panel): Q, and K in Q K^T.
+// Operand contracted along the bytes of its rows (64 columns of a panel): Q, and K in Q K^T.
 __host__ __device__ constexpr uint64_t row_operand(uint32_t shared) {
   return kSwizzle128 | kGroupOfRows | uint64_t{1} << 16 | (shared & 0x3ffffu) >> 4;
 }
-// Operand whose contraction runs down the rows: K in P K. Panels of further columns are `panel_bytes` apart.
+// Operand contracted down its rows: K in P K. Panels are `panel_bytes` apart.
 __host__ __device__ constexpr uint64_t column_operand(uint32_t shared, int panel_bytes) {
   return kSwizzle128 | kGroupOfRows | static_cast<uint64_t>(panel_bytes >> 4) << 16 | (shared & 0x3ffffu) >> 4;
 }
 
-// ---- the ring: tile t lies in stage t % stages
+// ---- the ring: tile t is in stage t % stages
 
 // Parity to wait for on a stage's `full` barrier before reading tile t.
 __host__ __device__ constexpr int full_parity(int tile, int stages) { return tile / stages & 1; }
-// And on its `empty` barrier before fetching tile t into it: the first round finds every stage empty.
+// Parity to wait for on its `empty` barrier before fetching tile t: in the first round every stage is empty.
 __host__ __device__ constexpr int empty_parity(int tile, int stages) { return (tile / stages & 1) ^ 1; }
 
 }  // namespace moco_ext::cuda::sm90

@@ -1,7 +1,7 @@
-// The device functions that need no scheduler: atomics, cached loads, fast maths, bit casts. Part of emulator.h.
+// Device functions that need no scheduler: atomics, cached loads, fast math, bit casts. Part of emulator.h.
 #pragma once
 
-#include <math.h>  // isinf and its like without std::, as in device code
+#include <math.h>  // isinf and others without std::, as in device code
 
 #include <algorithm>
 #include <bit>
@@ -20,7 +20,7 @@ inline T emulated_fetch(T* address, T value) {
   inline T atomicExch(T* address, T value) { return emulated_fetch(address, value); }
 MOCO_EMULATE_ATOMICS(int)
 MOCO_EMULATE_ATOMICS(unsigned)
-MOCO_EMULATE_ATOMICS(unsigned long long)  // NOLINT: CUDA's own spelling
+MOCO_EMULATE_ATOMICS(unsigned long long)  // NOLINT: CUDA's spelling
 MOCO_EMULATE_ATOMICS(float)
 #undef MOCO_EMULATE_ATOMICS
 #define MOCO_EMULATE_ATOMICS(T)                                                                          \
@@ -31,7 +31,7 @@ MOCO_EMULATE_ATOMICS(float)
   }
 MOCO_EMULATE_ATOMICS(int)
 MOCO_EMULATE_ATOMICS(unsigned)
-MOCO_EMULATE_ATOMICS(unsigned long long)  // NOLINT: CUDA's own spelling
+MOCO_EMULATE_ATOMICS(unsigned long long)  // NOLINT: CUDA's spelling
 #undef MOCO_EMULATE_ATOMICS
 
 template <typename T>
@@ -78,8 +78,8 @@ MOCO_EMULATE_MIN_MAX(int)
 MOCO_EMULATE_MIN_MAX(unsigned)
 MOCO_EMULATE_MIN_MAX(long)
 MOCO_EMULATE_MIN_MAX(unsigned long)
-MOCO_EMULATE_MIN_MAX(long long)           // NOLINT: CUDA's own spelling
-MOCO_EMULATE_MIN_MAX(unsigned long long)  // NOLINT: CUDA's own spelling
+MOCO_EMULATE_MIN_MAX(long long)           // NOLINT: CUDA's spelling
+MOCO_EMULATE_MIN_MAX(unsigned long long)  // NOLINT: CUDA's spelling
 #undef MOCO_EMULATE_MIN_MAX
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float max(float a, float b) { return std::fmax(a, b); }
@@ -99,7 +99,7 @@ inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __saturatef(float x) { return x > 0.0f ? std::min(x, 1.0f) : 0.0f; }
 inline float emulated_rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-#define rsqrtf emulated_rsqrtf  // a C library newer than C23 declares its own
+#define rsqrtf emulated_rsqrtf  // declared by C23 libraries
 
 inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }

@@ -1,4 +1,4 @@
-// Guarded memory, and the few runtime functions that launchers and tests call (nothing links libcudart).
+// Guarded memory, and the runtime functions that launchers and tests call (libcudart is not linked).
 #include "emulated_memory.h"
 
 #include <signal.h>
@@ -75,7 +75,7 @@ void unwatch(unsigned char* begin) { regions().erase(begin); }
 
 void handle_faults() {
   static const bool done = [] {
-    static unsigned char stack[64 * 1024];  // of its own: the fiber's may be what overflowed
+    static unsigned char stack[64 * 1024];  // separate, because the fiber's stack may have overflowed
     stack_t alternate{};
     alternate.ss_sp = stack;
     alternate.ss_size = sizeof stack;
@@ -113,7 +113,7 @@ cudaError_t cudaMalloc(void** pointer, size_t size) {
     *pointer = nullptr;
     return cudaSuccess;
   }
-  // 16-byte alignment at least, and 256 when the size is a multiple of it, so that the end meets the unmapped page.
+  // At least 16-byte alignment, and 256 if the size is a multiple of it, so that the end is next to the unmapped page.
   Allocation allocation{nullptr, round_up(size, kPage), size};
   allocation.pages = map_pages(allocation.mapped);
   unsigned char* const start = allocation.pages + allocation.mapped - round_up(size, 16);

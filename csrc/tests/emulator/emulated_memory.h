@@ -1,4 +1,4 @@
-// Guarded memory, for the emulator's own use.
+// Guarded memory, used by the emulator.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,11 +13,11 @@ constexpr unsigned char kGuard = 0xA5;
 
 inline size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
-// Memory followed by a page that faults.
+// Memory followed by a page whose access faults.
 unsigned char* map_pages(size_t bytes);
 void unmap_pages(unsigned char* pages, size_t bytes);
 
-// Accesses that fault in [begin, end) are reported as "access x bytes into `name` of `size` bytes", x from `origin`.
+// Faults in [begin, end) are reported as "access x bytes into `name` of `size` bytes", with x relative to `origin`.
 void watch(unsigned char* begin, unsigned char* end, unsigned char* origin, size_t size, const char* name);
 void unwatch(unsigned char* begin);
 void handle_faults();

@@ -1,5 +1,5 @@
 // The emulator's scheduler: blocks, fibers, barriers, warp collectives, cp.async.
-// A fortified longjmp refuses to jump between stacks, which is all that the fibers here do.
+// A fortified longjmp refuses to jump between stacks, as the fibers do.
 #undef _FORTIFY_SOURCE
 #include "emulator.h"
 
@@ -26,7 +26,7 @@ namespace emu {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kStackGap = 64 * 1024;  // so that no large frame steps over it
+constexpr size_t kStackGap = 64 * 1024;  // larger than any frame
 constexpr int kBarriers = 16;
 
 enum class State { kReady, kAtBarrier, kInWarp, kExited };
@@ -49,13 +49,13 @@ struct Fiber {
   const void* deposit = nullptr;
   size_t deposit_bytes = 0;
   const void* received = nullptr;
-  std::vector<unsigned char> own;  // what a partial-mask exchange received
+  std::vector<unsigned char> partial_exchange;  // received with a partial mask
   std::deque<Copy> copies;
-  int group = 0;  // of the next cp.async
+  int group = 0;  // group of the next cp.async
 };
 
 struct Warp {
-  std::vector<unsigned char> buffer[2];  // full-mask exchanges alternate: nobody still reads the one before last
+  std::vector<unsigned char> buffer[2];  // for alternate full-mask exchanges: no lane still reads the one before last
   int turn = 0;
 };
 
@@ -91,7 +91,7 @@ std::string describe(const Where& where) {
 
 bool same(const Where& a, const Where& b) { return a.line() == b.line() && strcmp(a.file_name(), b.file_name()) == 0; }
 
-// Switching. No locals live across setjmp.
+// Switching. No local variable is used across setjmp.
 __attribute__((noinline)) void jump_to(Fiber& next) {
   Fiber* const self = machine.current;
   if (&next == self) return;
@@ -129,7 +129,7 @@ Fiber& take_ready() {
   fail("divergence: no thread of the block can go on:%s", text.c_str());
 }
 
-// Gives up the OS thread; returns once this fiber is ready again and is chosen.
+// Yields the OS thread; returns when this fiber is ready and chosen again.
 void wait() {
   if (machine.ready.empty()) report_deadlock();
   jump_to(take_ready());
@@ -144,7 +144,7 @@ void fiber_main() {
   Fiber* const self = machine.current;
   machine.current = nullptr;
   if (_setjmp(self->context) == 0) _longjmp(machine.scheduler, 1);
-  for (;;) {  // one turn a block
+  for (;;) {  // one iteration per block
     (*machine.body)();
     machine.current->state = State::kExited;
     bool all_exited = machine.ready.empty();
@@ -189,7 +189,7 @@ struct Range {
   size_t bytes = 0;
 };
 
-// The executable's thread-local segment: every `__shared__` variable, and nothing of ours.
+// The executable's thread-local segment: all `__shared__` variables and nothing else.
 Range static_shared() {
   Range range;
   dl_iterate_phdr(
@@ -204,7 +204,7 @@ Range static_shared() {
   return range;
 }
 
-// Dynamic shared memory ends where an unmapped page begins, or at most 127 guarded bytes before.
+// Dynamic shared memory ends at an unmapped page, or at most 127 guarded bytes before it.
 void prepare_shared(size_t bytes) {
   if (bytes + 2 * kPage > machine.shared_mapped) {
     if (machine.shared_pages != nullptr) {
@@ -249,7 +249,7 @@ void release(const std::vector<int>& fibers) {
   }
   machine.current->state = State::kReady;
   if (config().seed == 0) return;
-  machine.ready.push_back(machine.current->index);  // the last to arrive need not be the first to go on
+  machine.ready.push_back(machine.current->index);  // the last to arrive need not be the first to continue
   wait();
 }
 
@@ -338,8 +338,8 @@ const void* exchange_bytes(const void* mine, size_t bytes, unsigned mask, Where 
   auto& shared = warp.buffer[warp.turn ^= mask == 0xffffffffu];
   for (const int reader : group) {
     Fiber& fiber = *machine.fibers[static_cast<size_t>(reader)];
-    // A lane outside a partial mask may run ahead, so those get a copy each; a full mask shares one.
-    auto& into = mask == 0xffffffffu ? shared : fiber.own;
+    // Lanes outside a partial mask may run ahead, so its lanes get copies; a full mask shares one.
+    auto& into = mask == 0xffffffffu ? shared : fiber.partial_exchange;
     if (into.size() < 32 * bytes) into.resize(32 * bytes);
     if (mask != 0xffffffffu || reader == group[0]) {
       for (const int writer : group) {

@@ -5,26 +5,28 @@
 //   g++ -std=c++20 -O1 -g -fno-strict-aliasing -Wno-unknown-pragmas -DMOCO_EMULATE -x c++
 //       -I csrc/tests/emulator -I csrc -I csrc/tests -I $CUDA/include test_x.cu x.cu csrc/tests/emulator/*.cpp
 //
-// (-fsanitize=undefined works as well, and adds misaligned vector accesses and static array bounds to what is found.)
+// (-fsanitize=undefined works too, and also detects misaligned vector accesses and violated bounds of static arrays.)
 //
-// Modelled. Blocks run one after the other; the threads of a block are fibers of one OS thread, switched only where
-// they wait for each other: __syncthreads, __syncwarp, shuffles, votes, warp_exchange. Detected, each with a message
-// that names block, thread and source line, then abort():
+// Blocks run one after the other. The threads of a block are fibers of one OS thread, switched only where they wait for
+// each other: __syncthreads, __syncwarp, shuffles, votes, warp_exchange. Detected, with a message that names block,
+// thread and source line, then abort():
 //   - threads of a block waiting at different barriers, or some of them exited: divergence, deadlock;
-//   - a warp collective whose mask names an exited lane, or that only some of the named lanes reach;
-//   - writes around dynamic shared memory and global allocations (guard bytes before, an unmapped page behind: reads
-//     behind the end stop at once too), stack overflow;
-//   - cp.async that is misaligned, or lands outside shared memory.
-// Made visible as wrong results rather than detected:
-//   - uninitialised memory: shared memory is 0xFF (NaN) before each block, global memory after each cudaMalloc;
-//   - missing barriers: run under several seeds (MOCO_EMULATE_SEED): 0 runs fibers in order, 1 in reverse order, the
-//     rest at random, and blocks in random order too. Results must not change;
-//   - a missing cp.async wait: the destination turns NaN when the copy is issued, and is filled by the issuing
-//     thread's wait. So both a read that comes too early and a copy issued into a buffer still being read show.
+//   - a warp collective whose mask includes an exited lane, or that only some of the lanes in its mask reach;
+//   - out-of-bounds accesses of dynamic shared memory and global allocations (guard bytes before them detect writes, an
+//     unmapped page after them reads too), stack overflow;
+//   - cp.async that is misaligned or writes outside shared memory.
+// Not detected, but turned into wrong results:
+//   - uninitialized memory: shared memory is 0xFF (NaN) before each block, global memory after each cudaMalloc;
+//   - missing barriers: run with several seeds (MOCO_EMULATE_SEED). 0 runs fibers in order, 1 in reverse order, others
+//   run
+//     fibers and blocks in random order. Results must not change;
+//   - a missing cp.async wait: the destination becomes NaN when the copy is issued, and is filled when the issuing
+//   thread
+//     waits. This shows early reads as well as copies into a buffer that is still being read.
 //
-// Not modelled: memory ordering (fences do nothing; a plain access is visible at once), races between blocks, spinning
+// Not modeled: memory ordering (fences do nothing; a plain access is visible at once), races between blocks, spinning
 // on another block or thread (hangs), lock-step execution without a collective, bank conflicts, occupancy, inline PTX
-// (give each PTX wrapper a branch for MOCO_EMULATE built on warp_exchange / cp_async), mbarrier, TMA, wgmma, clusters,
+// (each PTX wrapper needs a branch for MOCO_EMULATE built on warp_exchange / cp_async), mbarrier, TMA, wgmma, clusters,
 // streams (everything is synchronous), rounding differences of fast intrinsics.
 #pragma once
 
@@ -40,8 +42,8 @@
 #include <source_location>
 #include <type_traits>
 
-// The toolkit's headers leave these empty for a host compiler; only these three mean something here. A block's static
-// shared variables live in thread-local storage because that is one contiguous range, which can be poisoned.
+// The toolkit's headers define these as empty for a host compiler. Static shared variables are thread-local because
+// that storage is one contiguous range, which can be poisoned.
 #undef __shared__
 #define __shared__ static thread_local
 #undef __launch_bounds__
@@ -58,14 +60,14 @@ namespace emu {
 using Where = std::source_location;
 
 struct Config {
-  uint64_t seed;            // scheduling; starts as MOCO_EMULATE_SEED, or 0
-  int multiprocessors = 4;  // what cudaDeviceGetAttribute says
+  uint64_t seed;            // of the schedule; initially MOCO_EMULATE_SEED, or 0
+  int multiprocessors = 4;  // as reported by cudaDeviceGetAttribute
   int blocks_per_multiprocessor = 2;
   size_t max_dynamic_shared = 232448;  // bytes
 };
 Config& config();
 
-// Everything below `run` is for code that runs inside a kernel.
+// Everything below `run` is for use inside a kernel.
 cudaError_t run(const std::function<void()>& thread_body, dim3 grid, dim3 block, size_t shared_bytes,
                 size_t parameter_bytes);
 
@@ -76,8 +78,8 @@ unsigned char* dynamic_shared();
 // Named barrier `id` (0..15) for `threads` threads of the block; 0 threads: all of them (__syncthreads).
 void barrier(int id = 0, int threads = 0, Where where = Where::current());
 
-// Every lane in `mask` deposits `bytes` bytes, and gets the 32 deposits, `bytes` apart (undefined for lanes outside
-// the mask). The result stays valid until the lane's next exchange.
+// Every lane in `mask` contributes `bytes` bytes, and gets the contributions of all 32 lanes, `bytes` apart (undefined
+// for lanes outside the mask). The result is valid until the lane's next exchange.
 const void* exchange_bytes(const void* mine, size_t bytes, unsigned mask, Where where);
 
 template <typename T>
@@ -96,7 +98,7 @@ template <int groups_left>
 void cp_async_wait() {
   cp_async_wait(groups_left);
 }
-void cp_async_wait_all();  // also what was not committed
+void cp_async_wait_all();  // including uncommitted copies
 
 template <typename T>
 T shuffle(unsigned mask, const T& value, int source, int width, bool in_range, Where where) {
