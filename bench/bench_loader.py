@@ -1,9 +1,9 @@
-"""Two views of JPEGs, on one core: the published pipeline (PIL, torchvision's transforms) against ours.
+"""Two views of JPEGs on one core: the official pipeline (PIL, torchvision's transforms) against ours.
 
     pytest bench/bench_loader.py --benchmark-json=bench/results/loader.json
 
-A sample is a batch of 16 images: 16e3 / ms images a second and core. "Loader part" is what a worker does when the rest
-is done on the device; the rest has a row of its own, timed on the CPU here.
+A sample is a batch of 16 images: 16e3 / ms images per second and core. "Loader part" is a worker's share with
+augment_on="device"; "device part" is the rest, here on the CPU.
 """
 
 import itertools
@@ -21,9 +21,9 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
 from moco_ext import data as mdata
-from moco_ext.data import Augmentation, TwoCropsTransform
-from moco_ext.data.augment import recolour
-from moco_ext.data.loader import Standardise
+from moco_ext.data import Augmentation, Normalize, TwoCropsTransform
+from moco_ext.data.augment import color_transform
+from moco_ext.data.sampler import MicroBatch
 from moco_ext.data.seeds import hash_seeds
 from moco_ext.data.views import ViewDataset
 
@@ -33,7 +33,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """JPEGs of ImageNet's usual size: noise on three scales, and shapes; about 70 kB each."""
+    """JPEGs of ImageNet's typical size: noise on three scales and shapes, about 70 kB each."""
     root = tmp_path_factory.mktemp("jpegs")
     (root / "any").mkdir()
     rng = np.random.default_rng(0)
@@ -53,23 +53,23 @@ def folder(tmp_path_factory):
     return root
 
 
-def published(plus: bool):
+def official_transform(plus: bool):
     """The transforms of main_moco.py, without and with --aug-plus, on PIL images."""
 
     def pil_blur(image):
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
     if plus:
-        colours = [
+        colors = [
             transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
             transforms.RandomGrayscale(p=0.2),
             transforms.RandomApply([pil_blur], p=0.5),
         ]
     else:
-        colours = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
+        colors = [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)]
     crop = transforms.RandomResizedCrop(224, scale=(0.2, 1.0))
     rest = [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    return transforms.Compose([crop, *colours, *rest])
+    return transforms.Compose([crop, *colors, *rest])
 
 
 @pytest.fixture
@@ -83,34 +83,32 @@ def one_thread():
 @pytest.mark.parametrize("recipe", ["v1", "v2"])
 def bench_loader(compare, device, folder, one_thread, recipe):
     if device.type != "cpu":
-        pytest.skip("loading is the CPU's work")
+        pytest.skip("images are loaded on the CPU")
     data = mdata.load(str(folder))
     augmentation = getattr(Augmentation, recipe)(224)
-    files = [path for path, _ in data.train.dataset.samples]
+    files = data.train.paths
     size = sum(len(read_file(path)) for path in files) * BATCH // IMAGES
-    official = ImageFolder(folder, TwoCropsTransform(published(recipe == "v2")))
-    ours, crops = (ViewDataset(data.train, augmentation, colour=colour) for colour in (True, False))
-    standardise = Standardise(data, device)
+    official = ImageFolder(folder, TwoCropsTransform(official_transform(recipe == "v2")))
+    ours, crops = (ViewDataset(data.train, augmentation, color=color) for color in (True, False))
+    normalize = Normalize(data, device)
     random.seed(0)
 
     def batches():
-        """Every sample of a row takes the next 16 images, and for ours new seeds."""
+        """Each sample takes the next 16 images, and ours new seeds."""
         for count in itertools.count():
-            index = [(count * BATCH + i) % IMAGES for i in range(BATCH)]
-            yield index, list(zip(index * 2, hash_seeds(count, torch.arange(2 * BATCH)).tolist(), strict=True))
+            index = (count * BATCH + np.arange(BATCH)) % IMAGES
+            seeds, key_seeds = np.split(hash_seeds(count, torch.arange(2 * BATCH)), 2)
+            yield index, MicroBatch(index, seeds, index, key_seeds, index, 1.0, True)
 
     def row(name, run):
         mine = batches()
         return Row(name, lambda: run(*next(mine)), bytes=size)
 
-    cropped, seeds = (
-        crops.__getitems__(next(batches())[1]).images,
-        torch.from_numpy(hash_seeds(torch.arange(2 * BATCH))),
-    )
+    cropped, seeds = crops[next(batches())[1]].images, torch.from_numpy(hash_seeds(torch.arange(2 * BATCH)))
     rows = [
-        row("ours, loader part", lambda _, request: crops.__getitems__(request)),
-        row("ours, all in the loader", lambda _, request: standardise(ours.__getitems__(request).images)),
-        row("ours, device part", lambda *_: standardise(recolour(cropped, augmentation, seeds))),
+        row("ours, loader part", lambda _, micro: crops[micro]),
+        row("ours, all in the loader", lambda _, micro: normalize(ours[micro].images)),
+        row("ours, device part", lambda *_: normalize(color_transform(cropped, augmentation, seeds))),
         row("official", lambda index, _: default_collate([official[i][0] for i in index])),
         row("limit: decode", lambda index, _: [decode_jpeg(read_file(files[i]), ImageReadMode.RGB) for i in index]),
     ]
@@ -120,14 +118,14 @@ def bench_loader(compare, device, folder, one_thread, recipe):
 
 
 @pytest.mark.parametrize("recipe", ["v1", "v2"])
-def bench_recolour(compare, device, one_thread, recipe):
-    """What follows the crop, on a batch."""
+def bench_color_transform(compare, device, one_thread, recipe):
+    """Everything after the crop, on a batch."""
     views = 16 if device.type == "cpu" else 512
     augmentation = getattr(Augmentation, recipe)(224)
     images = torch.randint(0, 256, (views, 3, 224, 224), dtype=torch.uint8, device=device)
     seeds = torch.from_numpy(hash_seeds(torch.arange(views)))
     jitter = v2.ColorJitter(*augmentation.jitter)
-    theirs = v2.Compose(
+    official = v2.Compose(
         [
             v2.RandomApply([jitter], augmentation.jitter_p),
             v2.RandomGrayscale(augmentation.gray_p),
@@ -138,8 +136,8 @@ def bench_recolour(compare, device, one_thread, recipe):
     copy = torch.empty_like(images)
     least = 2 * images.nbytes
     rows = [
-        Row("ours", lambda: recolour(images, augmentation, seeds), bytes=least),
-        Row("torchvision, image by image", lambda: torch.stack([theirs(image) for image in images]), bytes=least),
+        Row("ours", lambda: color_transform(images, augmentation, seeds), bytes=least),
+        Row("torchvision, image by image", lambda: torch.stack([official(image) for image in images]), bytes=least),
         Row("limit: copy", lambda: copy.copy_(images), bytes=least),
     ]
-    compare(f"recolour {recipe}, {views} views of 224x224, 1 thread", rows, torch.ones(1))
+    compare(f"color_transform {recipe}, {views} views of 224x224, 1 thread", rows, torch.ones(1))

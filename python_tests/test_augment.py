@@ -1,4 +1,4 @@
-"""Views: their random numbers, and each step against torchvision's with the same parameters."""
+"""Views: their random numbers, and each step against torchvision with the same parameters."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moco_ext.data import Augmentation, TwoCropsTransform, augment_batch
-from moco_ext.data.augment import _Choices, blur, crop_boxes, file_crops, gaussian_kernels, recolour, shift_hue
+from moco_ext.data.augment import _Choices, blur, color_transform, crop_boxes, file_crops, gaussian_kernels, shift_hue
 from moco_ext.data.seeds import hash_seeds, uniforms
 
 pytest.importorskip("torchvision")
@@ -22,7 +22,7 @@ def seeds(n, seed=0):
 
 
 def still(size, **changes):
-    """An augmentation that does nothing but what is asked for."""
+    """An augmentation with ``changes`` only."""
     nothing = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "jitter": (0, 0, 0, 0), "gray_p": 0.0, "flip_p": 0.0}
     return Augmentation(size, **(nothing | changes))
 
@@ -31,7 +31,7 @@ def still(size, **changes):
 
 
 def test_uniforms_are_splitmix64():
-    # The first three outputs of the published generator seeded with 1234567, as its author lists them.
+    # The first three outputs of the reference implementation with seed 1234567, as published by its author.
     outputs = np.array([6457827717110365317, 3203168211198807973, 9817491932198370423], np.uint64)
     assert uniforms(torch.tensor([1234567]), 3)[0].tolist() == ((outputs >> np.uint64(40)) / 2**24).tolist()
 
@@ -44,10 +44,14 @@ def test_uniforms_are_uniform_and_independent():
     assert (numbers.mean(0) - 0.5).abs().max() < 4.5 * error
     assert (numbers.var(0) - 1 / 12).abs().max() < 0.003
     correlations = torch.corrcoef(torch.cat([numbers[:-1], numbers[1:]], dim=1).T) - torch.eye(68)
-    assert correlations.abs().max() < 5 / math.sqrt(len(numbers))  # of neighbouring draws and of neighbouring rows
+    assert correlations.abs().max() < 5 / math.sqrt(len(numbers))  # of neighboring numbers and rows
 
 
-def test_hashes_tell_all_their_arguments_apart():
+def test_uniforms_can_start_anywhere():
+    assert np.array_equal(uniforms(seeds(5), 10, start=22), uniforms(seeds(5), 32)[:, 22:])
+
+
+def test_hash_seeds_depends_on_every_argument():
     values = {int(hash_seeds(*names)) for names in [(0, 1), (1, 0), (0, 0), (0,), (0, 0, 0), (-1, 0), (2**63, 0)]}
     assert len(values) == 7
     assert all(0 <= value < 2**63 for value in values)
@@ -68,7 +72,7 @@ def test_crop_boxes_have_the_published_distribution():
     assert area.max() <= 2 / 3 + 1e-6  # 4:3 in an image of 2:1
     assert 3 / 4 - 1e-5 <= aspect.min() < 0.76
     assert 1.32 < aspect.max() <= 4 / 3 + 1e-5
-    # Every box lies in the image, and its place is uniform in what room it has.
+    # Every box is inside the image, its position uniform.
     for corner, side, room in ((top, height, 100), (left, width, 200)):
         assert corner.min() >= 0
         assert (corner + side).max() <= room + 1e-4
@@ -94,16 +98,16 @@ def test_crop_boxes_agree_with_torchvision(whole):
         assert torch.equal(ours, ours.round())
         assert (ours[:, :2] >= 0).all()
         assert (ours[:, :2] + ours[:, 2:] <= torch.tensor([120, 100])).all()
-        assert (ours[:, 0] + ours[:, 2]).max() == 120  # the last place is drawn too
+        assert (ours[:, 0] + ours[:, 2]).max() == 120  # the last position occurs too
 
 
-def test_crop_boxes_fall_back_to_the_centre():
+def test_crop_boxes_fall_back_to_the_center():
     want = torch.tensor([0.0, 45, 10, 10]).double().expand(5, 4)
     torch.testing.assert_close(boxes(5, 10, 100, (1.0, 1.0), (1.0, 1.0)), want)
     assert torch.equal(boxes(5, 10, 100, (1.0, 1.0), (1.0, 1.0), whole=True), want)
 
 
-def test_file_crops_are_torchvisions():
+def test_file_crops_agree_with_torchvision():
     from torchvision.transforms.v2 import functional
 
     image = torch.randint(0, 256, (3, 90, 70), dtype=torch.uint8, generator=generator())
@@ -121,20 +125,20 @@ def test_a_full_crop_is_the_image_and_a_flip_its_mirror():
     torch.testing.assert_close(mirrored, images.flip(3), atol=1e-5, rtol=0)
 
 
-# --- colours ------------------------------------------------------------------------------------------------
+# --- colors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", [Augmentation.v1, Augmentation.v2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_each_view_is_torchvisions_steps_in_the_views_own_order(recipe, dtype):
-    """Every image has drawn parameters and an order; torchvision's functions with these give the same view."""
+def test_each_view_equals_torchvisions_steps_in_the_views_order(recipe, dtype):
+    """torchvision's functions, with each image's random parameters and order, give the same view."""
     from torchvision.transforms.v2 import functional as tv
 
     augmentation = recipe(64)
     images = torch.rand(24, 3, 64, 64, generator=generator())
     if dtype == torch.uint8:
         images = (images * 255).round().to(torch.uint8)
-    got = recolour(images, augmentation, seeds(24))
+    got = color_transform(images, augmentation, seeds(24))
     assert got.dtype == dtype
     choices = _Choices.of(augmentation, seeds(24), images.device)
     assert len({tuple(order) for order in choices.order.tolist()}) > 10
@@ -148,7 +152,7 @@ def test_each_view_is_torchvisions_steps_in_the_views_own_order(recipe, dtype):
         if not augmentation.gray_first and choices.gray[i]:
             view = tv.rgb_to_grayscale(view, 3)
         if radius := choices.radius[i]:
-            # torchvision mirrors at the edges, PIL and we repeat them: what it makes of a wider image, cut
+            # torchvision reflects at the edges; PIL and we replicate: so blur a padded image, and crop
             wide = tv.pad(view, [int(radius)] * 4, padding_mode="edge")
             kernel = choices.kernels[i].max().item()
             sigma = _sigma_of(kernel, int(radius))
@@ -158,12 +162,12 @@ def test_each_view_is_torchvisions_steps_in_the_views_own_order(recipe, dtype):
         if dtype == torch.uint8:
             assert (got[i].int() - (view * 255).round().int()).abs().max() <= 1
         else:
-            # torchvision's luma weights sum to 0.9999, PIL's and ours to 1
+            # torchvision's luma weights sum to 0.9999, ours (and PIL's) to 1
             torch.testing.assert_close(got[i], view, atol=2e-4, rtol=0)
 
 
 def _sigma_of(peak, radius):
-    """The sigma whose sampled, truncated Gaussian has that peak: bisection."""
+    """The sigma whose sampled, truncated Gaussian has that peak, by bisection."""
     low, high = 0.05, 3.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -173,7 +177,7 @@ def _sigma_of(peak, radius):
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.7, 2.0])
-def test_blur_is_torchvisions_gaussian_blur(sigma):
+def test_blur_agrees_with_torchvision(sigma):
     from torchvision.transforms.v2 import functional
 
     images = torch.rand(2, 3, 40, 31, generator=generator())
@@ -184,12 +188,12 @@ def test_blur_is_torchvisions_gaussian_blur(sigma):
     )
     got = blur(images, kernels)
     torch.testing.assert_close(got[:1], functional.center_crop(want, [40, 31]), atol=1e-6, rtol=0)
-    assert (got[1:] - blur(images[1:], kernels[:1])).abs().max() > 0.01 or sigma < 0.4  # a kernel each
+    assert (got[1:] - blur(images[1:], kernels[:1])).abs().max() > 0.01 or sigma < 0.4  # one kernel per image
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
-def test_blur_spreads_as_far_as_pils(sigma):
-    """The published blur is PIL's: box filters, whose spread is that of the Gaussian, not its shape."""
+def test_blur_spreads_as_far_as_pil(sigma):
+    """The official blur is PIL's: box filters with the Gaussian's spread, but not its shape."""
     from PIL import Image, ImageFilter
 
     line = torch.zeros(31, 31)
@@ -199,16 +203,16 @@ def test_blur_spreads_as_far_as_pils(sigma):
     spreads = []
     for profile in (torch.from_numpy(theirs).double(), ours.double()):
         spreads.append(((profile * (torch.arange(31) - 15) ** 2).sum() / profile.sum()).sqrt().item())
-    assert abs(spreads[0] - spreads[1]) < 0.06  # pixels; PIL rounds to bytes, thrice
+    assert abs(spreads[0] - spreads[1]) < 0.06  # pixels; PIL rounds to bytes three times
     assert abs(spreads[1] - sigma) < 0.06
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.4, -0.1, 0.0, 0.25, 0.5])
-def test_shift_hue_is_torchvisions_adjust_hue(shift):
+def test_shift_hue_agrees_with_torchvision(shift):
     from torchvision.transforms.v2 import functional
 
     images = torch.rand(3, 3, 6, 6, generator=generator())
-    images[0] = images[0, :1]  # grey has no hue to shift
+    images[0] = images[0, :1]  # gray has no hue to shift
     images[1] = images[1].round()  # the corners of the cube, where two channels are equal
     expected = functional.adjust_hue(images, shift)
     torch.testing.assert_close(shift_hue(images, torch.tensor(shift).view(1, 1, 1, 1)), expected, atol=1e-5, rtol=0)
@@ -216,17 +220,17 @@ def test_shift_hue_is_torchvisions_adjust_hue(shift):
 
 @pytest.mark.parametrize("recipe", [Augmentation.v1, Augmentation.v2])
 def test_a_view_does_not_depend_on_its_batch(recipe):
-    """Bit for bit: rows that are alone, in another order, or in a batch large enough to be worked on in parts."""
+    """Bit for bit: alone, in another order, or in a batch large enough to be processed in chunks."""
     images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=generator())
-    together = recolour(images, recipe(64), seeds(40))
+    together = color_transform(images, recipe(64), seeds(40))
     for i in (0, 17, 39):
-        assert torch.equal(recolour(images[i : i + 1], recipe(64), seeds(40)[i : i + 1])[0], together[i])
-    assert torch.equal(recolour(images.flip(0), recipe(64), seeds(40).flip(0)).flip(0), together)
+        assert torch.equal(color_transform(images[i : i + 1], recipe(64), seeds(40)[i : i + 1])[0], together[i])
+    assert torch.equal(color_transform(images.flip(0), recipe(64), seeds(40).flip(0)).flip(0), together)
     small = augment_batch(images, recipe(16), seeds(40))
     assert torch.equal(augment_batch(images[5:9], recipe(16), seeds(40)[5:9]), small[5:9])
 
 
-def test_each_image_has_draws_of_its_own():
+def test_each_image_has_its_own_random_numbers():
     one = torch.rand(1, 3, 12, 12, generator=generator())
     views = augment_batch(one.expand(64, -1, -1, -1), Augmentation.v1(12), seeds(64))
     distances = torch.cdist(views.flatten(1), views.flatten(1)) + torch.eye(64)
@@ -235,11 +239,11 @@ def test_each_image_has_draws_of_its_own():
     assert views.max() <= 1
 
 
-def test_the_images_given_are_left_as_they_are():
+def test_input_images_are_not_modified():
     for dtype in (torch.float32, torch.uint8):
         images = (torch.rand(6, 3, 64, 64, generator=generator()) * (1 if dtype.is_floating_point else 255)).to(dtype)
         before = images.clone()
-        recolour(images, Augmentation.v2(64), seeds(6))
+        color_transform(images, Augmentation.v2(64), seeds(6))
         augment_batch(images, Augmentation.v2(64), seeds(6))
         assert torch.equal(images, before)
 
@@ -252,8 +256,8 @@ def test_probabilities_of_flip_grayscale_jitter_and_blur():
 
     flat = augment_batch(images, still(4, flip_p=0.5), seeds(4000))
     assert abs(share((flat - images).abs().amax((1, 2, 3)) > 1e-3) - 0.5) < 0.03  # 4 standard errors
-    grey = augment_batch(images, still(4, gray_p=0.2), seeds(4000))
-    assert abs(share((grey - grey[:, :1]).abs().amax((1, 2, 3)) < 1e-6) - 0.2) < 0.03
+    gray = augment_batch(images, still(4, gray_p=0.2), seeds(4000))
+    assert abs(share((gray - gray[:, :1]).abs().amax((1, 2, 3)) < 1e-6) - 0.2) < 0.03
     jittered = augment_batch(images, still(4, jitter=(0.4, 0, 0, 0), jitter_p=0.8), seeds(4000))
     assert abs(share((jittered - images).abs().amax((1, 2, 3)) > 1e-4) - 0.8) < 0.03
     blurred = augment_batch(images, still(4, blur_p=0.5, blur_sigma=(1.0, 2.0)), seeds(4000))
@@ -268,13 +272,13 @@ def test_brightness_and_contrast_are_uniform_in_their_range():
     assert abs(factors.mean() - 1) < 0.015
     halves = torch.tensor([0.4, 0.6]).view(1, 1, 1, 2).expand(4000, 1, 2, 2)
     views = augment_batch(halves, still(2, jitter=(0, 0.4, 0, 0)), seeds(4000))
-    torch.testing.assert_close(views.mean((1, 2, 3)), torch.full((4000,), 0.5))  # contrast keeps the mean
+    torch.testing.assert_close(views.mean((1, 2, 3)), torch.full((4000,), 0.5))  # contrast preserves the mean
     spread = (views[:, 0, 0, 1] - views[:, 0, 0, 0]) / 0.2
     assert 0.6 - 1e-5 <= spread.min() < 0.61
     assert 1.39 < spread.max() <= 1.4 + 1e-5
 
 
-def test_views_have_the_moments_of_torchvisions_transforms():
+def test_views_have_the_moments_of_torchvision_transforms():
     from torchvision.transforms import v2
 
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator())
@@ -305,13 +309,13 @@ def test_the_published_recipes():
     assert Augmentation.v2(32).blur_p == 0
 
 
-def test_augment_batch_says_what_it_expects():
+def test_augment_batch_rejects_other_shapes():
     with pytest.raises(ValueError, match=r"images: expected shape \[N, 1 or 3"):
         augment_batch(torch.rand(1, 2, 8, 8), Augmentation.v1(8), seeds(1))
     with pytest.raises(ValueError, match=r"seeds: expected int64 \[2\], got torch.int64 \[3\]"):
         augment_batch(torch.rand(2, 3, 8, 8), Augmentation.v1(8), seeds(3))
 
 
-def test_two_crops_transform_draws_twice():
+def test_two_crops_transform_applies_the_transform_twice():
     draws = iter(range(10))
     assert TwoCropsTransform(lambda image: (image, next(draws)))("cat") == [("cat", 0), ("cat", 1)]

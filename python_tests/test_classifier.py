@@ -120,7 +120,7 @@ def test_evaluation_counts_as_by_hand(digits):
     assert model.training
     assert model.backbone.training
     with torch.no_grad():
-        images = torch.cat([images for images, _ in mdata.plain_batches(digits, digits.test)])
+        images = torch.cat([images for images, _ in mdata.eval_batches(digits, digits.test)])
         order = model.eval()(images).argsort(dim=1, descending=True)
     labels = digits.test.labels
     assert figures["acc1"] == pytest.approx(100 * (order[:, 0] == labels).double().mean().item())

@@ -1,16 +1,19 @@
-"""Data sets, image files, and evaluation's batches."""
+"""Datasets, image files and evaluation batches."""
 
 import gzip
+import os
 import shutil
 import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
 from moco_ext import data as mdata
-from moco_ext.data import datasets
-from moco_ext.data.idx import read_idx
+from moco_ext.data import Augmentation, TrainLoader, datasets
+from moco_ext.data import images as image_files
 from moco_ext.data.images import UnreadableImageError, read_image
 
 pytest.importorskip("torchvision")
@@ -23,49 +26,19 @@ def digits():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """train/ and val/ with two classes of 3 and 1 images, blue ones and red ones."""
+    """train/ and val/ with two classes of 3 and 1 images: blue and red."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("images")
     for split, count in (("train", 3), ("val", 1)):
-        for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+        for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (40 + i, 30), colour).save(root / split / name / f"{i}.png")
+                Image.new("RGB", (40 + i, 30), color).save(root / split / name / f"{i}.png")
     return root
 
 
-# --- IDX ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("code", "dtype"), [(0x08, ">u1"), (0x0B, ">i2"), (0x0C, ">i4"), (0x0D, ">f4")])
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_read_idx_gives_back_what_was_written(tmp_path, code, dtype, suffix):
-    values = np.arange(24).reshape(2, 3, 4) * 5
-    raw = struct.pack(">BBBB3I", 0, 0, code, 3, 2, 3, 4) + values.astype(dtype).tobytes()
-    path = tmp_path / f"values{suffix}"
-    path.write_bytes(gzip.compress(raw) if suffix else raw)
-    read = read_idx(path)
-    assert read.tolist() == values.tolist()
-    assert read.dtype == torch.from_numpy(np.zeros(0, np.dtype(dtype).newbyteorder("="))).dtype
-
-
-@pytest.mark.parametrize(
-    ("raw", "message"),
-    [
-        (b"", "IDX header"),
-        (b"\x89PNG", "IDX header"),
-        (struct.pack(">BBBB", 0, 0, 8, 3), "3 dimensions"),
-        (struct.pack(">BBBBI", 0, 0, 8, 1, 9) + bytes(8), "expected 9 bytes.*got 8"),
-    ],
-)
-def test_read_idx_rejects_other_files(tmp_path, raw, message):
-    (tmp_path / "file").write_bytes(raw)
-    with pytest.raises(ValueError, match=message):
-        read_idx(tmp_path / "file")
-
-
-# --- data sets ----------------------------------------------------------------------------------------------
+# --- datasets ------------------------------------------------------------------------------------------------
 
 
 def test_digits_split_is_stratified_disjoint_and_the_same_every_time(digits):
@@ -87,8 +60,8 @@ def test_split_indices_are_a_partition():
     assert torch.bincount(labels[test], minlength=3).tolist() == [5, 4, 0]  # round(3.5) = 4, round(0.5) = 0
 
 
-def test_plain_batches_are_standardised_and_in_order(digits):
-    images, labels = map(torch.cat, zip(*mdata.plain_batches(digits, digits.train, 100), strict=True))
+def test_eval_batches_are_normalized_and_in_order(digits):
+    images, labels = map(torch.cat, zip(*mdata.eval_batches(digits, digits.train, 100), strict=True))
     assert torch.equal(labels, digits.train.labels)
     assert images.shape == (len(digits.train), 3, 8, 8)
     assert torch.equal(images[:, 0], images[:, 2])
@@ -96,7 +69,7 @@ def test_plain_batches_are_standardised_and_in_order(digits):
     assert abs(images.std() - 1) < 1e-3
 
 
-def test_fashion_mnist_from_debians_files(tmp_path, monkeypatch):
+def test_fashion_mnist_from_the_debian_package(tmp_path, monkeypatch):
     for part, n in (("train", 5), ("t10k", 2)):
         images = struct.pack(">BBBB3I", 0, 0, 8, 3, n, 28, 28) + bytes(range(n)) * 784
         labels = struct.pack(">BBBBI", 0, 0, 8, 1, n) + bytes(range(n))
@@ -114,15 +87,15 @@ def test_image_folder(folder):
     images = mdata.load(str(folder))
     assert images.classes == ("blue", "red")
     assert (len(images.train), len(images.test), images.size) == (6, 2, 224)
-    batch, labels = next(mdata.plain_batches(images, images.test))
+    batch, labels = next(mdata.eval_batches(images, images.test))
     blue = (torch.tensor([0.0, 0.0, 1.0]) - torch.tensor(images.mean)) / torch.tensor(images.std)
     torch.testing.assert_close(batch[0, :, 112, 112], blue)
     assert labels.tolist() == [0, 1]
     assert mdata.load(str(folder / "train")).test is None
 
 
-def test_plain_batches_of_images_of_any_size_are_centre_crops(tmp_path):
-    """Against PIL, whose filters torchvision's have to match to rounding: a red centre on green, far from square."""
+def test_eval_batches_are_center_crops_of_images_of_any_size(tmp_path):
+    """As by PIL, up to rounding: a red center on green, in images far from square."""
     from PIL import Image
     from torchvision.transforms import v2
 
@@ -140,11 +113,30 @@ def test_plain_batches_of_images_of_any_size_are_centre_crops(tmp_path):
     published = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()])
     want = torch.stack([published(picture) for picture in pictures])
     for workers in (0, 1):
-        got = torch.cat([images for images, _ in mdata.plain_batches(data, data.test, 3, workers)])
+        got = torch.cat([images for images, _ in mdata.eval_batches(data, data.test, 3, workers)])
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (data.mean, data.std))
         difference = ((got * std + mean) * 255 - want).abs()
-        assert difference.max() < 3  # both filters work in integers, and round between their two passes
+        assert difference.max() < 3  # both filters use integers and round between their two passes
         assert difference.mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "header of no bytes"),
+        (b"\x89PNG", "header of 89 50 4e"),
+        (b"\0\0\x0d\1", "header of 00 00 0d"),
+        (b"\0\0\x08", "out of range"),
+        (struct.pack(">BBBB", 0, 0, 8, 3), "buffer"),
+        (struct.pack(">BBBBI", 0, 0, 8, 1, 9) + bytes(8), r"size 8 into shape \(9,\)"),
+        (None, "Not a gzipped file"),
+    ],
+)
+def test_a_damaged_idx_file_is_named(tmp_path, monkeypatch, content, message):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"text" if content is None else gzip.compress(content))
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path)
+    with pytest.raises(ValueError, match=f"^data: expected a gzip-compressed IDX file .*train-images.*{message}"):
+        mdata.load("fashion-mnist")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -153,12 +145,30 @@ def test_an_unreadable_test_image_is_an_error_that_names_it(tmp_path, folder, wo
     broken = tmp_path / "copy" / "val" / "red" / "0.png"
     broken.write_bytes(broken.read_bytes()[:40])
     data = mdata.load(str(tmp_path / "copy"))
-    with pytest.raises(ValueError, match=f"^data: expected an image, got .* in {broken}"):
-        list(mdata.plain_batches(data, data.test, workers=workers))
+    with pytest.raises(ValueError, match=f"^data: expected an image, got .* in {broken}") as caught:
+        list(mdata.eval_batches(data, data.test, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_eval_batches_of_an_extremely_long_image_stay_small(tmp_path):
+    """Resized as it is, to 256 rows, this image would take 3 GB."""
+    from PIL import Image
+
+    (tmp_path / "any").mkdir()
+    pixels = np.zeros((2, 33_000, 3), np.uint8)
+    pixels[:, 16_498:16_502] = 255
+    Image.fromarray(pixels).save(tmp_path / "any" / "0.png")
+    data = mdata.load(str(tmp_path))
+    images, _ = next(mdata.eval_batches(data, data.train))
+    white = (1 - torch.tensor(data.mean)) / torch.tensor(data.std)
+    torch.testing.assert_close(images[0, :, 112, 112], white)
+
+
+# --- image files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["rgb.jpg", "gray.jpg", "cmyk.jpg", "rgba.png", "palette.png", "rgb.webp", "rgb.bmp"])
-def test_read_image_is_pils(tmp_path, form):
+def test_read_image_agrees_with_pil(tmp_path, form):
     from PIL import Image
 
     mode = {"rgb": "RGB", "gray": "L", "cmyk": "CMYK", "rgba": "RGBA", "palette": "P"}[form.split(".")[0]]
@@ -167,16 +177,119 @@ def test_read_image_is_pils(tmp_path, form):
     want = torch.from_numpy(np.array(Image.open(tmp_path / form).convert("RGB"))).permute(2, 0, 1)
     got = read_image(tmp_path / form)
     assert got.dtype == torch.uint8
-    # JPEG's and WebP's standards leave the last bits to the decoder
+    # JPEG and WebP leave the last bits to the decoder
     torch.testing.assert_close(got.int(), want.int(), atol=0 if form.endswith(("png", "bmp")) else 3, rtol=0)
 
 
-def test_read_image_of_16_bits_keeps_the_upper_eight(tmp_path):
+@pytest.mark.parametrize("form", ["png", "tif", "pgm"])
+def test_read_image_of_16_bits_keeps_the_upper_eight(tmp_path, form):
     from PIL import Image
 
     pixels = np.arange(0, 65536, 257 * 4, dtype=np.uint16).reshape(8, 8)
-    Image.fromarray(pixels).save(tmp_path / "deep.png")
-    assert read_image(tmp_path / "deep.png")[0].tolist() == (pixels >> 8).tolist()
+    Image.fromarray(pixels).save(tmp_path / f"deep.{form}")
+    read = read_image(tmp_path / f"deep.{form}")
+    assert read.shape == (3, 8, 8)
+    assert read[0].tolist() == read[2].tolist() == (pixels >> 8).tolist()
+
+
+@pytest.mark.parametrize("pixels", [np.ones((4, 4), np.float32), np.full((4, 4), 2**16, np.int32)])
+def test_read_image_refuses_pixels_of_unknown_range(tmp_path, pixels):
+    from PIL import Image
+
+    Image.fromarray(pixels).save(tmp_path / "deep.tif")
+    with pytest.raises(UnreadableImageError, match=r"expected an image, got ValueError in .*pixels"):
+        read_image(tmp_path / "deep.tif")
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+def test_read_image_of_an_animation_is_its_first_frame(tmp_path, form):
+    from PIL import Image
+
+    frames = [Image.new("RGB", (20, 10), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / f"moving.{form}", save_all=True, append_images=frames[1:])
+    want = torch.tensor([255, 0, 0]).view(3, 1, 1).expand(3, 10, 20)
+    torch.testing.assert_close(read_image(tmp_path / f"moving.{form}").long(), want, atol=3, rtol=0)
+
+
+def test_read_image_ignores_the_exif_orientation(tmp_path):
+    from PIL import Image
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=turned)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 10, 20)
+
+
+def write_black_png(path, width, height):
+    """One bit a pixel: a small file, whatever it decodes to."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(1 + -(-width // 8)) * height, 9)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("limit_of_pil", [True, False])
+def test_read_image_refuses_too_many_pixels_before_it_decodes_them(tmp_path, monkeypatch, limit_of_pil):
+    """20,000 x 20,000 pixels are 1.2 GB."""
+    from PIL import Image
+
+    if not limit_of_pil:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    write_black_png(tmp_path / "bomb.png", 20_000, 20_000)
+    assert (tmp_path / "bomb.png").stat().st_size < 100_000
+    monkeypatch.setattr("torchvision.io.decode_image", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImageError, match=f"expected an image, got .* in {tmp_path}/bomb.png: .*pixels"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_read_image_at_the_limit_of_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 200)
+    write_black_png(tmp_path / "at.png", 20, 10)
+    write_black_png(tmp_path / "beyond.png", 67, 3)
+    assert read_image(tmp_path / "at.png").shape == (3, 10, 20)
+    with pytest.raises(UnreadableImageError, match="67 x 3 pixels, more than 200"):
+        read_image(tmp_path / "beyond.png")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling", "itself", "device"])
+def test_read_image_refuses_what_is_not_a_regular_file(tmp_path, kind):
+    path = tmp_path / "x.jpg"
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case _:
+            path.symlink_to({"dangling": "nowhere", "itself": path, "device": "/dev/zero"}[kind])
+    with pytest.raises(UnreadableImageError, match=f"expected an image, got .* in {path}"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "gif", "bmp", "tif", "webp", "ppm"])
+def test_read_image_of_a_damaged_file_is_an_image_or_one_kind_of_error(tmp_path, form):
+    from PIL import Image
+
+    path, rng = tmp_path / f"x.{form}", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).save(path)
+    whole, errors = path.read_bytes(), 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(150):
+            damaged = bytearray(whole[: rng.integers(len(whole)) if rng.random() < 0.3 else None])
+            for place in rng.integers(0, min(len(damaged), 200), rng.integers(1, 6)) if damaged else ():
+                damaged[place] = rng.integers(256)
+            path.write_bytes(damaged)
+            try:
+                image = read_image(path)
+            except UnreadableImageError:
+                errors += 1
+            else:
+                assert image.dtype == torch.uint8
+                assert image.shape[0] == 3
+    assert errors > 10
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "truncated", None])
@@ -205,6 +318,79 @@ def test_unknown_data(name):
         mdata.load(name)
 
 
+# --- image folders ------------------------------------------------------------------------------------------
+
+
 def test_a_folder_without_classes(tmp_path):
-    with pytest.raises(ValueError, match="data: expected images in class folders"):
+    with pytest.raises(ValueError, match=f"data: expected images in class folders, {tmp_path}/CLASS/IMAGE; .*no class"):
         mdata.load(str(tmp_path))
+
+
+def test_classes_without_images(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("empty", "void"):
+        (tmp_path / "train" / name).mkdir()
+        (tmp_path / "train" / name / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"data: expected images in class folders, .*no image in empty, void$"):
+        mdata.load(str(tmp_path))
+
+
+def test_other_classes_in_val(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "val" / "red").rename(tmp_path / "val" / "green")
+    with pytest.raises(ValueError, match=r"expected the same class folders in .*got green, red in only one of them$"):
+        mdata.load(str(tmp_path))
+
+
+def test_one_image_is_too_few(tmp_path, folder):
+    shutil.copytree(folder / "val" / "red", tmp_path / "red")
+    data = mdata.load(str(tmp_path))
+    with pytest.raises(ValueError, match="data: expected at least 2 images for one step, got 1"):
+        TrainLoader(data, Augmentation.v2(32), 4)
+
+
+def plant(root):
+    """Class folders that have all that ImageFolder and we list alike, links included."""
+    from PIL import Image
+
+    for name in ("b/1.png", "b/sub/0.JPG", "b/sub-a/0.png", "b/sub/deep/9.webp", "ä 日本/x.png", "a/z.png", "a/.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(root / name, "PNG")
+    outside = root.parent / "outside"
+    shutil.copytree(root / "b", outside)
+    (root / "a" / "notes.txt").touch()
+    (root / "a" / "folder.jpg").mkdir()
+    shutil.copy(root / "a" / "z.png", root / "a" / "folder.jpg" / "0.png")
+    (root / "a" / "file.png").symlink_to(outside / "1.png")
+    (root / "a" / "folder").symlink_to(outside)
+    (root / "a" / "dangling.png").symlink_to("nowhere")
+    (root / "linked class").symlink_to(outside)
+    (root / "b" / "other class").symlink_to(root / "a")
+
+
+def test_a_folder_is_listed_as_image_folder_does(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    plant(tmp_path / "root")
+    data, want = mdata.load(str(tmp_path / "root")), ImageFolder(tmp_path / "root")
+    assert list(data.classes) == want.classes
+    assert list(zip(data.train.paths, data.train.labels.tolist(), strict=True)) == want.samples
+    assert len(want.samples) > 15
+
+
+def test_links_in_circles_and_special_files_are_not_listed(tmp_path):
+    plant(tmp_path / "root")
+    before = mdata.load(str(tmp_path / "root"))
+    (tmp_path / "root" / "b" / "loop").symlink_to("..")
+    (tmp_path / "root" / "b" / "sub" / "loop").symlink_to("..")
+    (tmp_path / "root" / "b" / "sub" / "here").symlink_to(".")
+    (tmp_path / "root" / "b" / "above").symlink_to(tmp_path)
+    (tmp_path / "root" / "a" / "again").symlink_to(tmp_path / "outside")
+    (tmp_path / "root" / "itself").symlink_to("itself")
+    (tmp_path / "outside" / "loop").symlink_to(tmp_path / "outside" / "sub")
+    os.mkfifo(tmp_path / "root" / "a" / "pipe.jpg")
+    after = mdata.load(str(tmp_path / "root"))
+    assert after.classes == before.classes
+    # A folder with two names in one class is listed under one of them.
+    assert sorted(map(os.path.realpath, after.train.paths)) == sorted(map(os.path.realpath, before.train.paths))
+    assert torch.equal(after.train.labels, before.train.labels)

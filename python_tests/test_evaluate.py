@@ -115,7 +115,7 @@ def test_encoder_features_are_pooled_eval_mode_features_and_leave_no_trace():
     features = encoder_features(encoder, digits, digits.test, batch_size=100)
     assert [module.training for module in encoder.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
-    images = torch.cat([images for images, _ in mdata.plain_batches(digits, digits.test)])
+    images = torch.cat([images for images, _ in mdata.eval_batches(digits, digits.test)])
     encoder.eval()
     torch.testing.assert_close(encoder.fc(features), encoder(images).detach(), rtol=1e-4, atol=1e-4)
 
@@ -135,7 +135,7 @@ def test_estimated_batchnorm_statistics_are_those_of_the_images():
     encoder.bn1.momentum, mode = 0.3, encoder.training
     estimate_batchnorm_(encoder, digits, digits.train, batch_size=len(digits.train))
     with torch.no_grad():
-        images = torch.cat([images for images, _ in mdata.plain_batches(digits, digits.train, 100)])
+        images = torch.cat([images for images, _ in mdata.eval_batches(digits, digits.train, 100)])
         first = encoder.conv1(images)
     torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)

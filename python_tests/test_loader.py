@@ -1,17 +1,21 @@
-"""Training batches: who sees what when, whatever the workers, ranks and interruptions."""
+"""Training batches: the same images and views whatever the workers, ranks and interruptions."""
 
+import collections
 import dataclasses
 import io
 import itertools
+import os
 import shutil
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from moco_ext import data as mdata
-from moco_ext.data import Augmentation, LabelledLoader, TensorSplit, TrainLoader, datasets
+from moco_ext.data import Augmentation, SupervisedLoader, TensorSplit, TrainLoader, augment, datasets
+from moco_ext.data import images as image_files
 from moco_ext.data.sampler import EpochBatchSampler
 
 pytest.importorskip("torchvision")
@@ -20,7 +24,7 @@ STILL = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "jitter": (0, 0, 0, 0), "gray
 
 
 def numbered(n, classes=1):
-    """n images of 4x4, each all of its own grey, so that a view tells which image it is of."""
+    """n images of 4x4, image i all of gray value i, so that a view identifies its image."""
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 4, 4).contiguous()
     split = TensorSplit(images, torch.arange(n) % classes)
     names = tuple(map(str, range(classes)))
@@ -28,7 +32,7 @@ def numbered(n, classes=1):
 
 
 def shown(view):
-    """The images [n] that views of ``numbered`` images are of."""
+    """Which ``numbered`` images the views show, [n]."""
     return view[:, 0, 0, 0].round().long()
 
 
@@ -38,9 +42,7 @@ def loader(n=50, batch_size=16, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """train/ with two classes of 7 images: JPEGs of noise, of different sizes."""
-    from PIL import Image
-
+    """train/ with two classes of 7 images: JPEGs of noise, in different sizes."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -118,7 +120,7 @@ def test_batches_depend_on_seed_and_epoch_alone():
         assert not torch.equal(one.key_order, different.key_order)
 
 
-def test_the_global_generator_is_neither_used_nor_moved(folder):
+def test_the_global_generator_is_neither_used_nor_advanced(folder):
     def run(seed):
         torch.manual_seed(seed)
         got = views(TrainLoader(load(folder), Augmentation.v2(64), 4).epoch(0))
@@ -165,12 +167,39 @@ def test_channels_last():
         ({"augment_on": "gpu"}, "augment_on: expected loader or device, got 'gpu'"),
         ({"workers": -1}, "workers: expected 0 or more"),
         ({"n": 3, "world": 2}, "data: expected at least 4 images for one step, got 3"),
+        ({"n": 1}, "data: expected at least 2 images for one step, got 1"),
+        ({"n": 0}, "data: expected at least 2 images for one step, got 0"),
         ({"n": 50, "accumulate": 4, "drop_last": True}, "data: expected at least 64 images for one step, got 50"),
     ],
 )
 def test_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         loader(**options)
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+def test_the_device_is_a_name_or_a_torch_device(device):
+    assert next(loader(device=device).epoch(0)).im_q.device.type == "cpu"
+    assert next(SupervisedLoader(numbered(50), 16, device=device).epoch(0))[1].device.type == "cpu"
+
+
+@pytest.mark.parametrize("augment_on", ["loader", "device"])
+def test_everything_random_is_computed_once(folder, monkeypatch, augment_on):
+    """A micro-batch once, and of each view's random numbers each one once."""
+    micro_batches, numbers = [], collections.Counter()
+    micro_batch, uniforms = EpochBatchSampler._micro_batch, augment.uniforms
+
+    def counted(seeds, count, *, start=0):
+        numbers.update((seed, start + i) for seed in seeds.tolist() for i in range(count))
+        return uniforms(seeds, count, start=start)
+
+    monkeypatch.setattr(EpochBatchSampler, "_micro_batch", lambda *a: micro_batches.append(a[-1]) or micro_batch(*a))
+    monkeypatch.setattr(augment, "uniforms", counted)
+    for _ in TrainLoader(load(folder), Augmentation.v2(64), 4, augment_on=augment_on).epoch(0):
+        pass
+    assert micro_batches == [0, 1, 2, 3]
+    assert set(numbers.values()) == {1}
+    assert len(numbers) == 2 * 14 * 32
 
 
 # --- many processes -----------------------------------------------------------------------------------------
@@ -184,7 +213,7 @@ def test_ranks_see_together_what_one_process_sees(folder, accumulate):
         list(TrainLoader(data, recipe, 2, accumulate=accumulate, rank=r, world=3, shuffled_keys=True).epoch(1))
         for r in range(3)
     ]
-    # 14 images: 6, 6 and 2; three ranks would have less than two each, and leave those out
+    # 14 images: 6, 6 and 2. Three ranks would get fewer than two each, and leave those out.
     assert [len(batch.im_q) for batch in one] == [6, 6, 2]
     for global_batch, *parts in zip(one[:2], *ranks, strict=True):
         assert torch.equal(torch.cat([part.im_q for part in parts]), global_batch.im_q)
@@ -203,7 +232,7 @@ def test_ranks_see_in_memory_what_one_process_sees():
 
 
 @pytest.mark.parametrize(("images", "world", "batch_size"), [(50, 3, 4), (47, 4, 5), (100, 7, 3), (11, 2, 4)])
-def test_every_rank_gets_as_many_and_no_image_twice(images, world, batch_size):
+def test_every_rank_gets_the_same_number_and_no_image_twice(images, world, batch_size):
     ranks = [list(loader(images, batch_size, rank=r, world=world).epoch(0)) for r in range(world)]
     for parts in zip(*ranks, strict=True):
         assert len({len(part.im_q) for part in parts}) == 1
@@ -217,7 +246,7 @@ def test_every_rank_gets_as_many_and_no_image_twice(images, world, batch_size):
 
 
 @pytest.mark.parametrize("augment_on", ["loader", "device"])
-def test_workers_and_the_place_of_augmentation_change_nothing(folder, augment_on):
+def test_views_depend_neither_on_workers_nor_on_augment_on(folder, augment_on):
     data, recipe = load(folder), Augmentation.v2(64)
     want = views(TrainLoader(data, recipe, 4).epoch(0))
     for workers in (0, 2):
@@ -225,7 +254,7 @@ def test_workers_and_the_place_of_augmentation_change_nothing(folder, augment_on
         assert torch.equal(got, want)
 
 
-def test_augmentation_in_memory_on_the_device():
+def test_augment_on_device_of_images_in_memory():
     data, recipe = mdata.load("digits"), Augmentation.v1(8)
     a, b = (next(TrainLoader(data, recipe, 8, augment_on=place).epoch(0)) for place in ("loader", "device"))
     assert torch.equal(a.im_q, b.im_q)
@@ -270,7 +299,7 @@ def test_an_epoch_left_in_the_middle_starts_anew(folder):
     assert torch.equal(views(train.epoch(0)), whole)
 
 
-def test_micro_batches_of_an_unfinished_step_are_shown_again():
+def test_micro_batches_of_an_unfinished_step_are_repeated():
     train = loader(48, 8, accumulate=3)
     batches = iter(train.epoch(0))
     seen = [next(batches) for _ in range(5)]
@@ -287,7 +316,14 @@ def test_a_state_of_another_run_is_refused(options, name):
         loader(**options).load_state_dict(loader().state_dict())
 
 
-def test_a_state_of_as_many_images_a_batch_is_taken_by_other_ranks():
+@pytest.mark.parametrize(("name", "value"), [("epoch", -1), ("step", 5), ("step", "1"), ("skipped", None)])
+def test_a_state_without_a_valid_position_is_refused(name, value):
+    state = loader().state_dict() | {name: value}
+    with pytest.raises(ValueError, match=f"state: expected {name} .*got {value}"):
+        loader().load_state_dict(state)
+
+
+def test_a_state_with_the_same_global_batch_size_fits_another_number_of_ranks():
     train = loader(64, 16)
     batches = train.epoch(0)
     next(batches)
@@ -327,7 +363,7 @@ def test_unreadable_images_are_replaced_counted_and_warned_of_once(damaged, work
 
 
 def test_query_and_key_of_an_unreadable_image_show_the_same_other_one(damaged):
-    """Also on different ranks: rows of still views are equal once the keys are put back in order."""
+    """On different ranks too: without augmentation the rows are equal once the keys are back in order."""
     data, recipe = load(damaged), Augmentation(64, **STILL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -348,22 +384,41 @@ def test_each_rank_counts_its_own_queries(damaged):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_bomb_a_fifo_and_a_folder_are_replaced_and_counted(folder, tmp_path, monkeypatch, workers):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    data = load(tmp_path)
+    bomb, fifo, a_folder = (tmp_path / "train" / "a" / f"{i}.jpg" for i in range(3))
+    fifo.unlink()
+    os.mkfifo(fifo)
+    a_folder.unlink()
+    a_folder.mkdir()
+    Image.new("1", (400, 300)).save(bomb, "PNG")
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 400 * 300 - 1)
+    train = TrainLoader(data, Augmentation.v2(64), 7, workers=workers)
+    with pytest.warns(UserWarning, match=r"^data: expected an image, got ValueError in .*train/a/[012]\.jpg"):
+        batches = list(train.epoch(0))
+    assert train.skipped == 3
+    assert views(batches).isfinite().all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_batch_mostly_unreadable_is_an_error(damaged, workers):
     train = TrainLoader(load(damaged), Augmentation.v1(64), 14, workers=workers)
     for path in (damaged / "train" / "a").iterdir():
         path.write_bytes(b"nothing")
     (damaged / "train" / "b" / "0.jpg").unlink()
     message = r"^data: expected images, got a batch of 14 of which more than half are unreadable; the first: .*\.jpg"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         list(train.epoch(0))
+    assert "\n" not in str(caught.value)  # not the worker's traceback
 
 
-# --- labelled batches ---------------------------------------------------------------------------------------
+# --- supervised batches -------------------------------------------------------------------------------------
 
 
-def test_labelled_batches_show_every_image_once_with_its_label():
+def test_supervised_batches_show_every_image_once_with_its_label():
     data = numbered(50, classes=3)
-    train = LabelledLoader(data, 16, crop_min=1.0)
+    train = SupervisedLoader(data, 16, crop_min=1.0)
     batches = list(train.epoch(0))
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
     assert train.steps_per_epoch == 4
@@ -374,33 +429,31 @@ def test_labelled_batches_show_every_image_once_with_its_label():
 
 def test_a_fraction_of_the_labels_is_stratified_and_the_same_every_epoch():
     data = numbered(200, classes=4)
-    train = LabelledLoader(data, 4, fraction=0.1, seed=5, crop_min=1.0)
+    train = SupervisedLoader(data, 4, fraction=0.1, seed=5, crop_min=1.0)
     epochs = [torch.cat([shown(images) for images, _ in train.epoch(epoch)]) for epoch in range(2)]
     assert torch.bincount(epochs[0] % 4).tolist() == [5, 5, 5, 5]
     assert sorted(epochs[0].tolist()) == sorted(epochs[1].tolist())
     assert epochs[0].tolist() != epochs[1].tolist()
-    other = LabelledLoader(data, 4, fraction=0.1, seed=6, crop_min=1.0)
+    other = SupervisedLoader(data, 4, fraction=0.1, seed=6, crop_min=1.0)
     assert set(epochs[0].tolist()) != set(torch.cat([shown(images) for images, _ in other.epoch(0)]).tolist())
-    one_each = LabelledLoader(data, 4, fraction=1e-6)
+    one_each = SupervisedLoader(data, 4, fraction=1e-6)
     assert sorted(next(one_each.epoch(0))[1].tolist()) == [0, 1, 2, 3]
 
 
-def test_labelled_ranks_see_together_what_one_process_sees(folder):
-    one = next(LabelledLoader(load(folder), 6).epoch(0))
-    ranks = [next(LabelledLoader(load(folder), 3, rank=r, world=2, workers=r).epoch(0)) for r in range(2)]
+def test_supervised_ranks_see_together_what_one_process_sees(folder):
+    one = next(SupervisedLoader(load(folder), 6).epoch(0))
+    ranks = [next(SupervisedLoader(load(folder), 3, rank=r, world=2, workers=r).epoch(0)) for r in range(2)]
     for got, want in zip(zip(*ranks, strict=True), one, strict=True):
         assert torch.equal(torch.cat(got), want)
 
 
-def test_an_unreadable_labelled_image_is_replaced_with_its_label(damaged):
-    from PIL import Image
-
+def test_an_unreadable_supervised_image_is_replaced_with_its_label(damaged):
     data = load(damaged)
-    for position, (path, label) in enumerate(data.train.dataset.samples):
-        if position not in (2, 12):  # the broken ones; the others are of their class's colour
+    for position, (path, label) in enumerate(zip(data.train.paths, data.train.labels.tolist(), strict=True)):
+        if position not in (2, 12):  # not the damaged ones; the others get a color per class
             Image.new("RGB", (64, 64), (255 * label, 0, 0)).save(path)
     with pytest.warns(UserWarning, match="takes its place"):
-        batches = list(LabelledLoader(data, 14).epoch(0))
+        batches = list(SupervisedLoader(data, 14).epoch(0))
     (images, labels), mean, std = batches[0], torch.tensor(data.mean), torch.tensor(data.std)
     red = images.mean((2, 3))[:, 0] * std[0] + mean[0]
     assert red.round().long().tolist() == labels.tolist()
@@ -409,14 +462,15 @@ def test_an_unreadable_labelled_image_is_replaced_with_its_label(damaged):
 @pytest.mark.parametrize(
     ("options", "message"), [({"fraction": 0.0}, "fraction: expected"), ({"crop_min": 1.5}, "crop_min: expected")]
 )
-def test_labelled_arguments_out_of_range(options, message):
+def test_supervised_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        LabelledLoader(numbered(50), 4, **options)
+        SupervisedLoader(numbered(50), 4, **options)
 
 
-def test_plans_of_large_data_cost_one_permutation():
-    """Ten million images: a step of an epoch is there at once, and holds what a batch holds."""
-    plan = EpochBatchSampler(10_000_000, 4)
-    micro = next(plan.micro_batches(0, 2_000_000))
+def test_sampling_from_large_data_costs_one_permutation():
+    """Ten million images: a step in the middle of an epoch is available at once."""
+    sampler = EpochBatchSampler(10_000_000, 4)
+    sampler.set_epoch(0, 2_000_000)
+    micro = next(iter(sampler))
     assert micro.index.shape == (4,)
     assert micro.index.max() < 10_000_000

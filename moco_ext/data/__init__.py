@@ -1,8 +1,9 @@
-"""Data sets, the augmentations and the batches made of both."""
+"""Datasets, augmentations and data loaders."""
 
 from .augment import Augmentation, TwoCropsTransform, augment_batch
-from .datasets import BUILT_IN, FolderSplit, ImageData, Split, TensorSplit, load, normalize, plain_batches
-from .loader import Batch, LabelledLoader, TrainLoader
+from .datasets import BUILT_IN, FolderSplit, ImageData, Normalize, Split, TensorSplit, eval_batches, load
+from .images import UnreadableImageError
+from .loader import Batch, SupervisedLoader, TrainLoader
 
 __all__ = [
     "BUILT_IN",
@@ -10,13 +11,14 @@ __all__ = [
     "Batch",
     "FolderSplit",
     "ImageData",
-    "LabelledLoader",
+    "Normalize",
     "Split",
+    "SupervisedLoader",
     "TensorSplit",
     "TrainLoader",
     "TwoCropsTransform",
+    "UnreadableImageError",
     "augment_batch",
+    "eval_batches",
     "load",
-    "normalize",
-    "plain_batches",
 ]

@@ -1,21 +1,20 @@
-"""Data sets as records: small sets whole in memory as uint8 tensors, image folders from disk."""
+"""Datasets: small ones in memory as uint8 tensors, image folders on disk."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import gzip
+import os
+import zlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from .idx import read_idx
-from .images import UnreadableImageError, read_image
-
-if TYPE_CHECKING:
-    from torchvision.datasets import ImageFolder
+from .images import read_image
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -26,7 +25,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class TensorSplit:
-    """Images of a small set, in memory: ``images`` uint8 [N, C, H, W], ``labels`` int64 [N]."""
+    """Images in memory: ``images`` uint8 [N, C, H, W], ``labels`` int64 [N]."""
 
     images: Tensor
     labels: Tensor
@@ -37,9 +36,9 @@ class TensorSplit:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSplit:
-    """Images on disk, ``root/CLASS/image``: ``dataset`` is a torchvision ``ImageFolder`` without transform."""
+    """Images on disk: ``paths`` of the N files, ``labels`` int64 [N]."""
 
-    dataset: ImageFolder
+    paths: list[str]
     labels: Tensor
 
     def __len__(self) -> int:
@@ -51,11 +50,17 @@ Split = TensorSplit | FolderSplit
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
-    """A data set: what training and evaluation need to know about it.
+    """A dataset for training and evaluation.
 
-    ``size`` is the side in pixels of the square the encoder sees; ``mean`` and ``std`` are per channel, of
-    values in [0, 1], one or three entries; ``flip`` says whether a mirrored image keeps its meaning (digits
-    do not). ``test`` is None where an image folder has no ``val/``: then there is nothing to evaluate on.
+    Attributes:
+        name: a built-in name, or the folder's path.
+        classes: class names; a label is an index into them.
+        size: side of the square images the encoder takes, in pixels.
+        mean: per channel, of pixel values in [0, 1]; one or three entries.
+        std: standard deviation per channel, likewise.
+        flip: whether a mirrored image keeps its meaning (a digit does not).
+        train: training images.
+        test: test images; None for an image folder without ``val/``, which cannot be evaluated.
     """
 
     name: str
@@ -69,23 +74,23 @@ class ImageData:
 
     @property
     def splits(self) -> tuple[Split, Split]:
-        """(train, test), for evaluation; a ValueError where there is no test split."""
+        """(train, test), for evaluation; raises ValueError without a test split."""
         if self.test is None:
             raise ValueError(f"data: expected train/ and val/ in {self.name} to evaluate on, got no val/")
         return self.train, self.test
 
 
 def load(name: str, data_root: str | Path = "data") -> ImageData:
-    """A data set by name, or an image folder by its path.
+    """Load a built-in dataset by name, or an image folder by path.
 
     Args:
-        name: ``"digits"`` (1,797 images of 8x8, shipped with scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
-            ``"cifar100"``, or the path of an image folder in torchvision's ``ImageFolder`` layout, with
-            ``train/`` and ``val/`` inside or class folders directly.
-        data_root: where torchvision downloads go and are looked for.
+        name: ``"digits"`` (1,797 images of 8x8, included in scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
+            ``"cifar100"``, or the path of an image folder: ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, or
+            ``CLASS/IMAGE``, as for torchvision's ``ImageFolder``.
+        data_root: torchvision's download folder.
 
     Raises:
-        ValueError: neither a known name nor a folder with images in class folders.
+        ValueError: neither a built-in name nor a folder of class folders with images in each.
     """
     match name:
         case "digits":
@@ -99,62 +104,72 @@ def load(name: str, data_root: str | Path = "data") -> ImageData:
     return _folder(Path(name))
 
 
-def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Images in [0, 1], [N, C, H, W], standardised per channel; grey ones are repeated to three channels."""
-    shape = (1, -1, 1, 1)
-    images = (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
-    return images.expand(-1, 3, -1, -1)
+class Normalize:
+    """Normalize images with the dataset's mean and standard deviation, and repeat grayscale to three channels.
+
+    Takes uint8 images, or floating-point ones in [0, 1], [N, C, H, W]; returns float32 [N, 3, H, W]. The constants are
+    kept on ``device``: creating them at every call would make a GPU wait.
+    """
+
+    def __init__(self, data: ImageData, device: torch.device | str = "cpu") -> None:
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
+        self.shift, self.scale = (-mean / std).to(device), (1 / std).to(device)
+        self.byte_scale = self.scale / 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
+        return torch.addcmul(self.shift, images.float(), scale).expand(-1, 3, -1, -1)
 
 
-def plain_batches(
+def eval_batches(
     data: ImageData, split: Split, batch_size: int = 512, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images of ``split`` in order, without augmentation: float32 [B, 3, size, size] and labels int64 [B]."""
+    """Iterate over a split in order, without augmentation: resized and center-cropped to ``data.size``.
+
+    Yields:
+        Normalized images float32 [B, 3, size, size] and labels int64 [B].
+
+    Raises:
+        UnreadableImageError: a file cannot be decoded. It is not replaced, which would change the result.
+    """
+    normalize = Normalize(data)
     if isinstance(split, TensorSplit):
         for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-            yield normalize(images.float() / 255, data.mean, data.std), labels
+            yield normalize(images), labels
         return
-    loader = DataLoader(
-        _PlainImages(split, data.size),
-        batch_sampler=BatchSampler(SequentialSampler(split.labels), batch_size, drop_last=False),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-    )
-    for batch in loader:
-        if isinstance(batch, ValueError):
-            raise batch
-        images, labels = batch
-        yield normalize(images / 255, data.mean, data.std), labels
+    batches = BatchSampler(SequentialSampler(split.paths), batch_size, drop_last=False)
+    for images, labels in DataLoader(_EvalImages(split, data.size), None, sampler=batches, num_workers=workers):
+        yield normalize(images), labels
 
 
-class _PlainImages(Dataset):
-    """Centre crops of image files, a batch at a time: uint8 [B, 3, size, size] and labels [B]; or an error to raise."""
+class _EvalImages(Dataset):
+    """Resized center crops of image files, a batch at a time: uint8 [B, 3, size, size] and labels [B]."""
 
     def __init__(self, split: FolderSplit, size: int) -> None:
         self.split, self.size = split, size
 
-    def __getitems__(self, index: list[int]) -> tuple[Tensor, Tensor] | ValueError:
-        try:
-            return torch.stack([self._image(position) for position in index]), self.split.labels[index]
-        except UnreadableImageError as error:  # another in its place would change what is measured
-            return ValueError(f"data: {error}")
+    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
+        return torch.stack([self._image(self.split.paths[i]) for i in index]), self.split.labels[index]
 
-    def _image(self, position: int) -> Tensor:
+    def _image(self, path: str) -> Tensor:
         from torchvision.transforms.v2 import functional
 
-        image = read_image(self.split.dataset.samples[position][0])
+        image = read_image(path)
+        height, width = image.shape[-2:]
+        image = functional.center_crop(image, [min(height, 16 * width), min(width, 16 * height)])  # bounds the next
         image = functional.resize(image, [round(self.size * 256 / 224)], antialias=True)
         return functional.center_crop(image, [self.size, self.size])
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def stratified_split(labels: Tensor, test_fraction: float, seed: int = 0, at_least: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices (train, test), sorted: of every class of n images ``round(test_fraction * n)`` are test images.
+    """Split each class's images at random: ``round(test_fraction * n)`` of its n are test images.
 
-    But not fewer than ``at_least`` of a class.
+    Args:
+        labels: int64 [N].
+        at_least: test images of a class, at least.
+
+    Returns:
+        Sorted indices of the training images and of the test images.
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
@@ -184,18 +199,36 @@ def _digits() -> ImageData:
 
 
 def _fashion_mnist(data_root: Path) -> ImageData:
-    if DEBIAN_FASHION_MNIST.is_dir():
-        files = {
-            part: [DEBIAN_FASHION_MNIST / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    folder = DEBIAN_FASHION_MNIST
+    if folder.is_dir():
+        splits = (
+            TensorSplit(
+                _read_idx(folder / f"{part}-images-idx3-ubyte.gz")[:, None],
+                _read_idx(folder / f"{part}-labels-idx1-ubyte.gz").long(),
+            )
             for part in ("train", "t10k")
-        }
-        splits = (TensorSplit(read_idx(images)[:, None], read_idx(labels).long()) for images, labels in files.values())
+        )
     else:
         from torchvision.datasets import FashionMNIST
 
         downloaded = (FashionMNIST(data_root, train=train, download=True) for train in (True, False))
         splits = (TensorSplit(part.data[:, None], part.targets.long()) for part in downloaded)
     return _in_memory("fashion-mnist", _FASHION_CLASSES.split(","), *splits, flip=True)
+
+
+def _read_idx(path: Path) -> Tensor:
+    """Read a gzip-compressed IDX file of unsigned bytes, the format of MNIST.
+
+    Layout: 00 00 08, the number of dimensions, each dimension as a big-endian uint32, then the values.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes())
+        if raw[:3] != b"\0\0\x08":
+            raise ValueError(f"a header of {raw[:3].hex(' ') or 'no bytes'}, not 00 00 08")
+        shape = np.frombuffer(raw, ">u4", raw[3], offset=4)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes).reshape(shape).copy())
+    except (ValueError, IndexError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"data: expected a gzip-compressed IDX file of bytes in {path}, got {error}") from None
 
 
 def _cifar(name: str, data_root: Path) -> ImageData:
@@ -211,18 +244,62 @@ def _cifar(name: str, data_root: Path) -> ImageData:
 
 
 def _folder(root: Path) -> ImageData:
-    from torchvision.datasets import ImageFolder
-
-    def split(folder: Path) -> FolderSplit:
-        try:
-            dataset = ImageFolder(folder)
-        except FileNotFoundError as error:
-            raise ValueError(f"data: expected images in class folders, {folder}/CLASS/IMAGE; {error}") from None
-        return FolderSplit(dataset, torch.tensor(dataset.targets))
-
-    train = split(root / "train" if (root / "train").is_dir() else root)
-    test = split(root / "val") if (root / "train").is_dir() and (root / "val").is_dir() else None
-    if test is not None and test.dataset.classes != train.dataset.classes:
-        raise ValueError(f"data: expected the same class folders in {root}/train and {root}/val")
-    classes = tuple(train.dataset.classes)
+    train_folder, val = (root / "train", root / "val") if (root / "train").is_dir() else (root, None)
+    classes, train = _read_folder(train_folder)
+    test = None
+    if val is not None and val.is_dir():
+        test_classes, test = _read_folder(val)
+        if test_classes != classes:
+            raise ValueError(
+                f"data: expected the same class folders in {train_folder} and {val}, got "
+                f"{_few(set(classes) ^ set(test_classes))} in only one of them"
+            )
     return ImageData(str(root), classes, 224, _IMAGENET_MEAN, _IMAGENET_STD, True, train, test)
+
+
+def _read_folder(root: Path) -> tuple[tuple[str, ...], FolderSplit]:
+    """Class names, and the images of all classes, in the order of torchvision's ``ImageFolder``."""
+    classes = tuple(sorted(entry.name for entry in os.scandir(root) if _is_folder(entry)))
+    files = [_image_files(root / name) for name in classes]
+    empty = [name for name, found in zip(classes, files, strict=True) if not found]
+    if empty or not classes:
+        got = f"no image in {_few(empty)}" if empty else "no class folder"
+        raise ValueError(f"data: expected images in class folders, {root}/CLASS/IMAGE; got {got}")
+    labels = [label for label, found in enumerate(files) for _ in found]
+    return classes, FolderSplit([path for found in files for path in found], torch.tensor(labels))
+
+
+def _image_files(folder: Path) -> list[str]:
+    """Image files below ``folder``, by folder and name; links are followed, to each folder once.
+
+    ``ImageFolder`` follows a link to a folder around it until the system refuses, and lists its images each time. It
+    lists FIFOs and devices too. A dangling link is listed: it counts as an unreadable image, not as none.
+    """
+    from torchvision.datasets.folder import is_image_file
+
+    files: dict[str, list[str]] = {}
+    seen = {path for start in (folder.parent.resolve(), folder.resolve()) for path in (start, *start.parents)}
+    pending = [str(folder)]
+    while pending:
+        current = pending.pop()
+        entries = sorted(os.scandir(current), key=lambda entry: entry.name)
+        files[current] = [
+            entry.path
+            for entry in entries
+            if is_image_file(entry.name) and not _is_folder(entry) and (entry.is_symlink() or entry.is_file())
+        ]
+        for entry in filter(_is_folder, entries):
+            real = Path(entry.path).resolve()
+            if real not in seen:
+                seen.add(real)
+                pending.append(entry.path)
+    return [path for _, paths in sorted(files.items()) for path in paths]
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
+
+
+def _few(names: Collection[str]) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,45 +1,76 @@
-"""Image files as tensors, without PIL where torchvision's decoders can read them."""
+"""Decode image files: torchvision's decoders where they apply, PIL for the other formats."""
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 178_956_970  # PIL's limit too; 0.5 GB decoded. Larger images end a worker, or the machine.
+
+_TORCHVISION_FORMATS = ("JPEG", "PNG", "WEBP")  # not GIF: torchvision decodes all frames
+
 
 class UnreadableImageError(ValueError):
-    """A file that holds no image anyone here can decode; the message names it."""
+    """An image file could not be decoded; the message names it.
+
+    A DataLoader re-raises a worker's exception with the worker's traceback as its message. Only the error itself is
+    kept, so that users see one line whatever the number of workers.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
 def read_image(path: str | Path) -> Tensor:
-    """The image in a file: uint8 [3, H, W], whatever its mode was (transparency is dropped, grey repeated).
+    """Read an image file as uint8 [3, H, W].
 
-    The orientation in EXIF is not applied, as in the published training.
+    Grayscale is repeated to three channels, transparency is dropped, 16-bit channels keep their upper 8 bits, and an
+    animation gives its first frame. The EXIF orientation is not applied, as in the official training code.
 
     Raises:
-        UnreadableImageError: missing, empty, truncated, or not an image.
+        UnreadableImageError: not a regular file, missing, empty, truncated, not an image, of more than ``MAX_PIXELS``
+            pixels, or of floating-point values, whose range is unknown.
     """
-    from torchvision.io import ImageReadMode, decode_image, read_file
+    from PIL import Image
+    from torchvision.io import ImageReadMode, decode_image
 
     try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
-    except RuntimeError:
-        return _with_pil(path)
-    if image.ndim == 4:  # an animation
-        image = image[0]
-    if image.dtype != torch.uint8:  # 16 bits a channel
-        image = (image.int() >> 8).to(torch.uint8)
-    return image
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file, Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:  # PIL has read no more than the header
+                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            if image.format not in _TORCHVISION_FORMATS:
+                return _from_pil(image)
+            after_header = file.tell()
+            file.seek(0)
+            try:
+                pixels = decode_image(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8), ImageReadMode.RGB)
+            except RuntimeError:  # a variant that torchvision does not support, or a damaged file: PIL says why
+                file.seek(after_header)
+                return _from_pil(image)
+            return pixels if pixels.dtype == torch.uint8 else (pixels.int() >> 8).to(torch.uint8)
+    except Exception as error:  # decoders raise anything on damaged files, which must not end a long run
+        raise UnreadableImageError(f"data: expected an image, got {type(error).__name__} in {path}: {error}") from None
 
 
-def _with_pil(path: str | Path) -> Tensor:
-    """What torchvision does not decode: TIFF, BMP, PPM; and PIL's reason where it cannot be done."""
-    from PIL import Image
+def _from_pil(image: Image.Image) -> Tensor:
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    try:
-        with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:  # what PIL's decoders raise on broken files
-        raise UnreadableImageError(f"expected an image, got {type(error).__name__} in {path}: {error}") from None
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
+        pixels = np.asarray(image).astype(np.int64)
+        if pixels.min() < 0 or pixels.max() >= 2**16:
+            raise ValueError("integer pixels outside of 16 bits")
+        return torch.from_numpy((pixels >> 8).astype(np.uint8)).expand(3, -1, -1)
+    return pil_to_tensor(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""Batches for training, epoch by epoch: two views of each image, or one view and its label."""
+"""Training batches: two views of each image, or one view and its label."""
 
 from __future__ import annotations
 
@@ -7,70 +7,73 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .augment import Augmentation, augment_batch, recolour
-from .datasets import ImageData, TensorSplit, stratified_split
-from .sampler import EpochBatchSampler, MicroBatch
+from .augment import Augmentation, augment_batch, color_transform
+from .datasets import ImageData, Normalize, TensorSplit, stratified_split
+from .sampler import EpochBatchSampler
 from .seeds import hash_seeds
-from .views import Request, ViewDataset, Views
-
-_CPU = torch.device("cpu")
+from .views import ViewDataset, Views
 
 
 class Batch(NamedTuple):
-    """Two views of n images, and where they stand.
+    """Two views of n images.
 
     Attributes:
-        im_q: [n, 3, s, s] float32, standardised, on the loader's device; with P patches [n, P, 3, s', s'].
-        im_k: the same of the key views: rows are the images of ``index``; with ``shuffled_keys``, those of
-            ``key_order``'s slots rank * n .. (rank + 1) * n.
-        index: [n] int64 positions in ``data.train`` of this rank's queries, on the CPU. An unreadable image keeps its
-            position, whatever image takes its place.
+        im_q: [n, 3, s, s] float32, normalized, on the loader's device; with P patches [n, P, 3, s', s'].
+        im_k: the same for the key views, of the images of ``index``; with ``shuffled_keys``, of those in slots
+            rank * n to (rank + 1) * n - 1 of ``key_order``.
+        index: [n] int64 positions of the queries in ``data.train``, on the CPU. An unreadable image keeps its position,
+            whatever image replaces it.
         key_order: [world * n] int64 permutation of the global batch, on the CPU: slot i of the shuffled keys holds
-            global row ``key_order[i]``; row r * n + i is rank r's row i.
-        share: this micro-batch's share of its optimizer step's images.
-        last: True for the micro-batch that completes an optimizer step.
+            global row ``key_order[i]``; row r * n + i is row i of rank r.
+        share: this micro-batch's share of the images of its optimizer step.
+        last: True for the last micro-batch of an optimizer step.
     """
 
     im_q: Tensor
     im_k: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
+    index: Tensor  # type: ignore[assignment]  # tuple has a method of that name
     key_order: Tensor
     share: float
     last: bool
 
 
 class TrainLoader:
-    """Two augmented views of each training image, in an order of each epoch's own.
+    """Two augmented views of each training image, in a new order every epoch.
 
-    Everything random is a function of (seed, epoch, place in the epoch) alone. So results depend neither on the number
+    Everything random is a function of (seed, epoch, position in the epoch). So the views depend neither on the number
     of workers nor on where a run was interrupted, and ``world`` ranks with ``batch_size`` images each see together what
-    one process sees with ``world * batch_size``, but for the last short batch, of which every rank gets as many.
+    one process sees with ``world * batch_size``. Only an epoch's last batch differs: every rank gets the same number of
+    images.
 
-    An image that cannot be decoded is replaced by another, warned of once and counted in ``skipped`` (each rank counts
-    its queries).
+    An image that cannot be decoded is replaced by another and counted in ``skipped`` (by the rank whose query it is),
+    with one warning for the first.
 
     Args:
-        data: whose ``train`` split is shown.
-        augmentation: of both views.
+        data: the dataset; its ``train`` split is used.
+        augmentation: for both views.
         batch_size: images of one rank's micro-batch, at least 2.
         accumulate: micro-batches of an optimizer step.
-        workers: loader processes; 0: the work is done in this one.
-        drop_last: leave out an epoch's last optimizer step if it is short (the published trainer does).
-        shuffled_keys: hand each rank key views of all ranks' images, permuted by ``key_order``: shuffling BN without
-            sending an image.
-        patches: P = g * g: each view becomes the P cells of a g x g grid, of side s' = s // g; 0: the whole view.
-        augment_on: ``"loader"``, or ``"device"``: workers decode and crop, and the rest is done on the batch, on
-            ``device``. Both give the same views, to rounding.
+        seed: of the order and the views.
+        rank: this process, 0 to ``world - 1``.
+        world: number of processes.
+        workers: loader processes; 0 loads in this process.
+        drop_last: drop an epoch's last optimizer step if it is short, as the official training code does.
+        shuffled_keys: give each rank key views of all ranks' images, permuted by ``key_order``: shuffling BN without
+            sending images.
+        patches: P = g * g splits each view into a g x g grid of patches with side s' = s // g; 0 keeps it whole.
+        augment_on: ``"loader"``, or ``"device"``: workers only decode and crop, and the rest runs on ``device``, a
+            batch at a time. Both give the same views up to rounding.
         device: of the views.
-        channels_last: memory layout of the views.
+        channels_last: use the channels-last memory layout.
 
     Raises:
-        ValueError: an argument out of its range, or too few images for one step; later, a batch of which more than
-            half cannot be decoded.
+        ValueError: an argument out of range, or too few images for one step.
+        UnreadableImageError: while iterating, more than half of a batch cannot be decoded.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class TrainLoader:
         shuffled_keys: bool = False,
         patches: int = 0,
         augment_on: str = "loader",
-        device: torch.device = _CPU,
+        device: torch.device | str = "cpu",
         channels_last: bool = False,
     ) -> None:
         if augment_on not in ("loader", "device"):
@@ -98,7 +101,7 @@ class TrainLoader:
             raise ValueError(
                 f"patches: expected 0 or a square number, of at most {augmentation.size}^2 patches, got {patches}"
             )
-        self._plan = EpochBatchSampler(
+        self._sampler = EpochBatchSampler(
             len(data.train),
             batch_size,
             accumulate=accumulate,
@@ -108,67 +111,78 @@ class TrainLoader:
             drop_last=drop_last,
             shuffled_keys=shuffled_keys,
         )
+        device = torch.device(device)
         self._device_augmentation = augmentation if augment_on == "device" else None
-        self._whole_images = isinstance(data.train, TensorSplit)  # which workers do not crop, if the device augments
-        self._device, self._channels_last, self._standardise = device, channels_last, Standardise(data, device)
-        dataset = ViewDataset(data.train, augmentation, colour=augment_on == "loader")
-        self._loader = _ViewLoader(dataset, self._plan, two_views=True, workers=workers, pin=device.type == "cuda")
+        self._whole_images = isinstance(data.train, TensorSplit)  # workers crop files only, if the device augments
+        self._device, self._channels_last, self._normalize = device, channels_last, Normalize(data, device)
+        dataset = ViewDataset(data.train, augmentation, color=augment_on == "loader")
+        self._loader = _ViewLoader(dataset, self._sampler, workers, device)
         self._epoch, self._step, self._resuming = 0, 0, False
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch."""
-        return self._plan.steps_per_epoch
+        """Number of optimizer steps in an epoch."""
+        return self._sampler.steps_per_epoch
 
     @property
     def skipped(self) -> int:
-        """Images that could not be decoded so far."""
+        """Number of images that could not be decoded so far."""
         return self._loader.skipped
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of 0-based ``epoch``; after ``load_state_dict``, those that are left of the state's epoch."""
+        """Iterate over the batches of 0-based ``epoch``; after ``load_state_dict``, over the rest of its epoch."""
         first_step = self._step if self._resuming and epoch == self._epoch else 0
         self._epoch, self._step, self._resuming = epoch, first_step, False
-        for micro, views in self._loader.batches(epoch, first_step):
-            seeds = torch.cat([micro.seeds, micro.key_seeds])
-            im_q, im_k = self._finished(views.images, seeds).chunk(2)
+        for views in self._loader.epoch(epoch, first_step):
+            micro = views.micro
+            im_q, im_k = self._finish(views).chunk(2)
             self._step += micro.last
-            yield Batch(im_q, im_k, micro.index, micro.key_order, micro.share, micro.last)
+            index, key_order = torch.from_numpy(micro.index), torch.from_numpy(micro.key_order)
+            yield Batch(im_q, im_k, index, key_order, micro.share, micro.last)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: after the last optimizer step whose last micro-batch was handed out.
+        """Position after the last complete optimizer step, as plain integers.
 
-        Plain numbers. Micro-batches of an unfinished step are shown again: their gradients are in no checkpoint.
+        Micro-batches of an unfinished step are yielded again after resuming: no checkpoint has their gradients.
         """
         return {"epoch": self._epoch, "step": self._step, "skipped": self.skipped} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there; the next ``epoch(state["epoch"])`` yields what is left of that epoch.
+        """Resume from ``state``: ``epoch(state["epoch"])`` yields the rest of that epoch.
 
         Raises:
-            ValueError: the state is of other data, another seed or another batch size, whose epochs differ.
+            ValueError: the state has other data, another seed or another batch size, and so other epochs; or its
+                position is not one.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise ValueError(f"state: expected {name} = {mine} as in this loader, got {state.get(name)}")
+        for name in ("epoch", "step", "skipped"):
+            if not isinstance(state.get(name), int) or state[name] < 0:
+                raise ValueError(f"state: expected {name} as an integer of at least 0, got {state.get(name)}")
+        if state["step"] > self.steps_per_epoch:
+            raise ValueError(f"state: expected step of at most {self.steps_per_epoch}, got {state['step']}")
         self._epoch, self._step, self._resuming = state["epoch"], state["step"], True
         self._loader.skipped = state["skipped"]
 
     def _identity(self) -> dict[str, int]:
-        plan = self._plan
+        sampler = self._sampler
         return {
-            "seed": plan.seed,
-            "images": plan.images,
-            "global_batch_size": plan.world * plan.batch_size,
-            "accumulate": plan.accumulate,
+            "seed": sampler.seed,
+            "images": sampler.images,
+            "global_batch_size": sampler.world * sampler.batch_size,
+            "accumulate": sampler.accumulate,
         }
 
-    def _finished(self, images: Tensor, seeds: Tensor) -> Tensor:
-        """Both views of a batch [2n, C, h, w] as the encoders take them."""
-        images = images.to(self._device, non_blocking=True)
+    def _finish(self, views: Views) -> Tensor:
+        """Both views of a batch, [2n, ...], on the device, as the encoders take them."""
+        images = views.images.to(self._device, non_blocking=True)
         if self._device_augmentation is not None:
-            images = (augment_batch if self._whole_images else recolour)(images, self._device_augmentation, seeds)
-        images = self._standardise(images)
+            seeds = torch.from_numpy(np.concatenate([views.micro.seeds, views.micro.key_seeds]))
+            images = (augment_batch if self._whole_images else color_transform)(
+                images, self._device_augmentation, seeds
+            )
+        images = self._normalize(images)
         n, g = len(images), self._grid
         if g:
             side = images.shape[-1] // g
@@ -180,20 +194,26 @@ class TrainLoader:
         return images.unflatten(0, (n, g * g)) if g else images
 
 
-class LabelledLoader:
-    """One view (RandomResizedCrop and flip) of each training image, with its label: for linear probes and fine-tuning.
+class SupervisedLoader:
+    """One view (random crop and flip) of each training image with its label, for linear probes and fine-tuning.
 
-    Order and views are functions of (seed, epoch, place in the epoch), as in :class:`TrainLoader`, and unreadable
-    images are replaced, with their labels, and counted.
+    Order, views and unreadable images are as in :class:`TrainLoader`; the image that replaces another keeps its own
+    label.
 
     Args:
-        data: whose ``train`` split is shown.
+        data: the dataset; its ``train`` split is used.
         batch_size: images of one rank's batch, at least 2.
-        fraction: share of each class's images that is used, the same ones in every epoch; at least one a class.
-        crop_min: smallest share of an image's area that a view shows.
+        seed: of the order, the views and the fraction.
+        rank: this process, 0 to ``world - 1``.
+        world: number of processes.
+        workers: loader processes; 0 loads in this process.
+        device: of the batches.
+        fraction: share of each class's images to use, at least one; the same in every epoch.
+        crop_min: smallest share of an image's area in a crop.
 
     Raises:
-        ValueError: an argument out of its range, or fewer than two images a rank.
+        ValueError: an argument out of range, or fewer than two images a rank.
+        UnreadableImageError: while iterating, more than half of a batch cannot be decoded.
     """
 
     def __init__(
@@ -205,7 +225,7 @@ class LabelledLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        device: torch.device = _CPU,
+        device: torch.device | str = "cpu",
         fraction: float = 1.0,
         crop_min: float = 0.08,
     ) -> None:
@@ -213,101 +233,72 @@ class LabelledLoader:
             raise ValueError(f"fraction: expected a share of the labels in (0, 1], got {fraction}")
         if not 0 < crop_min <= 1:
             raise ValueError(f"crop_min: expected a share of the area in (0, 1], got {crop_min}")
-        members = None
+        device, members = torch.device(device), None
         if fraction < 1:
             members = stratified_split(data.train.labels, fraction, int(hash_seeds(seed)), at_least=1)[1]
         images = len(data.train) if members is None else len(members)
-        self._plan = EpochBatchSampler(images, batch_size, seed=seed, rank=rank, world=world, members=members)
-        self._labels, self._device, self._standardise = data.train.labels, device, Standardise(data, device)
+        self._sampler = EpochBatchSampler(
+            images, batch_size, seed=seed, rank=rank, world=world, views=1, members=members
+        )
+        self._labels, self._device, self._normalize = data.train.labels, device, Normalize(data, device)
         augmentation = Augmentation.supervised(data.size, crop_min=crop_min, flip_p=0.5 if data.flip else 0.0)
-        dataset = ViewDataset(data.train, augmentation, colour=True, members=members)
-        self._loader = _ViewLoader(dataset, self._plan, two_views=False, workers=workers, pin=device.type == "cuda")
+        dataset = ViewDataset(data.train, augmentation, color=True, members=members)
+        self._loader = _ViewLoader(dataset, self._sampler, workers, device)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of one epoch."""
-        return self._plan.steps_per_epoch
+        """Number of batches in an epoch."""
+        return self._sampler.steps_per_epoch
 
     @property
     def skipped(self) -> int:
-        """Images that could not be decoded so far."""
+        """Number of images that could not be decoded so far."""
         return self._loader.skipped
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of 0-based ``epoch``: images float32 [n, 3, s, s], standardised, and labels int64 [n], both on the device."""
-        for _, views in self._loader.batches(epoch, 0):
-            images = self._standardise(views.images.to(self._device, non_blocking=True))
+        """Iterate over 0-based ``epoch``: normalized images float32 [n, 3, s, s], labels int64 [n], on the device."""
+        for views in self._loader.epoch(epoch):
+            images = self._normalize(views.images.to(self._device, non_blocking=True))
             labels = self._labels[views.index]
             yield images.contiguous(), labels.to(self._device, non_blocking=True)
 
 
-class Standardise:
-    """uint8, or float32 in [0, 1], [N, C, H, W] -> float32 [N, 3, H, W], standardised as ``data`` says.
-
-    Its constants wait on the device: made from numbers at every step, they would make the GPU wait.
-    """
-
-    def __init__(self, data: ImageData, device: torch.device) -> None:
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
-        self.shift, self.scale = (-mean / std).to(device), (1 / std).to(device)
-        self.byte_scale = self.scale / 255
-
-    def __call__(self, images: Tensor) -> Tensor:
-        scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return torch.addcmul(self.shift, images.float(), scale).expand(-1, 3, -1, -1)
-
-
 class _ViewLoader:
-    """torch's DataLoader over a plan's batches; counts the images that could not be read.
+    """A DataLoader of the sampler's micro-batches that counts the images that could not be read.
 
-    A plan's position is two numbers, so resuming needs no state of the loader's own (as torchdata's loader keeps, which
-    a run with another number of workers cannot load): the sampler starts there.
+    Two numbers say where the sampler is, so resuming needs no loader state (torchdata's StatefulDataLoader cannot load
+    its own with another number of workers).
     """
 
-    def __init__(
-        self, dataset: ViewDataset, plan: EpochBatchSampler, *, two_views: bool, workers: int, pin: bool
-    ) -> None:
+    def __init__(self, dataset: ViewDataset, sampler: EpochBatchSampler, workers: int, device: torch.device) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected 0 or more processes, got {workers}")
         self.skipped, self._warned = 0, False
-        self._requests = _Requests(plan, two_views)
+        self._sampler = sampler
         self._loader = DataLoader(
             dataset,
-            batch_sampler=self._requests,
-            collate_fn=_as_it_is,
+            batch_size=None,  # the sampler's items are batches
+            sampler=sampler,
+            collate_fn=_as_is,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=pin,
-            generator=torch.Generator(),  # the workers' seeds, which nothing here uses; else the global one would move
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # for the workers' seeds, which are not used; the global one must not advance
         )
 
-    def batches(self, epoch: int, first_step: int) -> Iterator[tuple[MicroBatch, Views]]:
-        self._requests.epoch, self._requests.first_step = epoch, first_step
-        micro_batches = self._requests.plan.micro_batches(epoch, first_step)
-        for micro, views in zip(micro_batches, self._loader, strict=True):
-            if isinstance(views, ValueError):
-                raise views
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Views]:
+        self._sampler.set_epoch(epoch, first_step)
+        for views in self._loader:
             if views.unreadable and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"data: {views.reason}; another image takes its place (further ones are counted, not named)",
+                    f"{views.reason}; another image takes its place (further ones are counted, not named)",
                     stacklevel=3,
                 )
-            self.skipped += len(set(views.unreadable) & set(micro.index.tolist()))  # keys are another rank's queries
-            yield micro, views
+            # Only this rank's queries: its keys may be those of other ranks.
+            self.skipped += len(set(views.unreadable) & set(views.micro.index.tolist()))
+            yield views
 
 
-class _Requests:
-    """A batch sampler: what the workers are to make, batch by batch."""
-
-    def __init__(self, plan: EpochBatchSampler, two_views: bool) -> None:
-        self.plan, self.two_views, self.epoch, self.first_step = plan, two_views, 0, 0
-
-    def __iter__(self) -> Iterator[Request]:
-        for micro in self.plan.micro_batches(self.epoch, self.first_step):
-            rows = [(micro.index, micro.seeds), (micro.key_index, micro.key_seeds)][: 1 + self.two_views]
-            yield [pair for index, seeds in rows for pair in zip(index.tolist(), seeds.tolist(), strict=True)]
-
-
-def _as_it_is(views: Any) -> Any:
-    return views
+def _as_is(batch: Any) -> Any:
+    return batch

@@ -1,101 +1,101 @@
-"""From a list of (image, seed) to a batch of views: what a loader's workers do."""
+"""From a micro-batch of the sampler to its views: what the loader's workers do."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augment import Augmentation, augment_batch, file_crops, recolour
-from .datasets import Split, TensorSplit
+from .augment import Augmentation, augment_batch, color_transform, file_crops
+from .datasets import FolderSplit, Split, TensorSplit
 from .images import UnreadableImageError, read_image
+from .sampler import MicroBatch
 from .seeds import hash_seeds
-
-Request = list[tuple[int, int]]  # (position in the split, view's seed) of each row
 
 
 class Views(NamedTuple):
-    """What a worker hands over.
+    """The views of a micro-batch.
 
     Attributes:
-        images: [rows, C, H, W] uint8, or float32 in [0, 1]; not standardised: bytes travel better.
-        index: [rows] int64 position of the image that each row really shows.
-        unreadable: positions whose files could not be decoded, each once.
+        micro: the sampler's micro-batch of n images.
+        images: [n or 2n, C, H, W] views of the queries, then of the keys: uint8, or float32 in [0, 1]; not normalized,
+            since bytes are cheaper to transfer.
+        index: [n or 2n] int64 position of the image that each row shows.
+        unreadable: positions of the files that could not be decoded.
         reason: why the first of them could not, or empty.
     """
 
+    micro: MicroBatch
     images: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple has a method of that name
+    index: Tensor  # type: ignore[assignment]  # tuple has a method of that name
     unreadable: list[int]
     reason: str
 
 
 class ViewDataset(Dataset):
-    """Views of a split's images, a whole batch at a time; an image is read once, however many rows show it.
+    """Views of a split's images, indexed by micro-batch. A file is decoded once, however many rows show it.
 
-    An unreadable file is replaced by another of ``members``, found by hashing its position: every process that meets
-    it, for the query or for the key, takes the same one.
+    An unreadable file is replaced by another of ``members``, chosen by a hash of its position: every process that
+    meets it, for the query or for the key, takes the same one.
 
     Args:
-        members: int64 [M] positions in the split that may take its place; None: all.
-        colour: whether what follows the crop is done here too.
+        color: apply all of the augmentation; otherwise only the crop, and to images in memory nothing.
+        members: int64 [M] positions in the split that may replace an unreadable image; None: all.
     """
 
-    def __init__(self, split: Split, augmentation: Augmentation, colour: bool, members: Tensor | None = None) -> None:
-        self.split, self.augmentation, self.colour, self.members = split, augmentation, colour, members
+    def __init__(self, split: Split, augmentation: Augmentation, color: bool, members: Tensor | None = None) -> None:
+        self.split, self.augmentation, self.color, self.members = split, augmentation, color, members
 
-    def __getitems__(self, request: Request) -> Views | ValueError:
-        """The views; or an error, to be raised where it can be read: out of a worker it would come as a traceback."""
-        index, seeds = torch.tensor(request, dtype=torch.int64).unbind(1)
+    def __getitem__(self, micro: MicroBatch) -> Views:
+        """Make the views.
+
+        Raises:
+            UnreadableImageError: more than half of the batch's files, or 100 files in a row.
+        """
+        index = torch.from_numpy(np.concatenate([micro.index, micro.key_index]))
+        seeds = torch.from_numpy(np.concatenate([micro.seeds, micro.key_seeds]))
         if isinstance(self.split, TensorSplit):
             images = self.split.images[index]
-            if self.colour:
+            if self.color:
                 images = augment_batch(images, self.augmentation, seeds)
-            return Views(images, index, [], "")
-        try:
-            return self._from_files(index, seeds)
-        except ValueError as error:
-            return error
+            return Views(micro, images, index, [], "")
+        images, index, unreadable, reason = self._crops(self.split, index, seeds)
+        if self.color:
+            images = color_transform(images, self.augmentation, seeds)
+        return Views(micro, images, index, unreadable, reason)
 
-    def _from_files(self, index: Tensor, seeds: Tensor) -> Views:
+    def _crops(self, split: FolderSplit, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, list[int], str]:
         rows_of: dict[int, list[int]] = {}
         for row, position in enumerate(index.tolist()):
             rows_of.setdefault(position, []).append(row)
         size = self.augmentation.size
         images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)
-        shown, reason = index.clone(), ""
-        unreadable: list[int] = []
+        shown, unreadable, reason = index.clone(), [], ""
         for position, rows in rows_of.items():
             try:
-                image = read_image(self._path(position))
+                image = read_image(split.paths[position])
             except UnreadableImageError as error:
                 unreadable.append(position)
                 reason = reason or str(error)
                 if len(unreadable) > len(rows_of) / 2:
-                    raise ValueError(
+                    raise UnreadableImageError(
                         f"data: expected images, got a batch of {len(rows_of)} of which more than half are unreadable; "
                         f"the first: {reason}"
                     ) from None
-                image, shown[rows] = self._substitute(position)
+                image, shown[rows] = self._replacement(split, position)
             for row, view in zip(rows, file_crops(image, self.augmentation, seeds[rows]), strict=True):
                 images[row] = view
-        if self.colour:
-            images = recolour(images, self.augmentation, seeds)
-        return Views(images, shown, unreadable, reason)
+        return images, shown, unreadable, reason
 
-    def _substitute(self, position: int) -> tuple[Tensor, int]:
-        candidates = len(self.split) if self.members is None else len(self.members)
-        for attempt in range(100):  # half the files may be broken: 100 in a row are not, but for a broken disk
-            place = int(hash_seeds(position, attempt)) % candidates
-            other = place if self.members is None else int(self.members[place])
+    def _replacement(self, split: FolderSplit, position: int) -> tuple[Tensor, int]:
+        members = range(len(split)) if self.members is None else self.members
+        for attempt in range(100):  # even if half of the files are damaged, 100 in a row mean a failing disk
+            other = int(members[int(hash_seeds(position, attempt)) % len(members)])
             try:
-                return read_image(self._path(other)), other
+                return read_image(split.paths[other]), other
             except UnreadableImageError as error:
                 reason = error
-        raise ValueError(f"data: expected images, got 100 unreadable files in a row; the last: {reason}")
-
-    def _path(self, position: int) -> str:
-        assert not isinstance(self.split, TensorSplit)
-        return self.split.dataset.samples[position][0]
+        raise UnreadableImageError(f"data: expected images, got 100 unreadable files in a row; the last: {reason}")

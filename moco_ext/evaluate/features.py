@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data import FolderSplit, ImageData, Split, TensorSplit, plain_batches
+from ..data import FolderSplit, ImageData, Split, TensorSplit, eval_batches
 from ..distributed import all_gather, rank, world_size
 from ..encoders import backbone, restored_modes
 
@@ -34,7 +32,7 @@ def encoder_features(
         model = backbone(encoder.eval())
         rows = [
             model(to_device(images, device)).flatten(1).float().cpu()
-            for images, _ in plain_batches(data, _some_share(split), batch_size, workers)
+            for images, _ in eval_batches(data, _some_share(split), batch_size, workers)
         ]
     return _gather(torch.cat(rows), len(split), device)
 
@@ -62,10 +60,7 @@ def take(split: Split, start: int, stop: int) -> Split:
         return split
     if isinstance(split, TensorSplit):
         return TensorSplit(split.images[start:stop], split.labels[start:stop])
-    dataset = copy.copy(split.dataset)
-    dataset.samples = dataset.imgs = dataset.samples[start:stop]
-    dataset.targets = dataset.targets[start:stop]
-    return FolderSplit(dataset, split.labels[start:stop])
+    return FolderSplit(split.paths[start:stop], split.labels[start:stop])
 
 
 def collective_device(device: torch.device | str | None) -> torch.device:
@@ -113,7 +108,7 @@ def estimate_batchnorm_(
         layer.momentum = None  # a cumulative average
     with restored_modes(encoder):
         model = backbone(encoder.train())
-        for images, _ in plain_batches(data, split, batch_size, workers):
+        for images, _ in eval_batches(data, split, batch_size, workers):
             if len(images) > 1:  # one image has no variance
                 model(to_device(images, device))
     for layer, momentum in zip(layers, momenta, strict=True):
@@ -130,6 +125,6 @@ def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: in
         return split.images.flatten(1).float() / 255
     rows = [
         nn.functional.adaptive_avg_pool2d(images, size).flatten(1)
-        for images, _ in plain_batches(data, _some_share(split), 256, workers)
+        for images, _ in eval_batches(data, _some_share(split), 256, workers)
     ]
     return _gather(torch.cat(rows), len(split))

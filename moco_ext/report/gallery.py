@@ -89,7 +89,7 @@ def _thumbnail(split: Split, index: int, caption: str, wrong: bool = False) -> s
 
     buffer = io.BytesIO()
     if isinstance(split, FolderSplit):
-        image = Image.fromarray(read_image(split.dataset.samples[index][0]).permute(1, 2, 0).numpy())
+        image = Image.fromarray(read_image(split.paths[index]).permute(1, 2, 0).numpy())
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         kind = "jpeg"
         image.save(buffer, kind, quality=85)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.training import load_checkpoint, save_checkpoint
-from ..data import ImageData, LabelledLoader, plain_batches
+from ..data import ImageData, SupervisedLoader, eval_batches
 from ..data.seeds import hash_seeds
 from ..distributed import all_reduce, rank, world_size
 from ..encoders import backbone
@@ -149,7 +149,7 @@ def evaluate(
     share = rank_share(data.splits[1])
     try:
         with torch.no_grad():
-            for images, labels in plain_batches(data, share, batch_size, workers) if len(share) else ():
+            for images, labels in eval_batches(data, share, batch_size, workers) if len(share) else ():
                 labels = labels.to(device, non_blocking=True)
                 sums += _sums(model(to_device(images, device)), labels)
     finally:
@@ -196,7 +196,7 @@ def train_classifier(
         elif rank() == 0:
             warnings.warn("torch's synchronised BatchNorm needs GPUs: each process normalises its own", stacklevel=2)
     batch_size = config.batch_size // options.local_world
-    loader = LabelledLoader(
+    loader = SupervisedLoader(
         data,
         batch_size,
         seed=config.seed,
@@ -285,7 +285,7 @@ class _Epochs:
     def __init__(
         self,
         model: Classifier,
-        loader: LabelledLoader,
+        loader: SupervisedLoader,
         optimizer: torch.optim.Optimizer,
         config: ClassifierConfig,
         options: RunOptions,
