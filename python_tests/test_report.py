@@ -118,7 +118,7 @@ def test_nothing_is_requested(with_pictures, number):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_colours_and_ids(with_pictures, number):
+def test_colors_and_ids(with_pictures, number):
     page = compose([reported(f"run {i}") for i in range(number)], [with_pictures])
     light, dark = (set(re.findall(r"(--\w+):", rules)) for rules in re.findall(r":root \{(.*?)\}", page, re.DOTALL))
     assert set(re.findall(r"var\((--\w+)\)", page)) <= light == dark
@@ -196,8 +196,8 @@ def test_a_run_without_scores():
 @pytest.mark.usefixtures("no_curves")
 def test_data_sets_have_tables_of_their_own():
     page = compose([reported("a"), reported("b", data="cifar10")], [])
-    assert "What the features are worth<small>digits</small>" in page
-    assert "What the features are worth<small>cifar10</small>" in page
+    assert "kNN and linear accuracy<small>digits</small>" in page
+    assert "kNN and linear accuracy<small>cifar10</small>" in page
 
 
 # --- curves -------------------------------------------------------------------------------------------------
@@ -223,10 +223,10 @@ def test_figures_that_some_runs_lack():
     assert 'class="r0"' not in svg
     assert len(drawn(svg, 1)) == 1
     assert "Key drift" not in "".join(charts(page))
-    assert "<h2>Health</h2>" not in compose([reported()], [])
+    assert "<h2>Diagnostics</h2>" not in compose([reported()], [])
 
 
-def test_health():
+def test_diagnostics():
     figures = {
         "feature_std": 0.9,
         "effective_rank": 30.0,
@@ -244,7 +244,7 @@ def test_health():
 @pytest.mark.usefixtures("no_curves")
 def test_levels():
     page = compose([reported("a"), reported("b", moco_k=200), reported("c", moco_k=10, dictionary="end-to-end")], [])
-    levels = re.findall(r"<small>chance: log\(K \+ 1\) = (\S+?)</small>", page)
+    levels = re.findall(r"<small>chance loss: log\(K \+ 1\) = (\S+?)</small>", page)
     assert levels == [f"{math.log(k + 1):.2f}" for k in (100, 200)]  # the batch, not K, is end-to-end's dictionary
 
 
@@ -296,7 +296,7 @@ def test_records_of_former_versions():
 def test_only_settings_that_differ_are_compared():
     others = [reported("b", seed=1, moco_t=0.07), reported("c", schedule=[120, 160])]
     page = compose([reported("a", schedule=[60]), *others], [])
-    section = re.search(r"<h2>What differs</h2>.*?</section>", page, re.DOTALL)[0]
+    section = re.search(r"<h2>Settings that differ</h2>.*?</section>", page, re.DOTALL)[0]
     assert re.findall(r'<th scope="row">(.*?)</th>', section) == ["moco_t", "seed", "schedule"]
     assert cells(section, "moco_t") == ["0.2", "0.07", "0.2"]
     assert cells(section, "schedule") == ["60", "&ndash;", "120 160"]
@@ -316,7 +316,7 @@ def test_switches_hide_every_run():
     assert re.findall(r'id="show(\d)" checked', page) == list("0123456789")
     for i in range(10):
         assert f"body:has(#show{i}:not(:checked)) .r{i} " in page
-    assert "stroke-dasharray" in re.search(r'<g class="r9">.*?</g>', page, re.DOTALL)[0]  # run 1's colour, dashed
+    assert "stroke-dasharray" in re.search(r'<g class="r9">.*?</g>', page, re.DOTALL)[0]  # run 1's color, dashed
     assert "show0" not in compose([reported()], [])
 
 
@@ -341,10 +341,10 @@ def test_photographs(tmp_path, monkeypatch):
     from PIL import Image
     from torchvision.datasets import ImageFolder
 
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+    for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
         (tmp_path / name).mkdir()
         for i in range(3):
-            Image.new("RGB", (400, 300), colour).save(tmp_path / name / f"{i}.jpg")
+            Image.new("RGB", (400, 300), color).save(tmp_path / name / f"{i}.jpg")
     folder = ImageFolder(tmp_path)
     split = FolderSplit(folder, torch.tensor(folder.targets))
     data = ImageData(str(tmp_path), ("blue", "red"), 224, (0.5,) * 3, (0.2,) * 3, True, split, split)
