@@ -67,8 +67,9 @@ def make_grid(
     of end-to-end; m and the key encoder of a memory bank, whose features have a momentum of 0.5).
 
     Args:
-        axes: from the names in :data:`AXES` to values. ``shuffle_bn`` takes "on" and "off", with ``groups`` groups of
-            separate BatchNorm statistics on one device, like that many devices; "on" shuffles keys between groups.
+        axes: from the names in :data:`AXES` to values. ``shuffle_bn`` takes "on" and "off": one device stands for
+            ``groups`` by as many groups of the batch with BatchNorm statistics of their own, with keys shuffled
+            between them or, "off", normalised beside their queries.
 
     Raises:
         ValueError: an axis that does not apply to the mechanism of the base, or a value out of its range.

@@ -39,12 +39,12 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
 
     summary: dict[str, Any] = {"data": config.data}
     features: Features = {}
-    missing, how = "", ""
     if data.test is None:
-        missing, how = f"{data.name} has no val/ folder: not evaluated", " --data DATA"
+        reason = f"{data.name} has no val/ folder: not evaluated"
     elif len(data.train) > _EVALUATED:
-        missing = f"{data.name} has more than {_EVALUATED:,} images: not evaluated"
+        reason = f"{data.name} has more than {_EVALUATED:,} images: not evaluated"
     else:
+        reason = ""
         with options.console.status("evaluating"):
             features = all_features(data, options, untrained=untrained, trained=model.encoder_q)
             if first:
@@ -56,15 +56,14 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
 
     with options.console.status("writing the report"):
         write_report(options.output / "report.html", config, data, records, summary, features)
-    if missing:
-        warnings.warn(f"data: {missing}", stacklevel=2)
-        options.console.print(
-            f"trained in {summary['seconds']:.0f} s; to evaluate: moco-ext linear {options.output}{how}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    else:
+    if reason:
+        warnings.warn(f"data: {reason}", stacklevel=2)
+    if "knn_top1" in summary:
         options.console.print(summary_table(summary))
+    else:
+        elsewhere = " --data DATA" if data.test is None else ""
+        line = f"trained in {summary['seconds']:.0f} s; to evaluate: moco-ext linear {options.output}{elsewhere}"
+        options.console.print(line, highlight=False, soft_wrap=True)
     options.console.print(
         f"{options.output}/: checkpoint.pth, metrics.jsonl, summary.json, report.html", highlight=False
     )
