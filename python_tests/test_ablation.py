@@ -1,7 +1,8 @@
-"""Grids of runs: what they are made of, what is kept, and what the tables say of them."""
+"""Grids of runs: their configurations, the results that are kept, and their tables."""
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -30,10 +31,10 @@ def test_one_at_a_time_changes_one_thing_and_goes_seed_by_seed():
     axes = {"dictionary": ["queue", "memory-bank"], "moco_m": [0.999, 0.0, 0.99], "shuffle_bn": ["on", "off"]}
     grid = make_grid(base, axes, [3, 4], groups=4)
     names = ["base", "dictionary=memory-bank", "moco_m=0.999", "moco_m=0", "shuffle_bn=on", "shuffle_bn=off"]
-    assert [trial.name for trial in grid.trials] == [f"{name},seed={seed}" for seed in (3, 4) for name in names]
+    assert [run.name for run in grid.runs] == [f"{name},seed={seed}" for seed in (3, 4) for name in names]
     changed = [
-        {k: v for k, v in dataclasses.asdict(trial.config).items() if v != getattr(base, k) and k != "seed"}
-        for trial in grid.trials[:6]
+        {k: v for k, v in dataclasses.asdict(run.config).items() if v != getattr(base, k) and k != "seed"}
+        for run in grid.runs[:6]
     ]
     assert changed == [
         {},
@@ -43,7 +44,7 @@ def test_one_at_a_time_changes_one_thing_and_goes_seed_by_seed():
         {"split_bn": 4},
         {"shuffle_bn": "none", "split_bn": 4},
     ]
-    assert {trial.config.seed for trial in grid.trials[6:]} == {4}
+    assert {run.config.seed for run in grid.runs[6:]} == {4}
     assert grid.tables["moco_m"] == [("0", "moco_m=0"), ("0.99", "base"), ("0.999", "moco_m=0.999")]
     assert grid.tables["dictionary"] == [("queue", "base"), ("memory-bank", "dictionary=memory-bank")]
     assert grid.tables["shuffle_bn"] == [
@@ -53,16 +54,16 @@ def test_one_at_a_time_changes_one_thing_and_goes_seed_by_seed():
     ]
 
 
-def test_the_base_stands_in_every_table_even_if_unlisted():
+def test_the_base_is_in_every_table_even_if_unlisted():
     grid = make_grid(tiny(moco_k=100, split_bn=8), {"moco_k": [200, 50], "shuffle_bn": ["on", "off"]}, [0])
     assert grid.tables["moco_k"] == [("50", "moco_k=50"), ("100", "base"), ("200", "moco_k=200")]
     assert [name for _, name in grid.tables["shuffle_bn"]] == ["base", "shuffle_bn=off"]  # on is the base
 
 
-def test_full_grid_leaves_out_what_a_mechanism_does_not_know():
+def test_full_grid_leaves_out_axes_that_do_not_apply_to_a_mechanism():
     axes = {"dictionary": ["queue", "end-to-end", "memory-bank"], "moco_m": [0.9, 0.99], "moco_k": [50, 200]}
     grid = make_grid(BASE, axes, [0], full=True)
-    assert [trial.name.removesuffix(",seed=0") for trial in grid.trials] == [
+    assert [run.name.removesuffix(",seed=0") for run in grid.runs] == [
         "dictionary=queue,moco_m=0.9,moco_k=50",
         "dictionary=queue,moco_m=0.9,moco_k=200",
         "dictionary=queue,moco_m=0.99,moco_k=50",
@@ -71,10 +72,10 @@ def test_full_grid_leaves_out_what_a_mechanism_does_not_know():
         "dictionary=memory-bank,moco_k=50",
         "dictionary=memory-bank,moco_k=200",
     ]
-    assert [name for _, name in grid.tables["all combinations"]] == [t.name[: -len(",seed=0")] for t in grid.trials]
+    assert [name for _, name in grid.tables["all combinations"]] == [run.name[: -len(",seed=0")] for run in grid.runs]
 
 
-def test_values_that_cannot_be_are_refused_before_anything_runs():
+def test_invalid_values_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="moco_m: expected an axis of dictionary end-to-end"):
         make_grid(tiny(dictionary="end-to-end"), {"moco_m": [0.9]}, [0])
     with pytest.raises(ValueError, match="moco_t: expected a positive number, got 0"):
@@ -116,8 +117,8 @@ def test_finished_runs_are_kept_and_only_new_ones_run(tmp_path, monkeypatch):
         run_grid(grid, BASE, few_digits(65), run)
 
 
-def test_a_run_broken_off_goes_on(tmp_path, monkeypatch):
-    """Stopped after training, before its evaluation: what is trained is not trained again, and nothing differs."""
+def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
+    """Stopped after training, before its evaluation: it is not trained again, and nothing differs."""
     few, grid = few_digits(64), make_grid(BASE, {"moco_m": [BASE.moco_m]}, [0])
     expected = run_grid(grid, BASE, few, run_in(tmp_path / "whole"))["runs"][-1]
 
@@ -148,6 +149,20 @@ def test_a_failed_run_is_recorded_and_the_next_one_runs(tmp_path):
     assert str(tmp_path) not in failed[0]["error"]
     assert "| 0.2 |  |  |  |  |  |  |  |  (failed: 0) |" in markdown(results)
     assert run_grid(grid, base, few_digits(64), run_in(tmp_path)) == results  # failed is an outcome: it is kept
+
+
+def test_a_run_whose_features_are_not_finite_is_recorded_as_failed(tmp_path, monkeypatch):
+    def diverging(config, data, options, model):
+        records = genuine(config, data, options, model)
+        if config.moco_t == 0.2:
+            model.encoder_q.conv1.weight.data.fill_(math.nan)
+        return records
+
+    genuine = ablation.pretrain
+    monkeypatch.setattr(ablation, "pretrain", diverging)
+    results = run_grid(make_grid(BASE, {"moco_t": [0.2]}, [0]), BASE, few_digits(64), run_in(tmp_path))
+    assert [run["status"] for run in results["runs"][2:]] == ["finished", "failed"]
+    assert "features of trained encoder (training images): expected finite values" in results["runs"][3]["error"]
 
 
 def test_tables_say_mean_and_standard_error(tmp_path):

@@ -1,10 +1,11 @@
-"""Weighted kNN, the linear classifier, and the features both look at."""
+"""Weighted kNN, the linear classifier, their features, and the scores of several representations."""
 
 import math
 
 import pytest
 import torch
 from torch import nn
+from training import few_digits, run_in, tiny
 
 from moco_ext import data as mdata
 from moco_ext import encoders
@@ -17,12 +18,16 @@ from moco_ext.evaluate import (
     nearest,
     pixel_features,
 )
+from moco_ext.evaluate.features import check_finite
+from moco_ext.evaluate.scores import all_features, representations, split_features, top1
+from moco_ext.train import build_model
 
 pytest.importorskip("sklearn")
+pytest.importorskip("rich")
 
 
 def brute_force(train, labels, test, k, temperature):
-    """The definition, a vote at a time, in float64."""
+    """The definition, one vote at a time, in float64."""
     predictions = []
     for row in test.double():
         cosines = [float(row @ other / (row.norm() * other.norm())) for other in train.double()]
@@ -45,7 +50,7 @@ def test_knn_is_the_brute_force_vote(k, temperature, chunk):
 
 
 def test_knn_weights_outvote_numbers():
-    """Three far neighbours of class 1 against one near neighbour of class 0."""
+    """Three far neighbors of class 1 against one near neighbor of class 0."""
     near, far = torch.tensor([[1.0, 0.05]]), torch.tensor([[1.0, 1.0]]).repeat(3, 1)
     train, labels = torch.cat([near, far]), torch.tensor([0, 1, 1, 1])
     test = torch.tensor([[1.0, 0.0]])
@@ -56,7 +61,7 @@ def test_knn_weights_outvote_numbers():
 def test_knn_survives_a_tiny_temperature_and_clips_k():
     train, labels = torch.randn(30, 4), torch.randint(0, 3, (30,))
     predicted = knn_predict(train, labels, train * 3, k=1000, temperature=1e-4)
-    assert predicted.tolist() == labels.tolist()  # each image's nearest neighbour is itself
+    assert predicted.tolist() == labels.tolist()  # each image's nearest neighbor is itself
     assert knn_top1(train, labels, train, (labels + 1) % 3, k=1) == 0.0
     assert knn_predict(train, labels, train[:0]).tolist() == []
 
@@ -82,6 +87,23 @@ def test_knn_errors(changes, message):
         knn_predict(**(arguments | changes))
 
 
+@pytest.mark.parametrize("top1", [knn_top1, linear_top1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("argument", [0, 2])
+def test_features_must_be_finite(top1, bad, argument):
+    task = [torch.randn(30, 4), torch.arange(30) % 3, torch.randn(9, 4), torch.arange(9) % 3]
+    task[argument][3, 2] = bad
+    task[argument][5] = torch.tensor([math.inf, -math.inf, 0, 0])  # whose sum is NaN
+    name = {0: "train_features", 2: "test_features"}[argument]
+    rows = len(task[argument])
+    with pytest.raises(ValueError, match=f"{name}: expected finite values, got NaN or infinity in 2 of {rows} rows"):
+        top1(*task)
+
+
+def test_large_features_are_finite():
+    check_finite("features", torch.full((2, 4), 3e38))  # whose sum is not, in float32
+
+
 def test_nearest_orders_by_cosine_whatever_the_chunks():
     bank, rows = torch.randn(50, 8), torch.randn(9, 8)
     cosine = nn.functional.cosine_similarity(rows[:, None], bank[None], dim=2)
@@ -98,7 +120,7 @@ def test_linear_classifier_finds_what_is_linear_and_nothing_else():
     assert 35 <= linear_top1(x[:300], noise[:300], x[300:], noise[300:]) <= 65  # 3 standard errors of a coin
 
 
-def test_linear_standardises_and_ignores_constant_features():
+def test_linear_standardizes_and_ignores_constant_features():
     x = torch.randn(400, 3)
     labels = (x[:, 0] > 0).long()
     score = linear_top1(x[:300], labels[:300], x[300:], labels[300:])
@@ -140,3 +162,46 @@ def test_estimated_batchnorm_statistics_are_those_of_the_images():
     torch.testing.assert_close(encoder.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(encoder.bn1.running_var, first.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert (encoder.bn1.momentum, encoder.training) == (0.3, mode)
+
+
+# --- scores of several representations ----------------------------------------------------------------------
+
+
+def test_every_representation_is_scored_by_both_protocols(tmp_path):
+    few, options = few_digits(), run_in(tmp_path)
+    untrained, trained = (build_model(tiny(seed=seed)).encoder_q for seed in (0, 1))
+    statistics = build_model(tiny()).encoder_q
+    estimate_batchnorm_(statistics, few, few.train)
+    expected = {
+        "pixels": [pixel_features(few, split) for split in few.splits],
+        "untrained": [encoder_features(statistics, few, split) for split in few.splits],
+        "trained": [encoder_features(trained, few, split) for split in few.splits],
+    }
+    features = all_features(few, options, untrained=untrained, trained=trained)
+    assert list(features) == list(expected)
+    scores = top1(few, features, knn_k=5)
+    for name, (train, test) in expected.items():
+        assert torch.equal(features[name][0], train), name
+        assert torch.equal(features[name][1], test), name
+        task = (train, few.train.labels, test, few.test.labels)
+        assert scores["knn_top1"][name] == round(knn_top1(*task, k=5), 2)
+        assert scores["linear_top1"][name] == round(linear_top1(*task), 2)
+
+
+def test_representations_are_computed_one_at_a_time(tmp_path, monkeypatch):
+    """So that the features of two large sets of images need not fit in memory together."""
+    asked = []
+    monkeypatch.setattr("moco_ext.evaluate.scores.split_features", lambda *arguments: asked.append(arguments[-1]))
+    found = representations(few_digits(), run_in(tmp_path), trained=nn.Identity())
+    for name in ("pixels", "trained"):
+        assert next(found)[0] == name == asked[-1]
+
+
+def test_an_encoder_that_has_diverged_is_named(tmp_path):
+    encoder = build_model(tiny()).encoder_q
+    encoder.bn1.running_mean[0] = math.nan
+    message = r"features of trained encoder \(training images\): expected finite values, got NaN .* in 150 of 150 rows"
+    with pytest.raises(FloatingPointError, match=message):
+        all_features(few_digits(), run_in(tmp_path), trained=encoder)
+    with pytest.raises(FloatingPointError, match=r"features of run b \(training"):
+        split_features(few_digits(), run_in(tmp_path), encoder, "run b")

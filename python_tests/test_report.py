@@ -1,4 +1,4 @@
-"""The page about runs: what it says is what the runs say, and it needs nothing from anywhere."""
+"""The page about runs: it shows what the runs recorded, and it is self-contained."""
 
 import json
 import math
@@ -73,13 +73,13 @@ def charts(page):
 
 
 def drawn(svg, run):
-    """The points of a run's curve, as they stand in the SVG."""
+    """The points of a run's curve in the SVG."""
     (path,) = re.findall(rf'<g class="r{run}">\s*<path d="([^"]*)"', svg)
     return [tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
 def cells(page, row):
-    """The texts of a table's row, by what its head says."""
+    """The texts of a table's row, by its heading."""
     found = re.search(rf'<tr[^>]*><th scope="row">(?:<i[^>]*></i>)?{re.escape(row)}</th>(.*?)</tr>', page)
     return [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?>(.*?)</td>", found[1])]
 
@@ -91,7 +91,7 @@ def digits():
 
 @pytest.fixture
 def no_curves(monkeypatch):
-    """For tests that look at none: matplotlib takes a second a page."""
+    """For tests that do not look at curves: matplotlib takes a second per page."""
     monkeypatch.setattr("moco_ext.report.page.curves", lambda *chart: "<svg></svg>")
 
 
@@ -104,7 +104,7 @@ def with_pictures(digits, monkeypatch):
     return Gallery(digits, features)
 
 
-# --- the page stands alone ----------------------------------------------------------------------------------
+# --- a self-contained page ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [1, 3])
@@ -118,11 +118,11 @@ def test_nothing_is_requested(with_pictures, number):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_colours_and_ids(with_pictures, number):
+def test_colors_and_ids(with_pictures, number):
     page = compose([reported(f"run {i}") for i in range(number)], [with_pictures])
     light, dark = (set(re.findall(r"(--\w+):", rules)) for rules in re.findall(r":root \{(.*?)\}", page, re.DOTALL))
     assert set(re.findall(r"var\((--\w+)\)", page)) <= light == dark
-    assert "#0102" not in page  # a stand-in of a variable
+    assert "#0102" not in page  # a placeholder of a variable
     ids = Counter(re.findall(r'\sid="([^"]*)"', page))
     assert set(ids.values()) == {1}
     assert set(re.findall(r'(?:href="|url\()#([^")]*)', page)) <= ids.keys()
@@ -134,6 +134,12 @@ def test_names_are_text_not_markup():
     assert "<b>&</b>" not in page
     assert "&lt;b&gt;&amp;&lt;/b&gt;" in page
     assert '<td class="r1">&lt;i&gt;</td>' in page
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_every_color_is_defined_for_many_runs():
+    page = compose([reported(f"run {i}") for i in range(10)], [])
+    assert set(re.findall(r"var\((--\w+)\)", page)) <= set(re.findall(r"(--\w+):", page))
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -196,8 +202,8 @@ def test_a_run_without_scores():
 @pytest.mark.usefixtures("no_curves")
 def test_data_sets_have_tables_of_their_own():
     page = compose([reported("a"), reported("b", data="cifar10")], [])
-    assert "What the features are worth<small>digits</small>" in page
-    assert "What the features are worth<small>cifar10</small>" in page
+    assert "kNN and linear accuracy<small>digits</small>" in page
+    assert "kNN and linear accuracy<small>cifar10</small>" in page
 
 
 # --- curves -------------------------------------------------------------------------------------------------
@@ -213,7 +219,7 @@ def test_curves_are_the_records():
         seen, told = ([p[axis] for line in lines for p in line] for lines in (points, expected))
         scale = (seen[2] - seen[0]) / (told[2] - told[0])
         assert seen == pytest.approx([seen[0] + scale * (value - told[0]) for value in told], abs=1e-4)
-    assert points[0][0][1] < points[0][2][1]  # SVG's y grows downwards: the higher loss stands higher
+    assert points[0][0][1] < points[0][2][1]  # y of SVG grows downwards: the higher loss is higher up
 
 
 def test_figures_that_some_runs_lack():
@@ -223,10 +229,10 @@ def test_figures_that_some_runs_lack():
     assert 'class="r0"' not in svg
     assert len(drawn(svg, 1)) == 1
     assert "Key drift" not in "".join(charts(page))
-    assert "<h2>Health</h2>" not in compose([reported()], [])
+    assert "<h2>Diagnostics</h2>" not in compose([reported()], [])
 
 
-def test_health():
+def test_diagnostics():
     figures = {
         "feature_std": 0.9,
         "effective_rank": 30.0,
@@ -244,7 +250,7 @@ def test_health():
 @pytest.mark.usefixtures("no_curves")
 def test_levels():
     page = compose([reported("a"), reported("b", moco_k=200), reported("c", moco_k=10, dictionary="end-to-end")], [])
-    levels = re.findall(r"<small>chance: log\(K \+ 1\) = (\S+?)</small>", page)
+    levels = re.findall(r"<small>chance loss: log\(K \+ 1\) = (\S+?)</small>", page)
     assert levels == [f"{math.log(k + 1):.2f}" for k in (100, 200)]  # the batch, not K, is end-to-end's dictionary
 
 
@@ -253,6 +259,21 @@ def test_the_online_knn_starts_at_the_untrained_encoder():
     svg = charts(compose([reported(records=records)], []))["kNN top-1 on test images (%)"]
     x = [point[0] for point in drawn(svg, 0)]
     assert (x[1] - x[0]) / (x[2] - x[1]) == pytest.approx(2, abs=1e-4)  # epochs 0, 2, 3
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_empty_sections_say_so_or_are_absent():
+    """A first record without any metric (all of them not finite), of a version without knn_k."""
+    empty = {"step": 1, "epoch": 1, "loss": None, "seconds": 1.0}
+    run = ReportedRun("run", {"data": "digits", "arch": "resnet8-small", "moco_k": 100}, [empty], {})
+    page = compose([run], [])
+    assert "<h2>Training</h2>\n<p>No metrics are recorded yet.</p>" in page
+    assert "<p>Not evaluated" in page
+    assert "<h2>Diagnostics" not in page
+    for element in ("figure", "table", "nav", "div"):
+        assert f"<{element}" not in page.replace("<div><dt>", "")
+    other = ReportedRun("other", {"data": "mnist", "arch": "resnet10", "moco_k": 50}, [empty], {})
+    assert "Common settings" not in compose([run, other], [])  # there are none
 
 
 def test_short_runs_go_by_steps():
@@ -281,7 +302,7 @@ def test_where_runs_ended():
 
 @pytest.mark.usefixtures("no_curves")
 def test_records_of_former_versions():
-    """Neither step nor wait nor health, settings of other names."""
+    """No step, wait or diagnostics, and settings of other names."""
     old = [{n: v for n, v in record(e).items() if n not in ("step", "wait")} for e in (1, 2, 3)]
     page = compose([reported("a"), reported("b", records=old, knn_every=3)], [])
     assert "Not recorded by a: knn_every." in page
@@ -296,7 +317,7 @@ def test_records_of_former_versions():
 def test_only_settings_that_differ_are_compared():
     others = [reported("b", seed=1, moco_t=0.07), reported("c", schedule=[120, 160])]
     page = compose([reported("a", schedule=[60]), *others], [])
-    section = re.search(r"<h2>What differs</h2>.*?</section>", page, re.DOTALL)[0]
+    section = re.search(r"<h2>Settings that differ</h2>.*?</section>", page, re.DOTALL)[0]
     assert re.findall(r'<th scope="row">(.*?)</th>', section) == ["moco_t", "seed", "schedule"]
     assert cells(section, "moco_t") == ["0.2", "0.07", "0.2"]
     assert cells(section, "schedule") == ["60", "&ndash;", "120 160"]
@@ -316,7 +337,7 @@ def test_switches_hide_every_run():
     assert re.findall(r'id="show(\d)" checked', page) == list("0123456789")
     for i in range(10):
         assert f"body:has(#show{i}:not(:checked)) .r{i} " in page
-    assert "stroke-dasharray" in re.search(r'<g class="r9">.*?</g>', page, re.DOTALL)[0]  # run 1's colour, dashed
+    assert "stroke-dasharray" in re.search(r'<g class="r9">.*?</g>', page, re.DOTALL)[0]  # run 1's color, dashed
     assert "show0" not in compose([reported()], [])
 
 
@@ -341,11 +362,11 @@ def test_photographs(tmp_path, monkeypatch):
     from PIL import Image
 
     paths = []
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+    for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
         (tmp_path / name).mkdir()
         for i in range(3):
             paths.append(str(tmp_path / name / f"{i}.jpg"))
-            Image.new("RGB", (400, 300), colour).save(paths[-1])
+            Image.new("RGB", (400, 300), color).save(paths[-1])
     split = FolderSplit(paths, torch.arange(6) // 3)
     data = ImageData(str(tmp_path), ("blue", "red"), 224, (0.5,) * 3, (0.2,) * 3, True, split, split)
     page = compose([reported(data=str(tmp_path))], [Gallery(data, {"raw pixels": (torch.eye(6), torch.eye(6))})])
@@ -356,7 +377,7 @@ def test_photographs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few(monkeypatch):
-    """What the name "digits" stands for, made quick to encode."""
+    """Fewer images under the name "digits", quick to encode."""
     data = few_digits()
     monkeypatch.setattr("moco_ext.report.read.load", lambda *arguments: data)
     return data
@@ -381,7 +402,7 @@ def test_features_of_several_runs(tmp_path, few):
 
 
 def test_features_of_one_run(tmp_path, few):
-    """Those of the untrained encoder too: what pre-training would have put there."""
+    """Also those of the untrained encoder, as pre-training would have computed them."""
     from moco_ext.evaluate import estimate_batchnorm_
 
     folder = directory(tmp_path / "one", moco_dim=16)

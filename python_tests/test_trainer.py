@@ -14,9 +14,9 @@ from training import assert_equal_states, few_digits, run_in, state_of, tiny
 from moco_ext import EndToEnd, MemoryBank, MoCo
 from moco_ext import data as mdata
 from moco_ext.data import TrainLoader
+from moco_ext.evaluate.scores import knn_score, split_features
 from moco_ext.train import build_model, pretrain, resolve_config
 from moco_ext.train.step import OptimizerStep
-from moco_ext.train.trainer import encoder_knn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,7 @@ def test_training_teaches(tmp_path):
     digits = mdata.load("digits")
     config = resolve_config("digits", {"epochs": 5, "online_knn": 0})
     model = build_model(config)
-    untrained = encoder_knn(model.encoder_q, digits, run_in(tmp_path), config.knn_k)
+    untrained = knn_score(digits, split_features(digits, run_in(tmp_path), model.encoder_q), k=config.knn_k)
     records = pretrain(config, digits, run_in(tmp_path), model)
     assert records[-1]["loss"] < records[1]["loss"] - 0.5  # from the second epoch: the queue then holds real keys
     assert records[-1]["acc1"] > records[1]["acc1"]

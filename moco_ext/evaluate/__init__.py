@@ -1,4 +1,4 @@
-"""How good are frozen features? Weighted kNN and a linear classifier, on an encoder or on raw pixels."""
+"""Evaluation of frozen features, of an encoder or of raw pixels: weighted kNN and a linear classifier."""
 
 from .features import encoder_features, estimate_batchnorm_, pixel_features
 from .knn import knn_predict, knn_top1, nearest

@@ -1,4 +1,4 @@
-"""Features to evaluate: an encoder's pooled output, or the pixels themselves."""
+"""Features to evaluate: the pooled output of an encoder, or the pixels themselves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..data import FolderSplit, ImageData, Split, TensorSplit, eval_batches
 from ..distributed import all_gather, rank, world_size
 from ..encoders import backbone, restored_modes
 
-_GATHERED_ROWS = 8192  # of each rank at a time: 64 MB of 2048 features
+_GATHERED_ROWS = 8192  # per rank and collective: 64 MB of 2048 features
 
 
 @torch.no_grad()
@@ -23,10 +23,10 @@ def encoder_features(
     device: torch.device | str = "cpu",
     workers: int = 0,
 ) -> Tensor:
-    """Pooled features under the head, float32 [N, D] on the CPU, of the images as they are (no augmentation).
+    """Pooled features under the head of the images without augmentation, float32 [N, D] on the CPU.
 
-    Runs in evaluation mode and leaves every layer in the mode it was in. In a process group every rank must call it:
-    each encodes its share of the images, and all get all rows.
+    Runs in eval mode and restores the mode of every layer. In a process group every rank must call it: each encodes
+    its share of the images and gets all rows.
     """
     with restored_modes(encoder):
         model = backbone(encoder.eval())
@@ -38,19 +38,19 @@ def encoder_features(
 
 
 def to_device(images: Tensor, device: torch.device | str) -> Tensor:
-    """Images as an encoder reads them fastest: convolutions on a CPU prefer channels that lie together."""
+    """Images on the device, in the fastest memory format: channels last for convolutions on a CPU."""
     layout = torch.channels_last if torch.device(device).type == "cpu" else torch.preserve_format
     return images.to(device, non_blocking=True, memory_format=layout)
 
 
 def rank_share(split: Split) -> Split:
-    """This rank's part of a split: ceil(N / world) images in a row, less or none on the last ranks."""
+    """This rank's part of a split: ceil(N / world) consecutive images, fewer or none on the last ranks."""
     size = _share_size(len(split))
     return take(split, min(rank() * size, len(split)), min((rank() + 1) * size, len(split)))
 
 
 def _some_share(split: Split) -> Split:
-    """A rank without a share takes one image all the same: it must know how wide the gathered rows are."""
+    """This rank's share; one image if it is empty, because every rank must know the width of the gathered rows."""
     return rank_share(split) or take(split, len(split) - 1, len(split))
 
 
@@ -64,7 +64,7 @@ def take(split: Split, start: int, stop: int) -> Split:
 
 
 def collective_device(device: torch.device | str | None) -> torch.device:
-    """Where a tensor must be for a collective: NCCL moves GPU memory only."""
+    """The device that a collective needs its tensors on: with NCCL a GPU, else the CPU."""
     nccl = dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
     return torch.device(device or "cuda") if nccl else torch.device("cpu")
 
@@ -74,13 +74,13 @@ def _share_size(n: int) -> int:
 
 
 def _gather(rows: Tensor, n: int, device: torch.device | str | None = None) -> Tensor:
-    """The ranks' shares of :func:`rank_share`, [<= ceil(n / world), D] on the CPU, as one [n, D] there."""
+    """Gather the shares of :func:`rank_share`, each [<= ceil(n / world), D] on the CPU, to [n, D] on the CPU."""
     world, size = world_size(), _share_size(n)
     if world == 1:
         return rows
     rows = nn.functional.pad(rows, (0, 0, 0, size - len(rows)))
     everyone = rows.new_empty(world, size, rows.shape[1])
-    transit = collective_device(device)  # a part at a time: the whole set need not fit there
+    transit = collective_device(device)  # in parts: all rows may not fit on it
     for start in range(0, size, _GATHERED_ROWS):
         part = rows[start : start + _GATHERED_ROWS]
         everyone[:, start : start + len(part)] = all_gather(part.to(transit)).view(world, *part.shape).cpu()
@@ -97,15 +97,15 @@ def estimate_batchnorm_(
     device: torch.device | str = "cpu",
     workers: int = 0,
 ) -> None:
-    """Set BatchNorm's running statistics to averages over the images (no augmentation), in place.
+    """Set the running statistics of BatchNorm to averages over the images without augmentation, in place.
 
-    An encoder at its random start has statistics that fit no data at all; this makes it a fair baseline.
+    This makes an encoder with random weights a fair baseline: its initial statistics fit no data.
     """
     layers = [layer for layer in encoder.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average
+        layer.momentum = None  # cumulative average
     with restored_modes(encoder):
         model = backbone(encoder.train())
         for images, _ in eval_batches(data, split, batch_size, workers):
@@ -116,10 +116,10 @@ def estimate_batchnorm_(
 
 
 def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: int = 0) -> Tensor:
-    """The images themselves as rows, float32 [N, D]: what any encoder has to beat.
+    """The pixels of each image as a row, float32 [N, D]: the baseline for any encoder.
 
-    Small sets keep every pixel and their own channels, in [0, 1]; larger images are averaged down to ``size``
-    pixels a side, and in a process group each rank, all of which must call this, averages its share.
+    Images of a set that is held in memory keep all pixels and channels, in [0, 1]. Images on disk are averaged down to
+    ``size`` x ``size`` pixels; in a process group every rank must call this and averages its share.
     """
     if isinstance(split, TensorSplit):
         return split.images.flatten(1).float() / 255
@@ -128,3 +128,11 @@ def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: in
         for images, _ in eval_batches(data, _some_share(split), 256, workers)
     ]
     return _gather(torch.cat(rows), len(split))
+
+
+def check_finite(name: str, rows: Tensor, error: type[Exception] = ValueError) -> None:
+    """Raise unless all rows [N, D] are finite."""
+    # A sum is finite only if its terms are, and in float64 it cannot overflow; isfinite of all terms would need memory.
+    bad = int((~rows.sum(1, dtype=torch.float64).isfinite()).sum())
+    if bad:
+        raise error(f"{name}: expected finite values, got NaN or infinity in {bad:,} of {len(rows):,} rows")

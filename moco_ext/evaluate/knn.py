@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification (Wu et al., arXiv 1805.01978, section 3.4)."""
+"""Weighted k-nearest-neighbor classification (Wu et al., arXiv 1805.01978, section 3.4)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_reduce, rank, world_size
-from .features import collective_device
+from .features import check_finite, collective_device
 
 
 @torch.no_grad()
@@ -21,19 +21,22 @@ def knn_predict(
     chunk: int = 4096,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The class with the most votes among the k nearest training images, each vote exp(cosine / temperature).
+    """Predict the class with the most votes among the k nearest training images, each vote exp(cosine / temperature).
 
     Args:
-        train_features: [N, D] floating; need not be normalised.
-        train_labels: int64 [N], classes 0 .. n-1.
+        train_features: [N, D] floating point; need not be normalized.
+        train_labels: int64 [N], classes 0 to n - 1.
         test_features: [M, D].
-        k: neighbours; clipped to N.
-        chunk: test rows and training rows looked at together, so that memory beyond the arguments stays
-            O(chunk * (chunk + k + D)) whatever N and M are.
-        device: where to compute, by default where test_features are; features come there a chunk at a time.
+        k: number of neighbors; clipped to N.
+        chunk: number of test and of training rows compared at a time. Memory beyond the arguments is
+            O(chunk * (chunk + k + D)), whatever N and M are.
+        device: where to compute, by default the device of test_features; features are copied there in chunks.
 
     Returns:
-        int64 [M], where test_features are.
+        int64 [M], on the device of test_features.
+
+    Raises:
+        ValueError: shapes do not match, features are not finite, or k, temperature or N is not positive.
     """
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
         raise ValueError(
@@ -44,13 +47,15 @@ def knn_predict(
         raise ValueError(f"train_labels: expected [{len(train_features)}], got {list(train_labels.shape)}")
     if k < 1 or temperature <= 0 or len(train_features) == 0:
         raise ValueError(f"k, temperature, N: expected all positive, got {k}, {temperature}, {len(train_features)}")
+    check_finite("train_features", train_features)
+    check_finite("test_features", test_features)
     n_classes = int(train_labels.max()) + 1
     device = torch.device(device or test_features.device)
     labels = train_labels.to(device)
     predictions = []
     for rows in test_features.split(chunk):
         similarity, index = _nearest(rows.to(device), train_features, min(k, len(train_features)), chunk)
-        # exp(s/T) up to a factor common to the row's votes, which keeps small temperatures finite
+        # exp(s/T) divided by the row's largest vote, so that small temperatures do not overflow
         votes = torch.exp((similarity - similarity[:, :1]) / temperature)
         scores = votes.new_zeros(len(rows), n_classes).scatter_add_(1, labels[index], votes)
         predictions.append(scores.argmax(1).to(test_features.device))
@@ -70,8 +75,8 @@ def knn_top1(
 ) -> float:
     """Top-1 accuracy in percent of :func:`knn_predict`.
 
-    With ``sharded`` every rank of a process group calls this with the same features, classifies its share of the test
-    images, and gets the accuracy on all of them.
+    With ``sharded``, every rank of a process group must call this with the same features. Each classifies its share of
+    the test images and gets the accuracy on all of them.
     """
     mine = slice(rank(), None, world_size()) if sharded else slice(None)
     predicted = knn_predict(
@@ -89,9 +94,9 @@ def nearest(bank_features: Tensor, features: Tensor, k: int, chunk: int = 4096) 
 
 
 def _nearest(rows: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Cosines and indices [M, k] of the k nearest, in decreasing order, merged over chunks of ``bank``.
+    """Cosines and indices [M, k] of the k nearest, nearest first, merged over chunks of ``bank``.
 
-    Cosines are taken in float32 on the device of ``rows``, where one chunk of the bank lies at a time.
+    Computes in float32 on the device of ``rows``, to which one chunk of the bank is copied at a time.
     """
     rows = F.normalize(rows.float(), dim=1)
     best, where = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)

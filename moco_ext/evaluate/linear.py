@@ -6,6 +6,8 @@ import warnings
 
 from torch import Tensor
 
+from .features import check_finite
+
 
 def linear_top1(
     train_features: Tensor,
@@ -16,23 +18,28 @@ def linear_top1(
     C: float = 1.0,
     max_iter: int = 200,
 ) -> float:
-    """Top-1 accuracy in percent of multinomial logistic regression on standardised features.
+    """Top-1 accuracy in percent of multinomial logistic regression on standardized features.
 
-    The published probe trains the same linear classifier by SGD with a learning rate searched for (30 for
-    ResNet-50 on ImageNet). On features that fit in memory the problem is convex and L-BFGS simply solves it,
-    with nothing to tune: every representation gets the same classifier and the same L2 penalty.
+    The official linear protocol trains the same classifier by SGD, with a learning rate found by search (30 for
+    ResNet-50 on ImageNet). On features that fit in memory, L-BFGS solves this convex problem without tuning, so every
+    representation gets the same classifier and the same L2 penalty.
 
     Args:
-        train_features: [N, D]; standardised per feature with the training set's mean and deviation.
+        train_features: [N, D]; each feature is standardized by its mean and deviation over the training set.
         train_labels: int64 [N].
-        C: inverse strength of the L2 penalty, as scikit-learn's ``LogisticRegression``.
-        max_iter: L-BFGS iterations; stopping there is a form of early stopping, no error.
+        C: inverse strength of the L2 penalty, as in scikit-learn's ``LogisticRegression``.
+        max_iter: L-BFGS iterations; reaching the limit is early stopping, not an error.
+
+    Raises:
+        ValueError: features are not finite.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
+    check_finite("train_features", train_features)
+    check_finite("test_features", test_features)
     mean, std = train_features.mean(0), train_features.std(0)
-    constant = std <= 1e-6 * train_features.abs().amax(0)  # rounding apart: says nothing, and must not be blown up
+    constant = std <= 1e-6 * train_features.abs().amax(0)  # up to rounding, which must not be scaled up
     std = std.masked_fill(constant, float("inf"))
     classifier = LogisticRegression(C=C, max_iter=max_iter)
     with warnings.catch_warnings():

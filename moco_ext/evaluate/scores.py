@@ -1,43 +1,86 @@
-"""Scores of several representations of one data set: raw pixels and encoders, by kNN and a linear classifier."""
+"""Features and scores of raw pixels and encoders on labeled data: what every command that evaluates calls."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..data import ImageData
 from ..runs.options import RunOptions
-from .features import encoder_features, pixel_features
+from .features import check_finite, encoder_features, estimate_batchnorm_, pixel_features
 from .knn import knn_top1
 from .linear import linear_top1
 
-Features = dict[str, tuple[Tensor, Tensor]]  # representation -> rows of the train and of the test split
+Rows = tuple[Tensor, Tensor]  # [N, D] of the training split and [M, D] of the test split
+Features = dict[str, Rows]  # by representation
+LABELS = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}
+
+
+def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | None, name: str = "encoder") -> Rows:
+    """Features of both splits: of an encoder, or the raw pixels if it is None.
+
+    In a process group every rank must call it and gets all rows.
+
+    Args:
+        name: what error messages call the representation.
+
+    Raises:
+        FloatingPointError: features are not finite, as training has diverged.
+        ValueError: the data has no test split.
+    """
+    if encoder is None:
+        train, test = (pixel_features(data, split, workers=options.workers) for split in data.splits)
+    else:
+        encoder.to(options.device)
+        train, test = (
+            encoder_features(encoder, data, split, device=options.device, workers=options.workers)
+            for split in data.splits
+        )
+    for part, rows in (("training", train), ("test", test)):
+        check_finite(f"features of {LABELS.get(name, name)} ({part} images)", rows, FloatingPointError)
+    return train, test
+
+
+def representations(
+    data: ImageData, options: RunOptions, *, untrained: nn.Module | None = None, **encoders: nn.Module
+) -> Iterator[tuple[str, Rows]]:
+    """Names and :func:`split_features` of the pixels and each encoder, one at a time to save memory.
+
+    Args:
+        untrained: encoder at its random start. Its BatchNorm statistics fit no data, so they are first set to those of
+            the training images, in place.
+    """
+    yield "pixels", split_features(data, options, None, "pixels")
+    if untrained is not None:
+        untrained.to(options.device)
+        estimate_batchnorm_(untrained, data, data.train, device=options.device, workers=options.workers)
+        encoders = {"untrained": untrained} | encoders
+    for name, encoder in encoders.items():
+        yield name, split_features(data, options, encoder, name)
 
 
 def all_features(data: ImageData, options: RunOptions, **encoders: nn.Module) -> Features:
-    """Features of both splits: pixels first, then each encoder by its name."""
+    """All :func:`representations`, with the same arguments, at once."""
+    return dict(representations(data, options, **encoders))
+
+
+def knn_score(data: ImageData, rows: Rows, **voting: Any) -> float:
+    """:func:`knn_top1`, with its options, of a representation of ``data``."""
     train, test = data.splits
-    features = {
-        "pixels": (
-            pixel_features(data, train, workers=options.workers),
-            pixel_features(data, test, workers=options.workers),
-        )
-    }
-    for name, encoder in encoders.items():
-        encoder.to(options.device)
-        rows = [
-            encoder_features(encoder, data, split, device=options.device, workers=options.workers)
-            for split in (train, test)
-        ]
-        features[name] = (rows[0], rows[1])
-    return features
+    return knn_top1(rows[0], train.labels, rows[1], test.labels, **voting)
+
+
+def linear_score(data: ImageData, rows: Rows, *, C: float = 1.0) -> float:
+    """:func:`linear_top1` of a representation of ``data``."""
+    train, test = data.splits
+    return linear_top1(rows[0], train.labels, rows[1], test.labels, C=C)
 
 
 def top1(data: ImageData, features: Features, knn_k: int) -> dict[str, dict[str, float]]:
-    """kNN and linear top-1 in percent of every representation."""
-    scores: dict[str, dict[str, float]] = {"knn_top1": {}, "linear_top1": {}}
-    train_labels, test_labels = (split.labels for split in data.splits)
-    for name, (train, test) in features.items():
-        task = (train, train_labels, test, test_labels)
-        scores["knn_top1"][name] = round(knn_top1(*task, k=knn_k), 2)
-        scores["linear_top1"][name] = round(linear_top1(*task), 2)
-    return scores
+    """kNN and linear top-1 accuracy in percent by representation, as ``summary.json`` has them."""
+    return {
+        "knn_top1": {name: round(knn_score(data, rows, k=knn_k), 2) for name, rows in features.items()},
+        "linear_top1": {name: round(linear_score(data, rows), 2) for name, rows in features.items()},
+    }

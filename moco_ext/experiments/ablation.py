@@ -1,4 +1,4 @@
-"""Ablations: what the mechanism, m, K, T and shuffling BN each do, by runs that differ in nothing else."""
+"""Ablations: the effect of the mechanism, m, K, T and shuffling BN, by runs that differ in nothing else."""
 
 from __future__ import annotations
 
@@ -14,29 +14,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from .. import __version__
 from ..data import ImageData, TensorSplit
-from ..evaluate.features import encoder_features, estimate_batchnorm_, pixel_features
-from ..evaluate.scores import top1
-from ..runs.files import write_json
+from ..evaluate.scores import Rows, representations, split_features, top1
+from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
 from ..train.model import build_model
 from ..train.trainer import pretrain
 
-# Which axes a mechanism knows: the others would only repeat a run.
+# The axes that apply to each mechanism: others would only repeat a run.
 AXES = {
     "queue": ("dictionary", "moco_m", "moco_k", "moco_t", "shuffle_bn", "key_encoder"),
     "end-to-end": ("dictionary", "moco_t", "shuffle_bn", "key_encoder"),
     "memory-bank": ("dictionary", "moco_k", "moco_t"),
 }
-Setting = dict[str, Any]  # axis -> value; what a run has that the base has not
+Setting = dict[str, Any]  # axis -> value, where a run differs from the base
 
 
-class Trial(NamedTuple):
-    """A run of the grid: its directory's name, its setting and seed, and the configuration these make."""
+class AblationRun(NamedTuple):
+    """A run of the grid: the name of its directory, how it differs from the base, and its configuration."""
 
     name: str
     setting: Setting
@@ -44,14 +42,14 @@ class Trial(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """What is to be run, and how it is shown.
+    """The runs of an ablation and the tables that show them.
 
     Attributes:
-        trials: all runs, seed by seed, so that a grid broken off is balanced.
-        tables: title -> rows of (label, the run's name without its seed).
+        runs: all runs, seed by seed, so that an interrupted grid is balanced.
+        tables: title -> rows of (label, name of the run without its seed).
     """
 
-    trials: list[Trial]
+    runs: list[AblationRun]
     tables: dict[str, list[tuple[str, str]]]
 
 
@@ -65,8 +63,8 @@ def make_grid(
 ) -> Grid:
     """The base and each value of each axis alone or, with ``full``, all combinations.
 
-    Runs of equal configuration are one run, and values that a mechanism does not know (m, K end to end; m and the key
-    encoder of a memory bank, whose features have a momentum of 0.5) are left out of its combinations.
+    Runs of equal configuration are one run. Combinations leave out axes that do not apply to their mechanism (m and K
+    of end-to-end; m and the key encoder of a memory bank, whose features have a momentum of 0.5).
 
     Args:
         axes: from the names in :data:`AXES` to values. ``shuffle_bn`` takes "on" and "off": one device stands for
@@ -74,7 +72,7 @@ def make_grid(
             between them or, "off", normalised beside their queries.
 
     Raises:
-        ValueError: an axis that the base's mechanism does not know, or a value out of its range.
+        ValueError: an axis that does not apply to the mechanism of the base, or a value out of its range.
     """
     settings: list[Setting] = [{}]
     if full:
@@ -85,81 +83,83 @@ def make_grid(
     else:
         for axis, values in axes.items():
             if axis not in AXES[base.dictionary]:
-                raise ValueError(f"{axis}: expected an axis of dictionary {base.dictionary}, which does not know it")
+                raise ValueError(
+                    f"{axis}: expected an axis of dictionary {base.dictionary}, one of "
+                    f"{', '.join(AXES[base.dictionary])}"
+                )
             settings += [{axis: value} for value in values]
     distinct: dict[PretrainConfig, Setting] = {}
     for setting in settings:
         distinct.setdefault(_configure(base, setting, groups), setting)
-    trials = [
-        Trial(f"{_name(setting)},seed={seed}", setting, dataclasses.replace(config, seed=seed))
+    runs = [
+        AblationRun(f"{_name(setting)},seed={seed}", setting, dataclasses.replace(config, seed=seed))
         for seed in seeds
         for config, setting in distinct.items()
     ]
     if full:
         rows = [(_name(s).replace(",", ", "), _name(s)) for s in distinct.values()]
-        return Grid(trials, {"all combinations": rows})
+        return Grid(runs, {"all combinations": rows})
     tables = {}
     for axis, values in axes.items():
-        own = {_configure(base, {axis: value}, groups): _label(axis, value, groups) for value in values}
-        own.setdefault(base, _base_label(axis, base))
-        names = {config: _name(distinct[config]) for config in own}
+        labels = {_configure(base, {axis: value}, groups): _label(axis, value, groups) for value in values}
+        labels.setdefault(base, _base_label(axis, base))
+        names = {config: _name(distinct[config]) for config in labels}
         if axis in ("moco_m", "moco_k", "moco_t"):
-            own = dict(sorted(own.items(), key=lambda item: getattr(item[0], axis)))
-        tables[axis] = [(label, names[config]) for config, label in own.items()]
-    return Grid(trials, tables)
+            labels = dict(sorted(labels.items(), key=lambda item: getattr(item[0], axis)))
+        tables[axis] = [(label, names[config]) for config, label in labels.items()]
+    return Grid(runs, tables)
 
 
 def run_grid(grid: Grid, base: PretrainConfig, data: ImageData, options: RunOptions) -> dict[str, Any]:
-    """Train and evaluate what ``options.output`` does not hold yet; everything it then holds, as :func:`collect`.
+    """Train and evaluate the runs that ``options.output`` does not have yet; returns :func:`collect`.
 
-    A run broken off goes on from its newest checkpoint. One whose loss is not finite is kept as failed, with its error.
-    Each seed also has its untrained encoder evaluated, and raw pixels beside it: what training has to beat.
+    An interrupted run resumes from its newest checkpoint. A run that diverges is recorded as failed, with its error.
+    Raw pixels and, for each seed, the untrained encoder are evaluated as baselines.
 
     Raises:
-        ValueError: the directory holds runs of another configuration or another number of images.
+        ValueError: the directory has runs of another configuration or number of images.
     """
-    for trial in grid.trials:
-        _claim(options.output / trial.name, trial.config, len(data.train))
+    for run in grid.runs:
+        _claim(options.output / run.name, run.config, len(data.train))
     done = took = 0.0
-    for number, trial in enumerate(grid.trials, start=1):
-        folder = options.output / trial.name
+    for number, run in enumerate(grid.runs, start=1):
+        folder = options.output / run.name
         if (folder / "result.json").is_file():
             continue
-        _evaluate_untrained(dataclasses.replace(base, seed=trial.config.seed), data, options)
-        left = f", about {(len(grid.trials) - number + 1) * took / done / 60:.0f} minutes left" if done else ""
-        options.console.print(f"run {number} of {len(grid.trials)}: {trial.name}{left}", highlight=False)
+        _evaluate_untrained(dataclasses.replace(base, seed=run.config.seed), data, options)
+        left = f", about {(len(grid.runs) - number + 1) * took / done / 60:.0f} minutes left" if done else ""
+        options.console.print(f"run {number} of {len(grid.runs)}: {run.name}{left}", highlight=False)
         started = time.perf_counter()
-        result = _train(trial, data, dataclasses.replace(options, output=folder, resume="auto"))
+        result = _train(run, data, dataclasses.replace(options, output=folder, resume="auto"))
         write_json(folder / "result.json", result)
         done, took = done + 1, took + time.perf_counter() - started
-        figures = "".join(
+        metrics = "".join(
             f"  {name} {result[name]:.2f}" for name in ("loss", "knn_top1", "linear_top1") if name in result
         )
-        options.console.print(f"{result['status']}{figures}", highlight=False)
+        options.console.print(f"{result['status']}{metrics}", highlight=False)
         write_json(options.output / "results.json", collect(grid, base, len(data.train), options.output))
     return collect(grid, base, len(data.train), options.output)
 
 
 def collect(grid: Grid, base: PretrainConfig, images: int, output: Path) -> dict[str, Any]:
-    """What ``results.json`` holds: data, images, base, tables, and each finished or failed run."""
-    seeds = dict.fromkeys(trial.config.seed for trial in grid.trials)
-    folders = ["pixels", *(f"untrained,seed={seed}" for seed in seeds)]
-    folders += [trial.name for trial in grid.trials]
-    paths = [output / name / "result.json" for name in folders]
+    """The content of ``results.json``: data, images, base, tables, and each finished or failed run."""
+    seeds = dict.fromkeys(run.config.seed for run in grid.runs)
+    names = ["pixels", *(f"untrained,seed={seed}" for seed in seeds), *(run.name for run in grid.runs)]
+    results = (read_json(output / name / "result.json") for name in names)
     return {
         "data": base.data,
         "images": images,
         "base": dataclasses.asdict(base),
         "tables": grid.tables,
-        "runs": [json.loads(path.read_text()) for path in paths if path.is_file()],
+        "runs": [result for result in results if result],
     }
 
 
 def subset(data: ImageData, images: int) -> ImageData:
-    """``data`` with only so many training images, drawn at random but always the same ones."""
+    """``data`` with ``images`` of its training images: a random subset, always the same."""
     if images < 1 or images > len(data.train) or not isinstance(data.train, TensorSplit):
         raise ValueError(
-            f"images: expected 1 to {len(data.train)} of a data set that is held in memory, got {images} of {data.name}"
+            f"images: expected 1 to {len(data.train)} of a data set held in memory, got {images} of {data.name}"
         )
     chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:images]
     return dataclasses.replace(data, train=TensorSplit(data.train.images[chosen], data.train.labels[chosen]))
@@ -194,7 +194,7 @@ def _base_label(axis: str, base: PretrainConfig) -> str:
     if axis == "shuffle_bn":
         return "one group" if base.split_bn == 1 else f"{base.split_bn} groups, {base.shuffle_bn}"
     value = getattr(base, axis)
-    return "the mechanism's own" if value is None else _plain(value)
+    return "default" if value is None else _plain(value)
 
 
 def _plain(value: Any) -> str:
@@ -202,85 +202,75 @@ def _plain(value: Any) -> str:
 
 
 def _claim(folder: Path, config: PretrainConfig, images: int) -> None:
-    """The run directory, which belongs to this configuration from now on."""
+    """Make the run directory and record its configuration; a ValueError if it has another one."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = json.loads(json.dumps({"config": dataclasses.asdict(config), "images": images}))
     path = folder / "trial.json"
     if not path.is_file():
-        write_json(path, wanted)
+        write_json(path, {"config": dataclasses.asdict(config), "images": images})
         return
-    found = json.loads(path.read_text())
-    if found != wanted:
-        flat = [{"images": side["images"]} | side["config"] for side in (wanted, found)]
-        differing = sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
+    found = read_json(path)
+    found = found["config"] | {"images": found["images"]}
+    wanted = json.loads(json.dumps(dataclasses.asdict(config) | {"images": images}))  # lists for tuples, as in the file
+    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if differing:
         raise ValueError(
             f"output: expected runs of this configuration or none, got another {', '.join(differing)} in {folder}"
         )
 
 
-def _train(trial: Trial, data: ImageData, options: RunOptions) -> dict[str, Any]:
-    config = trial.config
-    result: dict[str, Any] = {"name": trial.name, "setting": trial.setting, "seed": config.seed}
+def _train(run: AblationRun, data: ImageData, options: RunOptions) -> dict[str, Any]:
+    config = run.config
+    result: dict[str, Any] = {"name": run.name, "setting": run.setting, "seed": config.seed}
     result |= {"made_with": _made_with(options.device)}
     model = build_model(config, len(data.train))
-    # kNN at the end is ours to do, from the features that the linear classifier takes too.
-    unseen = data if config.online_knn else dataclasses.replace(data, test=None)
+    # The last evaluation is done here, from the features that the linear classifier uses too.
+    training_data = data if config.online_knn else dataclasses.replace(data, test=None)
     try:
-        records = pretrain(config, unseen, options, model)
+        records = pretrain(config, training_data, options, model)
+        scores = _scores(data, config, split_features(data, options, model.encoder_q, "trained"))
     except FloatingPointError as error:
-        return result | {"status": "failed", "error": str(error).replace(str(options.output), trial.name)}
+        return result | {"status": "failed", "error": str(error).replace(str(options.output), run.name)}
     last = records[-1]
     result |= {"status": "finished", "loss": last["loss"], "acc1": last["acc1"], "seconds": last["seconds"]}
-    result |= _scores(data, config, *_features(model.encoder_q, data, options))
-    return result | {"records": records, "curves": _curves(options.output / "tensorboard")}
+    return result | scores | {"records": records, "curves": _curves(options.output / "tensorboard")}
 
 
 def _evaluate_untrained(config: PretrainConfig, data: ImageData, options: RunOptions) -> None:
-    """Raw pixels and the base's encoder at its random start, unless they have been evaluated."""
-    for name in ("pixels", f"untrained,seed={config.seed}"):
-        path = options.output / name / "result.json"
-        if path.is_file():
+    """Evaluate raw pixels and the untrained encoder of the base, unless their results exist."""
+    names = {"pixels": "pixels", "untrained": f"untrained,seed={config.seed}"}
+    paths = {key: options.output / name / "result.json" for key, name in names.items()}
+    if all(path.is_file() for path in paths.values()):
+        return
+    options.console.print("evaluating pixels and the untrained encoder", highlight=False)
+    untrained = build_model(config, len(data.train)).encoder_q
+    for key, rows in representations(data, options, untrained=untrained):
+        if paths[key].is_file():
             continue
-        options.console.print(f"evaluating {name}", highlight=False)
-        result: dict[str, Any] = {"name": name, "status": "untrained", "made_with": _made_with(options.device)}
-        if name == "pixels":
-            train, test = (pixel_features(data, split, workers=options.workers) for split in data.splits)
-            result |= _scores(data, config, train, test)
-        else:
-            encoder = build_model(config, len(data.train)).encoder_q.to(options.device)
-            estimate_batchnorm_(encoder, data, data.train, device=options.device, workers=options.workers)
-            result |= _scores(data, config, *_features(encoder, data, options))
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, result)
+        result = {"name": names[key], "status": "untrained", "made_with": _made_with(options.device)}
+        paths[key].parent.mkdir(exist_ok=True)
+        write_json(paths[key], result | _scores(data, config, rows))
 
 
-def _features(encoder: nn.Module, data: ImageData, options: RunOptions) -> tuple[Tensor, Tensor]:
-    train, test = (
-        encoder_features(encoder, data, split, device=options.device, workers=options.workers) for split in data.splits
-    )
-    return train, test
-
-
-def _scores(data: ImageData, config: PretrainConfig, train: Tensor, test: Tensor) -> dict[str, float]:
-    return {name: each["it"] for name, each in top1(data, {"it": (train, test)}, config.knn_k).items()}
+def _scores(data: ImageData, config: PretrainConfig, rows: Rows) -> dict[str, float]:
+    return {protocol: scores["rows"] for protocol, scores in top1(data, {"rows": rows}, config.knn_k).items()}
 
 
 def _curves(folder: Path) -> dict[str, list[float]]:
-    """Loss and contrast accuracy along the run, as TensorBoard has them: means of each few steps."""
+    """Loss and contrast accuracy by step: means over every few steps, from TensorBoard's event files."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     curves: dict[str, list[float]] = {}
-    for figure in ("loss", "acc1"):
-        points = events.Scalars(f"train/{figure}")
+    for metric in ("loss", "acc1"):
+        points = events.Scalars(f"train/{metric}")
         curves["step"] = [point.step for point in points]
-        curves[figure] = [round(point.value, 4) for point in points]
+        curves[metric] = [round(point.value, 4) for point in points]
     return curves
 
 
 def _made_with(device: torch.device) -> dict[str, Any]:
-    """Versions, device and, in a work tree, its commit."""
+    """Device, versions and, in a git work tree, the commit."""
     source = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""The results of a grid of runs as tables and plots."""
+"""Tables and plots of the results of an ablation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TITLES = {
     "shuffle_bn": "shuffling BN",
     "key_encoder": "key encoder",
 }
-_COLUMNS = {  # heading -> figure, digits
+_COLUMNS = {  # heading -> metric, digits
     "kNN top-1, %": ("knn_top1", 2),
     "linear top-1, %": ("linear_top1", 2),
     "contrast acc@1, %": ("acc1", 1),
@@ -48,7 +48,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
-    """``results.json``, ``results.md``, ``accuracy.svg`` and, where BN was shuffled and not, ``shuffling-bn.svg``."""
+    """Write ``results.json``, ``results.md``, ``accuracy.svg`` and, if there is that axis, ``shuffling-bn.svg``."""
     write_json(folder / "results.json", results)
     plots = write_plots(results, folder)
     links = [f"![{name.removesuffix('.svg')}]({name})" for name in plots]
@@ -56,7 +56,7 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Tables, one an axis: mean ± standard error over the seeds; figures of training are those of its last record.
+    """A table per axis: mean ± standard error over the seeds; training metrics are those of the last record.
 
     Spread and key drift are the ``feature_std`` and ``key_drift`` of :class:`moco_ext.train.diagnostics.Diagnostics`.
     """
@@ -67,9 +67,9 @@ def markdown(results: dict[str, Any]) -> str:
         for label, name in rows:
             runs = _finished(results, name)
             cells = []
-            for figure, digits in _COLUMNS.values():
+            for metric, digits in _COLUMNS.values():
                 found = [run["records"][-1] | run for run in runs]
-                cells.append(mean_and_error([run[figure] for run in found if figure in run], digits))
+                cells.append(mean_and_error([run[metric] for run in found if metric in run], digits))
             seeds = ", ".join(str(run["seed"]) for run in runs)
             failed = ", ".join(str(run["seed"]) for run in _runs(results, name) if run["status"] == "failed")
             cells.append(seeds + f" (failed: {failed})" * bool(failed))
@@ -80,7 +80,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def mean_and_error(values: Sequence[float], digits: int) -> str:
-    """Like 12.3 ± 0.4, with the standard error of the mean; of one value no error, of none nothing."""
+    """Such as 12.3 ± 0.4, with the standard error of the mean; without it for one value, empty for none."""
     if not values:
         return ""
     error = f" ± {_standard_error(values):.{digits}f}" if len(values) > 1 else ""
@@ -88,7 +88,7 @@ def mean_and_error(values: Sequence[float], digits: int) -> str:
 
 
 def write_plots(results: dict[str, Any], folder: Path) -> list[str]:
-    """The plots as SVG; the names of the files."""
+    """Write the plots as SVG; returns the names of the files."""
     written = []
     with matplotlib.rc_context(_STYLE):
         tables = results["tables"]
@@ -106,8 +106,8 @@ def write_plots(results: dict[str, Any], folder: Path) -> list[str]:
         if any(len(_curves(results, name)) for _, name in tables.get("shuffle_bn", [])):
             figure = Figure(figsize=(8.4, 3), layout="constrained")
             left, right = figure.subplots(1, 2)
-            for axes, curve, label in ((left, "acc1", "contrast acc@1, %"), (right, "loss", "loss")):
-                _along_the_run(axes, curve, label, tables["shuffle_bn"], results)
+            for axes, metric, label in ((left, "acc1", "contrast acc@1, %"), (right, "loss", "loss")):
+                _curve(axes, metric, label, tables["shuffle_bn"], results)
             left.legend(frameon=False)
             written.append(_save(figure, folder / "shuffling-bn.svg"))
     return written
@@ -119,9 +119,9 @@ def _setting(results: dict[str, Any]) -> str:
     made = [run["made_with"] for run in ran]
 
     def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(str(with_[name]) for with_ in made))
+        return ", ".join(dict.fromkeys(str(each[name]) for each in made))
 
-    changed = " with changes" if any(with_["changed"] for with_ in made) else ""
+    changed = " with changes" if any(each["changed"] for each in made) else ""
     text = (
         f"{results['data']}, {results['images']:,} training images, {length} of batch {base['batch_size']}; base: "
         f"{base['arch']}{', MLP head' if base['mlp'] else ''}, {base['dictionary']}, m = {base['moco_m']:g}, "
@@ -151,20 +151,20 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def _accuracy(axes: Axes, title: str, table: Sequence[tuple[str, str]], results: dict[str, Any]) -> None:
-    """Numbers from left to right, joined; names from top to bottom."""
+    """Numbers from left to right, connected; names from top to bottom."""
     numbers = title in _NUMBERS
-    for protocol, (label, colour, marker) in _PROTOCOLS.items():
+    for protocol, (label, color, marker) in _PROTOCOLS.items():
         values = [[run[protocol] for run in _finished(results, name)] for _, name in table]
         means = [statistics.fmean(v) if v else math.nan for v in values]
         errors = [_standard_error(v) for v in values]
-        places = range(len(table))
-        style: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 3, "label": label}
+        positions = range(len(table))
+        style: dict[str, Any] = {"color": color, "marker": marker, "capsize": 3, "label": label}
         if numbers:
-            axes.errorbar(places, means, yerr=errors, **style)
+            axes.errorbar(positions, means, yerr=errors, **style)
         else:
-            axes.errorbar(means, places, xerr=errors, linestyle="none", **style)
-    place: Callable[..., Any] = axes.set_xticks if numbers else axes.set_yticks
-    place(range(len(table)), [label for label, _ in table])
+            axes.errorbar(means, positions, xerr=errors, linestyle="none", **style)
+    set_ticks: Callable[..., Any] = axes.set_xticks if numbers else axes.set_yticks
+    set_ticks(range(len(table)), [label for label, _ in table])
     axes.set_title(_TITLES.get(title, title), loc="left", fontsize=10)
     (axes.set_ylabel if numbers else axes.set_xlabel)("top-1, %")
     if not numbers:
@@ -176,11 +176,11 @@ def _curves(results: dict[str, Any], name: str) -> list[dict[str, list[float]]]:
     return [run["curves"] for run in _finished(results, name)]
 
 
-def _along_the_run(axes: Axes, curve: str, label: str, table: Sequence[tuple[str, str]], results: dict) -> None:
-    """A thin line a seed."""
-    for (setting, name), colour in zip(table, _LINES, strict=False):
+def _curve(axes: Axes, metric: str, label: str, table: Sequence[tuple[str, str]], results: dict) -> None:
+    """A thin line per seed."""
+    for (setting, name), color in zip(table, _LINES, strict=False):
         for i, curves in enumerate(_curves(results, name)):
-            axes.plot(curves["step"], curves[curve], color=colour, linewidth=1.2, label=None if i else setting)
+            axes.plot(curves["step"], curves[metric], color=color, linewidth=1.2, label=None if i else setting)
     axes.set_xlabel("step")
     axes.set_title(label, loc="left", fontsize=10)
 

@@ -1,92 +1,95 @@
-"""The page's pictures: nearest neighbours and maps of the features."""
+"""The pictures of a page: nearest neighbors and maps of the features."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
-from ..data import FolderSplit, ImageData, Split
+from ..data import FolderSplit, Split
 from ..data.images import read_image
 from ..evaluate import nearest
-from .plots import feature_maps
+from .plots import TSNE_POINTS, feature_maps
 from .read import Gallery
-from .style import section
 
-_QUERIES, _NEIGHBOURS, _MAP_POINTS, _PRECISION_ROWS = 10, 7, 1000, 2000
-_THUMBNAIL = 96  # pixels, of photographs: twice the size they are shown at
+_QUERIES, _NEIGHBORS, _MAP_POINTS, _PRECISION_ROWS = 10, 7, 1000, 2000
+_THUMBNAIL = 96  # pixels, of photographs: twice their size on the page
 
 
-def neighbours(gallery: Gallery) -> str:
+class _Thumbnail(NamedTuple):
+    """An image as a data URI; ``wrong`` if it is of another class than the query."""
+
+    source: str
+    caption: str
+    wrong: bool
+
+
+class _Neighbors(NamedTuple):
+    """The nearest training images of a few test images.
+
+    Attributes:
+        rows: of each test image, its thumbnail and one strip of neighbors per representation.
+        same_class: by representation, percentage of the ``counted`` nearest of ``sample`` test images that are of the
+            same class.
+        shown: neighbors per strip.
+    """
+
+    rows: list[tuple[_Thumbnail, list[list[_Thumbnail]]]]
+    same_class: dict[str, float]
+    shown: int
+    counted: int
+    sample: int
+
+
+def neighbors(gallery: Gallery) -> _Neighbors:
+    """The first test image of each class and its nearest training images."""
     data, features = gallery.data, gallery.features
     train_split, test_split = data.splits
     train_labels, test_labels = train_split.labels, test_split.labels
     queries = [int((test_labels == label).nonzero()[0]) for label in test_labels.unique()[:_QUERIES]]
     sample = torch.linspace(0, len(test_labels) - 1, min(_PRECISION_ROWS, len(test_labels))).long()
-    shown = _NEIGHBOURS if len(features) <= 3 else _NEIGHBOURS - 2  # so that a fourth fits beside the others
-    found, heads = {}, ""
+    shown = _NEIGHBORS if len(features) <= 3 else _NEIGHBORS - 2  # so that a fourth strip fits into the row
+
+    def thumbnail(split: Split, index: int, query: int) -> _Thumbnail:
+        label = int(split.labels[index])
+        return _Thumbnail(_image(split, index), data.classes[label], wrong=label != int(test_labels[query]))
+
+    found, same_class = {}, {}
     for name, (train, test) in features.items():
         found[name] = nearest(train, test[queries], shown)
-        closest = nearest(train, test[sample], _NEIGHBOURS)
-        same = 100 * (train_labels[closest] == test_labels[sample, None]).double().mean().item()
-        heads += f"<th>{html.escape(name)}<small>{same:.1f} % of the same class</small></th>"
-    rows = ""
-    for row, query in enumerate(queries):
-        label = int(test_labels[query])
-        caption = html.escape(data.classes[label])
-        cells = f'<th scope="row"><div>{_thumbnail(test_split, query, caption)}<small>{caption}</small></div></th>'
-        for name in features:
-            thumbnails = "".join(
-                _thumbnail(
-                    train_split,
-                    int(index),
-                    html.escape(data.classes[int(train_labels[index])]),
-                    wrong=int(train_labels[index]) != label,
-                )
-                for index in found[name][row]
-            )
-            cells += f'<td><div class="strip">{thumbnails}</div></td>'
-        rows += f"<tr>{cells}</tr>"
-    return section(
-        f"Nearest neighbours{_of(data)}",
-        f'<div class="scroll"><table class="neighbours"><tr><th>test image</th>{heads}</tr>{rows}</table></div>',
-        f"The first test image of each class and its {shown} nearest training images by cosine, nearest first; "
-        f"those of another class are framed. Percentages: of the {_NEIGHBOURS} nearest of {len(sample):,} test images.",
-    )
+        closest = nearest(train, test[sample], _NEIGHBORS)
+        same_class[name] = 100 * (train_labels[closest] == test_labels[sample, None]).double().mean().item()
+    rows = [
+        (
+            thumbnail(test_split, query, query),
+            [[thumbnail(train_split, i, query) for i in found[name][row].tolist()] for name in features],
+        )
+        for row, query in enumerate(queries)
+    ]
+    return _Neighbors(rows, same_class, shown, _NEIGHBORS, len(sample))
 
 
-def feature_map(gallery: Gallery) -> str:
+def feature_map(gallery: Gallery) -> dict[str, Any]:
+    """A map of each representation of the test images, and the colors of the classes."""
     data = gallery.data
     labels = data.splits[1].labels
     sample = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:_MAP_POINTS]
-    maps, colours = feature_maps(
+    maps, colors = feature_maps(
         {name: test[sample] for name, (_, test) in gallery.features.items()}, labels[sample], len(data.classes)
     )
-    figures = "".join(
-        f"<figure><figcaption>{html.escape(name)}</figcaption>{svg}</figure>" for name, svg in maps.items()
-    )
-    legend = "".join(
-        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>'
-        for name, colour in zip(data.classes, colours, strict=True)
-    )
-    legend = f'<p class="legend">{legend}</p>' if len(data.classes) <= 20 else ""
-    return section(
-        f"Map of the features{_of(data)}",
-        f'{legend}<div class="charts of{len(maps)}">{figures}</div>',
-        f"t-SNE of {len(sample):,} test images, coloured by class; no representation has seen a label. Who is near "
-        "whom means something; axes, distances between groups and the groups' sizes do not.",
-    )
+    return {
+        "figures": [{"title": name, "levels": (), "svg": svg} for name, svg in maps.items()],
+        "legend": list(zip(data.classes, colors, strict=True)),
+        "method": "t-SNE" if len(sample) >= TSNE_POINTS else "PCA",
+        "points": len(sample),
+    }
 
 
-def _of(data: ImageData) -> str:
-    return f"<small>{html.escape(data.name)}</small>"
-
-
-def _thumbnail(split: Split, index: int, caption: str, wrong: bool = False) -> str:
-    from PIL import Image
-
+def _image(split: Split, index: int) -> str:
+    """A data URI: a small JPEG of a photograph, a PNG of an image held in memory."""
     buffer = io.BytesIO()
     if isinstance(split, FolderSplit):
         image = Image.fromarray(read_image(split.paths[index]).permute(1, 2, 0).numpy())
@@ -96,6 +99,4 @@ def _thumbnail(split: Split, index: int, caption: str, wrong: bool = False) -> s
     else:
         kind = "png"
         Image.fromarray(split.images[index].permute(1, 2, 0).squeeze(-1).numpy()).save(buffer, kind)
-    source = base64.b64encode(buffer.getvalue()).decode()
-    mark = ' class="wrong"' if wrong else ""
-    return f'<img{mark} src="data:image/{kind};base64,{source}" alt="{caption}" title="{caption}">'
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG to stand inline in its page, whose colours and fonts they take on."""
+"""The charts of the report, as SVG that takes its colors and fonts from the page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from torch import Tensor
 
-RUN_COLOURS = 8  # --run0 ... of the page; further runs take them again, dashed
-# matplotlib knows no CSS variables: these colours stand for them until the SVG is written.
-_VARIABLES = ("ink", "soft", "line", *(f"run{i}" for i in range(RUN_COLOURS)))
-_COLOURS = {name: f"#0102{i:02x}" for i, name in enumerate(_VARIABLES)}
+RUN_COLORS = 8  # --run0 ... --run7 in report.css; further runs reuse them, with dashed lines
+TSNE_POINTS = 50  # fewer points are mapped by PCA
+# matplotlib has no CSS variables: these placeholders are replaced in the written SVG.
+_VARIABLES = ("ink", "soft", "line", *(f"run{i}" for i in range(RUN_COLORS)))
+_COLORS = {name: f"#0102{i:02x}" for i, name in enumerate(_VARIABLES)}
 _CLASSES = [
     "#3b7ddd",
     "#e8873a",
@@ -33,14 +34,14 @@ _CLASSES = [
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
-    "text.color": _COLOURS["ink"],
-    "axes.edgecolor": _COLOURS["line"],
-    "axes.labelcolor": _COLOURS["soft"],
-    "xtick.color": _COLOURS["soft"],
-    "ytick.color": _COLOURS["soft"],
+    "text.color": _COLORS["ink"],
+    "axes.edgecolor": _COLORS["line"],
+    "axes.labelcolor": _COLORS["soft"],
+    "xtick.color": _COLORS["soft"],
+    "ytick.color": _COLORS["soft"],
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "grid.color": _COLOURS["line"],
+    "grid.color": _COLORS["line"],
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -51,7 +52,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve of run number ``run``, which gives it its colour."""
+    """A curve in the color of run number ``run``."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -60,7 +61,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """What a chart's axes are: ``levels`` are dashed horizontals, by what they mean; ``floor`` is where y begins."""
+    """The axes of a chart: ``levels`` are dashed horizontal lines, by label; ``floor`` is the lowest y."""
 
     x: str = "epoch"
     levels: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -69,22 +70,25 @@ class Axes:
 
 
 def curves(name: str, lines: Sequence[Line], axes: Axes) -> str:
-    """Lines over epochs or steps, and levels; an SVG.
+    """Lines over epochs or steps, as SVG.
 
     The lines of run i are in a group of class ``r<i>``, so that the page can hide them.
+
+    Args:
+        name: distinguishes the SVG from others on the page.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.9, 2.6), layout="constrained")
         plot = figure.add_subplot()
         plot.grid(axis="x", visible=False)
         for line in lines:
-            colour = _COLOURS[f"run{line.run % RUN_COLOURS}"]
-            dashes = "solid" if line.run < RUN_COLOURS else (0, (5, 2))
+            color = _COLORS[f"run{line.run % RUN_COLORS}"]
+            dashes = "solid" if line.run < RUN_COLORS else (0, (5, 2))
             marker = "o" if len(line.x) <= 12 else None
-            (drawn,) = plot.plot(line.x, line.y, color=colour, linewidth=1.8, ls=dashes, marker=marker, markersize=3.5)
+            (drawn,) = plot.plot(line.x, line.y, color=color, linewidth=1.8, ls=dashes, marker=marker, markersize=3.5)
             drawn.set_gid(f"of-run:{line.run}")
         for level in axes.levels.values():
-            plot.axhline(level, color=_COLOURS["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
+            plot.axhline(level, color=_COLORS["soft"], linewidth=1.2, linestyle=(0, (4, 3)))
         plot.margins(y=0.12)
         if axes.log:
             plot.set_yscale("log")
@@ -102,8 +106,8 @@ def curves(name: str, lines: Sequence[Line], axes: Axes) -> str:
 
 
 def feature_maps(features: dict[str, Tensor], labels: Tensor, n_classes: int) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Each representation [N, D] laid out in the plane by t-SNE (PCA below 50 points): SVGs, and class colours."""
-    colours = class_colours(n_classes)
+    """Map each representation [N, D] to the plane by t-SNE (PCA of fewer than 50 points): SVGs, and class colors."""
+    colors = class_colors(n_classes)
     maps = {}
     for name, rows in features.items():
         points = _plane(rows)
@@ -111,14 +115,14 @@ def feature_maps(features: dict[str, Tensor], labels: Tensor, n_classes: int) ->
             figure = Figure(figsize=(3.6, 3.6), layout="constrained")
             plot = figure.add_subplot()
             plot.set_axis_off()
-            point_colours = [colours[label] for label in labels.tolist()]
-            plot.scatter(points[:, 0], points[:, 1], s=9, c=point_colours, linewidths=0, alpha=0.85)
+            point_colors = [colors[label] for label in labels.tolist()]
+            plot.scatter(points[:, 0], points[:, 1], s=9, c=point_colors, linewidths=0, alpha=0.85)
             maps[name] = _svg(figure, "map" + name)
-    return maps, colours
+    return maps, colors
 
 
-def class_colours(n: int) -> tuple[str, ...]:
-    """n colours that can be told apart on light and dark alike; beyond ten, steps around the hue circle."""
+def class_colors(n: int) -> tuple[str, ...]:
+    """n colors that are distinct on light and dark backgrounds; beyond ten, steps around the hue circle."""
     if n <= len(_CLASSES):
         return tuple(_CLASSES[:n])
     from matplotlib.colors import hsv_to_rgb, to_hex
@@ -131,8 +135,8 @@ def _plane(features: Tensor) -> np.ndarray:
     from sklearn.manifold import TSNE
     from torch.nn.functional import normalize
 
-    rows = normalize(features.float(), dim=1).numpy()  # cosine is what the evaluation goes by
-    if len(rows) < 50:
+    rows = normalize(features.float(), dim=1).numpy()  # the evaluation compares by cosine
+    if len(rows) < TSNE_POINTS:
         return PCA(2).fit_transform(rows)
     reduced = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
     return TSNE(init="pca", perplexity=30 if len(rows) > 100 else 10, random_state=0).fit_transform(reduced)
@@ -140,14 +144,14 @@ def _plane(features: Tensor) -> np.ndarray:
 
 def _svg(figure: Figure, salt: str) -> str:
     buffer = io.StringIO()
-    # Several SVGs share a page: without a salt each, their clip paths and markers would share ids.
+    # Several SVGs share a page: without their own salts, their clip paths and markers would share ids.
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="of-run:(\d+)"', r'<g class="r\1"', svg)
-    # matplotlib's own group ids repeat from figure to figure and nothing refers to them.
+    # matplotlib's group ids repeat from figure to figure, and nothing refers to them.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    for name, stand_in in _COLOURS.items():
-        svg = svg.replace(stand_in, f"var(--{name})")
+    for name, placeholder in _COLORS.items():
+        svg = svg.replace(placeholder, f"var(--{name})")
     return svg

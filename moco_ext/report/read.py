@@ -1,4 +1,4 @@
-"""What a page is made of: runs as their directories describe them, and the features of their encoders."""
+"""The content of a page: runs as their directories describe them, and the features of their encoders."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from torch import Tensor
 
 from ..checkpoints.pretrained import load_pretrained
 from ..data import ImageData, load
-from ..evaluate.features import estimate_batchnorm_
-from ..evaluate.scores import all_features
+from ..evaluate.scores import LABELS, representations, split_features
 from ..runs.files import read_json
 from ..runs.metrics import read_metrics
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
 from ..train.model import build_model
 
-GALLERY_RUNS = 3  # of each data set, whose neighbours and maps stand side by side
+GALLERY_RUNS = 3  # per data set, whose neighbors and maps fit side by side
 _EVALUATIONS = ("knn", "linear", "finetune")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportedRun:
-    """One run.
+    """The files of one run directory.
 
     Attributes:
-        config: as in ``config.json``.
-        records: those of ``metrics.jsonl``.
-        summary: that of ``summary.json``; empty while the run is under way.
-        evaluations: by command, what ``moco-ext knn``, ``linear`` and ``finetune`` have left in the directory.
+        config: ``config.json``.
+        records: ``metrics.jsonl``.
+        summary: ``summary.json``; empty while the run is under way.
+        evaluations: results of ``moco-ext knn``, ``linear`` and ``finetune``, by command.
     """
 
     name: str
@@ -43,28 +42,33 @@ class ReportedRun:
 
     def top1(self, protocol: str) -> dict[str, float]:
         """Top-1 of ``"knn"`` or ``"linear"`` by representation (pixels, untrained, trained); empty if unknown."""
-        own = self.summary.get(f"{protocol}_top1")
-        return own or self.evaluations.get(protocol, {}).get(f"{protocol}_top1", {})
+        scores = self.summary.get(f"{protocol}_top1")
+        return scores or self.evaluations.get(protocol, {}).get(f"{protocol}_top1", {})
 
-    def curve(self, figure: str, x: str = "epoch") -> tuple[list[float], list[float]]:
-        """(x, y) of the records that have the figure."""
-        points = [(record[x], record[figure]) for record in self.records if record.get(figure) is not None]
+    def scores(self, representation: str) -> dict[str, float]:
+        """Top-1 of a representation by protocol; empty if unknown."""
+        by_protocol = {protocol: self.top1(protocol) for protocol in ("knn", "linear")}
+        return {protocol: top1[representation] for protocol, top1 in by_protocol.items() if representation in top1}
+
+    def curve(self, metric: str, x: str = "epoch") -> tuple[list[float], list[float]]:
+        """(x, y) of the records that have the metric."""
+        points = [(record[x], record[metric]) for record in self.records if record.get(metric) is not None]
         return [point[0] for point in points], [point[1] for point in points]
 
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """Representations of one data set to look at: by label, rows [N, D] of the training and of the test split."""
+    """Features to show: by label, rows [N, D] of the training and of the test split of a data set."""
 
     data: ImageData
     features: dict[str, tuple[Tensor, Tensor]]
 
 
 def read_run(folder: str | Path, name: str) -> ReportedRun:
-    """The run in a directory.
+    """Read a run directory.
 
     Raises:
-        ValueError: no run directory, or one without a single record.
+        ValueError: the folder is not a run directory, or has no record yet.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -83,35 +87,36 @@ def galleries(
     device: torch.device,
     workers: int,
 ) -> list[Gallery]:
-    """For each data set, the features of raw pixels and of the first few runs, from their checkpoints.
+    """Features of raw pixels and of the first few runs on each data set, from their checkpoints.
 
-    With a single run, those of its encoder before training too.
+    For a single run, also those of the untrained encoder.
 
     Raises:
+        FloatingPointError: the features of a run are not finite.
         ValueError: the data of a run, or its checkpoint, cannot be found or read.
     """
+    options = RunOptions(Path(), device, workers=workers)
     found = []
     for name in dict.fromkeys(run.config["data"] for run in runs):
         data = load(name, data_root)
         if data.test is None:
             continue
-        members = [i for i, run in enumerate(runs) if run.config["data"] == name][:GALLERY_RUNS]
-        encoders = {f"run{i}": load_pretrained(folders[i])[0] for i in members}
-        labels = {f"run{i}": runs[i].name for i in members}
-        place = RunOptions(Path(), device, workers=workers)
+        members = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.config["data"] == name]
+        encoders = {run.name: load_pretrained(folder)[0] for run, folder in members[:GALLERY_RUNS]}
         if len(runs) == 1:
-            encoders = {"untrained": _untrained(runs[0], data, place), **encoders}
-            labels = {"untrained": "untrained encoder", "run0": "trained encoder"}
-        features = all_features(data, place, **encoders)
-        found.append(Gallery(data, {({"pixels": "raw pixels"} | labels)[key]: rows for key, rows in features.items()}))
+            untrained, trained = _untrained(runs[0], len(data.train)), encoders[runs[0].name]
+            both = representations(data, options, untrained=untrained, trained=trained)
+            features = {LABELS[key]: rows for key, rows in both}
+        else:
+            features = {LABELS["pixels"]: split_features(data, options, None)}
+            features |= {key: split_features(data, options, encoder, key) for key, encoder in encoders.items()}
+        found.append(Gallery(data, features))
     return found
 
 
-def _untrained(run: ReportedRun, data: ImageData, place: RunOptions) -> torch.nn.Module:
-    """The run's encoder as it was before its first step, with BatchNorm statistics of the training images."""
-    # Of another version's settings those that this one knows; the encoder is made of arch, dim, head and seed alone.
+def _untrained(run: ReportedRun, images: int) -> torch.nn.Module:
+    """The encoder of a run before its first step."""
+    # A run of another version may have unknown settings; arch, dim, head and seed suffice for the encoder.
     known = {field.name for field in dataclasses.fields(PretrainConfig)}
     settings = {name: value for name, value in run.config.items() if name in known}
-    encoder = build_model(PretrainConfig(**settings), len(data.train)).encoder_q.to(place.device)
-    estimate_batchnorm_(encoder, data, data.train, device=place.device, workers=place.workers)
-    return encoder
+    return build_model(PretrainConfig(**settings), images).encoder_q

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from .. import distributed
 from ..checkpoints.training import load_checkpoint, load_newest, save_rotating
 from ..data import Batch, ImageData, TrainLoader
-from ..evaluate import encoder_features, knn_top1
+from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
 from ..runs.files import write_atomically
 from ..runs.metrics import Averages, RunLog
@@ -197,7 +197,8 @@ class _Trainer:
         if self.world > 1:  # in training each rank's BatchNorm has statistics of its own; rank 0's count
             for buffer in self.model.encoder_q.buffers():
                 dist.broadcast(buffer, 0)
-        return encoder_knn(self.model.encoder_q, self.data, self.options, self.config.knn_k)
+        rows = split_features(self.data, self.options, self.model.encoder_q, "trained")
+        return knn_score(self.data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
 
     def _save(self, last: bool) -> None:
         """A checkpoint by rank 0. A disk that is full costs this one, not the run; at the end it is an error."""
@@ -314,15 +315,6 @@ class _Trainer:
             f"{error} in epoch {epoch + 1}, step {step + 1} (lr {lr:g}, moco_t {self.config.moco_t:g}); a lower "
             f"learning rate may help{written}"
         ) from None
-
-
-def encoder_knn(encoder: torch.nn.Module, data: ImageData, options: RunOptions, k: int) -> float:
-    """kNN top-1 in percent of an encoder's features on the test split."""
-    train, test = (
-        encoder_features(encoder, data, split, device=options.device, workers=options.workers) for split in data.splits
-    )
-    train_labels, test_labels = (split.labels for split in data.splits)
-    return knn_top1(train, train_labels, test, test_labels, k=k, device=options.device, sharded=True)
 
 
 def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
