@@ -105,7 +105,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("moco_ext.checkpoints.training.write_atomically", full)
     with (
-        pytest.warns(UserWarning, match=r"checkpoint of step 5 not written, training goes on: .*No space"),
+        pytest.warns(UserWarning, match=r"checkpoint of step 5 not written, training continues: .*No space"),
         pytest.raises(OSError, match=r"the last checkpoint could not be written: .*No space"),
     ):
         pretrain(tiny(epochs=2), data, run_in(tmp_path))

@@ -17,7 +17,7 @@ from training import assert_equal_states, environment, few_digits, run_in, state
 
 from moco_ext.runs.metrics import read_metrics
 from moco_ext.train import build_model, pretrain
-from moco_ext.train.trainer import _Trainer
+from moco_ext.train.trainer import Trainer
 
 # What a machine's speed decides, and what only the running process knows (see Health).
 TIMES = {"images_per_second", "wait", "seconds", "key_drift", "key_age"}
@@ -37,14 +37,14 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """The process vanishes before step + 1; what a checkpoint has not got is lost."""
-    train_step = _Trainer._train_step
+    train_step = Trainer._train_step
 
     def until(self, *args):
         if self.step == step:
             raise Interrupted
         train_step(self, *args)
 
-    monkeypatch.setattr(_Trainer, "_train_step", until)
+    monkeypatch.setattr(Trainer, "_train_step", until)
 
 
 def same_records(one, other):
@@ -98,7 +98,7 @@ def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path):
 
 def test_a_finished_run_is_not_run_again(digits, tmp_path):
     records = pretrain(tiny(epochs=1), digits, run_in(tmp_path))
-    with pytest.warns(UserWarning, match="has all of its 5 steps behind it"):
+    with pytest.warns(UserWarning, match="has completed all of its 5 steps"):
         again = pretrain(tiny(epochs=1), digits, run_in(tmp_path, resume="auto"))
     assert again == records
 

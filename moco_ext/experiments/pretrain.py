@@ -14,11 +14,12 @@ from ..data import ImageData
 from ..evaluate.features import estimate_batchnorm_
 from ..evaluate.scores import Features, all_features, top1
 from ..report import write_report
+from ..runs.directory import claim
 from ..runs.files import write_json
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
 from ..train.model import build_model
-from ..train.trainer import pretrain
+from ..train.trainer import Trainer
 
 _EVALUATED = 200_000  # images; of more, features and a solved linear classifier are a job of their own
 
@@ -31,13 +32,18 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
     training images) and ``"trained"``. An image folder without ``val/`` is trained on but not evaluated, one of more
     than 200,000 images not here: ``moco-ext linear`` is for that.
     """
+    with claim(options):
+        return _pretrain_and_evaluate(config, data, options)
+
+
+def _pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunOptions) -> dict[str, Any]:
     first = distributed.rank() == 0
-    if first:
-        options.output.mkdir(parents=True, exist_ok=True)
-        write_json(options.output / "config.json", dataclasses.asdict(config))
     model = build_model(config, len(data.train))
     untrained = copy.deepcopy(model.encoder_q)
-    records = pretrain(config, data, options, model)
+    trainer = Trainer(config, data, options, model)
+    if first:
+        write_json(options.output / "config.json", dataclasses.asdict(config))
+    records = trainer.train()
 
     summary: dict[str, Any] = {"data": config.data}
     features: Features = {}
