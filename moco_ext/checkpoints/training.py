@@ -76,7 +76,10 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
         except Exception as error:  # damage can take any form
             warnings.warn(f"{error}; trying the checkpoint before it", stacklevel=2)
     if candidates:
-        raise ValueError(f"resume: expected an intact checkpoint in {folder}, got none of {len(candidates)}")
+        raise ValueError(
+            f"resume: expected a checkpoint that can be resumed in {folder}, got none of {len(candidates)}; "
+            "--overwrite starts a new run"
+        )
     return None
 
 

@@ -77,9 +77,8 @@ def clear(folder: Path) -> None:
 
 def _prepare(options: RunOptions) -> None:
     folder, resume = options.output, options.resume
-    resumes_here = resume == "auto" or (
-        bool(resume) and folder.resolve() in (Path(resume).resolve(), Path(resume).parent.resolve())
-    )
+    source = (Path(resume).resolve(), Path(resume).parent.resolve()) if resume else ()
+    resumes_here = resume == "auto" or folder.resolve() in source
     if options.overwrite and resumes_here:
         raise ValueError(f"overwrite: expected no --resume of the run that it deletes, got {resume} for {folder}")
     used = _matching(folder, _MARKS)
