@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("torchvision")
 pytest.importorskip("safetensors")
 
+import safetensors.torch
 import torchvision
 from packages import DIM, Holder, K, distinct, mlp, native, saved
 
@@ -135,6 +136,57 @@ def test_what_the_target_misses(tmp_path):
     body = {name for name in state if not name.startswith("fc.")}
     assert set(report.missing) == {f"encoder_k.{name}" for name in body} | {"queue", "queue_ptr"}
     assert torch.load(tmp_path / "out.pth", weights_only=True)["arch"] == "resnet18"  # by its layers
+
+
+def test_a_head_that_moco_v3_lacks_is_missing(tmp_path):
+    """v2's head has no BatchNorm, and v2 has no predictor: both are what the official v3 code would look for."""
+    path, _ = saved(tmp_path, "moco")
+    report = convert(path, tmp_path / "out.pth", "moco-v3")
+    foreign = {name.removeprefix("module.") for name in native("moco-v3")[0]}
+    assert tensors_in(tmp_path / "out.pth", "moco-v3").keys() <= {f"module.{name}" for name in foreign}
+    assert set(report.missing) == foreign - {new for _, new, *_ in report.mapped}
+    assert {"base_encoder.fc.1.weight", "momentum_encoder.fc.3.weight", "predictor.0.weight"} <= set(report.missing)
+    assert report.left["encoder_q.fc.2.bias"] == "MoCo v3, official has no place for it"
+    path, _ = saved(tmp_path, "moco-v3")
+    assert not convert(path, tmp_path / "again.pth", "moco-v3").missing
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_entry_of_the_source_and_of_the_target_is_in_the_report(name, tmp_path):
+    """An unknown tensor, an unknown object, and what the target's own code has and the source has not."""
+    path, _ = saved(tmp_path, name)
+    content = read(path)
+    holder = content
+    for key in ("classy_state_dict", "base_model", "model", "trunk", "state_dict"):
+        holder = holder.get(key, holder)
+    odd, prefix = "encoder_k.steps", "module." if name in ("moco", "moco-v3") else ""
+    if name == "safetensors":
+        content[odd] = torch.ones(1)
+        safetensors.torch.save_file(content, path)
+    else:
+        holder[prefix + odd], holder[prefix + "odd"] = torch.ones(1), "an object"
+        path = tmp_path / "odd.pth"
+        torch.save(content, path)
+    entry = f"trunk.{odd}" if name == "vissl" else odd
+    for to in ("moco-v3", "mmselfsup", "mmpretrain", "torchvision"):  # a format of each kind
+        report = convert(path, out(tmp_path, to, len(to)), to, from_format=name, overwrite=True)
+        mapped = {old for old, *_ in report.mapped}
+        assert (entry in mapped) != (entry in report.left), to
+        assert any(old.endswith("odd") for old in report.left) or name == "safetensors"
+        if name == "vissl":
+            assert {"phase_idx", "meta"} <= report.left.keys()
+        written = {n.removeprefix("module.") for n in tensors_in(out(tmp_path, to, len(to)), to)}
+        assert written == {new for _, new, *_ in report.mapped}, to
+        if not FORMATS[to].one_encoder and FORMATS[name].one_encoder is False and name != "moco-v3":
+            expected = {n.removeprefix("module.") for n in native(to)[0]}
+            copies = {n for n in expected if n.startswith(tuple(FORMATS[to].aliases))}
+            assert expected <= written | set(report.missing) | copies, to
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    path, _ = saved(tmp_path, "torchvision")
+    with pytest.raises(FileNotFoundError, match=rf"^output: no such folder: {tmp_path}/none$"):
+        convert(path, tmp_path / "none" / "out.pth", "timm")
 
 
 def test_into_this_package_and_back(tmp_path):

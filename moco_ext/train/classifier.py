@@ -133,7 +133,7 @@ def check_unchanged(model: nn.Module, reference: Mapping[str, Tensor]) -> None:
     if changed:
         raise ValueError(
             f"encoder: expected all {len(state)} frozen tensors as in the weights file, got {len(changed)} changed, "
-            f"the first is {changed[0]}: the result would not be that of the pretrained features"
+            f"{changed[0]} the first: the result would not be that of the pretrained features"
         )
 
 
