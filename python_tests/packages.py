@@ -17,6 +17,10 @@ def mlp(width, hidden, dim):
     return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
 
 
+def moco_v3_layers(width):
+    return nn.Linear(width, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, DIM, bias=False)
+
+
 class Holder(nn.Module):
     """A module with the given modules and buffers as its attributes."""
 
@@ -88,11 +92,8 @@ def native(name, layers=2):
         return state, {"epoch": 3, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}}}
     if name == "moco-v3":
         for body in (q, k):
-            body.fc = nn.Sequential(
-                nn.Linear(512, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, DIM, bias=False),
-                nn.BatchNorm1d(DIM, affine=False),
-            )  # fmt: skip
-        model = Holder(base_encoder=q, momentum_encoder=k, predictor=mlp(DIM, 16, DIM))
+            body.fc = nn.Sequential(*moco_v3_layers(512), nn.BatchNorm1d(DIM, affine=False))
+        model = Holder(base_encoder=q, momentum_encoder=k, predictor=nn.Sequential(*moco_v3_layers(DIM)))
         state = {f"module.{n}": t for n, t in distinct(model).state_dict().items()}
         return state, {"epoch": 3, "arch": "resnet18", "state_dict": state, "scaler": {}}
     if name == "lightly":

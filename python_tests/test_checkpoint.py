@@ -1,14 +1,22 @@
-"""Checkpoints: the official layout, whole or not at all, the last few kept, and clear words about bad ones."""
+"""Checkpoints: the official layout, atomic writes, rotation, and clear errors for bad files."""
 
 import errno
+import math
+import os
+import random
+import subprocess
+import sys
+import tracemalloc
+import zipfile
 
 import pytest
 import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
-from training import few_digits, run_in, tiny
+from training import assert_equal_states, environment, few_digits, run_in, tiny
 
+from moco_ext.checkpoints import read_checkpoint
 from moco_ext.checkpoints.training import load_checkpoint, load_newest, save_checkpoint, save_rotating
 from moco_ext.runs.files import write_atomically
 from moco_ext.train import build_model, pretrain
@@ -105,7 +113,7 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr("moco_ext.checkpoints.training.write_atomically", full)
     with (
-        pytest.warns(UserWarning, match=r"checkpoint of step 5 not written, training goes on: .*No space"),
+        pytest.warns(UserWarning, match=r"checkpoint of step 5 not written, training continues: .*No space"),
         pytest.raises(OSError, match=r"the last checkpoint could not be written: .*No space"),
     ):
         pretrain(tiny(epochs=2), data, run_in(tmp_path))
@@ -150,3 +158,144 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_resume_from_another_configuration(saved, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         pretrain(tiny(**changes), few_digits(), run_in(tmp_path, resume=saved[0]))
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_is_an_error_or_changes_nothing(saved):
+    """The checksums of the archive cover all tensors; a flip elsewhere (padding, time stamps) is harmless."""
+    path, model = saved
+    raw, want = path.read_bytes(), model.state_dict()
+    places = random.Random(0).sample(range(8 * len(raw)), 60)
+    found = 0
+    for place in places:
+        damaged = bytearray(raw)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            assert_equal_states(load_checkpoint(path)["state_dict"], want)
+        except ValueError:
+            found += 1
+    assert found > 50
+
+
+def test_a_compressed_archive_is_not_expanded(tmp_path):
+    """100 MB of zeros in 100 kB: nothing torch.save would write."""
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(100 << 20))
+    assert (tmp_path / "bomb.pth").stat().st_size < 200_000
+    for reader in (load_checkpoint, read_checkpoint):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="expected uncompressed entries, got an archive that expands"):
+            reader(tmp_path / "bomb.pth")
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+        tracemalloc.stop()
+
+
+def test_any_damage_costs_only_the_newest(tmp_path):
+    content = content_of(build_model(tiny()))
+    for step in (1, 2):
+        save_rotating(tmp_path, step, 2, **content)
+    newest = tmp_path / "checkpoint_00000002.pth"
+    sound = newest.read_bytes()
+
+    def flip():
+        weight = content["model"].encoder_q.conv1.weight.detach().numpy().tobytes()
+        raw = bytearray(sound)
+        raw[sound.index(weight) + 100] ^= 1
+        newest.write_bytes(raw)
+
+    def diverge():
+        changed = torch.load(tmp_path / "checkpoint_00000001.pth", weights_only=True)
+        changed["state_dict"]["module.encoder_q.conv1.weight"][0] = math.nan
+        torch.save(changed, newest)
+
+    def no_file():
+        newest.unlink()
+        newest.mkdir()
+
+    for damage in (flip, diverge, no_file):
+        damage()
+        with pytest.warns(UserWarning, match="trying the checkpoint before it"):
+            _, path = load_newest(tmp_path)
+        assert path.name == "checkpoint_00000001.pth"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(epoch=-1), "checkpoint: expected a number of epochs as epoch in .*, got -1"),
+        (lambda c: c.update(arch=3), "checkpoint: expected a name as arch in .*, got 3"),
+        (lambda c: c.update(state_dict=[1, 2]), r"checkpoint: expected a dictionary as state_dict in .*, got \[1, 2\]"),
+        (lambda c: c["state_dict"].update({7: torch.ones(1)}), "checkpoint: expected tensors by name .*: 'Tensor'"),
+        (lambda c: c["state_dict"].update(x=3), "checkpoint: expected tensors by name in .*'x': 'int'"),
+        (lambda c: c.update(optimizer=None), "checkpoint: expected an optimizer's state in .*, got None"),
+        (lambda c: c["optimizer"].update(state=[]), "checkpoint: expected an optimizer's state in .*"),
+        (lambda c: c["optimizer"].update(param_groups=[{}]), "resume: .* is of another configuration"),
+        (lambda c: c["optimizer"]["state"][0].update(momentum_buffer=torch.ones(3)), "expected momentum_buffer of sha"),
+        (lambda c: c["state_dict"]["module.queue_ptr"].fill_(-1), r"expected queue_ptr from 0 to 99 in .* got \[-1\]"),
+        (lambda c: c["state_dict"]["module.queue_ptr"].fill_(100), r"expected queue_ptr from 0 to 99 .* got \[100\]"),
+        (lambda c: c["state_dict"]["module.queue"].fill_(math.inf), "expected finite weights in .* in queue"),
+        (lambda c: c["trainer"].update(step=-5), "resume: .* does not fit this run: step: expected a count, got -5"),
+        (lambda c: c["trainer"].update(step="5"), "resume: .* does not fit this run: step: expected a count, got 5"),
+        (lambda c: c["trainer"].pop("loader"), r"resume: .* does not fit this run: KeyError\('loader'\)"),
+        (lambda c: c["trainer"]["loader"].update(step=-1), "loader step: expected a count, got -1"),
+        (
+            lambda c: c["trainer"]["random"].update(cpu=[torch.zeros(7, dtype=torch.uint8)]),
+            "fit this run: Runtime",
+        ),
+        (lambda c: c["trainer"].update(seconds=[1.0]), "resume: .* does not fit this run: not enough values"),
+        (lambda c: c.update(trainer=[1]), "resume: .* does not fit this run: TypeError"),
+    ],
+)
+def test_malformed_checkpoints(one_epoch, tmp_path, change, message):
+    content = torch.load(one_epoch, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match=message) as caught:
+        pretrain(tiny(), few_digits(64), run_in(tmp_path / "run", resume=tmp_path / "c.pth"))
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_epoch")
+    pretrain(tiny(epochs=1), few_digits(64), run_in(folder))
+    return folder / "checkpoint.pth"
+
+
+# --- divergence -------------------------------------------------------------------------------------------------------
+
+
+def test_diverged_weights_are_not_saved(tmp_path):
+    """The last good checkpoint stays, and a sane learning rate resumes from it."""
+    data = few_digits(64)
+    pretrain(tiny(epochs=1), data, run_in(tmp_path))
+    diverged = r"model: expected finite weights, got NaN, infinity or an overflow in encoder_q\S*; no checkpoint is wr"
+    with pytest.raises(FloatingPointError, match=diverged):
+        pretrain(tiny(lr=1e30), data, run_in(tmp_path, resume="auto", save_every=1))
+    assert [path.name for path in tmp_path.glob("checkpoint_*")] == ["checkpoint_00000002.pth"]
+    records = pretrain(tiny(), data, run_in(tmp_path, resume="auto"))
+    assert math.isfinite(records[-1]["loss"])
+
+
+# --- full disks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_called_that(tmp_path, monkeypatch):
+    """torch.save itself then says "unexpected pos"."""
+    limited = (
+        "import resource, sys, torch; from moco_ext.runs.files import write_atomically\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "try: write_atomically(sys.argv[1], lambda file: torch.save(torch.ones(200_000), file))\n"
+        "except OSError as error: print(error)\n"
+    )
+    path = tmp_path / "c.pth"
+    done = subprocess.run([sys.executable, "-c", limited, path], capture_output=True, text=True, env=environment())
+    assert done.stdout == f"[Errno 27] File too large: '{path}'\n", done.stderr  # a limit that needs no root
+    (tmp_path / f".c.pth.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+        write_atomically(path, lambda file: torch.save(torch.ones(200_000), file))
+    assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from torch import nn
 pytest.importorskip("torchvision")
 pytest.importorskip("safetensors")
 
+import safetensors.torch
 import torchvision
 from packages import DIM, Holder, K, distinct, mlp, native, saved
 
@@ -138,6 +139,57 @@ def test_what_the_target_misses(tmp_path):
     assert torch.load(tmp_path / "out.pth", weights_only=True)["arch"] == "resnet18"  # by its layers
 
 
+def test_a_head_that_moco_v3_lacks_is_missing(tmp_path):
+    """v2's head has no BatchNorm, and v2 has no predictor: both are what the official v3 code would look for."""
+    path, _ = saved(tmp_path, "moco")
+    report = convert(path, tmp_path / "out.pth", "moco-v3")
+    foreign = {name.removeprefix("module.") for name in native("moco-v3")[0]}
+    assert tensors_in(tmp_path / "out.pth", "moco-v3").keys() <= {f"module.{name}" for name in foreign}
+    assert set(report.missing) == foreign - {new for _, new, *_ in report.mapped}
+    assert {"base_encoder.fc.1.weight", "momentum_encoder.fc.3.weight", "predictor.0.weight"} <= set(report.missing)
+    assert report.left["encoder_q.fc.2.bias"] == "MoCo v3, official has no place for it"
+    path, _ = saved(tmp_path, "moco-v3")
+    assert not convert(path, tmp_path / "again.pth", "moco-v3").missing
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_entry_of_the_source_and_of_the_target_is_in_the_report(name, tmp_path):
+    """An unknown tensor, an unknown object, and what the target's own code has and the source has not."""
+    path, _ = saved(tmp_path, name)
+    content = read(path)
+    holder = content
+    for key in ("classy_state_dict", "base_model", "model", "trunk", "state_dict"):
+        holder = holder.get(key, holder)
+    odd, prefix = "encoder_k.steps", "module." if name in ("moco", "moco-v3") else ""
+    if name == "safetensors":
+        content[odd] = torch.ones(1)
+        safetensors.torch.save_file(content, path)
+    else:
+        holder[prefix + odd], holder[prefix + "odd"] = torch.ones(1), "an object"
+        path = tmp_path / "odd.pth"
+        torch.save(content, path)
+    entry = f"trunk.{odd}" if name == "vissl" else odd
+    for to in ("moco-v3", "mmselfsup", "mmpretrain", "torchvision"):  # a format of each kind
+        report = convert(path, out(tmp_path, to, len(to)), to, from_format=name, overwrite=True)
+        mapped = {old for old, *_ in report.mapped}
+        assert (entry in mapped) != (entry in report.left), to
+        assert any(old.endswith("odd") for old in report.left) or name == "safetensors"
+        if name == "vissl":
+            assert {"phase_idx", "meta"} <= report.left.keys()
+        written = {n.removeprefix("module.") for n in tensors_in(out(tmp_path, to, len(to)), to)}
+        assert written == {new for _, new, *_ in report.mapped}, to
+        if not FORMATS[to].one_encoder and FORMATS[name].one_encoder is False and name != "moco-v3":
+            expected = {n.removeprefix("module.") for n in native(to)[0]}
+            copies = {n for n in expected if n.startswith(tuple(FORMATS[to].aliases))}
+            assert expected <= written | set(report.missing) | copies, to
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    path, _ = saved(tmp_path, "torchvision")
+    with pytest.raises(FileNotFoundError, match=rf"^output: no such folder: {tmp_path}/none$"):
+        convert(path, tmp_path / "none" / "out.pth", "timm")
+
+
 def test_into_this_package_and_back(tmp_path):
     torch.manual_seed(0)
     model = distinct(moco_ext.MoCo("resnet18", dim=DIM, K=K, mlp=True))
@@ -197,7 +249,7 @@ def test_dtypes_stay(dtype, tmp_path):
     convert(tmp_path / "in.pth", tmp_path / "out.safetensors", "safetensors")
     assert tensors_in(tmp_path / "out.safetensors", "safetensors")["conv1.weight"].dtype == dtype
     if dtype == torch.bfloat16:
-        with pytest.raises(ValueError, match=r"conv1\.weight: expected a type that NumPy knows"):
+        with pytest.raises(ValueError, match=r"conv1\.weight: expected a dtype that NumPy has"):
             convert(tmp_path / "in.pth", tmp_path / "out.pkl", "detectron2")
         assert not (tmp_path / "out.pkl").exists()
     else:
@@ -232,7 +284,7 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         convert(tmp_path / "harmful.ckpt", tmp_path / "no.pth", "torchvision")
     (tmp_path / "harmful.pkl").write_bytes(pickle.dumps({"model": Harmful(tmp_path / "made")}))
-    with pytest.raises(ValueError, match=r"expected arrays in plain containers .* it asks for posix.mkdir"):
+    with pytest.raises(ValueError, match=r"expected arrays in plain containers .* it needs posix.mkdir"):
         convert(tmp_path / "harmful.pkl", tmp_path / "no.pth", "torchvision")
     assert not (tmp_path / "made").exists()
     assert not (tmp_path / "no.pth").exists()
@@ -253,7 +305,7 @@ def test_errors_write_nothing(tmp_path):
         ({"to": "moco", "from_format": "caffe"}, ValueError, "from_format: expected one of"),
         ({"to": "moco", "from_format": "lightly"}, ValueError, "from_format: expected names of Lightly's"),
         ({"to": "moco", "encoder": "both"}, ValueError, "encoder: expected q or k"),
-        ({"to": "torchvision", "arch": "resnet50"}, ValueError, "arch: expected all .* of resnet50, got"),
+        ({"to": "torchvision", "arch": "resnet50"}, ValueError, "checkpoint: expected the .* of resnet50 in .*, got"),
         ({"to": "detectron2"}, ValueError, "output: expected a name that ends in .pkl"),
         ({"to": "moco", "output": "out.pkl"}, ValueError, "output: expected another suffix"),
     ]

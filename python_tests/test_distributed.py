@@ -211,19 +211,19 @@ from moco_ext import distributed
 from moco_ext.cli.errors import guarded
 from moco_ext.cli import launch
 from moco_ext.train import build_model, pretrain
-from moco_ext.train.trainer import _Trainer
+from moco_ext.train.trainer import Trainer
 from training import few_digits, run_in, tiny
 import argparse
 
 def work(args, process):
-    train_step = _Trainer._train_step
+    train_step = Trainer._train_step
     def fail(self, batches, *rest):
         if self.step == 7 and distributed.rank() == 1:
             if sys.argv[2] == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
             batches[0].im_q.fill_(float("nan"))
         train_step(self, batches, *rest)
-    _Trainer._train_step = fail
+    Trainer._train_step = fail
     run = run_in(Path(sys.argv[1]), local_world=process.local_world, save_every=1)
     pretrain(tiny(shuffle_bn="none"), few_digits(), run)
     return 0

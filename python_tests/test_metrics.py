@@ -18,7 +18,7 @@ from moco_ext.runs.metrics import Averages, RunLog, read_metrics
 def open_log(folder, *, terminal=False, width=200, **options):
     """A log over 3 epochs of 10 steps that writes to a buffer, and the buffer."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
-    options = {"total_steps": 30, "steps_per_epoch": 10, "chance": 4.615} | options
+    options = {"total_steps": 30, "steps_per_epoch": 10, "chance_loss": 4.615} | options
     return RunLog(folder, console, **options), console.file
 
 
@@ -166,7 +166,7 @@ def test_a_line_a_record_where_there_is_no_terminal(tmp_path):
 
 
 def test_steps_are_counted_where_they_make_no_whole_epochs(tmp_path):
-    log, out = open_log(tmp_path, total_steps=1250, steps_per_epoch=100_000, chance=None)
+    log, out = open_log(tmp_path, total_steps=1250, steps_per_epoch=100_000, chance_loss=None)
     with log:
         log.record({"step": 1000, "epoch": 0.01, "loss": 2.0})
     assert out.getvalue().rstrip().endswith("  step 1,000/1,250  loss 2.000")

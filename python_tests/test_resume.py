@@ -1,5 +1,6 @@
 """A run that was interrupted, anywhere and in any way, ends as the one that was not: bit for bit."""
 
+import io
 import json
 import os
 import random
@@ -13,11 +14,12 @@ import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
+from rich.console import Console
 from training import assert_equal_states, environment, few_digits, run_in, state_of, tiny
 
 from moco_ext.runs.metrics import read_metrics
 from moco_ext.train import build_model, pretrain
-from moco_ext.train.trainer import _Trainer
+from moco_ext.train.trainer import Trainer
 
 # What a machine's speed decides, and what only the running process knows (see Health).
 TIMES = {"images_per_second", "wait", "seconds", "key_drift", "key_age"}
@@ -37,14 +39,14 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """The process vanishes before step + 1; what a checkpoint has not got is lost."""
-    train_step = _Trainer._train_step
+    train_step = Trainer._train_step
 
     def until(self, *args):
         if self.step == step:
             raise Interrupted
         train_step(self, *args)
 
-    monkeypatch.setattr(_Trainer, "_train_step", until)
+    monkeypatch.setattr(Trainer, "_train_step", until)
 
 
 def same_records(one, other):
@@ -98,9 +100,30 @@ def test_auto_begins_where_there_is_nothing_yet(digits, tmp_path):
 
 def test_a_finished_run_is_not_run_again(digits, tmp_path):
     records = pretrain(tiny(epochs=1), digits, run_in(tmp_path))
-    with pytest.warns(UserWarning, match="has all of its 5 steps behind it"):
+    with pytest.warns(UserWarning, match="has completed all of its 5 steps"):
         again = pretrain(tiny(epochs=1), digits, run_in(tmp_path, resume="auto"))
     assert again == records
+
+
+def test_a_finished_checkpoint_is_refused_in_a_new_directory(digits, tmp_path):
+    """Before any work: there are no records to evaluate."""
+    pretrain(tiny(epochs=1), digits, run_in(tmp_path / "one"))
+    message = "resume, start_epoch: expected a start before the last of 5 steps, got 5 completed steps"
+    with pytest.raises(ValueError, match=message):
+        pretrain(tiny(epochs=1), digits, run_in(tmp_path / "two", resume=tmp_path / "one"))
+    with pytest.raises(ValueError, match=message):
+        pretrain(tiny(epochs=1), digits, run_in(tmp_path / "two", start_epoch=1))
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [".lock"]
+
+
+def test_changed_settings_are_printed(digits, tmp_path):
+    pretrain(tiny(epochs=1), digits, run_in(tmp_path))
+    options = run_in(tmp_path, resume="auto")
+    options.console = Console(file=io.StringIO(), width=200)
+    pretrain(tiny(epochs=2, lr=0.06), digits, options)
+    assert "resumed with changed settings: epochs 1 -> 2, lr 0.03 -> 0.06\n" in options.console.file.getvalue()
+    pretrain(tiny(epochs=2, lr=0.06), digits, options)
+    assert options.console.file.getvalue().count("changed settings") == 1
 
 
 def test_resume_with_another_seed_is_refused(digits, tmp_path):

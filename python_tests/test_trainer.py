@@ -263,7 +263,7 @@ def test_a_queue_larger_than_the_data_is_warned_of(digits, tmp_path):
         pretrain(tiny(epochs=1, moco_k=151), digits, run_in(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pretrain(tiny(epochs=1, moco_k=150), digits, run_in(tmp_path))
+        pretrain(tiny(epochs=1, moco_k=150), digits, run_in(tmp_path / "fits"))
 
 
 def test_build_model_is_moco_with_the_configured_constants():

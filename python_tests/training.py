@@ -1,4 +1,4 @@
-"""What the trainer's tests share: a little of the digits, a tiny configuration, and runs of several processes."""
+"""Shared by the trainer's tests: a few digits, a tiny configuration, and runs of several processes."""
 
 import dataclasses
 import os
@@ -45,7 +45,8 @@ def assert_equal_states(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""Checkpoints of every package that trains or uses MoCo encoders, from any to any; nothing in them is executed."""
+"""Read, write and convert checkpoints of every package that trains or uses MoCo encoders, without executing them."""
 
 from .convert import Report, convert, read_checkpoint
 from .formats import FORMATS

@@ -1,33 +1,35 @@
-"""From one format to another, with an account of every tensor."""
+"""Convert checkpoints between formats, and report what became of every tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..encoders import resolve
 from . import files
+from .fit import backbone_tensors
 from .formats import FORMATS, Format, detect, head_name, vit_head
 
-# Where packages keep the named tensors in what they save, looked for in this order.
+# Keys under which packages save the state dictionary, in order of precedence.
 _HOLDERS = ("state_dict", "model", "model_state_dict")
-_COUNTER = "num_batches_tracked"
+_HEADS = ("encoder_q.fc.", "encoder_k.fc.")
 
 
 @dataclass
 class Checkpoint:
-    """What was read from a file.
+    """The content of a checkpoint.
 
     Attributes:
-        format: whose names it has.
+        format: the format of its names.
         tensors: by canonical name.
-        names: canonical name -> the file's.
-        left: the file's entries that are no part of a MoCo model -> why.
-        head_name: what the encoder's own code calls its head.
-        about: ``arch`` and ``epoch``, where the file says.
+        names: canonical name -> name in the file.
+        left: entries of the file that are not part of a MoCo model -> why.
+        head_name: name of the head in the encoder's own code.
+        about: ``arch`` and ``epoch``, if the file contains them.
     """
 
     format: Format
@@ -47,7 +49,7 @@ class Report:
         mapped: (name in the source, name in the target, shape, dtype); names without DistributedDataParallel's
             ``module.``.
         left: name in the source -> why it is not in the target.
-        missing: names in the target that its own code would look for and that the source has nothing for.
+        missing: names that the code of the target's package expects and the source has no tensor for.
     """
 
     from_format: str
@@ -61,15 +63,15 @@ class Report:
 
 
 def read_checkpoint(path: str | Path, from_format: str | None = None, otherwise: str | None = None) -> Checkpoint:
-    """The tensors of a checkpoint of any known format, by canonical names; see :mod:`moco_ext.checkpoints.formats`.
+    """Read a checkpoint of any known format by canonical names; see :mod:`moco_ext.checkpoints.formats`.
 
     Args:
         from_format: a name of :data:`FORMATS`; None: detected by the tensors' names.
-        otherwise: the format of names that fit none; None: they are an error.
+        otherwise: the format if the names fit none; None: raise an error.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or is of no known format; the message says what was found.
+        ValueError: the file cannot be read, or its format is unknown; the message says what was found.
     """
     path = Path(path)
     flat, about, left = _flattened(files.read(path), path)
@@ -85,7 +87,7 @@ def read_checkpoint(path: str | Path, from_format: str | None = None, otherwise:
         if first is not None:
             left[name] = f"the same as {format.aliases[first]}{name.removeprefix(first)}"
         elif canonical is None:
-            left[name] = "no part of the model"
+            left[name] = "not part of the model"
         elif canonical in tensors:
             raise ValueError(f"checkpoint: expected one tensor for {canonical}, got {names[canonical]} and {name}")
         else:
@@ -111,25 +113,25 @@ def convert(
     arch: str | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Write a checkpoint as another package's own code would have saved it; values and dtypes stay.
+    """Convert a checkpoint to the file that another package would have saved; values and dtypes are unchanged.
 
     Args:
         source: the file to read; nothing in it is executed.
-        output: the file to write, whole or not at all. Its suffix says how: ``.safetensors``, ``.pkl`` (detectron2's),
-            anything else as torch saves.
+        output: the file to write, atomically, in the format of its suffix: ``.safetensors``, ``.pkl`` (detectron2), or
+            a torch file with any other.
         to: a name of :data:`FORMATS`.
-        from_format: the same of the source; None: detected.
-        encoder: ``"q"`` or ``"k"``: this one alone, as the query encoder. None: both where the target holds both, else
+        from_format: format of the source; None: detected.
+        encoder: ``"q"`` or ``"k"``: only this encoder, as the query encoder. None: both if the target has both, else
             the query encoder.
-        keep_head: keep the layers after pooling; None: where the target is a whole model.
-        arch: name of the encoder's architecture (see :func:`moco_ext.encoders.resolve`), whose layers must then all be
-            there; the official layout also records it, and takes it from the source or, of a ResNet, from its layers.
-        overwrite: an existing output.
+        keep_head: keep the layers after pooling; None: if the target is a whole model.
+        arch: name of the encoder's architecture (see :func:`moco_ext.encoders.resolve`), to check the layers against.
+            The official layout also records it, by default from the source or, for a ResNet, inferred from the layers.
+        overwrite: replace an existing output.
 
     Raises:
-        FileNotFoundError, FileExistsError: no source; an output in the way.
-        ValueError: an argument out of its range; a source of no known format, without the wanted encoder, or not of
-            that architecture; tensors the target cannot hold at all. Nothing is written.
+        FileNotFoundError, FileExistsError: no source, no folder for the output, or an existing output.
+        ValueError: an argument out of range; a source of unknown format, without the requested encoder, or of another
+            architecture; no tensor that the target has a place for. Nothing is written.
     """
     output = Path(output)
     if to not in FORMATS:
@@ -142,6 +144,8 @@ def convert(
         raise ValueError(f"output: expected a name that ends in {suffix} for {to}, got {output}")
     if suffix is None and output.suffix == ".pkl":
         raise ValueError(f"output: expected another suffix than detectron2's .pkl for {to}, got {output}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"output: no such folder: {output.parent}")
     if output.exists() and not overwrite:
         raise FileExistsError(f"output: {output} exists; overwrite (--force) replaces it")
     found = read_checkpoint(source, from_format)
@@ -150,7 +154,8 @@ def convert(
     tensors = _chosen(found, encoder or ("q" if target.one_encoder else None), names, report)
     if keep_head is False or (keep_head is None and target.one_encoder):
         _drop(tensors, names, report, lambda name: name.startswith(_HEADS), "the head is dropped")
-    _check_arch(tensors, arch, report)
+    if arch is not None:
+        backbone_tensors(resolve(arch)(num_classes=1), query_encoder(tensors), arch, source)
     about = dict(found.about)
     if target.needs_arch:
         about = {"epoch": about.get("epoch", 0), "arch": arch or about.get("arch") or _guess(tensors)}
@@ -162,18 +167,24 @@ def convert(
     return report
 
 
-_HEADS = ("encoder_q.fc.", "encoder_k.fc.")
+def query_encoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The query encoder's tensors, of all tensors by canonical names, under the names in the encoder's own code."""
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder_q.")}
+    return files.without_prefix("encoder_q.", own)
 
 
 def _flattened(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """(named tensors, what else is of use, entries left out and why) of what a file holds."""
-    about, left = {}, {}
+    """(named tensors, ``about``, entries left out and why) of a file's content."""
+    about: dict[str, Any] = {}
+    left: dict[str, str] = {}
     if isinstance(content, dict) and "classy_state_dict" in content:
-        state = content["classy_state_dict"]
-        model = {**state.get("base_model", {}).get("model", {}), "loss": state.get("loss") or {}}
-        content = {
-            f"{part}.{name}": value for part, of in model.items() if isinstance(of, dict) for name, value in of.items()
-        }
+        state = _part(content, "classy_state_dict")
+        base = _part(state, "base_model")
+        parts = {**_part(base, "model"), "loss": _part(state, "loss")}
+        for entries, used in ((content, ("classy_state_dict",)), (state, ("base_model", "loss")), (base, ("model",))):
+            left |= {str(name): "not of the model" for name in entries if name not in used}
+        left |= {name: "not of the model" for name, part in parts.items() if not isinstance(part, dict)}
+        content = {f"{name}.{key}": value for name in parts for key, value in _part(parts, name).items()}
     elif isinstance(content, dict):
         holder = next((name for name in _HOLDERS if isinstance(content.get(name), dict)), None)
         if holder is not None:
@@ -194,13 +205,18 @@ def _flattened(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, A
         if isinstance(value, Tensor):
             flat[name] = value
         else:
-            left[name] = f"no tensor, {type(value).__name__}"
-    for wrapper in ("module.", "model.", "module."):  # DistributedDataParallel's, a Lightning module's
-        if flat and all(name.startswith(wrapper) for name in flat):
-            flat = {name.removeprefix(wrapper): tensor for name, tensor in flat.items()}
+            left[name] = f"not a tensor but {type(value).__name__}"
+    for wrapper in (files.DDP_PREFIX, "model.", files.DDP_PREFIX):  # "model." is a Lightning module's
+        flat = files.without_prefix(wrapper, flat)
     if not flat:
         raise ValueError(f"checkpoint: expected a state dictionary with tensors in {path}, got {_kind(content)}")
     return flat, about, left
+
+
+def _part(entries: dict[str, Any], name: str) -> dict[str, Any]:
+    """The dictionary under a name; empty if there is none."""
+    part = entries.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _kind(content: Any) -> str:
@@ -210,7 +226,7 @@ def _kind(content: Any) -> str:
 
 
 def _name_single_heads(encoder: str, tensors: dict[str, Tensor], names: dict[str, str]) -> None:
-    """A sequence of one layer is a head of one layer."""
+    """Name the layer of a sequence of one as a head of one layer."""
     layers = [name for name in tensors if name.startswith(f"{encoder}fc.")]
     if layers and all(name.startswith(f"{encoder}fc.0.") for name in layers):
         for name in layers:
@@ -243,59 +259,35 @@ def _drop(
 def _written(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], target: Format, head: str, report: Report
 ) -> dict[str, Tensor]:
-    """The tensors under the target's names; fills in the report."""
+    """The tensors by the target's names; fills in the report."""
     body = [target.from_canonical(name, head) or "" for name in tensors if not name.startswith(_HEADS)]
     head = vit_head(body) or head
+    layers = target.layers(head)
+
+    def renamed(name: str) -> str | None:
+        new = target.from_canonical(name, head)
+        return None if layers and name.startswith((*_HEADS, "predictor.")) and new not in layers else new
+
     written = {}
     for name, tensor in tensors.items():
-        new = target.from_canonical(name, head)
-        if name == "queue" and new is not None and tensor.dim() != target.queue_dims:
-            shape = "[2, C, K]" if target.queue_dims == 3 else "[C, K]"
-            report.left[names[name]] = f"{target.title}'s queue is {shape}"
-            continue
+        new = renamed(name)
         if new is None:
             report.left[names[name]] = f"{target.title} has no place for it"
-            continue
-        written[new] = tensor
-        report.mapped.append((names[name], new, list(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
-    report.missing += _missing(tensors, target, head)
-    for alias, first in target.aliases.items():
-        written |= {name.replace(first, alias, 1): written[name] for name in list(written) if name.startswith(first)}
+        elif name == "queue" and tensor.dim() != target.queue_dims:
+            shape = "[2, C, K]" if target.queue_dims == 3 else "[C, K]"
+            report.left[names[name]] = f"{target.title}'s queue is {shape}"
+        else:
+            copies = [new.replace(first, alias, 1) for alias, first in target.aliases.items() if new.startswith(first)]
+            for place in (new, *copies):
+                written[place] = tensor
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                report.mapped.append((names[name], place, list(tensor.shape), dtype))
+    if not target.one_encoder:
+        of_keys = [name.replace("encoder_q.", "encoder_k.", 1) for name in tensors if name.startswith("encoder_q.")]
+        queue = [part for part in ("queue", "queue_ptr") if part in target.prefixes]
+        expected = [*map(renamed, of_keys + queue), *layers, *target.counters]
+        report.missing += [name for name in dict.fromkeys(expected) if name is not None and name not in written]
     return written
-
-
-def _missing(tensors: Mapping[str, Tensor], target: Format, head: str) -> Iterator[str]:
-    if target.one_encoder:
-        return
-    wanted = [name.replace("encoder_q.", "encoder_k.", 1) for name in tensors if name.startswith("encoder_q.")]
-    wanted += [part for part in ("queue", "queue_ptr") if part in target.prefixes]
-    for name in wanted:
-        if name not in tensors or (name == "queue" and tensors[name].dim() != target.queue_dims):
-            yield str(target.from_canonical(name, head))
-    yield from target.own
-
-
-def _check_arch(tensors: Mapping[str, Tensor], arch: str | None, report: Report) -> None:
-    """All layers under the head must be there, of the architecture's shapes."""
-    if arch is None:
-        return
-    from ..encoders import HEADS, resolve
-
-    heads = tuple(f"{name}." for name in HEADS)
-    wanted = resolve(arch)(num_classes=1).state_dict()
-    unfit = [
-        name
-        for name, value in wanted.items()
-        if not name.startswith(heads)
-        and not name.endswith(_COUNTER)
-        and (f"encoder_q.{name}" not in tensors or tensors[f"encoder_q.{name}"].shape != value.shape)
-    ]
-    if unfit:
-        got = tensors.get(f"encoder_q.{unfit[0]}")
-        raise ValueError(
-            f"arch: expected all {len(wanted)} tensors of {arch}, got {len(unfit)} missing or of another shape: "
-            f"{unfit[0]}, expected {list(wanted[unfit[0]].shape)}, got {'none' if got is None else list(got.shape)}"
-        )
 
 
 _DEPTHS: dict[tuple[object, ...], str] = {
@@ -308,7 +300,7 @@ _DEPTHS: dict[tuple[object, ...], str] = {
 
 
 def _guess(tensors: Mapping[str, Tensor]) -> str:
-    """The name of a ResNet of the usual widths, by its layers."""
+    """Name of a ResNet of the usual widths, inferred from its layers."""
     blocks = [len({n.split(".")[2] for n in tensors if n.startswith(f"encoder_q.layer{i}.")}) for i in range(1, 5)]
     kind = "bottleneck" if "encoder_q.layer1.0.conv3.weight" in tensors else "basic"
     stem, inner = (tensors.get(f"encoder_q.{name}.weight") for name in ("conv1", "layer1.0.conv1"))

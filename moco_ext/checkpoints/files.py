@@ -1,10 +1,12 @@
-"""Files to named tensors and back. Reading runs no code from the file, whatever it holds."""
+"""Read and write checkpoint files. Reading never executes code from the file."""
 
 from __future__ import annotations
 
 import pickle
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,9 +14,12 @@ from torch import Tensor
 
 from ..runs.files import write_atomically
 
+_Value = TypeVar("_Value")
+DDP_PREFIX = "module."  # of the names in a DistributedDataParallel's state dict, and so of the official checkpoints
+
 
 class Inert:
-    """Stands for an object of a class that a file names and nobody needs (a trainer's configuration, say)."""
+    """Placeholder for an object of a class that is neither needed nor imported, such as a trainer's configuration."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -24,47 +29,86 @@ class Inert:
 
 
 def read(path: Path) -> Any:
-    """What a file holds, on the CPU: by its suffix ``.safetensors``, detectron2's ``.pkl``, or torch's.
+    """Content of a file, on the CPU: by suffix ``.safetensors``, detectron2's ``.pkl``, else a torch file.
 
-    Of a torch file only tensors and plain containers are unpickled (``weights_only=True``); objects of other classes
-    become :class:`Inert`, without those classes being imported or called.
+    From a torch file only tensors and plain containers are unpickled (``weights_only=True``); objects of other classes
+    become :class:`Inert` without importing or calling those classes.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, of another kind, or a pickle that asks for more than arrays.
+        ValueError: damaged, of another kind, or a pickle that needs more than arrays.
     """
+    if path.suffix not in (".safetensors", ".pkl"):
+        return read_saved(path, inert=True)
+    _check_exists(path)
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path)
+
+
+def read_saved(path: str | Path, *, inert: bool = False) -> Any:
+    """Content of a file that ``torch.save`` wrote, on the CPU. Only tensors and plain containers are unpickled.
+
+    Args:
+        inert: replace objects of other classes by :class:`Inert`, instead of raising an error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, damaged, or not such a file.
+    """
+    path = Path(path)
+    _check_exists(path)
+    try:
+        _check_archive(path)
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if inert and _is_archive(path) else []
+        with torch.serialization.safe_globals([(Inert, name) for name in others]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes of an arbitrary file are interpreted as instructions, which can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not a checkpoint?): {reason}") from None
+
+
+def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".pkl":
-        return _read_arrays(path)
-    try:
-        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # of a file that is not torch's; reading it says so better
-        others = []
-    with torch.serialization.safe_globals([(Inert, name) for name in others]):
-        return read_saved(path)
 
 
-def read_saved(path: str | Path) -> Any:
-    """What ``torch.save`` wrote to a file, on the CPU. Only tensors and plain containers are unpickled.
+def _is_archive(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _check_archive(path: Path) -> None:
+    """Verify the checksums of a torch file, which torch.load does not. Files from before torch 1.6 have none.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: truncated, or not such a file.
+        ValueError, zipfile.BadZipFile: damaged, or compressed: torch.save never compresses, and a small compressed file
+            can expand to any size.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: no such file: {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the bytes of a foreign file are read as instructions, and may fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no checkpoint?): {reason}") from None
+    if not _is_archive(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("expected uncompressed entries, got an archive that expands")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} does not match")
+
+
+def with_prefix(prefix: str, named: Mapping[str, _Value]) -> dict[str, _Value]:
+    """The same values under names that start with ``prefix``."""
+    return {prefix + name: value for name, value in named.items()}
+
+
+def without_prefix(prefix: str, named: Mapping[str, _Value]) -> dict[str, _Value]:
+    """The same values with ``prefix`` removed from their names, if all of them start with it."""
+    if not all(name.startswith(prefix) for name in named):
+        return dict(named)
+    return {name.removeprefix(prefix): value for name, value in named.items()}
 
 
 def write(path: Path, content: Any) -> None:
-    """Write content as the path's suffix says, whole or not at all."""
+    """Write a file in the format of its suffix, atomically."""
     if path.suffix == ".pkl":
         write_atomically(path, lambda file: pickle.dump(content, file))
     elif path.suffix == ".safetensors":
@@ -78,7 +122,7 @@ def write(path: Path, content: Any) -> None:
 
 def to_array(name: str, tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
-        raise ValueError(f"{name}: expected a type that NumPy knows for a .pkl file, got bfloat16")
+        raise ValueError(f"{name}: expected a dtype that NumPy has for a .pkl file, got bfloat16")
     return tensor.numpy()
 
 
@@ -89,15 +133,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"checkpoint: {path} cannot be read (truncated, or no safetensors?): {error}") from None
+        raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not safetensors?): {error}") from None
 
 
 class _Arrays(pickle.Unpickler):
-    """Builds NumPy arrays and plain containers, and nothing else."""
+    """Unpickles NumPy arrays and plain containers, nothing else."""
 
     ALLOWED = {  # noqa: RUF012
         ("collections", "OrderedDict"),
-        ("_codecs", "encode"),  # how old protocols spell bytes
+        ("_codecs", "encode"),  # bytes in old protocols
         ("numpy", "ndarray"),
         ("numpy", "dtype"),
         *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
@@ -106,7 +150,7 @@ class _Arrays(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"it needs {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
@@ -114,10 +158,8 @@ def _read_arrays(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             content = _Arrays(file, encoding="latin1").load()
-    except Exception as error:  # the bytes of a foreign file are read as instructions, and may fail in any way
-        raise ValueError(
-            f"checkpoint: expected arrays in plain containers in {path}, got a file where {error}"
-        ) from None
+    except Exception as error:  # as in read_saved
+        raise ValueError(f"checkpoint: expected arrays in plain containers in {path}, got: {error}") from None
     return _with_tensors(content)
 
 

@@ -1,9 +1,9 @@
-"""What each package calls the tensors of a MoCo model.
+"""The names that each package gives the tensors of a MoCo model.
 
-Between formats tensors go by canonical names, the official ones: ``encoder_q.*``, ``encoder_k.*``, ``queue``,
-``queue_ptr`` and MoCo v3's ``predictor.*``, where an encoder's head is ``fc.weight`` (one layer) or ``fc.0.weight``,
-``fc.2.weight``, ... (the places in its ``nn.Sequential``). Under that, an encoder's names are those of its own code,
-torchvision's for ResNets.
+Conversion goes through canonical names, the official ones: ``encoder_q.*``, ``encoder_k.*``, ``queue``, ``queue_ptr``
+and MoCo v3's ``predictor.*``. The head of an encoder is ``fc.weight`` (one layer) or ``fc.0.weight``, ``fc.2.weight``,
+... (indices in its ``nn.Sequential``). All other layers have the names in the encoder's own code, torchvision's for
+ResNets.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import to_array
+from .files import DDP_PREFIX, to_array, with_prefix
 
-Rename = Callable[[str], str | None]  # of a name without its prefix; None: the format has no place for it
+Rename = Callable[[str], str | None]  # of a name without its prefix; None: not in the format
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Format:
-    """One package's names.
+    """The names of one package.
 
     Attributes:
-        title: the package, for people.
-        prefixes: what begins the names of each part: ``q``, ``k`` (the encoders), ``q.head``, ``k.head``,
-            ``predictor``; and the whole names of ``queue`` and ``queue_ptr``. A part that is not there has no place in
-            the format. ``{head}`` stands for what the encoder's own code calls its head.
-        single: the prefixes of a head of one layer, where it is not in a sequence.
-        aliases: prefixes under which the format holds tensors a second time -> prefixes of the first.
-        backbone: (from the format, into it) for names of an encoder's body.
+        title: name of the package in messages.
+        prefixes: prefixes of the names of each part: ``q``, ``k`` (the encoders), ``q.head``, ``k.head``,
+            ``predictor``; and the full names of ``queue`` and ``queue_ptr``. The format has no other parts. ``{head}``
+            stands for the name of the head in the encoder's own code.
+        single: prefixes of a head of one layer, where it is not in a sequence.
+        aliases: prefixes of second copies that the format contains -> prefixes of the originals.
+        backbone: (from the format, to the format) for names of an encoder without its head.
         heads: the same for names of a head: ``0.weight``.
-        wraps: puts named tensors into what the package's own code saves; also given ``arch`` and ``epoch``.
-        needs_arch: whether that names the architecture.
-        queue_dims: of its queue, [C, K] or [2, C, K].
-        own: names that its code looks for and no other format has.
+        layers: names of all head and predictor tensors in the package's code, given the name of the head; none if it
+            supports any.
+        counters: names of other buffers that the package's code expects.
+        wraps: makes the object that the package saves, from named tensors and ``arch`` and ``epoch``.
+        needs_arch: whether that object contains the architecture.
+        queue_dims: dimensions of the queue, [C, K] or [2, C, K].
     """
 
     name: str
@@ -47,17 +49,18 @@ class Format:
     aliases: Mapping[str, str] = field(default_factory=dict)
     backbone: tuple[Rename, Rename] = (lambda name: name, lambda name: name)
     heads: tuple[Rename, Rename] = (lambda name: name, lambda name: name)
+    layers: Callable[[str], Collection[str]] = lambda head: ()
+    counters: Collection[str] = ()
     wraps: Callable[[Tensors, Mapping[str, Any]], Any] = lambda tensors, about: dict(tensors)
     needs_arch: bool = False
     queue_dims: int = 2
-    own: tuple[str, ...] = ()
 
     @property
     def one_encoder(self) -> bool:
         return "k" not in self.prefixes
 
     def to_canonical(self, name: str, head: str) -> str | None:
-        """The canonical name, or None for a name that is not one of a MoCo model."""
+        """The canonical name, or None if the name is not part of a MoCo model."""
         for part in ("queue", "queue_ptr"):
             if name == self.prefixes.get(part):
                 return part
@@ -78,7 +81,7 @@ class Format:
         return rest and f"predictor.{rest}"
 
     def from_canonical(self, name: str, head: str) -> str | None:
-        """The format's name, or None if it has no place for that tensor."""
+        """The name in this format, or None if it has no place for that tensor."""
         if name in ("queue", "queue_ptr"):
             return self.prefixes.get(name)
         first, _, rest = name.partition(".")
@@ -99,13 +102,13 @@ class Format:
 
 
 def _after(prefix: str | None, name: str, head: str) -> str | None:
-    """What follows a prefix; None if the name does not begin with it, or there is none."""
+    """The rest of a name after a prefix; None if the name does not start with it, or there is no prefix."""
     prefix = None if prefix is None else prefix.format(head=head)
     return name.removeprefix(prefix) if prefix is not None and name.startswith(prefix) else None
 
 
 def head_name(names: Collection[str]) -> str:
-    """What the encoder that these names are of calls its head."""
+    """Name of the head in the code of the encoder that has these tensors."""
     found = {
         m[1]
         for name in names
@@ -115,7 +118,7 @@ def head_name(names: Collection[str]) -> str:
 
 
 def vit_head(names: Collection[str]) -> str | None:
-    """The same of vision transformers, by the rest of their names: timm's and MoCo v3's, or torchvision's."""
+    """The same for vision transformers, inferred from other names: timm's and MoCo v3's, or torchvision's."""
     if any(name.endswith("cls_token") or ".blocks.0." in f".{name}" for name in names):
         return "head"
     return "heads.head" if any(name.endswith("conv_proj.weight") for name in names) else None
@@ -138,7 +141,7 @@ def _first(rename: Mapping[str, str]) -> Rename:
     return renamed
 
 
-# A ResNet as nn.Sequential(*list(resnet.children())[:-1]), the way of Lightly's examples.
+# A ResNet as nn.Sequential(*list(resnet.children())[:-1]), as in Lightly's examples.
 _NUMBERED = (_first(_BY_NUMBER), _first(_CHILDREN))
 
 _DETECTRON2 = [
@@ -191,7 +194,7 @@ def _substituted(rules: list) -> Rename:
 
 
 def _resnets_only(name: str) -> str | None:
-    """detectron2's backbones are ResNets."""
+    """detectron2 has ResNets only."""
     return _substituted(_DETECTRON2)(name) if re.match(r"(conv1|bn1|layer\d)\.", name) else None
 
 
@@ -199,7 +202,7 @@ def _resnets_only(name: str) -> str | None:
 
 
 def _from_blocks(name: str) -> str | None:
-    """VISSL: a block a linear layer, ``1.clf.0.weight``, or one block of several, ``0.clf.2.weight``."""
+    """VISSL: one block per linear layer, ``1.clf.0.weight``, or one block of several, ``0.clf.2.weight``."""
     found = re.fullmatch(r"(\d)\.clf\.(\d)\.(weight|bias)", name)
     return None if found is None else f"{2 * int(found[1]) + int(found[2])}.{found[3]}"
 
@@ -209,11 +212,30 @@ def _to_blocks(name: str) -> str | None:
     return None if found is None else f"{int(found[1]) // 2}.clf.0.{found[2]}"
 
 
-# --- what the packages' own code saves --------------------------------------------------------------------------------
+def _moco_v3_layers(head: str) -> list[str]:
+    """Linear layers without bias, with BatchNorm and ReLU in between and a BatchNorm without weights at the end."""
+    is_resnet = head == "fc"
+    projector = _mlp(2 if is_resnet else 3, last_bn=True)
+    encoders = [f"{encoder}.{head}.{name}" for encoder in ("base_encoder", "momentum_encoder") for name in projector]
+    return encoders + [f"predictor.{name}" for name in _mlp(2, last_bn=not is_resnet)]
+
+
+def _mlp(layers: int, last_bn: bool) -> list[str]:
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    names = []
+    for i in range(layers):
+        is_last = i == layers - 1
+        names.append(f"{3 * i}.weight")
+        if not is_last or last_bn:
+            names += [f"{3 * i + 1}.{name}" for name in (*(() if is_last else ("weight", "bias")), *statistics)]
+    return names
+
+
+# --- what each package saves -----------------------------------------------------------------------------------------
 
 
 def _official(tensors: Tensors, about: Mapping[str, Any]) -> Any:
-    return {**about, "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}
+    return {**about, "state_dict": with_prefix(DDP_PREFIX, tensors)}
 
 
 def _under_state_dict(tensors: Tensors, about: Mapping[str, Any]) -> Any:
@@ -269,6 +291,7 @@ FORMATS = {
                 "predictor": "predictor.",
             },
             single={"q.head": "base_encoder.{head}.", "k.head": "momentum_encoder.{head}."},
+            layers=_moco_v3_layers,
             wraps=_official,
             needs_arch=True,
         ),
@@ -324,8 +347,8 @@ FORMATS = {
                 **_QUEUE,
             },
             single={"q.head": "neck.fc.", "k.head": "encoder_k.module.1.fc."},
+            counters=("encoder_k.steps",),
             wraps=_openmmlab,
-            own=("encoder_k.steps",),  # updates so far, of its averaged model
         ),
         Format(
             "vissl",
@@ -369,13 +392,13 @@ FORMATS = {
 
 
 def detect(names: Collection[str], otherwise: str | None = None) -> Format:
-    """The format whose names these are; plain names of an encoder are torchvision's or timm's.
+    """The format that has these names; names of an encoder alone are torchvision's or timm's.
 
     Args:
-        otherwise: the format of names that fit none; None: they are an error.
+        otherwise: name of the format to return if the names fit none; None: raise an error.
 
     Raises:
-        ValueError: of none; the message says what was found.
+        ValueError: the names fit no format; the message says what was found.
     """
 
     def starts(*prefixes: str) -> bool:

@@ -31,14 +31,11 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-    from pathlib import Path
-
     from rich.console import Console
     from rich.markup import escape
 
     from ..checkpoints import convert
-    from ..runs.files import write_atomically
+    from ..runs.files import write_json
 
     given = vars(args)
     report = convert(
@@ -52,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=given.get("force", False),
     )
     if "report" in given:
-        content = json.dumps(report.as_dict(), indent=1).encode()
-        write_atomically(Path(given["report"]), lambda file: file.write(content))
+        write_json(given["report"], report.as_dict())
     console = Console(highlight=False, soft_wrap=True)
     if not given.get("quiet"):
         for old, new, shape, dtype in report.mapped:

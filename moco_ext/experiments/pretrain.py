@@ -13,11 +13,12 @@ from .. import distributed
 from ..data import ImageData
 from ..evaluate.scores import LABELS, Features, all_features, top1
 from ..report import write_report
+from ..runs.directory import claim
 from ..runs.files import write_json
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
 from ..train.model import build_model
-from ..train.trainer import pretrain
+from ..train.trainer import Trainer
 
 _EVALUATED = 200_000  # images; with more, features and the linear classifier would take too much memory and time
 
@@ -29,13 +30,18 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
     ``"pixels"``, ``"untrained"`` (the encoder at its random start, with BatchNorm statistics of the training images)
     and ``"trained"``. It has no accuracies for an image folder without ``val/`` or with more than 200,000 images.
     """
+    with claim(options):
+        return _pretrain_and_evaluate(config, data, options)
+
+
+def _pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunOptions) -> dict[str, Any]:
     first = distributed.rank() == 0
     model = build_model(config, len(data.train))  # first, as it may not fit in memory
-    if first:
-        options.output.mkdir(parents=True, exist_ok=True)
-        write_json(options.output / "config.json", dataclasses.asdict(config))
     untrained = copy.deepcopy(model.encoder_q)
-    records = pretrain(config, data, options, model)
+    trainer = Trainer(config, data, options, model)
+    if first:
+        write_json(options.output / "config.json", dataclasses.asdict(config))
+    records = trainer.train()
 
     summary: dict[str, Any] = {"data": config.data}
     features: Features = {}

@@ -1,1 +1,1 @@
-"""A run directory: the options of a run, its metrics, and atomic file writes."""
+"""A run directory: who may write there, the run's options and metrics, and atomic file writes."""

@@ -10,9 +10,13 @@ from typing import Any, BinaryIO
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call ``write(file)`` on a temporary file next to ``path``, flush it to disk, and rename it into place.
+    """Call ``write(file)`` on a temporary file next to ``path``, flush it to disk, and rename it to ``path``.
 
-    Whatever happens, ``path`` holds either its former content or all of the new content.
+    ``path`` holds either its previous content or all of the new content, whatever happens. If the process is killed,
+    the temporary file ``.NAME.PID.tmp`` remains; see :func:`remove_temporaries`.
+
+    Raises:
+        OSError: the file cannot be written; the message says why and names ``path``.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -20,10 +24,27 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # otherwise a power cut may leave the new name without its bytes
+            os.fsync(file.fileno())  # otherwise a power failure may leave the new name without its content
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # After a failed write, torch.save fails once more while it closes the archive, and hides the first error.
+        failure = error if isinstance(error, OSError) else error.__context__
+        if isinstance(failure, OSError) and failure.errno is not None:
+            raise OSError(failure.errno, failure.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path, *names: str) -> None:
+    """Remove what :func:`write_atomically` left in ``folder`` when a process was killed.
+
+    Args:
+        names: glob patterns of the files that were being written. No other process may be writing them.
+    """
+    for name in names:
+        for path in folder.glob(f".{name}.[0-9]*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees while it trains, and what is kept: a progress bar, JSON lines, TensorBoard."""
+"""Metrics of a run: a progress bar, ``metrics.jsonl`` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from rich.text import Text
 
 from .files import write_atomically
 
-_WINDOW = 50  # steps over which the speed and the wait for data are taken
+_WINDOW = 50  # steps over which throughput and data loading time are averaged
 
 
 class Averages:
-    """Image-weighted running means of figures, each over the steps that had it.
+    """Running means of metrics, weighted by images; each metric over the steps that reported it.
 
-    Its state is plain floats, so that it travels in a checkpoint and a resumed run goes on to the same means.
+    The state is plain floats, so that a checkpoint can hold it and a resumed run arrives at the same means.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._images: dict[str, int] = {}
 
-    def add(self, n: int, **figures: float) -> None:
-        """Take in a step's ``figures``, means over its ``n`` images."""
-        for name, value in figures.items():
+    def add(self, n: int, **metrics: float) -> None:
+        """Add a step's ``metrics``, means over its ``n`` images."""
+        for name, value in metrics.items():
             self._sums[name] = self._sums.get(name, 0.0) + n * value
             self._images[name] = self._images.get(name, 0) + n
 
@@ -50,22 +50,23 @@ class Averages:
 
 
 class RunLog:
-    """A run's ``metrics.jsonl``, TensorBoard events and progress; a context manager.
+    """Logs a run to ``metrics.jsonl``, TensorBoard and the console; a context manager.
 
-    In a terminal, a bar over all steps and a line of figures; elsewhere (a log file, a pipe) a line a record. The loss
-    stands beside ``chance``, that of a model that cannot tell the positive from the negatives: log(K + 1).
+    A terminal shows a progress bar with the current metrics below it; a log file or a pipe gets one line per record.
 
     Args:
-        output: the run directory; gets ``metrics.jsonl`` and ``tensorboard/``.
-        total_steps: of the whole run. If it is a whole number of epochs, progress counts epochs, else steps.
-        done_steps: those behind a run that is resumed. Records up to there stay; later ones, which it will write anew,
-            go.
-        chance: in nats.
-        print_freq: steps from one set of figures to the next, in the terminal and in TensorBoard.
-        enabled: False on ranks other than 0, where nothing is shown, read or written.
+        output: run directory, for ``metrics.jsonl`` and ``tensorboard/``.
+        total_steps: steps of the whole run. Progress is shown in epochs if this is a whole number of them, else in
+            steps.
+        done_steps: steps completed before a resumed run starts. Earlier records are kept, later ones dropped, since the
+            run writes them again.
+        chance_loss: loss of a model that cannot tell the positive from the negatives, log(K + 1); shown next to the
+            loss.
+        print_freq: steps between metrics in the terminal and in TensorBoard.
+        enabled: False on ranks other than 0, which show, read and write nothing.
 
     Attributes:
-        records: what ``metrics.jsonl`` holds, one dictionary a line.
+        records: the content of ``metrics.jsonl``, one dictionary per line.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class RunLog:
         total_steps: int,
         steps_per_epoch: int,
         done_steps: int = 0,
-        chance: float | None = None,
+        chance_loss: float | None = None,
         print_freq: int = 10,
         enabled: bool = True,
     ) -> None:
         self.records: list[dict[str, Any]] = []
-        self._enabled, self._console, self._chance, self._print_freq = enabled, console, chance, print_freq
+        self._enabled, self._console, self._chance_loss, self._print_freq = enabled, console, chance_loss, print_freq
         self._total, self._per_epoch = total_steps, steps_per_epoch
         if not enabled:
             return
@@ -93,7 +94,7 @@ class RunLog:
         write_atomically(self._path, lambda file: file.write(kept.encode()))
         self._board = SummaryWriter(output / "tensorboard", purge_step=done_steps + 1)
 
-        self._figures = Averages()
+        self._averages = Averages()
         self._window: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=_WINDOW)
         self._last = time.perf_counter()
         self._knn = next((r["knn_top1"] for r in reversed(self.records) if "knn_top1" in r), None)
@@ -122,35 +123,35 @@ class RunLog:
             self._bar.stop()
             self._board.close()
 
-    def step(self, step: int, figures: dict[str, float]) -> None:
-        """A step is done.
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Log a step.
 
         Args:
-            step: counted from 1.
-            figures: floats. ``images``, of all ranks in this step; ``wait``, seconds this step waited for its images;
-                ``lr``; and, where they are known, ``loss``, ``acc1``, ``acc5`` and any others, means over the images.
+            step: number of the step, from 1.
+            metrics: ``images``, processed by all ranks in this step; ``wait``, seconds spent waiting for them; ``lr``;
+                and, where they are known, ``loss``, ``acc1``, ``acc5`` and any others, means over the images.
         """
         if not self._enabled:
             return
         now = time.perf_counter()
-        images = int(figures["images"])
-        self._window.append((now - self._last, images, figures.get("wait", 0.0)))
+        images = int(metrics["images"])
+        self._window.append((now - self._last, images, metrics.get("wait", 0.0)))
         self._last = now
-        self._figures.add(images, **{name: v for name, v in figures.items() if name not in ("images", "wait")})
+        self._averages.add(images, **{name: v for name, v in metrics.items() if name not in ("images", "wait")})
         if step % self._print_freq and step != self._total:
             self._bar.update(self._task, completed=step)
             return
-        shown = self._figures.means() | self._speed()
-        self._figures.clear()
+        shown = self._averages.means() | self._speed()
+        self._averages.clear()
         for name, value in shown.items():
             self._board.add_scalar(f"train/{name}", value, step)
-        self._bar.figures = Text(self._line(shown | {"knn_top1": self._knn}), style="dim")
+        self._bar.metrics = Text(self._line(shown | {"knn_top1": self._knn}), style="dim")
         self._bar.update(self._task, completed=step, position=self._position(step))
 
     def record(self, record: dict[str, Any]) -> None:
-        """Keep a record: ``epoch`` (from 1; a fraction within an epoch), ``step``, and averages since the one before.
+        """Write a record: ``epoch`` (from 1; a fraction within an epoch), ``step``, and means since the last record.
 
-        A figure that is not finite is kept as null: JSON has no word for it.
+        NaN and infinity, which JSON does not have, are written as null.
         """
         if not self._enabled:
             return
@@ -167,7 +168,7 @@ class RunLog:
             position = self._position(self._step_of(record))
             line = f"{time.strftime('%H:%M:%S')}  {position}  {self._line(record)}"
             self._console.print(line, soft_wrap=True, highlight=False)
-        self._last = time.perf_counter()  # an evaluation before the record is not part of the next step
+        self._last = time.perf_counter()  # an evaluation before the record does not count as time of the next step
 
     def _step_of(self, record: dict[str, Any]) -> int:
         return record.get("step", round(record["epoch"] * self._per_epoch))
@@ -181,8 +182,8 @@ class RunLog:
         seconds, images, wait = (sum(column) for column in zip(*self._window, strict=True))
         return {"images_per_second": images / seconds, "wait": min(1.0, wait / seconds)}
 
-    def _line(self, figures: Mapping[str, Any]) -> str:
-        chance = "" if self._chance is None else f" (chance {self._chance:.2f})"
+    def _line(self, metrics: Mapping[str, Any]) -> str:
+        chance = "" if self._chance_loss is None else f" (chance {self._chance_loss:.2f})"
         formats = {
             "loss": lambda v: f"loss {v:.3f}{chance}",
             "acc1": lambda v: f"acc@1 {v:.1f}",
@@ -193,11 +194,11 @@ class RunLog:
             "wait": lambda v: f"wait {100 * v:.0f} %",
             "knn_top1": lambda v: f"kNN {v:.1f} %",
         }
-        return "  ".join(text(figures[name]) for name, text in formats.items() if figures.get(name) is not None)
+        return "  ".join(text(metrics[name]) for name, text in formats.items() if metrics.get(name) is not None)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a ``metrics.jsonl``; none if there is no such file. A last line cut short is left out."""
+    """The records of a ``metrics.jsonl``, none if there is no such file. A truncated last line is ignored."""
     if not Path(path).is_file():
         return []
     records = []
@@ -210,10 +211,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class _Bar(Progress):
-    """The bar with a line of its own for the figures, which would leave it no room in 80 columns."""
+    """A progress bar with the metrics on a second line: 80 columns cannot hold both."""
 
-    figures = Text()
+    metrics = Text()
 
     def get_renderables(self):
         yield from super().get_renderables()
-        yield self.figures
+        yield self.metrics

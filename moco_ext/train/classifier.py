@@ -1,4 +1,4 @@
-"""Supervised training on top of an encoder: the linear protocol (main_lincls.py) and fine-tuning, in one loop."""
+"""Supervised training on top of an encoder: linear classification (main_lincls.py) and fine-tuning in one loop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.training import load_checkpoint, save_checkpoint
+from ..checkpoints.training import check_finite, load_checkpoint, load_into, save_checkpoint
 from ..data import ImageData, SupervisedLoader, eval_batches
 from ..data.seeds import hash_seeds
 from ..distributed import all_reduce, rank, world_size
 from ..encoders import backbone
 from ..evaluate.features import rank_share, to_device
-from ..runs.files import write_atomically
+from ..runs.directory import exclusive
+from ..runs.files import remove_temporaries, write_atomically
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
 
@@ -31,12 +32,12 @@ class ClassifierConfig:
     """How a classifier is trained.
 
     Attributes:
-        batch_size: images of a node, all its processes together.
-        lr: of the layers that come pretrained, if they are trained at all.
-        lr_head: of the new layers; None: ``lr``.
-        schedule: epochs at which both rates fall tenfold.
-        fraction: share of each class's training labels that is used.
-        crop_min: the smallest share of a training image's area that a view shows.
+        batch_size: images per step on a node, over all its processes.
+        lr: learning rate of the pretrained layers, if they are trained.
+        lr_head: learning rate of the new layers; None: ``lr``.
+        schedule: epochs at which both learning rates are divided by 10.
+        fraction: fraction of each class's training labels to use.
+        crop_min: smallest fraction of a training image's area in a crop.
     """
 
     epochs: int
@@ -59,19 +60,19 @@ class ClassifierConfig:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
 
     def decay(self, epoch: int) -> float:
-        """What both learning rates are multiplied by in 0-based ``epoch``."""
+        """Factor of both learning rates in 0-based ``epoch``."""
         return 0.1 ** sum(epoch >= milestone for milestone in self.schedule)
 
 
 class Classifier(nn.Module):
-    """A new linear layer, its weights normal(0, 0.01) and its bias 0, on an encoder's pooled features.
+    """A new linear layer (weights from normal(0, 0.01), bias 0) on an encoder's pooled features.
 
     Args:
-        encoder: with a head that :func:`moco_ext.encoders.backbone` finds; without it, it becomes part of this module.
+        encoder: an encoder with a head that :func:`moco_ext.encoders.backbone` finds and replaces.
         classes: number of classes.
-        size: side in pixels of the images.
-        frozen: the encoder learns nothing and stays in evaluation mode, as in the linear config.
-        head_bn: a BatchNorm before the linear layer, on features whose scale nothing has set.
+        size: height and width of the images in pixels.
+        frozen: keep the encoder fixed and in evaluation mode, for linear classification.
+        head_bn: add a BatchNorm before the linear layer, as pretrained features can have any scale.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.frozen = frozen
         self.backbone: nn.Module
-        if hasattr(encoder, "reset_classifier"):  # timm: its own way, which leaves no parameters unused
+        if hasattr(encoder, "reset_classifier"):  # timm: removes the head without leaving unused parameters
             encoder.reset_classifier(0)  # type: ignore[operator]
             self.backbone = encoder
         else:
@@ -111,7 +112,7 @@ class Classifier(nn.Module):
 
 
 def _to_official(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    """A state's names: those of the encoder, with this head in place of its own. They load in torchvision's models."""
+    """Rename to the encoder's own names, with this head as its head, so that torchvision's models load the file."""
     for name in list(state):
         state[prefix + name.removeprefix(prefix).removeprefix("backbone.")] = state.pop(name)
 
@@ -122,26 +123,27 @@ def _from_official(module: nn.Module, state: dict[str, Any], prefix: str, *rest:
 
 
 def check_unchanged(model: nn.Module, reference: Mapping[str, Tensor]) -> None:
-    """Raise unless a frozen encoder's tensors are those of ``reference``, its weights file, bit for bit.
+    """Check that a frozen encoder's tensors equal ``reference``, those of its weights file, bit for bit.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a tensor has changed.
     """
     state = model.state_dict()
     changed = [name for name, value in state.items() if not torch.equal(value.cpu(), reference[name])]
     if changed:
         raise ValueError(
             f"encoder: expected all {len(state)} frozen tensors as in the weights file, got {len(changed)} changed, "
-            f"{changed[0]} the first: the result would not be that of the features asked for"
+            f"{changed[0]} the first: the result would not be that of the pretrained features"
         )
 
 
 def evaluate(
     model: nn.Module, data: ImageData, *, batch_size: int = 256, device: torch.device | str = "cpu", workers: int = 0
 ) -> dict[str, float]:
-    """Mean cross-entropy ``loss`` and ``acc1``, ``acc5`` in percent on the test split; the mode is put back.
+    """Mean cross-entropy ``loss`` and accuracies ``acc1``, ``acc5`` in percent on the test split.
 
-    In a process group each rank must call it: each classifies its share, and all get the figures of the whole.
+    In a process group every rank must call it: each classifies its share, and all return the metrics of the whole
+    split. The model's mode is restored.
     """
     training = model.training
     model.eval()
@@ -170,31 +172,31 @@ def train_classifier(
     """Train by SGD, in place, on one process or in a process group; all records, one an epoch.
 
     A record has epoch (from 1), step, lr (of the new layers), loss, acc1, acc5 (of the training views), val_loss,
-    val_acc1, val_acc5, best_acc1 (the highest val_acc1 so far), images_per_second and seconds. After each epoch the
-    checkpoint is written, in the official layout, and again as the best if val_acc1 is higher than ever before.
+    val_acc1, val_acc5, best_acc1 (the highest val_acc1 so far), images_per_second and seconds. A checkpoint in the
+    official layout is written after each epoch, and copied as the best if val_acc1 has never been higher.
 
-    Where BatchNorm is trained by several processes, its statistics are synchronised on GPUs; on CPUs, for which torch
-    has no such layer, each process has its own, and those of the first are evaluated and kept.
+    If several processes train BatchNorm, its statistics are synchronized on GPUs. On CPUs, where torch does not support
+    that, each process has its own, and those of rank 0 are evaluated and saved.
 
     Args:
-        name: of the files in ``options.output``: ``NAME.pth``, ``NAME_best.pth``, ``NAME/metrics.jsonl`` and
-            ``NAME/tensorboard/``.
-        arch: the encoder's name, for the checkpoint.
-        reference: of a frozen encoder, what it must still be at each epoch's end (:func:`check_unchanged`).
+        name: name of the files in ``options.output``: ``NAME.pth``, ``NAME_best.pth``, ``NAME/metrics.jsonl`` and
+            ``NAME/tensorboard/``. Existing ones are replaced.
+        arch: name of the encoder's architecture, for the checkpoint.
+        reference: tensors of a frozen encoder, which must still be equal after each epoch (:func:`check_unchanged`).
 
     Raises:
-        FloatingPointError: the loss is not finite.
-        ValueError: a frozen encoder has changed; no epochs are left to train.
+        FloatingPointError: the loss or the weights are not finite.
+        ValueError: a frozen encoder has changed; no epochs are left to train; another process trains the same files.
     """
     device, world = options.device, world_size()
     model = model.to(device)
-    if device.type == "cpu":  # weights laid out as the images are, or DDP has to copy each gradient
+    if device.type == "cpu":  # the memory format of the images, or DDP has to copy each gradient
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if world > 1 and not model.frozen:
         if device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif rank() == 0:
-            warnings.warn("torch's synchronised BatchNorm needs GPUs: each process normalises its own", stacklevel=2)
+            warnings.warn("SyncBatchNorm needs GPUs: each process normalizes its own images", stacklevel=2)
     batch_size = config.batch_size // options.local_world
     loader = SupervisedLoader(
         data,
@@ -215,24 +217,24 @@ def train_classifier(
     if done >= config.epochs:
         raise ValueError(f"epochs: expected more than the {done} already done, got {config.epochs}; see --evaluate")
     folder = options.output / name
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    log = RunLog(
-        folder,
-        options.console,
-        total_steps=config.epochs * loader.steps_per_epoch,
-        steps_per_epoch=loader.steps_per_epoch,
-        done_steps=done * loader.steps_per_epoch,
-        chance=math.log(len(data.classes)),
-        print_freq=options.print_freq,
-        enabled=rank() == 0,
-    )
-    seconds = log.records[-1]["seconds"] if log.records else 0.0
-    epoch_of = _Epochs(model, loader, optimizer, config, options, log)
-    with log:
+    with (
+        exclusive(folder, lambda: remove_temporaries(options.output, f"{name}*")),
+        RunLog(
+            folder,
+            options.console,
+            total_steps=config.epochs * loader.steps_per_epoch,
+            steps_per_epoch=loader.steps_per_epoch,
+            done_steps=done * loader.steps_per_epoch,
+            chance_loss=math.log(len(data.classes)),
+            print_freq=options.print_freq,
+            enabled=rank() == 0,
+        ) as log,
+    ):
+        seconds = log.records[-1]["seconds"] if log.records else 0.0
+        train_epoch = _Epochs(model, loader, optimizer, config, options, log)
         for epoch in range(done, config.epochs):
             started = time.perf_counter()
-            record = epoch_of(epoch)
+            record = train_epoch(epoch)
             seconds += time.perf_counter() - started
             if world > 1 and not model.frozen:
                 for buffer in model.buffers():
@@ -244,6 +246,7 @@ def train_classifier(
             is_best = val["acc1"] > best
             best = max(best, val["acc1"])
             log.record(record | {"best_acc1": best})
+            check_finite(model, optimizer)
             if rank() == 0:
                 save_checkpoint(
                     checkpoint, epoch=epoch + 1, arch=arch, model=model, optimizer=optimizer, best_acc1=best
@@ -256,27 +259,17 @@ def train_classifier(
 def restore(
     model: Classifier, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[int, float]:
-    """Load a checkpoint of :func:`train_classifier`; its finished epochs and its best val_acc1.
+    """Load a checkpoint of :func:`train_classifier`; returns its completed epochs and its best val_acc1.
 
     Raises:
-        ValueError: it is of another architecture, data set or config.
+        ValueError: the checkpoint is damaged, or of another architecture, data set or configuration.
     """
     checkpoint = load_checkpoint(path)
-    if checkpoint["arch"] != arch:
-        raise ValueError(f"resume: expected a checkpoint of {arch}, got one of {checkpoint['arch']}: {path}")
-    absent = {"epoch", "optimizer", "best_acc1"} - checkpoint.keys()
-    if absent:
-        raise ValueError(
-            f"resume: expected a classifier's checkpoint, got no {' and no '.join(sorted(absent))} in {path}"
-        )
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-        if optimizer is not None:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
-    return checkpoint["epoch"], float(checkpoint["best_acc1"])
+    best = checkpoint.get("best_acc1", "no")
+    if not isinstance(best, (int, float)):
+        raise ValueError(f"resume: expected a classifier's checkpoint, got {best} best_acc1 in {path}")
+    load_into(model, checkpoint, path, arch=arch, optimizer=optimizer)
+    return checkpoint["epoch"], float(best)
 
 
 class _Epochs:
@@ -305,7 +298,7 @@ class _Epochs:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.config.decay(epoch)
         lr = self.optimizer.param_groups[-1]["lr"]
-        torch.manual_seed(int(hash_seeds(self.config.seed, epoch, rank())))  # dropout, the same after resuming
+        torch.manual_seed(int(hash_seeds(self.config.seed, epoch, rank())))  # the same dropout after resuming
         device, first = self.options.device, epoch * self.loader.steps_per_epoch
         sums, recent = (torch.zeros(4, dtype=torch.float64, device=device) for _ in range(2))
         started = before = time.perf_counter()
@@ -320,11 +313,11 @@ class _Epochs:
             counted = _sums(logits.detach(), labels)
             sums += counted
             recent += counted
-            figures = {"images": len(labels) * world_size(), "wait": wait, "lr": lr}
-            if (first + step) % self.options.print_freq == 0:  # the only steps at which the host waits for the device
-                figures |= self._finite(_means(recent), epoch, step)
+            metrics = {"images": len(labels) * world_size(), "wait": wait, "lr": lr}
+            if (first + step) % self.options.print_freq == 0:  # only here the host waits for the device
+                metrics |= self._finite(_means(recent), epoch, step)
                 recent.zero_()
-            self.log.step(first + step, figures)
+            self.log.step(first + step, metrics)
             before = time.perf_counter()
         seconds = time.perf_counter() - started
         total = all_reduce(sums)
@@ -343,7 +336,7 @@ class _Epochs:
 
 
 def _optimizer(model: Classifier, config: ClassifierConfig) -> torch.optim.SGD:
-    """Of all that is trained: the encoder, unless it is frozen, and the head."""
+    """SGD over the head and, unless it is frozen, the encoder."""
     groups = [{"params": list(model.fc.parameters()), "lr": config.lr_head or config.lr}]
     if not model.frozen:
         groups.insert(0, {"params": list(model.backbone.parameters()), "lr": config.lr})
@@ -351,7 +344,7 @@ def _optimizer(model: Classifier, config: ClassifierConfig) -> torch.optim.SGD:
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Float64 [4] on the device: summed cross-entropy, images right at the first and among five guesses, images."""
+    """Float64 [4] on the device: sums of cross-entropy, top-1 hits, top-5 hits and images."""
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # [N, 5], at most one a row
     loss = F.cross_entropy(logits, labels, reduction="sum")
     return torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()]).double()

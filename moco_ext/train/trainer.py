@@ -1,4 +1,4 @@
-"""The pre-training loop: steps of MoCo, and what a run needs around them."""
+"""The pre-training loop, with its schedules, metrics, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from .. import distributed
-from ..checkpoints.training import load_checkpoint, load_newest, save_rotating
+from ..checkpoints.training import check_finite, load_checkpoint, load_into, load_newest, save_rotating
 from ..data import Batch, ImageData, TrainLoader
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
+from ..runs.directory import claim, clear
 from ..runs.files import write_atomically
-from ..runs.metrics import Averages, RunLog
+from ..runs.metrics import Averages, RunLog, read_metrics
 from ..runs.options import RunOptions
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
@@ -35,22 +36,29 @@ def pretrain(
 
     Writes checkpoints, ``metrics.jsonl`` and ``tensorboard/`` to ``options.output``. A record has step, epoch,
     loss, acc1 and acc5 (contrast accuracy, percent), lr, images_per_second, wait (share of the time spent waiting for
-    data), seconds (training time so far, without evaluations), the metrics of :class:`Diagnostics`, and, where the
-    features have been evaluated, knn_top1.
+    data), seconds (training time so far, without evaluations), the metrics of :class:`Diagnostics`, and, if the
+    features were evaluated, knn_top1.
 
     Returns:
-        All records: one an epoch, or one each ``config.log_every`` steps when training by steps.
+        All records: one per epoch, or one every ``config.log_every`` steps when training by steps.
 
     Raises:
-        FloatingPointError: the loss is not finite. Nothing of that step has entered parameters or queue; the batch
-            and the model are in ``nonfinite.pth``.
-        ValueError: data, configuration or checkpoint do not fit together.
-        SystemExit: 143, after SIGTERM, when a checkpoint has been saved.
+        FloatingPointError: the loss is not finite, in which case parameters and queue are those before the step, and
+            ``nonfinite.pth`` contains them and the batch; or the weights are not finite when a checkpoint is due.
+        ValueError: data, configuration or checkpoint do not fit together, or ``options.output`` belongs to another run
+            (see :func:`moco_ext.runs.directory.claim`).
+        SystemExit: 143, after SIGTERM, once a checkpoint has been saved.
     """
-    return _Trainer(config, data, options, model).train()
+    with claim(options):
+        return Trainer(config, data, options, model).train()
 
 
-class _Trainer:
+class Trainer:
+    """A pre-training run, in a directory reserved with :func:`moco_ext.runs.directory.claim`; see :func:`pretrain`.
+
+    The constructor checks everything and loads the checkpoint to resume, before it deletes a run to overwrite.
+    """
+
     def __init__(self, config: PretrainConfig, data: ImageData, options: RunOptions, model: Mechanism | None) -> None:
         self.config, self.data, self.options = config, data, options
         self.rank, self.world = distributed.rank(), distributed.world_size()
@@ -89,24 +97,33 @@ class _Trainer:
             device=options.device,
             channels_last=channels_last,
         )
-        # All parameters, although the key encoder's take no gradient: the optimizer state of published checkpoints.
+        # All parameters, although the key encoder's have no gradient, as in official optimizer states.
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         if config.compile:
             for encoder in self.model.children():  # encoder_q, encoder_k
                 encoder.compile()
-        # Ranks draw different numbers (a memory bank's negatives), the same in every run.
+        # Random numbers (a memory bank's negatives) differ between ranks, but not between runs.
         torch.manual_seed(config.seed + 1_000_003 * self.rank)
         self.per_epoch = self.loader.steps_per_epoch
         self.total = config.total_steps(self.per_epoch)
         self.step = options.start_epoch * self.per_epoch
         self.seconds, self.averages, self.health_averages = 0.0, Averages(), Averages()
-        self.skipped_steps, self.images, self.epoch_seconds, self.waited = 0, 0, 0.0, 0.0  # the last three: of a record
+        self.skipped_steps = 0
+        self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0  # since the last record
         self.optimizer_step = OptimizerStep(self.model, self.optimizer, config.precision, config.symmetric)
         self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
         if options.resume:
             self._resume(options.resume)
+        # A finished run in its own directory is not trained again, but its records are there to be evaluated.
+        if self.step >= self.total and (options.overwrite or not read_metrics(options.output / "metrics.jsonl")):
+            raise ValueError(
+                f"resume, start_epoch: expected a start before the last of {self.total} steps, got {self.step} "
+                "completed steps; raise the number of epochs, or evaluate the checkpoint with moco-ext knn or linear"
+            )
+        if options.overwrite and self.rank == 0:
+            clear(options.output)
 
     def train(self) -> list[dict[str, Any]]:
         config, options = self.config, self.options
@@ -116,7 +133,7 @@ class _Trainer:
             total_steps=self.total,
             steps_per_epoch=self.per_epoch,
             done_steps=self.step,
-            chance=self.model.chance_loss,
+            chance_loss=self.model.chance_loss,
             print_freq=options.print_freq,
             enabled=self.rank == 0,
         )
@@ -194,14 +211,15 @@ class _Trainer:
         return every > 0 and self.step % every == 0
 
     def _knn(self) -> float:
-        if self.world > 1:  # in training each rank's BatchNorm has statistics of its own; rank 0's count
+        if self.world > 1:  # BatchNorm statistics differ between ranks in training; rank 0's are used
             for buffer in self.model.encoder_q.buffers():
                 dist.broadcast(buffer, 0)
         rows = split_features(self.data, self.options, self.model.encoder_q, "trained")
         return knn_score(self.data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
 
     def _save(self, last: bool) -> None:
-        """A checkpoint by rank 0. A disk that is full costs this one, not the run; at the end it is an error."""
+        """Write a checkpoint, on rank 0. A failed write, as on a full disk, is an error only for the last one."""
+        check_finite(self.model, self.optimizer)
         random = {"cpu": _of_all_ranks(torch.get_rng_state())}
         if self.options.device.type == "cuda":
             random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
@@ -231,13 +249,12 @@ class _Trainer:
                 optimizer=self.optimizer,
                 trainer=trainer,
             )
-        except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+        except (OSError, RuntimeError) as error:
             if last:
                 raise OSError(f"output: the last checkpoint could not be written: {error}") from error
-            warnings.warn(f"checkpoint of step {self.step} not written, training goes on: {error}", stacklevel=2)
+            warnings.warn(f"checkpoint of step {self.step} not written, training continues: {error}", stacklevel=2)
 
     def _resume(self, source: Path | str) -> None:
-        config = self.config
         if source == "auto":
             found = load_newest(self.options.output)
             if found is None:
@@ -246,29 +263,33 @@ class _Trainer:
         else:
             path = Path(source)
             checkpoint = load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
-        if checkpoint["arch"] != config.arch:
-            raise ValueError(f"resume: expected a checkpoint of {config.arch}, got one of {checkpoint['arch']}: {path}")
-        absent = {"epoch", "optimizer"} - checkpoint.keys()
-        if absent:
-            raise ValueError(
-                f"resume: expected epoch and optimizer in {path}, got no {' and no '.join(sorted(absent))}"
-            )
-        try:
-            self.model.load_state_dict(checkpoint["state_dict"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
-        if "trainer" in checkpoint:
-            self._restore(checkpoint["trainer"])
-        else:  # the official trainer's, saved after whole epochs
+        load_into(self.model, checkpoint, path, arch=self.config.arch, optimizer=self.optimizer)
+        trainer, before = checkpoint.get("trainer"), {}
+        if trainer is None:  # saved by the official trainer after whole epochs
             self.step = checkpoint["epoch"] * self.per_epoch
-        if self.rank == 0:
-            self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
-            if self.step >= self.total:
-                warnings.warn(f"resume: {path} has all of its {self.total} steps behind it", stacklevel=5)
+        else:
+            try:
+                self._restore(trainer)
+                before = dict(trainer["config"])
+            except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
+                reason = str(error) if isinstance(error, ValueError) else repr(error)
+                raise ValueError(f"resume: {path} does not fit this run: {' '.join(reason.split())[:300]}") from None
+        if self.rank > 0:
+            return
+        self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
+        now = dataclasses.asdict(self.config)
+        changed = [f"{name} {old} -> {now[name]}" for name, old in before.items() if name in now and now[name] != old]
+        if changed:
+            self.options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
+        if self.step >= self.total:
+            warnings.warn(f"resume: {path} has completed all of its {self.total} steps", stacklevel=5)
 
     def _restore(self, trainer: dict[str, Any]) -> None:
+        counts = {name: trainer[name] for name in ("step", "images", "skipped_steps", "updates")}
+        counts |= {f"loader {name}": trainer["loader"][name] for name in ("epoch", "step", "skipped")}
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name}: expected a count, got {count}")
         self.step = trainer["step"]
         self.loader.load_state_dict(trainer["loader"])
         self.optimizer_step.scaler.load_state_dict(trainer["scaler"])
@@ -279,7 +300,7 @@ class _Trainer:
         self.model.updates = trainer["updates"]
         random = trainer["random"]
         if len(random["cpu"]) != self.world:
-            return  # other processes: what they draw at random begins anew
+            return  # another number of processes: their random number generators start anew
         torch.set_rng_state(random["cpu"][self.rank])
         if "cuda" in random and self.options.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"][self.rank], self.options.device)
@@ -289,7 +310,7 @@ class _Trainer:
             self._save(last=True)
         if self.rank == 0:
             self.options.console.print(
-                f"stopped by {preemption.name} after step {self.step:,}; saved, go on with --resume auto",
+                f"stopped by {preemption.name} after step {self.step:,}; saved, --resume auto continues from there",
                 highlight=False,
             )
         raise SystemExit(128 + signal.SIGTERM)
@@ -305,11 +326,11 @@ class _Trainer:
             "im_k": torch.cat([batch.im_k for batch in error.batches]).cpu(),
             "state_dict": self.model.state_dict(),
         }
-        written = f"; its batch and the model as it was are in {path}"
+        written = f"; the batch and the model before the step are in {path}"
         try:
             write_atomically(path, lambda file: torch.save(content, file))
         except (OSError, RuntimeError) as failure:
-            written = f"; what it was could not be written: {failure}"
+            written = f"; the batch could not be saved: {failure}"
         epoch, step = divmod(self.step, self.per_epoch)
         raise FloatingPointError(
             f"{error} in epoch {epoch + 1}, step {step + 1} (lr {lr:g}, moco_t {self.config.moco_t:g}); a lower "
@@ -318,7 +339,7 @@ class _Trainer:
 
 
 def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
-    """The micro-batches of one optimizer step after another, and the seconds waited for them."""
+    """For each optimizer step its micro-batches and the seconds spent waiting for them."""
     while True:
         started = time.perf_counter()
         step: list[Batch] = []
@@ -332,7 +353,7 @@ def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
 
 
 def _mean_over_ranks(means: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Every rank has had as many images, so the plain mean is that over all of them."""
+    """The mean over all ranks, which have processed equally many images."""
     world = distributed.world_size()
     if world == 1:
         return means
@@ -341,12 +362,12 @@ def _mean_over_ranks(means: dict[str, float], device: torch.device) -> dict[str,
 
 
 def _of_all_ranks(state: torch.Tensor) -> list[torch.Tensor]:
-    """A CPU tensor of each rank, on all. Waits for every rank: no checkpoint is written if one is lost."""
+    """The CPU tensors of all ranks, on every rank. Waits for all: if one is lost, no checkpoint is written."""
     if distributed.world_size() == 1:
         return [state]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     parts = distributed.all_gather(state.to(device)).chunk(distributed.world_size())
-    return [part.cpu().clone() for part in parts]  # each in memory of its own: set_rng_state misreads a view
+    return [part.cpu().clone() for part in parts]  # copies, as set_rng_state misreads views
 
 
 def _whole(epoch: float) -> float | int:

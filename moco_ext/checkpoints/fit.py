@@ -1,0 +1,54 @@
+"""Do these tensors fit this architecture?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..encoders import HEADS
+
+_AUXILIARY = ("aux1", "aux2", "AuxLogits")  # heads of GoogLeNet and Inception, which encoders lack
+
+
+def backbone_tensors(encoder: nn.Module, found: Mapping[str, Tensor], arch: str, path: str | Path) -> dict[str, Tensor]:
+    """The tensors of ``found`` for the layers of ``encoder`` below its head.
+
+    Args:
+        encoder: of the architecture ``arch``.
+        found: tensors of an encoder in ``path``, by the names in the encoder's own state dict.
+
+    Raises:
+        ValueError: a layer is missing or has another shape, or ``found`` has layers that the encoder lacks.
+    """
+    heads = _head_prefixes(encoder)
+    wanted = {name: value for name, value in encoder.state_dict().items() if not name.startswith(heads)}
+    fitting = {
+        name: found[name] for name, value in wanted.items() if name in found and found[name].shape == value.shape
+    }
+    # Old files lack this counter, which only cumulative averages read.
+    needed = [name for name in wanted if not name.endswith("num_batches_tracked")]
+    unfit = [name for name in needed if name not in fitting]
+    # A deeper network contains the layers of a shallower one.
+    foreign = [name for name in found if name not in wanted and not name.startswith((*heads, *_prefixes(_AUXILIARY)))]
+    if unfit or foreign:
+        name = (unfit or foreign)[0]
+        expected, got = (list(state[name].shape) if name in state else "none" for state in (wanted, found))
+        raise ValueError(
+            f"checkpoint: expected the {len(needed)} tensors of {arch} in {path}, got "
+            f"{len(needed) - len(unfit)} that fit, {len(unfit)} missing or of another shape, {len(foreign)} foreign: "
+            f"{name}, expected {expected}, got {got}"
+        )
+    return fitting
+
+
+def _head_prefixes(encoder: nn.Module) -> tuple[str, ...]:
+    classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier")  # timm: `head` may contain a norm to keep
+    if classifier is None:
+        return _prefixes(HEADS)
+    return _prefixes(("fc", *([classifier] if isinstance(classifier, str) else classifier)))
+
+
+def _prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in names)
