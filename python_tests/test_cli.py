@@ -65,10 +65,10 @@ def test_knn_of_a_bare_checkpoint_needs_data(finished, tmp_path, capsys):
 def test_image_folder_without_val(tmp_path, capsys):
     from PIL import Image
 
-    for name, colour in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
+    for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (20, 20), colour).save(tmp_path / "images" / name / f"{i}.png")
+            Image.new("RGB", (20, 20), color).save(tmp_path / "images" / name / f"{i}.png")
     output = tmp_path / "run"
     flags = ["-a", "resnet10", "--epochs", "1", "-b", "4", "--moco-k", "8", "-j", "0", "--mlp", "--aug-plus", "--cos"]
     assert cli.main(["pretrain", str(tmp_path / "images"), "--output", str(output), *flags]) == 0
@@ -113,7 +113,8 @@ def test_a_missing_optional_dependency_is_named(capsys, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_sklearn)
     assert cli.main(["pretrain", "--data", "digits"]) == 1
     assert capsys.readouterr().err == (
-        'moco-ext: error: sklearn is needed here and not installed: pip install "moco-ext[train]"\n'
+        "moco-ext: error: this needs sklearn, which is not installed: pip install scikit-learn (all that training "
+        "needs, from a checkout: pip install '.[train]')\n"
     )
 
 
@@ -122,7 +123,7 @@ def test_main_moco_flags_keep_their_names():
         "DIR -a resnet18 --epochs 9 -b 8 --learning-rate 0.1 --schedule 3 6 --momentum 0.8 --weight-decay 0.01 -p 5 "
         "--resume f --seed 4 --moco-dim 64 --moco-k 32 --moco-m 0.9 --moco-t 0.1 --mlp --aug-plus --cos -j 2"
     )
-    given = vars(cli.build_parser().parse_args(["pretrain", *flags.split()]))
+    given = vars(cli.build_parser("pretrain").parse_args(["pretrain", *flags.split()]))
     assert given["schedule"] == [3, 6]
     assert (given["lr"], given["weight_decay"], given["batch_size"], given["workers"]) == (0.1, 0.01, 8, 2)
     assert given["mlp"] is given["aug_plus"] is given["cos"] is True

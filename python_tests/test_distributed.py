@@ -19,6 +19,7 @@ from training import assert_equal_states, environment, few_digits, run_in, tiny,
 
 from moco_ext import EndToEnd, MoCo, info_nce
 from moco_ext.cli import launch as launching
+from moco_ext.runs.options import RunOptions
 from moco_ext.train import build_model, pretrain
 
 WORLD = 2
@@ -33,7 +34,7 @@ def of_a_group(rank: int, port: int, work, *arguments: object) -> None:
     os.environ.update(WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     args = argparse.Namespace(arguments=arguments, device="cpu")
-    launching.run(work, args)
+    launching.run(work, args, Path())
 
 
 def in_two_processes(work, *arguments: object) -> None:
@@ -49,7 +50,7 @@ def batches(steps: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(n, 3, 8, 8, generator=generator), torch.randn(n, 3, 8, 8, generator=generator))] * steps
 
 
-def model_steps(args: argparse.Namespace, process: launching.Process) -> int:
+def model_steps(args: argparse.Namespace, options: RunOptions) -> int:
     """Ten steps on every second image of each batch; the losses, averaged over the ranks."""
     rank, (folder,) = dist.get_rank(), args.arguments
     torch.manual_seed(0)
@@ -128,7 +129,7 @@ def test_end_to_end_gradients_cross_processes(of_ranks):
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def train_in_every_mode(args: argparse.Namespace, process: launching.Process) -> int:
+def train_in_every_mode(args: argparse.Namespace, options: RunOptions) -> int:
     """A record's loss and this rank's state for each mode of shuffling BN, and for a run resumed in the middle."""
     (folder,) = args.arguments
     data, results = few_digits(), {}
@@ -136,13 +137,13 @@ def train_in_every_mode(args: argparse.Namespace, process: launching.Process) ->
         own = {"same_image": "mask", "in_batch": True} if mode == "masked" else {"shuffle_bn": mode}
         config = tiny(epochs=1, **own)
         model = build_model(config)
-        run = run_in(Path(folder) / mode, local_world=process.local_world, save_every=3, keep=9)
+        run = run_in(Path(folder) / mode, local_world=options.local_world, save_every=3, keep=9)
         records = pretrain(config, data, run, model)
         results[mode] = {"state": model.state_dict(), "losses": [record["loss"] for record in records]}
     config = tiny(epochs=1, shuffle_bn="gather")
     model = build_model(config)
     middle = Path(folder) / "gather" / "checkpoint_00000003.pth"
-    run = run_in(Path(folder) / "resumed", local_world=process.local_world, resume=middle)
+    run = run_in(Path(folder) / "resumed", local_world=options.local_world, resume=middle)
     pretrain(config, data, run, model)
     results["resumed"] = {"state": model.state_dict()}
     torch.save(results, f"{folder}/rank{dist.get_rank()}.pt")
@@ -206,7 +207,7 @@ from moco_ext.train.trainer import _Trainer
 from training import few_digits, run_in, tiny
 import argparse
 
-def work(args, process):
+def work(args, options):
     train_step = _Trainer._train_step
     def fail(self, batches, *rest):
         if self.step == 7 and distributed.rank() == 1:
@@ -215,11 +216,11 @@ def work(args, process):
             batches[0].im_q.fill_(float("nan"))
         train_step(self, batches, *rest)
     _Trainer._train_step = fail
-    run = run_in(Path(sys.argv[1]), local_world=process.local_world, save_every=1)
+    run = run_in(Path(sys.argv[1]), local_world=options.local_world, save_every=1)
     pretrain(tiny(shuffle_bn="none"), few_digits(), run)
     return 0
 
-sys.exit(guarded(lambda: launch.run(work, argparse.Namespace(device="cpu"))))
+sys.exit(guarded(lambda: launch.run(work, argparse.Namespace(device="cpu"), Path())))
 """
 
 
@@ -262,14 +263,14 @@ def test_multiprocessing_distributed_on_a_machine_without_gpus(tmp_path):
 )
 def test_flags_that_do_not_fit(flags, message):
     with pytest.raises(ValueError, match=message):
-        launching.run(lambda args, process: 0, argparse.Namespace(**flags))
+        launching.run(lambda args, options: 0, argparse.Namespace(**flags), Path())
 
 
 def test_nccl_needs_gpus(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ValueError, match="dist_backend: nccl works between GPUs, got cpu"):
-        launching.run(lambda args, process: 0, argparse.Namespace(device="cpu", dist_backend="nccl"))
+    with pytest.raises(ValueError, match="dist_backend: expected gloo on cpu, got nccl"):
+        launching.run(lambda args, options: 0, argparse.Namespace(device="cpu", dist_backend="nccl"), Path())
 
 
 def test_sigterm_is_agreed_on_by_all_ranks(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_classify import ARCH, encoder_of
+from test_classifier import ARCH, encoder_of
 
 from moco_ext import MoCo, cli, encoders
 from moco_ext import data as mdata
@@ -135,7 +135,7 @@ def test_main_lincls_flags_keep_their_names():
         "--seed 1 --gpu 0 --multiprocessing-distributed --pretrained w"
     )
     for command in ("linear", "finetune"):
-        given = vars(cli.build_parser().parse_args([command, *flags.split()]))
+        given = vars(cli.build_parser(command).parse_args([command, *flags.split()]))
         assert (given["source"], given["pretrained"], given["lr"], given["weight_decay"]) == ("DIR", "w", 30.0, 0.0)
         assert given["schedule"] == [60, 80]
         assert given["evaluate"] is given["multiprocessing_distributed"] is True

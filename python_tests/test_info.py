@@ -1,5 +1,6 @@
 """`moco-ext info`, and the numbers of every instruction set this processor has."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ def test_facts_are_of_this_installation():
 
 def test_a_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
     monkeypatch.setattr(ops, "l2_normalize", lambda x: x)
-    assert info.main() == 1
+    assert info.run(argparse.Namespace(json=False)) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
     assert "FAILED" in out

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from .idx import read_idx
 from .images import UnreadableImageError, read_image
+from .workers import leave_signals_to_parent
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -119,6 +120,7 @@ def plain_batches(
         batch_sampler=BatchSampler(SequentialSampler(split.labels), batch_size, drop_last=False),
         collate_fn=_as_it_is,
         num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
     )
     for batch in loader:
         if isinstance(batch, ValueError):

@@ -16,6 +16,7 @@ from .datasets import ImageData, TensorSplit, stratified_split
 from .sampler import EpochBatchSampler, MicroBatch
 from .seeds import hash_seeds
 from .views import Request, ViewDataset, Views
+from .workers import leave_signals_to_parent
 
 _CPU = torch.device("cpu")
 
@@ -276,6 +277,7 @@ class _ViewLoader:
             batch_sampler=self._requests,
             collate_fn=_as_it_is,
             num_workers=workers,
+            worker_init_fn=leave_signals_to_parent,
             persistent_workers=workers > 0,
             pin_memory=pin,
             generator=torch.Generator(),  # the workers' seeds, which nothing here uses; else the global one would move
