@@ -3,9 +3,13 @@
 import builtins
 import json
 import re
+import subprocess
+import sys
 
 import pytest
+import torch
 
+import moco_ext
 from moco_ext import cli
 
 pytest.importorskip("matplotlib")
@@ -86,7 +90,6 @@ def test_image_folder_without_val(tmp_path, capsys):
         (["pretrain", "some", "--data", "digits"], "data: expected DIR or --data, got both: some and digits"),
         (["pretrain", "-a", "resnet19"], "arch: expected a torchvision model"),
         (["pretrain", "--lr", "-1"], "lr: expected a positive number, got -1.0"),
-        (["pretrain", "--device", "tpu9"], "device: "),
         (["pretrain", "--resume", "none.pth"], "checkpoint: no such file: none.pth"),
         (["knn", "nowhere"], "data: expected --data"),
         (["linear", "nowhere", "--data", "digits"], "checkpoint: no such file: nowhere"),
@@ -99,6 +102,91 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     err = capsys.readouterr().err.strip()
     assert err.startswith(f"moco-ext: error: {message}")
     assert "\n" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--moco-k 99999999999", "moco_k, moco_dim: expected a queue that fits in the"),
+        ("--moco-k 9999999999999999999999", "moco_k, moco_dim: expected a queue that fits in the"),
+        ("--moco-dim 99999999999", "moco_k, moco_dim: expected a queue that fits in the"),
+        ("--moco-dim 100000000 --moco-k 1 --arch resnet50", "out of memory: "),
+        ("--moco-k many", "argument --moco-k: invalid int value: 'many'"),
+        ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--device tpu9", "device: "),
+        ("--device meta", "device: expected cpu or cuda, got meta"),
+        ("--device mps", "device: expected cpu or cuda, got mps"),
+        ("--threads 0", "threads: expected at least 1, got 0"),
+        ("--gpu -1", "gpu: expected 0 or more, got -1"),
+        ("--start-epoch 80", "start_epoch: expected less than the 80 epochs, got 80"),
+        ("--start-epoch -1", "start_epoch: expected 0 or more, got -1"),
+        ("--print-freq -1", "print_freq: expected at least 1, got -1"),
+        ("--keep -1", "keep: expected at least 1, got -1"),
+        ("--save-every -1", "save_every: expected 0 or more, got -1"),
+        ("--schedule 3 -1", "schedule: expected 0 or more, got (3, -1)"),
+        ("--momentum 1", "momentum: expected a number from 0 to below 1, got 1.0"),
+        ("--momentum nan", "momentum: expected a number from 0 to below 1, got nan"),
+        ("--wd -1", "weight_decay: expected 0 or more, got -1.0"),
+        ("--precision fp8", "precision: expected one of fp32, bf16, fp16, got 'fp8'"),
+        ("-j 1000", "workers: expected at most"),
+        ("-j -1", "workers: expected 0 or more, got -1"),
+        ("--world-size 0", "world_size: expected at least 1, got 0"),
+        ("--world-size 2 --rank 2 --dist-url tcp://h:1", "rank: expected less than --world-size 2, got 2"),
+        ("--world-size 2 --rank 0 --dist-url here", "dist_url: expected tcp://HOST:PORT, file:///PATH or env://"),
+        ("--world-size 2 --rank 0 --dist-url tcp://localhost:99999", "dist_url: "),
+        ("--world-size 2 --rank 0 --dist-url tcp://nowhere.invalid:29500", "dist_url: expected an address that"),
+        ("--multiprocessing-distributed --dist-backend smoke", "dist_backend: expected one of nccl, gloo, got 'smoke'"),
+        ("--multiprocessing-distributed --dist-timeout 0", "dist_timeout: expected a positive number, got 0.0"),
+    ],
+)
+def test_impossible_flags_are_one_line_and_leave_nothing(flags, message, capfd, tmp_path, monkeypatch):
+    monkeypatch.delenv("MOCO_EXT_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        status = cli.main(["pretrain", "--data", "digits", "--device", "cpu", *flags.split(), "--output", "run"])
+    except SystemExit as error:  # argparse
+        status = error.code
+    finally:
+        torch.set_num_threads(threads)
+    assert status in (1, 2)
+    err = capfd.readouterr().err
+    assert err.startswith(f"moco-ext: error: {message}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_finds_no_others_says_so(capfd, tmp_path, monkeypatch):
+    monkeypatch.delenv("MOCO_EXT_DEBUG", raising=False)
+    group = ["--world-size", "2", "--rank", "1", "--dist-url", "tcp://localhost:9", "--dist-timeout", "0.02"]
+    assert cli.main(["pretrain", "--device", "cpu", *group, "--output", str(tmp_path / "run")]) == 1
+    *_, last = capfd.readouterr().err.splitlines()  # after torch's own warnings
+    assert last.startswith("moco-ext: error: process group: rank 1 could not join 2 processes at tcp://localhost:9")
+
+
+def test_version_and_help(capsys):
+    assert cli.main([]) == 0
+    assert re.search(r"pretrain .*momentum contrast", capsys.readouterr().out)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"moco-ext {moco_ext.__version__}\n"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: moco-ext {command}" in capsys.readouterr().out
+
+
+def test_a_command_imports_only_what_it_needs():
+    program = "import sys; from moco_ext import cli; cli.build_parser('convert'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "moco_ext.cli.convert" in loaded
+    assert not {"moco_ext.cli.pretrain", "moco_ext.train", "torchvision", "sklearn", "matplotlib"} & set(loaded)
 
 
 def test_a_missing_optional_dependency_is_named(capsys, monkeypatch):

@@ -32,7 +32,7 @@ Work = Callable[[argparse.Namespace, RunOptions], int]
 
 _GROUP = "several processes (not needed with torchrun)"
 _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset")  # in the errors of a collective
-_URL = r"tcp://[^/:]+:\d{1,5}|tcp://\[.+\]:\d{1,5}|file:///.+|env://.*"
+_URL = r"tcp://([^/:]+|\[.+\]):(?P<port>\d+)|file:///.+|env://.*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,8 @@ class LaunchOptions:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.dist_url is not None and not re.fullmatch(_URL, self.dist_url):
+        match = re.fullmatch(_URL, self.dist_url or "env://")
+        if match is None or int(match["port"] or 0) > 65535:
             raise ValueError(f"dist_url: expected tcp://HOST:PORT, file:///PATH or env://, got {self.dist_url}")
         if self.rank is not None and self.rank >= (self.world_size or 1):
             raise ValueError(f"rank: expected less than --world-size {self.world_size or 1}, got {self.rank}")
@@ -237,7 +238,7 @@ def _join(backend: str, group: _Group, minutes: float) -> None:
         host, _, port = group.url.removeprefix("tcp://").rpartition(":")
         try:
             socket.getaddrinfo(host.strip("[]"), int(port))
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise ValueError(f"dist_url: expected an address that can be resolved, got {group.url}: {error}") from None
     try:
         dist.init_process_group(

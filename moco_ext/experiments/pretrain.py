@@ -32,10 +32,10 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
     than 200,000 images not here: ``moco-ext linear`` is for that.
     """
     first = distributed.rank() == 0
+    model = build_model(config, len(data.train))  # first, as it may not fit in memory
     if first:
         options.output.mkdir(parents=True, exist_ok=True)
         write_json(options.output / "config.json", dataclasses.asdict(config))
-    model = build_model(config, len(data.train))
     untrained = copy.deepcopy(model.encoder_q)
     records = pretrain(config, data, options, model)
 
