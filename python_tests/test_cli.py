@@ -1,4 +1,4 @@
-"""The commands, in this process, as a user types them."""
+"""``moco-ext``: whole commands, their flags, and errors of one line."""
 
 import builtins
 import json
@@ -19,13 +19,13 @@ TINY = ["--epochs", "2", "--schedule", "--online-knn", "1", "--moco-k", "100", "
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The directory of a run of two epochs on all digits."""
+    """The directory of a run of two epochs on digits."""
     output = tmp_path_factory.mktemp("runs") / "demo"
     assert cli.main(["pretrain", "--data", "digits", "--output", str(output), *TINY]) == 0
     return output
 
 
-def test_pretrain_does_the_whole_thing(finished):
+def test_pretrain_trains_evaluates_and_reports(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {"checkpoint.pth", "metrics.jsonl", "summary.json", "config.json", "report.html"}
     summary = json.loads((finished / "summary.json").read_text())
@@ -40,7 +40,7 @@ def test_pretrain_does_the_whole_thing(finished):
 
 
 def test_resume_adds_epochs(finished, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("moco_ext.experiments.pretrain.top1", lambda *features: {})  # the other tests look at these two
+    monkeypatch.setattr("moco_ext.experiments.pretrain.top1", lambda *features: {})  # tested elsewhere
     monkeypatch.setattr("moco_ext.experiments.pretrain.write_report", lambda *content: None)
     arguments = ["pretrain", "--output", str(tmp_path), *TINY, "--epochs", "3"]
     assert cli.main([*arguments, "--resume", str(finished / "checkpoint.pth")]) == 0
@@ -215,7 +215,7 @@ def test_main_moco_flags_keep_their_names():
     assert given["schedule"] == [3, 6]
     assert (given["lr"], given["weight_decay"], given["batch_size"], given["workers"]) == (0.1, 0.01, 8, 2)
     assert given["mlp"] is given["aug_plus"] is given["cos"] is True
-    assert "knn_every" not in given  # what is not typed is absent, for a preset to fill in
+    assert "knn_every" not in given  # absent flags leave the setting to recipe and preset
 
 
 def test_dry_run_prints_the_configuration_and_the_memory(capsys, tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_dry_run_prints_the_configuration_and_the_memory(capsys, tmp_path, monke
 
 
 def test_estimated_memory():
-    """Parameters and dictionary are counted exactly; activations grow with the batch."""
+    """Parameters and dictionary are exact; activations grow with the batch."""
     from moco_ext.train import PretrainConfig
     from moco_ext.train.memory import estimate
 

@@ -1,5 +1,6 @@
-"""Signals: a run saves before it ends, whoever is told, and a group with a stopped rank ends."""
+"""Signals: a run saves before it ends, and a group with a stopped rank ends."""
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +15,8 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
 from training import environment
+
+from moco_ext.data.workers import leave_signals_to_parent
 
 PRETRAIN = [sys.executable, "-m", "moco_ext", "pretrain", "--data", "digits", "--device", "cpu", "--threads", "1"]
 LONG = ["--epochs", "900", "--online-knn", "0", "--moco-k", "100", "-b", "64", "-p", "2"]
@@ -67,6 +70,27 @@ def test_a_run_that_a_signal_ended_resumes(tmp_path):
     done = subprocess.run(resumed, capture_output=True, text=True, timeout=120, env=environment(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {step:,} of {step + 1:,}" in done.stdout
+
+
+def worker(ready) -> None:
+    leave_signals_to_parent(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_loader_worker_ends_by_its_parent_alone():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=worker, args=(ready,))
+    process.start()
+    assert ready.wait(10)
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(process.pid)], check=True)
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 0
 
 
 def test_ctrl_c_is_one_line(tmp_path):

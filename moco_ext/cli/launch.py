@@ -110,7 +110,7 @@ def run(work: Work, args: argparse.Namespace, output: Path) -> int:
     Args:
         work: a module's function, or a ``functools.partial`` of one: it is pickled for new processes.
         args: holds the settings of :class:`LaunchOptions` and :class:`RunOptions` that were given.
-        output: of the options.
+        output: ``options.output``.
 
     Raises:
         ValueError: flags that contradict each other or the machine.
@@ -180,7 +180,7 @@ def _device(launch: LaunchOptions, local_rank: int | None) -> torch.device:
 
 
 def _spawn(work: Work, args: argparse.Namespace, output: Path, group: _Group) -> int:
-    """Start this node's processes and wait for them. A SIGTERM is theirs: they save, and end."""
+    """Start this node's processes and wait for them; SIGTERM is forwarded, so that they save before they end."""
     context = mp.spawn(_spawned, (work, args, output, group), nprocs=group.local_world, join=False)
 
     def forward(number: int, frame: object) -> None:
@@ -192,7 +192,7 @@ def _spawn(work: Work, args: argparse.Namespace, output: Path, group: _Group) ->
     try:
         while not context.join():
             pass
-    except mp.ProcessExitedException as error:  # the process has said why, unless it was killed
+    except mp.ProcessExitedException as error:  # the process has printed the reason, unless it was killed
         if error.exit_code is None or error.exit_code < 0:
             print(f"moco-ext: error: {error}", file=sys.stderr)
             return 1
@@ -261,9 +261,10 @@ def _store() -> dist.Store:
 
 def _wait_for_all(group: _Group) -> None:
     """Wait until every rank has finished. Not a collective: rank 0 may evaluate for longer than the timeout."""
-    _store().set(f"finished/{group.rank}", "")
+    store = _store()
     with contextlib.suppress(dist.DistError):  # rank 0, which may hold the store, has ended
-        _store().wait([f"finished/{rank}" for rank in range(group.world)], datetime.timedelta(days=1))
+        store.set(f"finished/{group.rank}", "")
+        store.wait([f"finished/{rank}" for rank in range(group.world)], datetime.timedelta(days=1))
 
 
 def _why_lost(group: _Group, error: RuntimeError) -> str:
