@@ -28,9 +28,9 @@ def one_thread():
 
 def test_one_at_a_time_changes_one_thing_and_goes_seed_by_seed():
     base = tiny(moco_m=0.99)
-    axes = {"dictionary": ["queue", "memory-bank"], "moco_m": [0.999, 0.0, 0.99], "shuffle_bn": ["on", "off"]}
+    axes = {"dictionary": ["queue", "memory-bank"], "moco_m": [0.999, 0.0, 0.99], "shuffle_bn": ["auto", "none"]}
     grid = make_grid(base, axes, [3, 4], groups=4)
-    names = ["base", "dictionary=memory-bank", "moco_m=0.999", "moco_m=0", "shuffle_bn=on", "shuffle_bn=off"]
+    names = ["base", "dictionary=memory-bank", "moco_m=0.999", "moco_m=0", "shuffle_bn=auto", "shuffle_bn=none"]
     assert [run.name for run in grid.runs] == [f"{name},seed={seed}" for seed in (3, 4) for name in names]
     changed = [
         {k: v for k, v in dataclasses.asdict(run.config).items() if v != getattr(base, k) and k != "seed"}
@@ -48,16 +48,16 @@ def test_one_at_a_time_changes_one_thing_and_goes_seed_by_seed():
     assert grid.tables["moco_m"] == [("0", "moco_m=0"), ("0.99", "base"), ("0.999", "moco_m=0.999")]
     assert grid.tables["dictionary"] == [("queue", "base"), ("memory-bank", "dictionary=memory-bank")]
     assert grid.tables["shuffle_bn"] == [
-        ("4 groups, shuffled", "shuffle_bn=on"),
-        ("4 groups, not shuffled", "shuffle_bn=off"),
+        ("4 groups, auto", "shuffle_bn=auto"),
+        ("4 groups, none", "shuffle_bn=none"),
         ("one group", "base"),
     ]
 
 
 def test_the_base_is_in_every_table_even_if_unlisted():
-    grid = make_grid(tiny(moco_k=100, split_bn=8), {"moco_k": [200, 50], "shuffle_bn": ["on", "off"]}, [0])
+    grid = make_grid(tiny(moco_k=100, split_bn=8), {"moco_k": [200, 50], "shuffle_bn": ["auto", "none"]}, [0])
     assert grid.tables["moco_k"] == [("50", "moco_k=50"), ("100", "base"), ("200", "moco_k=200")]
-    assert [name for _, name in grid.tables["shuffle_bn"]] == ["base", "shuffle_bn=off"]  # on is the base
+    assert [name for _, name in grid.tables["shuffle_bn"]] == ["base", "shuffle_bn=none"]  # auto is the base
 
 
 def test_full_grid_leaves_out_axes_that_do_not_apply_to_a_mechanism():
@@ -131,7 +131,7 @@ def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
             run_grid(grid, BASE, few, run_in(tmp_path / "broken"))
     state = tmp_path / "broken" / "base,seed=0" / "checkpoint.pth"
     written = state.stat().st_mtime_ns
-    with pytest.warns(UserWarning, match="has completed all of its 2 steps"):
+    with pytest.warns(UserWarning, match="has all of its 2 steps behind it"):
         found = run_grid(grid, BASE, few, run_in(tmp_path / "broken"))["runs"][-1]
     assert state.stat().st_mtime_ns == written
     for name in ("loss", "acc1", "knn_top1", "linear_top1", "curves"):
@@ -174,14 +174,14 @@ def test_tables_say_mean_and_standard_error(tmp_path):
         | {"records": [{"feature_std": value + 9}, {"feature_std": value}]}
         | {"loss": value, "acc1": value, "knn_top1": value, "linear_top1": value, "seconds": value}
         for seed, value in ((0, 1.0), (1, 3.0))
-        for name in ("base", "shuffle_bn=off")
+        for name in ("base", "shuffle_bn=none")
     ][:3]
     pixels = {"name": "pixels", "status": "untrained", "knn_top1": 70.0, "linear_top1": 80.0, "made_with": made}
     results = {
         "data": "digits",
         "images": 64,
         "base": dataclasses.asdict(BASE),
-        "tables": {"shuffle_bn": [("one group", "base"), ("8 groups, not shuffled", "shuffle_bn=off")]},
+        "tables": {"shuffle_bn": [("one group", "base"), ("8 groups, none", "shuffle_bn=none")]},
         "runs": [pixels, *runs],
     }
     lines = markdown(results).splitlines()
@@ -189,13 +189,13 @@ def test_tables_say_mean_and_standard_error(tmp_path):
         "| one group (base) | 2.00 ± 1.00 | 2.00 ± 1.00 | 2.0 ± 1.0 | 2.000 ± 1.000 | 2.00 ± 1.00 |  | 2 ± 1 | 0, 1 |"
         in lines  # no drift: of a mechanism without a queue
     )
-    assert "| 8 groups, not shuffled | 1.00 | 1.00 | 1.0 | 1.000 | 1.00 |  | 1 | 0 |" in lines
+    assert "| 8 groups, none | 1.00 | 1.00 | 1.0 | 1.000 | 1.00 |  | 1 | 0 |" in lines
     assert "Raw pixels: kNN 70.00 %, linear 80.00 %." in lines[0]
     write_report(results, tmp_path)
     page = (tmp_path / "results.md").read_text()
     for plot in ("accuracy.svg", "shuffling-bn.svg"):
         assert f"]({plot})" in page
-        assert "8 groups, not shuffled" in (tmp_path / plot).read_text()  # text stays text
+        assert "8 groups, none" in (tmp_path / plot).read_text()  # text stays text
     assert json.loads((tmp_path / "results.json").read_text())["runs"] == results["runs"]
 
 
@@ -227,8 +227,10 @@ def test_command(tmp_path, capsys):
     ("arguments", "message"),
     [
         ([], "axes: expected at least one"),
-        (["--moco-m", "0", "--", "--seed", "3"], "--: expected flags of what is learnt in all runs, got seed"),
-        (["--moco-m", "0", "--", "--resume", "auto", "--output", "x"], "--: expected flags of what is learnt"),
+        (["--moco-m", "0", "--", "--seed", "3"], "--: expected flags of moco-ext pretrain that all runs share, got"),
+        (["--moco-m", "0", "--", "--resume", "auto", "--output", "x"], "--: expected flags of moco-ext pretrain that"),
+        (["--shuffle-bn", "on"], "shuffle_bn: expected one of auto, gather"),
+        (["--grid", "full", "--dictionary", "heap"], "dictionary: expected one of queue"),
     ],
 )
 def test_command_refuses(arguments, message, tmp_path, capsys):

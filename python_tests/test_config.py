@@ -1,14 +1,19 @@
-"""What a run is made of: published defaults, recipes, presets, and settings that contradict each other."""
+"""Configurations: published defaults, recipes, presets, ranges, and settings that contradict each other."""
 
 import dataclasses
 import math
+import re
 
 import pytest
 
 pytest.importorskip("torchvision")
 from training import tiny
 
-from moco_ext.train import resolve_config
+from moco_ext.cli.launch import LaunchOptions
+from moco_ext.runs.options import RunOptions
+from moco_ext.runs.settings import settings
+from moco_ext.train import PretrainConfig, resolve_config
+from moco_ext.train.classifier import ClassifierConfig
 
 
 def test_defaults_are_the_published_ones():
@@ -87,11 +92,16 @@ def test_momentum_schedules():
         {"precision": "fp8"},
         {"dictionary": "heap"},
         {"shuffle_bn": "sometimes"},
+        {"momentum": 1.0},
+        {"momentum": math.nan},
+        {"weight_decay": -1.0},
+        {"schedule": (3, -1)},
+        {"label_smoothing": 1.0},
     ],
 )
 def test_impossible_settings(changes):
     (name, value), *_ = changes.items()
-    with pytest.raises(ValueError, match=f"{name}: expected .*got {value!r}"):
+    with pytest.raises(ValueError, match=f"{name}: expected .*got {re.escape(repr(value))}"):
         tiny(**changes)
 
 
@@ -101,8 +111,25 @@ def test_impossible_settings(changes):
         {"symmetric": True, "dictionary": "memory-bank"},
         {"symmetric": True, "shuffle_bn": "loader"},
         {"key_encoder": "partial", "dictionary": "memory-bank"},
+        {"in_batch": True, "dictionary": "end-to-end"},
+        {"same_image": "mask", "dictionary": "memory-bank"},
     ],
 )
 def test_settings_that_contradict_each_other(changes):
     with pytest.raises(ValueError, match=f"^{next(iter(changes))}: expected"):
         tiny(**changes)
+
+
+def test_everything_but_the_data_is_a_setting_with_help():
+    assert [field.name for field in dataclasses.fields(PretrainConfig)] == ["data", *settings(PretrainConfig)]
+    assert [field.name for field in dataclasses.fields(ClassifierConfig)] == [*settings(ClassifierConfig)]
+    assert all(setting.help for cls in (RunOptions, LaunchOptions) for setting in settings(cls).values())
+
+
+def test_checks_name_the_setting_and_hold_for_every_class():
+    with pytest.raises(ValueError, match=r"^keep: expected at least 1, got 0$"):
+        RunOptions("runs", keep=0)
+    with pytest.raises(ValueError, match=r"^lr_head: expected a positive number, got 0$"):
+        ClassifierConfig(epochs=1, lr=0.1, lr_head=0)
+    with pytest.raises(ValueError, match=r"^dist_backend: expected one of nccl, gloo, got 'mpi'$"):
+        LaunchOptions(dist_backend="mpi")

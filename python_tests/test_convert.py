@@ -20,7 +20,6 @@ from packages import DIM, Holder, K, distinct, mlp, native, saved
 import moco_ext
 from moco_ext.checkpoints import FORMATS, convert, read_checkpoint
 from moco_ext.checkpoints.files import Inert, read
-from moco_ext.cli import convert as convert_command
 from moco_ext.cli import main
 
 
@@ -335,7 +334,6 @@ def test_errors_write_nothing(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    assert convert_command.FORMATS.split(", ") == list(FORMATS)
     path, state = saved(tmp_path, "moco")
     output, report = tmp_path / "r18.pkl", tmp_path / "report.json"
     assert main(["convert", str(path), str(output), "--to", "detectron2", "--report", str(report)]) == 0

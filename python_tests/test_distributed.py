@@ -1,4 +1,4 @@
-"""The trainer in several processes (gloo): the same training whatever the mode, and what happens when a rank fails."""
+"""The trainer in several processes (gloo): every shuffling mode trains alike, and failing ranks end the run."""
 
 import argparse
 import os
@@ -20,6 +20,7 @@ from training import assert_equal_states, environment, few_digits, run_in, tiny,
 
 from moco_ext import EndToEnd, MoCo, info_nce
 from moco_ext.cli import launch as launching
+from moco_ext.runs.options import RunOptions
 from moco_ext.train import build_model, pretrain
 
 WORLD = 2
@@ -27,14 +28,14 @@ MODES = ("gather", "all_to_all", "loader", "none")
 
 
 def of_a_group(rank: int, port: int, work, *arguments: object) -> None:
-    """A process of a group of two, found as torchrun's processes find theirs."""
+    """Run ``work`` as a process of a group of two, with torchrun's environment variables."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank)
     )
     os.environ.update(WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     args = argparse.Namespace(arguments=arguments, device="cpu")
-    launching.run(work, args)
+    launching.run(work, args, Path())
 
 
 def in_two_processes(work, *arguments: object) -> None:
@@ -50,7 +51,7 @@ def batches(steps: int, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(torch.randn(n, 3, 8, 8, generator=generator), torch.randn(n, 3, 8, 8, generator=generator))] * steps
 
 
-def model_steps(args: argparse.Namespace, process: launching.Process) -> int:
+def model_steps(args: argparse.Namespace, options: RunOptions) -> int:
     """Ten steps on every second image of each batch; the losses, averaged over the ranks."""
     rank, (folder,) = dist.get_rank(), args.arguments
     torch.manual_seed(0)
@@ -90,7 +91,7 @@ def of_ranks(tmp_path_factory):
 
 
 def test_split_bn_on_one_device_equals_as_many_processes(of_ranks):
-    """Group g of a batch is every image i = g mod G; so are the images given to process g above."""
+    """Group g of a batch holds the images i with i mod G = g, as process g does above."""
     torch.manual_seed(0)
     model = MoCo(Tiny, dim=8, K=48, m=0.9, split_bn=WORLD)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
@@ -129,8 +130,8 @@ def test_end_to_end_gradients_cross_processes(of_ranks):
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-def train_in_every_mode(args: argparse.Namespace, process: launching.Process) -> int:
-    """A record's loss and this rank's state for each mode of shuffling BN, and for a run resumed in the middle."""
+def train_in_every_mode(args: argparse.Namespace, options: RunOptions) -> int:
+    """Losses and this rank's state for each mode of shuffling BN, and for a run resumed in the middle."""
     (folder,) = args.arguments
     data, results = few_digits(), {}
     with warnings.catch_warnings(record=True) as caught:
@@ -139,14 +140,14 @@ def train_in_every_mode(args: argparse.Namespace, process: launching.Process) ->
             own = {"same_image": "mask", "in_batch": True} if mode == "masked" else {"shuffle_bn": mode}
             config = tiny(epochs=1, **own)
             model = build_model(config)
-            run = run_in(Path(folder) / mode, local_world=process.local_world, save_every=3, keep=9)
+            run = run_in(Path(folder) / mode, local_world=options.local_world, save_every=3, keep=9)
             records = pretrain(config, data, run, model)
             results[mode] = {"state": model.state_dict(), "losses": [record["loss"] for record in records]}
     results["warnings"] = [str(warning.message) for warning in caught]
     config = tiny(epochs=1, shuffle_bn="gather")
     model = build_model(config)
     middle = Path(folder) / "gather" / "checkpoint_00000003.pth"
-    run = run_in(Path(folder) / "resumed", local_world=process.local_world, resume=middle)
+    run = run_in(Path(folder) / "resumed", local_world=options.local_world, resume=middle)
     pretrain(config, data, run, model)
     results["resumed"] = {"state": model.state_dict()}
     torch.save(results, f"{folder}/rank{dist.get_rank()}.pt")
@@ -160,14 +161,14 @@ def trained(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 
-def learnt(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without BatchNorm's running statistics, which are each rank's own."""
+def learned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state without BatchNorm's running statistics, which differ between ranks."""
     return {name: value for name, value in state.items() if "running" not in name}
 
 
 @pytest.mark.parametrize("mode", [*MODES, "masked"])
 def test_ranks_agree(trained, mode):
-    assert_equal_states(*(learnt(results[mode]["state"]) for results in trained))
+    assert_equal_states(*(learned(results[mode]["state"]) for results in trained))
     # 150 images: four batches of 32 and one of 22, eleven a rank; K = 100
     assert trained[0][mode]["state"]["queue_ptr"].item() == 50
 
@@ -179,12 +180,12 @@ def test_gradients_have_the_strides_that_ddp_expects(trained):
 
 @pytest.mark.parametrize("mode", ["all_to_all", "loader"])
 def test_modes_are_the_same_training(trained, mode):
-    """The same permutation, so the same keys in the same groups: only the way of the images differs."""
+    """The permutation is the same, so the keys and their groups are: only how images are sent differs."""
     assert_equal_states(trained[0]["gather"]["state"], trained[0][mode]["state"])
 
 
-def test_every_rank_knows_what_all_keys_are_of(trained):
-    """An epoch shows each image once, so 100 keys are of 100 images; half of a batch's came from the other rank."""
+def test_every_rank_knows_the_ids_of_all_keys(trained):
+    """An epoch shows each image once, so 100 keys have 100 ids; half of each batch came from the other rank."""
     state = trained[0]["masked"]["state"]
     assert len(set(state["queue_ids"].tolist())) == 100
     assert state["queue_ids"].min() >= 0
@@ -196,9 +197,9 @@ def test_without_shuffling_it_is_another_training(trained):
 
 
 def test_resumed_in_a_group(trained):
-    """Exact on rank 0, whose statistics are in the checkpoint; on the others in all that is learnt."""
+    """Equal on rank 0, whose statistics are in the checkpoint; on other ranks, equal learned parameters."""
     assert_equal_states(trained[0]["gather"]["state"], trained[0]["resumed"]["state"])
-    assert_equal_states(learnt(trained[1]["gather"]["state"]), learnt(trained[1]["resumed"]["state"]))
+    assert_equal_states(learned(trained[1]["gather"]["state"]), learned(trained[1]["resumed"]["state"]))
 
 
 # --- failures and flags -----------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ from moco_ext.train.trainer import Trainer
 from training import few_digits, run_in, tiny
 import argparse
 
-def work(args, process):
+def work(args, options):
     train_step = Trainer._train_step
     def fail(self, batches, *rest):
         if self.step == 7 and distributed.rank() == 1:
@@ -224,17 +225,17 @@ def work(args, process):
             batches[0].im_q.fill_(float("nan"))
         train_step(self, batches, *rest)
     Trainer._train_step = fail
-    run = run_in(Path(sys.argv[1]), local_world=process.local_world, save_every=1)
+    run = run_in(Path(sys.argv[1]), local_world=options.local_world, save_every=1)
     pretrain(tiny(shuffle_bn="none"), few_digits(), run)
     return 0
 
-sys.exit(guarded(lambda: launch.run(work, argparse.Namespace(device="cpu"))))
+sys.exit(guarded(lambda: launch.run(work, argparse.Namespace(device="cpu"), Path())))
 """
 
 
 @pytest.mark.parametrize("how", ["dies", "nan"])
 def test_a_lost_rank_ends_the_run_and_loses_nothing(tmp_path, how):
-    """The other rank ends too, and the last checkpoint is of before: never one with a bad step in it."""
+    """The other rank ends too, and the last checkpoint is from before the bad step."""
     program = tmp_path / "failing.py"
     program.write_text(FAILING)
     done = torchrun(WORLD, program, tmp_path / "run", how)
@@ -250,7 +251,7 @@ def test_a_lost_rank_ends_the_run_and_loses_nothing(tmp_path, how):
 
 
 def test_multiprocessing_distributed_on_a_machine_without_gpus(tmp_path):
-    """It launches: one process, said, trained, evaluated."""
+    """One process is started, trains on the CPU, and evaluates."""
     if torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
     command = [sys.executable, "-m", "moco_ext", "pretrain", "--data", "digits", "--multiprocessing-distributed"]
@@ -264,25 +265,28 @@ def test_multiprocessing_distributed_on_a_machine_without_gpus(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"multiprocessing_distributed": True, "world_size": 2}, "dist_url: expected where the 2 nodes meet"),
+        (
+            {"multiprocessing_distributed": True, "world_size": 2},
+            "dist_url: expected where the 2 nodes find",
+        ),
         ({"world_size": 2, "rank": 0}, "rank, dist_url: expected both with --world-size 2, got --rank"),
         ({"device": "gpu"}, "device: "),
     ],
 )
 def test_flags_that_do_not_fit(flags, message):
     with pytest.raises(ValueError, match=message):
-        launching.run(lambda args, process: 0, argparse.Namespace(**flags))
+        launching.run(lambda args, options: 0, argparse.Namespace(**flags), Path())
 
 
 def test_nccl_needs_gpus(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ValueError, match="dist_backend: nccl works between GPUs, got cpu"):
-        launching.run(lambda args, process: 0, argparse.Namespace(device="cpu", dist_backend="nccl"))
+    with pytest.raises(ValueError, match="dist_backend: expected gloo on cpu, got nccl"):
+        launching.run(lambda args, options: 0, argparse.Namespace(device="cpu", dist_backend="nccl"), Path())
 
 
 def test_sigterm_is_agreed_on_by_all_ranks(tmp_path):
-    """One rank is told to stop; both end after the same step, and it is in the checkpoint."""
+    """One rank gets the signal; both end after the same step, which is in the checkpoint."""
     program = tmp_path / "stopped.py"
     program.write_text(
         FAILING.replace("os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGTERM)")

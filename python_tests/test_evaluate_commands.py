@@ -1,4 +1,4 @@
-"""``moco-ext knn``, ``linear`` and ``finetune``, in this process, as a user types them."""
+"""``moco-ext knn``, ``linear`` and ``finetune``, run in this process."""
 
 import json
 
@@ -17,7 +17,7 @@ pytest.importorskip("tensorboard")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run directory as pre-training leaves it, of an encoder on all digits, though an untrained one."""
+    """A run directory like that of pre-training on digits, with an untrained encoder."""
     folder = tmp_path_factory.mktemp("run")
     model = MoCo(ARCH, dim=8, K=16)
     model.encoder_q.load_state_dict(encoder_of(mdata.load("digits")).state_dict() | state_of_head(model))
@@ -34,7 +34,7 @@ def state_of_head(model) -> dict:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Two classes of small PNGs and JPEGs, a horizontal and a vertical wave, sixteen to train on."""
+    """Two classes of small PNGs and JPEGs, horizontal and vertical waves, with sixteen training images."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("photos")
@@ -135,7 +135,7 @@ def test_main_lincls_flags_keep_their_names():
         "--seed 1 --gpu 0 --multiprocessing-distributed --pretrained w"
     )
     for command in ("linear", "finetune"):
-        given = vars(cli.build_parser().parse_args([command, *flags.split()]))
+        given = vars(cli.build_parser(command).parse_args([command, *flags.split()]))
         assert (given["source"], given["pretrained"], given["lr"], given["weight_decay"]) == ("DIR", "w", 30.0, 0.0)
         assert given["schedule"] == [60, 80]
         assert given["evaluate"] is given["multiprocessing_distributed"] is True

@@ -1,5 +1,6 @@
-"""`moco-ext info`, and the numbers of every instruction set this processor has."""
+"""``moco-ext info``, and the self-test with every instruction set of this processor."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ from moco_ext import library, ops
 from moco_ext.cli import info
 
 
-def test_facts_are_of_this_installation():
+def test_facts_describe_this_installation():
     facts = info.collect()
     assert facts["torch"] == torch.__version__
     assert "libmoco_ext.so" in facts["libraries"]
@@ -25,7 +26,7 @@ def test_facts_are_of_this_installation():
 
 def test_a_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
     monkeypatch.setattr(ops, "l2_normalize", lambda x: x)
-    assert info.main() == 1
+    assert info.run(argparse.Namespace(json=False)) == 1
     out = capsys.readouterr().out
     assert "WRONG" in out
     assert "FAILED" in out
@@ -33,7 +34,7 @@ def test_a_wrong_kernel_fails_the_self_test(monkeypatch, capsys):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_computes_the_same(isa):
-    """MOCO_EXT_ISA lowers the instruction set; one the processor lacks falls to the next it has."""
+    """MOCO_EXT_ISA lowers the instruction set; one that the processor lacks selects the next lower one."""
     run = subprocess.run(
         [sys.executable, "-m", "moco_ext", "info", "--json"],
         env=os.environ | {"MOCO_EXT_ISA": isa},
@@ -55,6 +56,6 @@ def test_a_missing_cuda_kernel_says_why(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("op", library.OPERATORS)
-def test_every_op_answers_for_cuda(op):
-    """By its kernel, or by the one that says it is missing."""
+def test_every_operator_is_registered_for_cuda(op):
+    """With its kernel, or with one that reports that it is missing."""
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moco_ext::{op}", "CUDA")

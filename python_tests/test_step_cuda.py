@@ -122,6 +122,7 @@ def test_one_rank_on_nccl(tmp_path):
     from training import few_digits, run_in, tiny
 
     from moco_ext.cli import launch as launching
+    from moco_ext.runs.options import RunOptions
     from moco_ext.train import pretrain
 
     data, config = few_digits(), tiny(epochs=1)
@@ -130,13 +131,13 @@ def test_one_rank_on_nccl(tmp_path):
     os.environ.update(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     found = []
 
-    def work(args: argparse.Namespace, process: launching.Process) -> int:
+    def work(args: argparse.Namespace, options: RunOptions) -> int:
         assert torch.distributed.get_backend() == "nccl"
-        found.extend(pretrain(config, data, run_in(tmp_path / "group", device=process.device)))
+        found.extend(pretrain(config, data, run_in(tmp_path / "group", device=options.device)))
         return 0
 
     try:
-        assert launching.run(work, argparse.Namespace(device="cuda", dist_backend="nccl")) == 0
+        assert launching.run(work, argparse.Namespace(device="cuda", dist_backend="nccl"), tmp_path) == 0
     finally:
         for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)

@@ -45,7 +45,8 @@ def assert_equal_states(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
     return os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 

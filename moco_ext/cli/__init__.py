@@ -1,23 +1,52 @@
-"""``moco-ext COMMAND``: one module of ``commands`` each. What a command needs is imported when it runs."""
+"""``moco-ext COMMAND``. The module of a command is imported when that command runs."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 
-from . import ablate, convert, finetune, info, knn, linear, pretrain, report
+from .. import __version__
 from .errors import guarded
+from .flags import Parser
+
+COMMANDS = {
+    "pretrain": "train an encoder with momentum contrast, evaluate it, write a report",
+    "knn": "weighted k-nearest-neighbor top-1 accuracy of a trained encoder",
+    "linear": "linear classification top-1 accuracy of a trained encoder",
+    "finetune": "train all layers for classification, on all labels or a fraction",
+    "convert": "convert between checkpoint formats",
+    "ablate": "train a grid of runs (mechanism, m, K, T, shuffling BN), compare them in tables and plots",
+    "report": "one HTML page about a run, or comparing several",
+    "info": "versions, libraries, devices and a self-test",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moco-ext", description="Momentum Contrast: train and evaluate encoders.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (pretrain, knn, linear, finetune, convert, ablate, report, info):
-        module.add_parser(commands)
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of ``moco-ext``, with the flags of one command."""
+    parser = Parser(prog="moco-ext", description="Momentum Contrast: train and evaluate encoders.")
+    parser.add_argument("--version", action="version", version=f"moco-ext {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        subparser = commands.add_parser(name, help=summary)
+        if name == command:
+            module = importlib.import_module(f".{name}", __package__)
+            module.add_flags(subparser)
+            subparser.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    args = build_parser().parse_args(argv)
-    return guarded(lambda: args.run(args))
+    argv = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = build_parser(argv[0] if argv else None)
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    return args.run(args)

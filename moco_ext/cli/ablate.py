@@ -1,93 +1,76 @@
-"""``moco-ext ablate``: a grid of runs, a table and a plot of each axis."""
+"""``moco-ext ablate``: a grid of runs, and a table and a plot for each axis."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from . import pretrain
-from .flags import add_data_flags, add_machine_flags, workers
+from rich.console import Console
+from rich.markdown import Markdown
 
-_AXES = ("dictionary", "moco_m", "moco_k", "moco_t", "shuffle_bn", "key_encoder")
-# Flags of the trainer that are not the grid's own affair.
-_FOR_ALL_RUNS = ("recipe", "print_freq", "save_every", "keep")
+from ..data import load
+from ..experiments.ablation import AXES, make_grid, run_grid, subset
+from ..report.ablation import markdown, write_report
+from ..runs.options import RunOptions
+from ..runs.settings import settings
+from ..train.config import PretrainConfig, resolve_config
+from .flags import Parser, add_data_flags, add_settings, given, type_of
+from .launch import LaunchOptions, options_of
+from .pretrain import add_recipe
 
 
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
-        "ablate",
-        help="train a grid of runs (mechanism, m, K, T, shuffling BN), compare them in tables and plots",
-        description="Train a base configuration and, one at a time, each value of each axis; evaluate; write "
-        "results.json, results.md and plots. The base is what moco-ext pretrain does with the flags after --. "
-        "Finished runs are kept: the same command goes on where it was broken off.",
-        argument_default=argparse.SUPPRESS,
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a base configuration and, one at a time, each value of each axis; evaluate; write results.json, "
+        "results.md and plots. The base is what moco-ext pretrain does with the flags after --. Finished runs are "
+        "kept: the same command resumes where it was interrupted."
     )
-    parser.set_defaults(run=run)
     add_data_flags(parser, "digits")
     add = parser.add_argument
-    add("--output", required=True, metavar="DIR", help="a directory for each run, and for the results")
-    add("--seeds", type=int, nargs="+", metavar="S", help="every run once a seed (default: 0)")
-    add("--images", type=int, metavar="N", help="of the training set, the same ones for all runs (default: all)")
-    add("--epochs", type=int, metavar="N", help="of each run (default: the trainer's)")
-    add("--grid", choices=("one-at-a-time", "full"), help="full: all combinations (default: one-at-a-time)")
-    add("trainer", nargs="*", metavar="-- FLAGS", help="of moco-ext pretrain, the same for all runs")
+    add("--output", required=True, metavar="DIR", help="a directory for the runs and the results")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="S", help="repeat every run with each seed (default: 0)")
+    add("--images", type=int, metavar="N", help="train on a subset, the same one in all runs (default: all images)")
+    add("--epochs", type=int, default=argparse.SUPPRESS, metavar="N", help="of each run (default: that of the base)")
+    add("--grid", choices=("one-at-a-time", "full"), default="one-at-a-time", help="full: all combinations")
+    add("trainer", nargs="*", metavar="-- FLAGS", help="flags of moco-ext pretrain for all runs")
 
     add = parser.add_argument_group("axes").add_argument
-    add("--dictionary", nargs="+", choices=("queue", "end-to-end", "memory-bank"), help="mechanism")
-    add("--moco-m", type=float, nargs="+", metavar="M", help="momentum of the key encoder")
-    add("--moco-k", type=int, nargs="+", metavar="K", help="negatives")
-    add("--moco-t", type=float, nargs="+", metavar="T", help="temperature")
-    add("--shuffle-bn", nargs="+", choices=("on", "off"), help="keys shuffled between groups of the batch, or not")
-    add("--groups", type=int, metavar="G", help="with --shuffle-bn: groups of the batch, as of G GPUs (default: 8)")
-    add("--key-encoder", nargs="+", metavar="KIND", help="how keys are encoded, as in moco-ext pretrain")
-    add_machine_flags(parser)
+    for name, setting in settings(PretrainConfig, *AXES["queue"]).items():
+        values = type_of(setting) | {"nargs": "+", "default": argparse.SUPPRESS}
+        add(f"--{name.replace('_', '-')}", help=setting.help, **values)
+    add("--groups", type=int, default=8, metavar="G", help="with --shuffle-bn: --split-bn of these runs (default: 8)")
+    add_settings(parser, settings(RunOptions, "workers") | settings(LaunchOptions, "device", "threads"))
 
 
 def run(args: argparse.Namespace) -> int:
-    given = vars(args)
-    axes = {axis: given[axis] for axis in _AXES if axis in given}
+    axes = {axis: getattr(args, axis) for axis in AXES["queue"] if hasattr(args, axis)}
     if not axes:
         raise ValueError("axes: expected at least one, --moco-m 0 0.9 0.999 for example, got none")
-    trainer = _trainer_flags(given.get("trainer", []))
-    epochs = {"epochs": given["epochs"]} if "epochs" in given else {}
-    base = pretrain.given_config({"online_knn": 0} | trainer | epochs | {"data": given.get("data", "digits")})
-
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from ..data import load
-    from ..experiments.ablation import make_grid, run_grid, subset
-    from ..report.ablation import markdown, write_report
-    from ..runs.options import RunOptions
-    from .launch import local_device
-
-    full = given.get("grid") == "full"
-    grid = make_grid(base, axes, given.get("seeds", [0]), groups=given.get("groups", 8), full=full)
-    data = load(base.data, given.get("data_root", "data"))
-    if "images" in given:
-        data = subset(data, given["images"])
-    console = Console()
-    options = RunOptions(
-        Path(args.output),
-        local_device(given),
-        workers=workers(given),
-        print_freq=max(1, trainer.get("print_freq", 10)),
-        save_every=trainer.get("save_every", 0),
-        keep=max(1, trainer.get("keep", 1)),
-        console=console,
-    )
+    for name, setting in settings(PretrainConfig, *axes).items():
+        setting.check(tuple(axes[name]))
+    trainer = _trainer_flags(args.trainer)
+    epochs = {"epochs": args.epochs} if hasattr(args, "epochs") else {}
+    explicit = {"online_knn": 0} | given(trainer, PretrainConfig) | epochs
+    base = resolve_config(args.data or "digits", explicit, trainer.recipe)
+    grid = make_grid(base, axes, args.seeds, groups=args.groups, full=args.grid == "full")
+    options = options_of(argparse.Namespace(**{"keep": 1} | vars(trainer) | vars(args)), Path(args.output))
+    data = load(base.data, args.data_root)
+    if args.images is not None:
+        data = subset(data, args.images)
     results = run_grid(grid, base, data, options)
     write_report(results, options.output)
-    console.print(Markdown(markdown(results)))
+    Console().print(Markdown(markdown(results)))
     return 0
 
 
-def _trainer_flags(flags: list[str]) -> dict:
-    parser = argparse.ArgumentParser(prog="moco-ext ablate ... --")
-    pretrain.add_parser(parser.add_subparsers(dest="command"))
-    given = vars(parser.parse_args(["pretrain", *flags]))
-    own = {"command", "run"}
-    wrong = sorted((pretrain.RUN_FLAGS - own - set(_FOR_ALL_RUNS) | {"seed"}) & given.keys())
-    if wrong:
-        raise ValueError(f"--: expected flags of what is learnt in all runs, got {', '.join(wrong)}")
-    return {name: value for name, value in given.items() if name not in own}
+def _trainer_flags(flags: list[str]) -> argparse.Namespace:
+    """The flags after --: all of ``moco-ext pretrain`` that may be the same in every run."""
+    parser = Parser(prog="moco-ext ablate ... --")
+    add_recipe(parser)
+    declared = settings(PretrainConfig) | settings(RunOptions, "print_freq", "save_every", "keep")
+    del declared["seed"]
+    add_settings(parser, declared)
+    args, unknown = parser.parse_known_args(flags)
+    if unknown:
+        raise ValueError(f"--: expected flags of moco-ext pretrain that all runs share, got {' '.join(unknown)}")
+    return args

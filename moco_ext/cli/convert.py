@@ -4,54 +4,46 @@ from __future__ import annotations
 
 import argparse
 
-# Those of moco_ext.checkpoints.FORMATS, which is too much to import for a help text.
-FORMATS = "moco, moco-v3, lightly, solo-learn, mmselfsup, mmpretrain, vissl, torchvision, timm, detectron2, safetensors"
+from rich.console import Console
+from rich.markup import escape
+
+from ..checkpoints import FORMATS, convert
+from ..runs.files import write_json
 
 
-def add_parser(commands) -> None:
-    parser = commands.add_parser(
-        "convert",
-        help="a checkpoint of one package as another's",
-        description=f"A checkpoint of one package as another's own code would have saved it. Formats: {FORMATS}. "
-        "Nothing in the source is executed.",
-        argument_default=argparse.SUPPRESS,
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Convert a checkpoint to the layout that another package's own code would have saved. Formats: "
+        f"{', '.join(FORMATS)}. No code in the source file is executed."
     )
-    parser.set_defaults(run=run)
     add = parser.add_argument
     add("source", metavar="IN", help="the checkpoint to read")
-    add("output", metavar="OUT", help="the file to write; .safetensors and .pkl (detectron2's) by suffix")
-    add("--to", required=True, metavar="FORMAT", help="the format to write")
-    add("--from", dest="from_format", metavar="FORMAT", help="the format of IN (default: detected)")
-    add("--encoder", choices=("q", "k"), help="this encoder alone (default: both where OUT holds both, else q)")
+    add("output", metavar="OUT", help="the file to write; the suffix selects .safetensors, or .pkl for detectron2")
+    add("--to", required=True, metavar="FORMAT", help="format of OUT")
+    add("--from", dest="from_format", metavar="FORMAT", help="format of IN (default: detected)")
+    add("--encoder", choices=("q", "k"), help="only this encoder (default: both where OUT holds both, else q)")
     add("--head", choices=("keep", "drop"), help="layers after pooling (default: kept in whole models)")
-    add("-a", "--arch", metavar="ARCH", help="the encoder's architecture: checked, and recorded where OUT names it")
+    add("-a", "--arch", metavar="ARCH", help="architecture of the encoder: checked, and recorded where OUT names it")
     add("--force", action="store_true", help="overwrite OUT")
-    add("--report", metavar="FILE", help="the account of every tensor as JSON")
-    add("-q", "--quiet", action="store_true", help="only the totals")
+    add("--report", metavar="FILE", help="write what happened to every tensor as JSON")
+    add("-q", "--quiet", action="store_true", help="print only the totals")
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.markup import escape
-
-    from ..checkpoints import convert
-    from ..runs.files import write_json
-
-    given = vars(args)
     report = convert(
-        given["source"],
-        given["output"],
-        given["to"],
-        from_format=given.get("from_format"),
-        encoder=given.get("encoder"),
-        keep_head={"keep": True, "drop": False}.get(given.get("head", "")),
-        arch=given.get("arch"),
-        overwrite=given.get("force", False),
+        args.source,
+        args.output,
+        args.to,
+        from_format=args.from_format,
+        encoder=args.encoder,
+        keep_head=None if args.head is None else args.head == "keep",
+        arch=args.arch,
+        overwrite=args.force,
     )
-    if "report" in given:
-        write_json(given["report"], report.as_dict())
+    if args.report:
+        write_json(args.report, report.as_dict())
     console = Console(highlight=False, soft_wrap=True)
-    if not given.get("quiet"):
+    if not args.quiet:
         for old, new, shape, dtype in report.mapped:
             console.print(f"  {escape(old)} -> {escape(new)} {escape(str(shape))} {dtype}")
         for name, why in report.left.items():
@@ -59,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         for name in report.missing:
             console.print(f"[yellow]missing[/] {escape(name)}")
     console.print(
-        f"{given['output']}: {report.from_format} -> {report.to}, {len(report.mapped)} tensors mapped, "
+        f"{args.output}: {report.from_format} -> {report.to}, {len(report.mapped)} tensors mapped, "
         f"{len(report.left)} left, {len(report.missing)} missing",
         markup=False,
     )

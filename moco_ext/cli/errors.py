@@ -7,22 +7,39 @@ import sys
 import warnings
 from collections.abc import Callable
 
-_TRAIN_EXTRA = {"torchvision", "rich", "tensorboard", "matplotlib", "sklearn", "safetensors", "torchdata", "PIL"}
+_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where it is not the module's name
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's RuntimeErrors
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Errors that a user can mend become one line (all of it with MOCO_EXT_DEBUG=1) and exit status 1."""
+    """Run a command; an error that its user can fix becomes one line and exit status 1.
+
+    With MOCO_EXT_DEBUG=1 the error is raised instead.
+    """
     warnings.showwarning = lambda message, *rest, **more: print(f"moco-ext: warning: {message}", file=sys.stderr)
     try:
         return command()
     except KeyboardInterrupt:
         print("moco-ext: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        if os.environ.get("MOCO_EXT_DEBUG"):
+    except Exception as error:
+        message = _explained(error)
+        if message is None or os.environ.get("MOCO_EXT_DEBUG"):
             raise
-        message = str(error)
-        if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _TRAIN_EXTRA:
-            message = f'{error.name} is needed here and not installed: pip install "moco-ext[train]"'
         print(f"moco-ext: error: {message}", file=sys.stderr)
         return 1
+
+
+def _explained(error: Exception) -> str | None:
+    """The message of an error that the user can fix; None for any other, which is a bug."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        module = error.name.split(".")[0]
+        package = _PACKAGES.get(module, module)
+        return (
+            f"this needs {module}, which is not installed: pip install {package} "
+            "(all that training needs, from a checkout: pip install '.[train]')"
+        )
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        return f"out of memory: {first}; see --dry-run, and take a smaller --batch-size, --moco-k or --moco-dim"
+    return str(error) if isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)) else None

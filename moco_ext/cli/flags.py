@@ -1,36 +1,86 @@
-"""The commands of ``moco-ext``, and the flags that several of them share."""
+"""Flags: those of a configuration's settings, and those that several commands share."""
 
 from __future__ import annotations
 
 import argparse
-import os
-from typing import Any
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
-DATA_HELP = "digits, fashion-mnist, cifar10, cifar100, or an image folder (train/ and val/ inside, or classes)"
+from ..runs.settings import Setting, settings
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"moco-ext: error: {message} (see {self.prog} --help)\n")
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, declared: Mapping[str, Setting], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Add a flag for each setting. Without its flag a setting is absent from the parsed arguments.
+
+    Args:
+        defaults: what help texts show instead of the settings' own defaults.
+    """
+    groups: dict[str, Any] = {"": parser}
+    for name, setting in declared.items():
+        if setting.group not in groups:
+            groups[setting.group] = parser.add_argument_group(setting.group)
+        default = (defaults or {}).get(name, setting.default if setting.shown is None else setting.shown)
+        groups[setting.group].add_argument(
+            *(setting.flags or [f"--{name.replace('_', '-')}"]),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=setting.help + _shown(default),
+            **type_of(setting),
+        )
+
+
+def type_of(setting: Setting) -> dict[str, Any]:
+    """What argparse needs to know of a setting's values."""
+    types = typing.get_args(setting.type) or (setting.type,)
+    if bool in types:
+        return {"action": argparse.BooleanOptionalAction if setting.negatable else "store_true"}
+    number = next((number for number in (int, float) if number in types), None)
+    choices = setting.valid.choices if setting.valid else ()
+    letter = {int: "N", float: "X", None: setting.name.upper()}[number]
+    options: dict[str, Any] = {"metavar": setting.metavar or (f"{{{','.join(choices)}}}" if choices else letter)}
+    if number is not None:
+        options["type"] = number
+    if typing.get_origin(setting.type) is tuple:
+        options["nargs"] = "*"
+    return options
+
+
+def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The settings of a dataclass that were given as flags."""
+    values = {name: getattr(args, name) for name in settings(cls) if hasattr(args, name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--data", metavar="NAME|DIR", help=f"{DATA_HELP} (default: {default})")
-    parser.add_argument("--data-root", metavar="DIR", help="where downloaded data sets are kept (default: data)")
+    parser.add_argument(
+        "--data",
+        metavar="NAME|DIR",
+        help="digits, fashion-mnist, cifar10, cifar100, or an image folder with class folders, directly or in train/ "
+        f"and val/ (default: {default})",
+    )
+    add_data_root(parser)
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-j", "--workers", type=int, metavar="N", help="image loading processes (default: one a core)")
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+def add_data_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-root", metavar="DIR", default="data", help="folder of downloaded data sets (default: data)"
+    )
 
 
-def add_launch_flags(parser: argparse.ArgumentParser) -> None:
-    """Several processes: under torchrun none of these is needed. Names and meanings as in main_moco.py."""
-    group = parser.add_argument_group("several processes (with torchrun, none of these is needed)")
-    group.add_argument("--multiprocessing-distributed", action="store_true", help="start one process per GPU here")
-    group.add_argument("--world-size", type=int, metavar="N", help="nodes; without the flag above, processes")
-    group.add_argument("--rank", type=int, metavar="R", help="of this node; without the flag above, of this process")
-    group.add_argument("--dist-url", metavar="URL", help="where all meet, tcp://HOST:PORT or env:// (default: here)")
-    group.add_argument("--dist-backend", metavar="NAME", help="nccl or gloo (default: nccl on GPUs, else gloo)")
-    group.add_argument("--gpu", type=int, metavar="I", help="the same as --device cuda:I")
-
-
-def workers(given: dict[str, Any]) -> int:
-    """Loader processes of this node."""
-    return given.get("workers", min(32, os.cpu_count() or 1))
+def _shown(default: Any) -> str:
+    if default is None or default is dataclasses.MISSING or isinstance(default, bool):
+        return ""
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"

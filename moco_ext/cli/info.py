@@ -14,14 +14,20 @@ import torch
 from .. import _C, __version__, library, ops, reference
 
 
-def add_parser(commands) -> None:
-    parser = commands.add_parser("info", help="versions, libraries, devices and a self-test")
-    parser.add_argument("--json", action="store_true")
-    parser.set_defaults(run=run)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Print versions, libraries and devices, and run a self-test of about a second."
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    return main(as_json=args.json)
+    """Print :func:`collect`; 0 if the self-test passed, else 1."""
+    facts = collect()
+    passed = all(test["passed"] for test in facts["self_test"].values())
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _show(facts, passed)
+    return 0 if passed else 1
 
 
 def collect() -> dict[str, Any]:
@@ -60,13 +66,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def main(as_json: bool = False) -> int:
-    """Print the result of :func:`collect`. Returns 0 if the self-test passed, else 1."""
-    facts = collect()
-    passed = all(test["passed"] for test in facts["self_test"].values())
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return 0 if passed else 1
+def _show(facts: dict[str, Any], passed: bool) -> None:
     built = facts["built_with"]
     archs = ", ".join(facts["cuda_archs"])
     rows = [
@@ -89,7 +89,6 @@ def main(as_json: bool = False) -> int:
         verdict = "ok" if test["passed"] else "WRONG"
         print(f"{'self-test':<15}{name:<36}{verdict:<7}relative error {test['relative_error']:.1e}")
     print(f"{'':<15}{'passed' if passed else 'FAILED'} in {facts['self_test_seconds']} s")
-    return 0 if passed else 1
 
 
 def _describe_gpu(index: int) -> str:

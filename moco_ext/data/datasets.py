@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from .images import read_image
+from .workers import leave_signals_to_parent
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -138,7 +139,8 @@ def eval_batches(
             yield normalize(images), labels
         return
     batches = BatchSampler(SequentialSampler(split.paths), batch_size, drop_last=False)
-    for images, labels in DataLoader(_EvalImages(split, data.size), None, sampler=batches, num_workers=workers):
+    dataset, start = _EvalImages(split, data.size), leave_signals_to_parent
+    for images, labels in DataLoader(dataset, None, sampler=batches, num_workers=workers, worker_init_fn=start):
         yield normalize(images), labels
 
 

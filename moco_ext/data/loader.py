@@ -17,6 +17,7 @@ from .datasets import ImageData, Normalize, TensorSplit, stratified_split
 from .sampler import EpochBatchSampler
 from .seeds import hash_seeds
 from .views import ViewDataset, Views
+from .workers import leave_signals_to_parent
 
 
 class Batch(NamedTuple):
@@ -281,6 +282,7 @@ class _ViewLoader:
             sampler=sampler,
             collate_fn=_as_is,
             num_workers=workers,
+            worker_init_fn=leave_signals_to_parent,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # for the workers' seeds, which are not used; the global one must not advance

@@ -67,9 +67,9 @@ def make_grid(
     of end-to-end; m and the key encoder of a memory bank, whose features have a momentum of 0.5).
 
     Args:
-        axes: from the names in :data:`AXES` to values. ``shuffle_bn`` takes "on" and "off": one device stands for
-            ``groups`` by as many groups of the batch with BatchNorm statistics of their own, with keys shuffled
-            between them or, "off", normalised beside their queries.
+        axes: from the names in :data:`AXES` to values.
+        groups: ``split_bn`` of the runs of the axis ``shuffle_bn``, so that one device has as many groups of BatchNorm
+            statistics as that many devices.
 
     Raises:
         ValueError: an axis that does not apply to the mechanism of the base, or a value out of its range.
@@ -168,7 +168,7 @@ def subset(data: ImageData, images: int) -> ImageData:
 def _configure(base: PretrainConfig, setting: Setting, groups: int) -> PretrainConfig:
     changes = dict(setting)
     if "shuffle_bn" in changes:
-        changes |= {"shuffle_bn": {"on": "auto", "off": "none"}[changes["shuffle_bn"]], "split_bn": groups}
+        changes["split_bn"] = groups
     if changes.get("dictionary", base.dictionary) != base.dictionary:
         changes.setdefault("key_encoder", None)
         if changes["dictionary"] == "memory-bank":
@@ -186,7 +186,7 @@ def _name(setting: Setting) -> str:
 
 def _label(axis: str, value: Any, groups: int) -> str:
     if axis == "shuffle_bn":
-        return f"{groups} groups, {'shuffled' if value == 'on' else 'not shuffled'}"
+        return f"{groups} groups, {value}"
     return _plain(value)
 
 

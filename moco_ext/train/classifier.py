@@ -25,6 +25,7 @@ from ..runs.directory import exclusive
 from ..runs.files import remove_temporaries, write_atomically
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
+from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, check_settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,32 +33,38 @@ class ClassifierConfig:
     """How a classifier is trained.
 
     Attributes:
-        batch_size: images per step on a node, over all its processes.
-        lr: learning rate of the pretrained layers, if they are trained.
+        batch_size: images per node, over all its processes.
+        lr: learning rate of the pretrained layers, if they are trained, and of the new ones unless ``lr_head`` is set.
         lr_head: learning rate of the new layers; None: ``lr``.
-        schedule: epochs at which both learning rates are divided by 10.
-        fraction: fraction of each class's training labels to use.
-        crop_min: smallest fraction of a training image's area in a crop.
+        schedule: epochs at which both rates fall tenfold.
+        fraction: share of each class's training labels that is used.
+        crop_min: smallest share of a training image's area that a view shows.
+
+    Raises:
+        ValueError: a setting outside its range.
     """
 
-    epochs: int
-    lr: float
-    lr_head: float | None = None
-    schedule: tuple[int, ...] = ()
-    batch_size: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    fraction: float = 1.0
-    crop_min: float = 0.08
-    seed: int = 0
+    epochs: int = setting(valid=at_least(1), help="number of epochs")
+    lr: float = setting(flags=("--lr", "--learning-rate"), metavar="LR", valid=POSITIVE, help="learning rate")
+    lr_head: float | None = setting(None, metavar="LR", valid=POSITIVE, help="learning rate of the new layers")
+    schedule: tuple[int, ...] = setting(
+        (), metavar="E", valid=NOT_NEGATIVE, help="epochs at which the learning rate falls tenfold"
+    )
+    batch_size: int = setting(
+        256, flags=("-b", "--batch-size"), valid=at_least(1), help="images per node, over all its processes"
+    )
+    momentum: float = setting(0.9, metavar="M", valid=BELOW_1, help="momentum of SGD")
+    weight_decay: float = setting(
+        0.0, flags=("--wd", "--weight-decay"), metavar="W", valid=NOT_NEGATIVE, help="weight decay"
+    )
+    fraction: float = setting(1.0, metavar="F", valid=SHARE, help="share of each class's labels to train on")
+    crop_min: float = setting(
+        0.08, metavar="A", valid=SHARE, help="smallest share of the image's area in a training view"
+    )
+    seed: int = setting(0, help="seed of new weights, order and augmentations")
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
-        for name in ("lr", "lr_head"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+        check_settings(self)
 
     def decay(self, epoch: int) -> float:
         """Factor of both learning rates in 0-based ``epoch``."""

@@ -1,4 +1,4 @@
-"""What a pre-training run is made of: the published defaults, and a preset for each small data set."""
+"""The configuration of a pre-training run: published defaults, recipes, and presets for the small data sets."""
 
 from __future__ import annotations
 
@@ -9,128 +9,198 @@ from typing import Any
 import torch
 
 from ..data import Augmentation, ImageData
+from ..runs.options import GROUP as LOGGING
+from ..runs.settings import (
+    BELOW_1,
+    FROM_0_TO_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    at_least,
+    check_settings,
+    one_of,
+    setting,
+    settings,
+)
 from ..shuffle_bn import MODES
 
-_CHOICES = {
-    "precision": ("fp32", "bf16", "fp16"),
-    "dictionary": ("queue", "end-to-end", "memory-bank"),
-    "views": ("image", "patches"),
-    "shuffle_bn": MODES,
-    "queue_dtype": ("fp32", "bf16", "fp16"),
-    "momentum_schedule": ("constant", "cosine"),
-    "augment_on": ("loader", "device"),
-    "same_image": ("negative", "mask", "positive"),
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OPTIMIZATION, _CONTRAST, _VIEWS = "optimization", "momentum contrast", "views"
+_QUEUE = "momentum contrast with a queue"
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """Defaults are those of the published ImageNet training (MoCo v1); recipes and presets change them.
+    """Settings of a pre-training run; the defaults are those of the published ImageNet training (MoCo v1).
 
     Attributes:
         data: name or folder.
-        steps: train for so many optimizer steps instead of ``epochs``, if not 0.
-        batch_size: images of a node (all its processes) in one forward pass; ``accumulate`` of these make a step.
-        lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or along half a cosine if ``cos``, or by
-            ``lr_gamma`` every ``lr_every`` steps if that is not 0.
+        steps: number of optimizer steps, instead of ``epochs``; 0: train by epochs.
+        batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
+        lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
+            is multiplied by ``lr_gamma`` every ``lr_every`` steps if that is not 0.
         moco_m: momentum of the key encoder (of the features, in a memory bank); with ``momentum_schedule`` "cosine" it
-            rises from there to 1.
-        dictionary: the mechanism, and ``key_encoder`` how keys are encoded; None is the mechanism's own default.
-        same_image: what another view of the query's image is that is still in the queue: a negative like any, as
-            published; masked out; or a further positive.
-        in_batch: the batch's other keys are negatives too.
-        empty_queue: the queue begins without keys, not with random ones.
-        symmetric: each view is a query once and a key once; the loss is the mean of both.
-        views: whole images, or sets of ``patches`` patches of them.
-        crop_min: the smallest share of the image's area that a view shows.
-        drop_last: leave out an epoch's last partial batch, as the published trainer does.
-        knn_k: neighbours in the kNN evaluation; ``online_knn``: epochs (by steps: steps) from one to the next; 0: only
-            at the end.
-        log_every: steps from one record of metrics to the next, when training by steps; else a record is an epoch.
+            rises from this value to 1.
+        dictionary: the mechanism; ``key_encoder``: how keys are encoded, None for the mechanism's default.
+        same_image: how other views of the query's image in the queue count: as negatives (as published), masked out,
+            or as further positives.
+        in_batch: use the other keys of the batch as negatives too.
+        empty_queue: start with an empty queue instead of random keys.
+        symmetric: use each view as query and as key; the loss is the mean of both.
+        views: whole images, or sets of ``patches`` patches.
+        crop_min: smallest share of the image's area that a view shows.
+        drop_last: drop an epoch's last partial batch, as the official trainer does.
+        knn_k: neighbors in the kNN evaluation; ``online_knn``: epochs (when training by steps, steps) between
+            evaluations; 0: evaluate only at the end.
+        log_every: steps between records when training by steps; otherwise there is one record per epoch.
+
+    Raises:
+        ValueError: a setting outside its range, or settings that contradict each other.
     """
 
     data: str
-    arch: str = "resnet50"
-    epochs: int = 200
-    steps: int = 0
-    batch_size: int = 256
-    accumulate: int = 1
-    lr: float = 0.03
-    schedule: tuple[int, ...] = (120, 160)
-    cos: bool = False
-    lr_gamma: float = 0.9
-    lr_every: int = 0
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    moco_dim: int = 128
-    moco_k: int = 65536
-    moco_m: float = 0.999
-    moco_t: float = 0.07
-    momentum_schedule: str = "constant"
-    mlp: bool = False
-    dictionary: str = "queue"
-    key_encoder: str | None = None
-    same_image: str = "negative"
-    label_smoothing: float = 0.0
-    in_batch: bool = False
-    empty_queue: bool = False
-    symmetric: bool = False
-    queue_dtype: str = "fp32"
-    shuffle_bn: str = "auto"
-    split_bn: int = 1
-    aug_plus: bool = False
-    crop_min: float = 0.2
-    views: str = "image"
-    patches: int = 9
-    augment_on: str = "loader"
-    drop_last: bool = False
-    precision: str = "fp32"
-    channels_last: bool | None = None
-    compile: bool = False
-    knn_k: int = 200
-    online_knn: int = 10
-    log_every: int = 1000
-    seed: int = 0
+    arch: str = setting(
+        "resnet50",
+        flags=("-a", "--arch"),
+        metavar="ARCH",
+        help="torchvision model, resnet18-small and similar for small images, or timm:NAME",
+    )
+    epochs: int = setting(200, valid=at_least(1), help="number of epochs", group=_OPTIMIZATION)
+    steps: int = setting(
+        0, valid=NOT_NEGATIVE, shown="train by epochs", help="number of optimizer steps", group=_OPTIMIZATION
+    )
+    batch_size: int = setting(
+        256,
+        flags=("-b", "--batch-size"),
+        valid=at_least(2),  # BatchNorm needs two samples
+        help="images per node and forward pass, over all its GPUs",
+        group=_OPTIMIZATION,
+    )
+    accumulate: int = setting(
+        1, metavar="A", valid=at_least(1), help="batches whose gradients are added up for a step", group=_OPTIMIZATION
+    )
+    lr: float = setting(
+        0.03,
+        flags=("--lr", "--learning-rate"),
+        metavar="LR",
+        valid=POSITIVE,
+        help="learning rate",
+        group=_OPTIMIZATION,
+    )
+    schedule: tuple[int, ...] = setting(
+        (120, 160), metavar="E", valid=NOT_NEGATIVE, help="epochs at which lr falls tenfold", group=_OPTIMIZATION
+    )
+    cos: bool = setting(False, help="cosine schedule instead", group=_OPTIMIZATION)
+    lr_gamma: float = setting(0.9, metavar="G", valid=POSITIVE, help="factor of --lr-every", group=_OPTIMIZATION)
+    lr_every: int = setting(
+        0,
+        valid=NOT_NEGATIVE,
+        shown="follow the schedule",
+        help="multiply lr by --lr-gamma every N steps instead",
+        group=_OPTIMIZATION,
+    )
+    momentum: float = setting(0.9, metavar="M", valid=BELOW_1, help="momentum of SGD", group=_OPTIMIZATION)
+    weight_decay: float = setting(
+        1e-4,
+        flags=("--wd", "--weight-decay"),
+        metavar="W",
+        valid=NOT_NEGATIVE,
+        help="weight decay",
+        group=_OPTIMIZATION,
+    )
+    moco_dim: int = setting(128, metavar="C", valid=at_least(1), help="feature dimension", group=_CONTRAST)
+    moco_k: int = setting(
+        65536, metavar="K", valid=at_least(1), help="queue size: number of negatives", group=_CONTRAST
+    )
+    moco_m: float = setting(
+        0.999, metavar="M", valid=FROM_0_TO_1, help="momentum of the key encoder; 0: a plain copy", group=_CONTRAST
+    )
+    moco_t: float = setting(0.07, metavar="T", valid=POSITIVE, help="softmax temperature", group=_CONTRAST)
+    momentum_schedule: str = setting(
+        "constant", valid=one_of("constant", "cosine"), help="cosine: m rises to 1", group=_CONTRAST
+    )
+    mlp: bool = setting(False, help="MoCo v2's projection head", group=_CONTRAST)
+    dictionary: str = setting(
+        "queue", valid=one_of("queue", "end-to-end", "memory-bank"), help="mechanism", group=_CONTRAST
+    )
+    key_encoder: str | None = setting(
+        None,
+        metavar="KIND",
+        shown="the first",
+        help="queue: momentum, partial (shared backbone) or identical; end-to-end: identical, partial, different or "
+        "an architecture",
+        group=_CONTRAST,
+    )
+    same_image: str = setting(
+        "negative",
+        valid=one_of("negative", "mask", "positive"),
+        help="how other views of the query's image in the queue count",
+        group=_QUEUE,
+    )
+    label_smoothing: float = setting(
+        0.0, metavar="E", valid=BELOW_1, help="share of the target spread over all keys", group=_QUEUE
+    )
+    in_batch: bool = setting(
+        False, help="use the other keys of the batch (of all ranks) as negatives too", group=_QUEUE
+    )
+    empty_queue: bool = setting(False, help="start with an empty queue instead of random keys", group=_QUEUE)
+    symmetric: bool = setting(
+        False, help="use each view as query and as key; the loss is the mean of both", group=_CONTRAST
+    )
+    queue_dtype: str = setting("fp32", valid=one_of(*DTYPES), help="dtype of the stored keys", group=_CONTRAST)
+    shuffle_bn: str = setting(
+        "auto",
+        valid=one_of(*MODES),
+        help="how keys are shuffled between the groups whose BatchNorm statistics they share",
+        group=_CONTRAST,
+    )
+    split_bn: int = setting(
+        1,
+        metavar="G",
+        valid=at_least(1),
+        help="groups of the batch with separate BatchNorm statistics, like G GPUs",
+        group=_CONTRAST,
+    )
+    aug_plus: bool = setting(False, help="MoCo v2's augmentations", group=_VIEWS)
+    crop_min: float = setting(
+        0.2, metavar="A", valid=FROM_0_TO_1, help="smallest share of the image's area in a view", group=_VIEWS
+    )
+    views: str = setting("image", valid=one_of("image", "patches"), help="whole images, or patches", group=_VIEWS)
+    patches: int = setting(9, metavar="P", valid=at_least(1), help="patches per image, a square number", group=_VIEWS)
+    augment_on: str = setting(
+        "loader", valid=one_of("loader", "device"), help="where color jitter and blur are computed", group=_VIEWS
+    )
+    drop_last: bool = setting(False, help="drop an epoch's last partial batch", group=_VIEWS)
+    precision: str = setting("fp32", valid=one_of(*DTYPES), help="autocast; fp16 scales the loss", group=_OPTIMIZATION)
+    channels_last: bool | None = setting(
+        None, shown="on CPUs, and with bf16 or fp16", help="channels-last memory layout", group=_OPTIMIZATION
+    )
+    compile: bool = setting(False, help="compile the encoders with torch.compile", group=_OPTIMIZATION)
+    knn_k: int = setting(200, valid=at_least(1), help="neighbors in the kNN evaluation", group=LOGGING)
+    online_knn: int = setting(
+        10, valid=NOT_NEGATIVE, help="epochs (with --steps, steps) between kNN evaluations", group=LOGGING
+    )
+    log_every: int = setting(1000, valid=at_least(1), help="with --steps: steps between records", group=LOGGING)
+    seed: int = setting(0, help="seed of weights, order and augmentations")
 
     def __post_init__(self) -> None:
-        positive = "epochs batch_size accumulate moco_dim moco_k knn_k split_bn patches log_every"
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("lr", "moco_t", "lr_gamma"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("moco_m", "crop_min"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        for name in ("steps", "lr_every", "online_knn"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.batch_size < 2:
-            raise ValueError("batch_size: expected at least 2 (batch normalisation needs company), got 1")
+        check_settings(self)
         if self.symmetric and self.dictionary == "memory-bank":
             raise ValueError("symmetric: expected a mechanism with two views, got dictionary memory-bank")
         if self.symmetric and self.shuffle_bn == "loader":
             raise ValueError(
                 "symmetric: expected both views on the same rank, got shuffle_bn loader, which sends keys elsewhere"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing: expected a number from 0 to below 1, got {self.label_smoothing}")
-        of_queue = {"same_image": "negative", "label_smoothing": 0.0, "in_batch": False, "empty_queue": False}
-        for name, default in of_queue.items():
-            if self.dictionary != "queue" and getattr(self, name) != default:
+        for name, declared in settings(PretrainConfig).items():
+            value = getattr(self, name)
+            if declared.group == _QUEUE and self.dictionary != "queue" and value != declared.default:
                 raise ValueError(
-                    f"{name}: expected {default!r} with dictionary {self.dictionary}, got {getattr(self, name)!r}"
+                    f"{name}: expected {declared.default!r} with dictionary {self.dictionary}, got {value!r}"
                 )
         if self.key_encoder and self.dictionary == "memory-bank":
             raise ValueError("key_encoder: expected none with dictionary memory-bank, whose keys are stored features")
 
     def augmentation(self, data: ImageData) -> Augmentation:
-        """MoCo v1's views or, with ``aug_plus``, v2's, at the data's size; mirrored only if ``data.flip``."""
+        """Views of MoCo v1 or, with ``aug_plus``, of v2, at the size of the data; flipped only if ``data.flip``."""
         published = Augmentation.v2 if self.aug_plus else Augmentation.v1
         return published(data.size, scale=(self.crop_min, 1.0), flip_p=0.5 if data.flip else 0.0)
 
@@ -138,7 +208,7 @@ class PretrainConfig:
         return self.steps or self.epochs * steps_per_epoch
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The rate of 0-based ``step``; constant within an epoch, as published, unless training goes by steps."""
+        """Learning rate of 0-based ``step``; constant within an epoch, as published, unless training by steps."""
         if self.lr_every:
             return self.lr * self.lr_gamma ** (step // self.lr_every)
         epoch = step // steps_per_epoch
@@ -148,7 +218,7 @@ class PretrainConfig:
         return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.schedule)
 
     def key_momentum(self, step: int, steps_per_epoch: int) -> float:
-        """m of 0-based ``step``; the cosine is 1 - (1 - m) (cos(pi t) + 1) / 2 (BYOL, arXiv 2006.07733)."""
+        """Momentum of 0-based ``step``; cosine: 1 - (1 - m) (cos(pi t) + 1) / 2 (BYOL, arXiv 2006.07733)."""
         if self.momentum_schedule == "constant":
             return self.moco_m
         progress = step / self.total_steps(steps_per_epoch)
@@ -162,8 +232,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "moco-v1-1b": {"batch_size": 1024, "lr": 0.12, "steps": 1_250_000, "lr_gamma": 0.9, "lr_every": 62_500},
 }
 
-# Short runs need a key encoder that moves faster than m = 0.999 lets it, and K well under the number of images:
-# every other view of an image that is still in the queue counts as a negative of that image.
+# Short runs need a key encoder that moves faster than with m = 0.999, and K well below the number of images: other
+# views of an image that are still in the queue count as its negatives.
 _SHORT = {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True, "lr": 0.06, "moco_m": 0.99}
 _CIFAR = _SHORT | {"arch": "resnet18-small", "batch_size": 512, "moco_k": 4096}
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -174,8 +244,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "mlp": False,
         "moco_k": 512,
-        "crop_min": 0.5,  # a fifth of an 8x8 digit is no digit
-        "knn_k": 20,  # a class has about 125 training images: 200 neighbours would be of several classes
+        "crop_min": 0.5,  # a fifth of an 8x8 digit is not recognizable
+        "knn_k": 20,  # about 125 training images per class: 200 neighbors would include other classes
     },
     "fashion-mnist": _SHORT
     | {
@@ -192,10 +262,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def resolve_config(data: str, explicit: dict[str, Any], recipe: str | None = None) -> PretrainConfig:
-    """The configuration of a run on ``data``: what is explicit, else the recipe, else the data set's preset, else as
-    published. With a recipe, the preset gives only what belongs to the data: ``arch`` and ``crop_min``.
+    """The configuration of a run on ``data``: explicit settings, then the recipe, then the data set's preset, then the
+    published defaults. With a recipe, the preset only supplies what depends on the data: ``arch`` and ``crop_min``.
 
     An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off.
+
+    Raises:
+        ValueError: an unknown recipe, or settings that :class:`PretrainConfig` does not take.
     """
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
@@ -205,5 +278,5 @@ def resolve_config(data: str, explicit: dict[str, Any], recipe: str | None = Non
     if recipe is not None:
         preset = {name: preset[name] for name in ("arch", "crop_min") if name in preset} | RECIPES[recipe]
     if explicit.get("dictionary") == "memory-bank" and "moco_m" not in explicit:
-        preset = preset | {"moco_m": 0.5}  # of the features, as in the paper's comparison
+        preset = preset | {"moco_m": 0.5}  # momentum of the features, as in the paper's comparison
     return PretrainConfig(**({"data": data} | preset | explicit))

@@ -1,9 +1,13 @@
-"""SIGTERM: finish the step under way, save, stop."""
+"""SIGTERM: finish the current step, save, stop."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
+import threading
+import time
 from typing import Any
 
 import torch
@@ -13,25 +17,35 @@ from .. import distributed
 
 
 class Preemption:
-    """Takes note of SIGTERM, so that the step under way is finished and saved."""
+    """Notes SIGTERM, so that the current step is finished and saved.
+
+    In a process group the step may never finish, if a collective waits for a rank that is stopped. A process that makes
+    no progress for :attr:`GRACE` seconds after SIGTERM therefore ends without saving, with status 143.
+    """
 
     name = "SIGTERM"
+    GRACE = 15.0
 
     def __init__(self) -> None:
         self._received = False
+        self._steps = 0
 
     def __enter__(self) -> Preemption:
-        self._before: Any = None
-        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere they are not ours
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self._undo = contextlib.ExitStack()
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+            return self
+        before = signal.signal(signal.SIGTERM, self._note)
+        self._undo.callback(signal.signal, signal.SIGTERM, before)
+        if distributed.world_size() > 1:
+            self._watch()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        self._undo.close()
 
     def agreed(self, ask: bool) -> bool:
-        """Whether to stop here. Several ranks ask each other, at steps where all of them ``ask``."""
+        """Whether to stop after this step. Several ranks agree on it, at steps where all of them ``ask``."""
+        self._steps += 1
         if distributed.world_size() == 1:
             return self._received
         if not ask:
@@ -41,3 +55,33 @@ class Preemption:
 
     def _note(self, *_: Any) -> None:
         self._received = True
+
+    def _watch(self) -> None:
+        """Start a thread that learns of signals through a pipe: while a collective waits, no Python handler runs."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._undo.callback(os.close, writer)
+        self._undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False))
+        ended = threading.Event()
+        self._undo.callback(ended.set)
+        threading.Thread(target=self._end_if_stuck, args=(reader, ended), daemon=True).start()
+
+    def _end_if_stuck(self, reader: int, ended: threading.Event) -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            while signal.SIGTERM not in (received := pipe.read(256)):
+                if not received:  # closed: training has ended
+                    return
+        place, since = None, time.monotonic()
+        while not ended.wait(0.2):
+            frame = sys._current_frames()[threading.main_thread().ident or 0]
+            here = (self._steps, id(frame), frame.f_lasti)
+            if here != place:
+                place, since = here, time.monotonic()
+            elif time.monotonic() - since > self.GRACE:
+                print(
+                    f"moco-ext: error: rank {distributed.rank()} got {self.name} but cannot finish its step: for "
+                    f"{self.GRACE:g} s it has waited for another rank, which may be stopped; nothing saved",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(128 + signal.SIGTERM)
