@@ -111,7 +111,7 @@ def bench_momentum_update_with_shadow(compare, device):
         torch._foreach_lerp_(state[0], e.queries, 1 - M)
         torch._foreach_copy_(state[1], state[0])
 
-    # a master's last bit may send its shadow to the other neighbour in bfloat16, in few of the elements
+    # a master's last bit may send its shadow to the other neighbor in bfloat16, in few of the elements
     options = {"bytes_each": 14, "read": lambda state: state[0] + state[1], "tolerance": 1e-4}
     rows = [
         e.row("ours, flat", masters, ours, **options),

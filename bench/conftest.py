@@ -8,7 +8,7 @@ each round: whatever else the machine does then hits all of them, and ratios are
 pytest-benchmark's own figure is the time of a whole round; the rows' raw samples are in extra_info.
 
 On a GPU a row is captured in a CUDA graph, whose replay is timed by events, with L2 flushed before; a row that cannot
-be captured (it synchronises) is timed by events as it is. Beside it stands the wall clock of the call without a graph.
+be captured (it synchronizes) is timed by events as it is. Beside it stands the wall clock of the call without a graph.
 """
 
 import ctypes

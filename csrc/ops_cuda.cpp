@@ -1,4 +1,4 @@
-// CUDA registrations: tensors -> pointers, device guard, current stream. Nothing here synchronises with the device.
+// CUDA registrations: tensors -> pointers, device guard, current stream. Nothing here synchronizes with the device.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -35,7 +35,7 @@ void dispatch(const Tensor& t, F&& f) {
 }
 
 // A scalar argument given as a 0-dim tensor: read by the kernel where it lies on the device, read here (which costs no
-// synchronisation) where it lies on the host.
+// synchronization) where it lies on the host.
 struct DeviceScalar {
   std::optional<Tensor> tensor;  // keeps the float32 copy alive until the launch is enqueued
 

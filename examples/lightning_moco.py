@@ -60,12 +60,12 @@ class MomentumUpdate(L.Callback):
 
 
 class OnlineKNN(L.Callback):
-    """Top-1 of a weighted k-nearest-neighbour classifier on the query encoder's features, logged as ``knn_top1``.
+    """Top-1 of a weighted k-nearest-neighbor classifier on the query encoder's features, logged as ``knn_top1``.
 
     Args:
         data: its train split is the classifier's, its test split is classified.
         every: epochs between scores.
-        k: neighbours.
+        k: neighbors.
     """
 
     def __init__(self, data: ImageData, every: int = 1, k: int = 20) -> None:

@@ -1,7 +1,7 @@
 """Momentum contrast on text, as in Contriever (arXiv 2112.09118): python examples/text.py
 
 Two random spans of a passage are a positive pair; a queue of momentum keys holds the negatives. Features are compared
-as they are, without normalisation, so logits are unbounded. The passages are Python's own reference documentation,
+as they are, without normalization, so logits are unbounded. The passages are Python's own reference documentation,
 which every installation ships; a passage has several spans in the queue, and those are left out by its id.
 """
 

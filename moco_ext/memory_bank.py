@@ -22,7 +22,7 @@ class MemoryBankOutput(NamedTuple):
 
     Attributes:
         loss: 0-dim: the mean InfoNCE loss of the batch.
-        keys: [world * N, dim] the features of all ranks' images, in order, without gradient; not yet normalised.
+        keys: [world * N, dim] the features of all ranks' images, in order, without gradient; not yet normalized.
         images: [world * N] int64 which images they are of.
         stats: [N] figures of this rank's queries.
     """

@@ -34,7 +34,7 @@ class MoCoOutput(NamedTuple):
     Attributes:
         loss: 0-dim, float32: the mean InfoNCE loss of the batch.
         keys: [world * N, dim] the key encoder's outputs for all ranks' images, in order, without gradient; not yet
-            normalised (that happens where they are compared and where they are stored). Pass them to ``update``.
+            normalized (that happens where they are compared and where they are stored). Pass them to ``update``.
         stats: [N] figures of this rank's queries; see :class:`moco_ext.InfoNCEStats`.
     """
 

@@ -187,7 +187,7 @@ def test_sgd_finds_about_what_lbfgs_solves(tmp_path):
         Classifier(encoder, 10, 8, frozen=True), data, protocol, options_in(tmp_path), name="linear", arch=ARCH
     )
     # One standard error is 1.2 points (300 images, 95 %). SGD also sees stretched views, the other the images,
-    # and stops long before the solution on features that nothing has standardised: lower by 2 to 3 points here.
+    # and stops long before the solution on features that nothing has standardized: lower by 2 to 3 points here.
     assert solved > 90
     assert records[-1]["val_acc1"] == pytest.approx(solved, abs=4)
 
@@ -348,7 +348,7 @@ def test_two_processes_train_the_linear_layer_of_one(ranks, alone):
 
 
 def test_processes_finetune_one_model(ranks):
-    """On CPUs each normalises its own half of a batch, so it is not the model of one process; but it is one model."""
+    """On CPUs each normalizes its own half of a batch, so it is not the model of one process; but it is one model."""
     first, second = (results["finetune"][0] for results in ranks)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

@@ -48,7 +48,7 @@ def test_matches_float64(device, data):
     n, k, c = draw(st.integers(0, 70)), draw(SIZES_K), draw(sizes_c)
     normalize = draw(st.booleans())
     dtype = draw(st.sampled_from([torch.float32, torch.float32, *HALF]))
-    # float16 has no room for the gradient of shorter rows; unnormalised logits grow with the norms
+    # float16 has no room for the gradient of shorter rows; unnormalized logits grow with the norms
     low, high = (-1, 1) if not normalize else (-1, 3) if dtype == torch.float16 else (-4, 4)
 
     query, key, queue = problem(n, k, c, device, queue_dtype=draw(QUEUE_DTYPES))
@@ -124,7 +124,7 @@ def test_equals_the_official_formulation(device):
     assert rel_error(ours, theirs) <= 1e-5
 
 
-def test_huge_unnormalised_logits(device):
+def test_huge_unnormalized_logits(device):
     """Logits of 1e5: the softmax is a hard maximum, the loss the gap to it; nothing overflows."""
     query, key, queue = problem(6, 100, 64, device)
     query, key = query * 1e2, key * 1e1
@@ -251,13 +251,13 @@ def test_second_derivative_raises(device):
     query, key, queue = problem(4, 50, 8, device)
     query.requires_grad_()
 
-    def penalised_step():
+    def penalized_step():
         loss = moco_ext.info_nce(query, key, queue)
         (grad,) = torch.autograd.grad(loss, query, create_graph=True)
         (loss + grad.square().sum()).backward()
 
     with pytest.raises(RuntimeError, match="second derivative"):
-        penalised_step()
+        penalized_step()
 
 
 def test_function_transforms(device):
@@ -359,7 +359,7 @@ def test_compiles_without_a_graph_break(device, backend):
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)  # fusion may reorder float32 sums
 
 
-# ---- memory and host synchronisation ----
+# ---- memory and host synchronization ----
 
 PEAK_PROBE = """
 import ctypes, re, torch, moco_ext

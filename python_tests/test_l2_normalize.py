@@ -1,4 +1,4 @@
-"""Row normalisation: the value of F.normalize(x, dim=1), and its derivatives."""
+"""Row normalization: the value of F.normalize(x, dim=1), and its derivatives."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ GROUPED = [(name, n, g) for n, g in [(12, 4), (12, 1), (10, 4), (3, 8)] for name
 
 
 @pytest.mark.parametrize(("layer", "n", "groups"), GROUPED)
-def test_each_group_is_normalised_alone(device, layer, n, groups):
+def test_each_group_is_normalized_alone(device, layer, n, groups):
     torch.manual_seed(0)
     layer = LAYERS[layer]
     shape = (n, 5) if isinstance(layer, nn.BatchNorm1d) else (n, 5, 3, 4)

@@ -61,7 +61,7 @@ def test_losses_are_those_of_the_four_lines(digits, tmp_path):
 
 
 def test_training_teaches(tmp_path):
-    """Five epochs of the digits' preset: loss down, neighbours better than the untrained encoder's."""
+    """Five epochs of the digits' preset: loss down, neighbors better than the untrained encoder's."""
     digits = mdata.load("digits")
     config = resolve_config("digits", {"epochs": 5, "online_knn": 0})
     model = build_model(config)

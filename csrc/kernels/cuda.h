@@ -1,6 +1,6 @@
 // What the CUDA kernels offer the op layer: typed pointers, int64 sizes, a stream; no torch.
 //
-// Every launcher only enqueues work on `stream` (nothing synchronises, nothing allocates, so all of it can be
+// Every launcher only enqueues work on `stream` (nothing synchronizes, nothing allocates, so all of it can be
 // captured in a CUDA graph) and returns the launch error. Elements are float, __nv_bfloat16 or __half; tensors are
 // contiguous; accumulation is float32.
 #pragma once

@@ -245,7 +245,7 @@ int main() {
   {
     Array<float> out(64);
     launch(diverge, 1, 64, 256, nullptr, 11, out.data);
-    check("uninitialised shared memory is NaN", std::isnan(out.data[0]) && std::isnan(out.data[63]));
+    check("uninitialized shared memory is NaN", std::isnan(out.data[0]) && std::isnan(out.data[63]));
     check("an empty grid is refused",
           launch(diverge, 0, 64, 0, nullptr, 99, out.data) == cudaErrorInvalidConfiguration);
     check("a huge block is refused", launch(diverge, 1, 2048, 0, nullptr, 99, out.data) != cudaSuccess);

@@ -179,7 +179,7 @@ def _effective_negatives(unit: Tensor, queue: Tensor, temperature: float) -> Ten
 
 
 def _effective_rank(gram: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of a matrix, from its Gram matrix; NaN where that is."""
+    """exp of the entropy of the normalized singular values of a matrix, from its Gram matrix; NaN where that is."""
     if not bool(gram.isfinite().all()):
         return math.nan
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
