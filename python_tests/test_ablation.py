@@ -131,7 +131,7 @@ def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
             run_grid(grid, BASE, few, run_in(tmp_path / "broken"))
     state = tmp_path / "broken" / "base,seed=0" / "checkpoint.pth"
     written = state.stat().st_mtime_ns
-    with pytest.warns(UserWarning, match="has all of its 2 steps behind it"):
+    with pytest.warns(UserWarning, match="has completed all of its 2 steps"):
         found = run_grid(grid, BASE, few, run_in(tmp_path / "broken"))["runs"][-1]
     assert state.stat().st_mtime_ns == written
     for name in ("loss", "acc1", "knn_top1", "linear_top1", "curves"):
