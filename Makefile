@@ -28,7 +28,7 @@ NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell 
 .PHONY: demo test docs bench lint native-test gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/moco-ext pretrain --data digits --output runs/demo
+	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest python_tests
