@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moco_ext import KeyQueue, flatten_parameters_, info_nce, momentum_update_
-from moco_ext.data import load, normalize
+from moco_ext.data import Normalize, load
 
 DIM, K, M = 64, 512, 0.98
 BATCH, STEPS = 64, 150
@@ -80,8 +80,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load("digits")
     (train, labels), (test, test_labels) = (
-        (normalize(split.images / 255, data.mean, data.std).to(device), split.labels.to(device))
-        for split in data.splits
+        (Normalize(data)(split.images).to(device), split.labels.to(device)) for split in data.splits
     )
     image, text = Side(image_encoder(), device), Side(text_encoder(), device)
     temperature = nn.Parameter(torch.tensor(0.07, device=device))

@@ -69,10 +69,10 @@ def test_a_run_that_is_not_evaluated_says_how_to(tmp_path, monkeypatch, images, 
 
 
 def test_an_encoder_that_diverged_at_the_end_is_an_error(tmp_path, monkeypatch):
-    def diverging(config, data, options, model):
-        model.encoder_q.conv1.weight.data.fill_(math.nan)
+    def diverging(trainer):
+        trainer.model.encoder_q.conv1.weight.data.fill_(math.nan)
         return []
 
-    monkeypatch.setattr(experiment, "pretrain", diverging)
+    monkeypatch.setattr(experiment.Trainer, "train", diverging)
     with pytest.raises(FloatingPointError, match=r"features of trained encoder .* expected finite values"):
         pretrain_and_evaluate(tiny(), few_digits(), run_in(tmp_path))

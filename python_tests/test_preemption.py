@@ -110,20 +110,20 @@ from moco_ext.cli import launch
 from moco_ext.cli.errors import guarded
 from moco_ext.train import pretrain
 from moco_ext.train.preemption import Preemption
-from moco_ext.train.trainer import _Trainer
+from moco_ext.train.trainer import Trainer
 from training import few_digits, run_in, tiny
 
 Preemption.GRACE = 2.0
 
 def work(args, options):
-    train_step = _Trainer._train_step
+    train_step = Trainer._train_step
     def stop(self, *rest):
         if self.step == 3:
             Path(sys.argv[1], f"pid{distributed.rank()}").write_text(str(os.getpid()))
             if distributed.rank() == stopped:
                 os.kill(os.getpid(), signal.SIGSTOP)
         train_step(self, *rest)
-    _Trainer._train_step = stop
+    Trainer._train_step = stop
     pretrain(tiny(shuffle_bn="none"), few_digits(), run_in(Path(sys.argv[1]), local_world=2))
     return 0
 

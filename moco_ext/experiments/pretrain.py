@@ -12,6 +12,7 @@ from rich.table import Table
 from .. import distributed
 from ..data import ImageData
 from ..evaluate.scores import LABELS, Features, all_features, top1
+from ..mechanism import Mechanism
 from ..report import write_report
 from ..runs.directory import claim
 from ..runs.files import write_json
@@ -30,13 +31,15 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
     ``"pixels"``, ``"untrained"`` (the encoder at its random start, with BatchNorm statistics of the training images)
     and ``"trained"``. It has no accuracies for an image folder without ``val/`` or with more than 200,000 images.
     """
+    model = build_model(config, len(data.train))  # before the directory is created, as it may not fit in memory
     with claim(options):
-        return _pretrain_and_evaluate(config, data, options)
+        return _pretrain_and_evaluate(config, data, options, model)
 
 
-def _pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunOptions) -> dict[str, Any]:
+def _pretrain_and_evaluate(
+    config: PretrainConfig, data: ImageData, options: RunOptions, model: Mechanism
+) -> dict[str, Any]:
     first = distributed.rank() == 0
-    model = build_model(config, len(data.train))  # first, as it may not fit in memory
     untrained = copy.deepcopy(model.encoder_q)
     trainer = Trainer(config, data, options, model)
     if first:
