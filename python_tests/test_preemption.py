@@ -16,7 +16,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
 from training import environment
 
-from moco_ext.data.workers import leave_signals_to_parent
+from moco_ext.data.workers import leave_signals_to_parent, sigterm_held
 
 PRETRAIN = [sys.executable, "-m", "moco_ext", "pretrain", "--data", "digits", "--device", "cpu", "--threads", "1"]
 LONG = ["--epochs", "900", "--online-knn", "0", "--moco-k", "100", "-b", "64", "-p", "2"]
@@ -179,3 +179,18 @@ def test_sigterm_ends_a_rank_that_waits_for_a_stopped_one(with_a_stopped_rank):
     _, err = rank0.communicate(timeout=20)
     assert rank0.returncode == 143
     assert "moco-ext: error: rank 0 got SIGTERM but cannot finish its step" in err
+
+
+def slow_to_start(number: int) -> None:
+    time.sleep(1)
+    leave_signals_to_parent(number)
+
+
+def test_a_worker_that_is_still_starting_leaves_sigterm_to_its_parent():
+    """torch's own handler, in place before worker_init_fn runs, would end it."""
+    loader = torch.utils.data.DataLoader(range(4), num_workers=1, worker_init_fn=slow_to_start)
+    with sigterm_held():
+        numbers = iter(loader)
+    time.sleep(0.3)
+    subprocess.run(["kill", "-TERM", str(numbers._workers[0].pid)], check=True)
+    assert [int(number) for number in numbers] == [0, 1, 2, 3]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from .images import read_image
-from .workers import leave_signals_to_parent
+from .workers import leave_signals_to_parent, sigterm_held
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -140,7 +140,9 @@ def eval_batches(
         return
     batches = BatchSampler(SequentialSampler(split.paths), batch_size, drop_last=False)
     dataset, start = _EvalImages(split, data.size), leave_signals_to_parent
-    for images, labels in DataLoader(dataset, None, sampler=batches, num_workers=workers, worker_init_fn=start):
+    with sigterm_held():
+        loader = iter(DataLoader(dataset, None, sampler=batches, num_workers=workers, worker_init_fn=start))
+    for images, labels in loader:
         yield normalize(images), labels
 
 

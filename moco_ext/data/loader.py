@@ -17,7 +17,7 @@ from .datasets import ImageData, Normalize, TensorSplit, stratified_split
 from .sampler import EpochBatchSampler
 from .seeds import hash_seeds
 from .views import ViewDataset, Views
-from .workers import leave_signals_to_parent
+from .workers import leave_signals_to_parent, sigterm_held
 
 
 class Batch(NamedTuple):
@@ -290,7 +290,9 @@ class _ViewLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Views]:
         self._sampler.set_epoch(epoch, first_step)
-        for views in self._loader:
+        with sigterm_held():
+            batches = iter(self._loader)
+        for views in batches:
             if views.unreadable and not self._warned:
                 self._warned = True
                 warnings.warn(
