@@ -1,9 +1,4 @@
-"""Base encoders by name, and the pooled features underneath their heads.
-
-``MoCo`` wants a callable ``base_encoder(num_classes=dim)`` that returns a module. :func:`resolve` makes one
-from a torchvision name (``resnet50``), a small-image ResNet (``resnet18-small``), a timm name
-(``timm:resnet50d``) or passes your own callable through.
-"""
+"""Base encoders by name, and their pooled features without the head."""
 
 from __future__ import annotations
 
@@ -18,7 +13,7 @@ from torch import Tensor, nn
 
 BaseEncoder = Callable[..., nn.Module]
 
-# Block, and number of blocks a stage; "-small" says a 3x3 stem, for images of 8 to 64 pixels.
+# Block, and number of blocks per stage; "-small" means a 3x3 stem, for images of 8 to 64 pixels.
 _RESNETS = {
     "resnet10": ("BasicBlock", (1, 1, 1, 1)),
     "resnet8-small": ("BasicBlock", (1, 1, 1)),
@@ -27,25 +22,23 @@ _RESNETS = {
     "resnet34-small": ("BasicBlock", (3, 4, 6, 3)),
     "resnet50-small": ("Bottleneck", (3, 4, 6, 3)),
 }
-# Where torchvision's and timm's classifiers keep the layer(s) after pooling.
+# Names of the layers after pooling in torchvision's and timm's classifiers.
 HEADS = ("fc", "classifier", "heads", "head")
-# These two return extra outputs in training mode unless told not to.
+# By default these two return extra outputs in training mode.
 _NO_AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
 
 def resolve(arch: str | BaseEncoder) -> BaseEncoder:
-    """A name, or your own callable, as ``base_encoder(num_classes=dim) -> Module``.
+    """A constructor ``base_encoder(num_classes=dim) -> Module`` for a name.
 
     Args:
-        arch: one of
-            a torchvision classification constructor (``"resnet50"``, ``"convnext_tiny"``, ...);
-            ``"resnet{8,10,18,34,50}-small"``: a ResNet with a 3x3 stride-1 stem and no max-pool, for images
-            of 8 to 64 pixels (the ResNet-8 ends after three stages, with 256 features); ``"resnet10"``, one
-            block a stage under the usual stem; ``"timm:NAME"``, or a timm name that torchvision does not
-            know, if timm is installed; any callable, returned as it is.
+        arch: a torchvision classification model (``"resnet50"``, ``"convnext_tiny"``, ...);
+            ``"resnet{8,10,18,34,50}-small"``, a ResNet with a 3x3 stride-1 stem and no max-pool, for images of 8 to 64
+            pixels (ResNet-8 has three stages and 256 features); ``"resnet10"``, with one block per stage and the usual
+            stem; ``"timm:NAME"``, or a timm name that torchvision does not have; or a callable, which is returned.
 
     Raises:
-        ValueError: no such name; close ones are suggested.
+        ValueError: unknown name; similar ones are suggested.
         ModuleNotFoundError: the name needs timm (or torchvision), which is not installed.
     """
     if isinstance(arch, nn.Module):
@@ -77,7 +70,7 @@ def resolve(arch: str | BaseEncoder) -> BaseEncoder:
 
 
 def build(base_encoder: str | BaseEncoder, dim: int, mlp: bool = False) -> nn.Module:
-    """An encoder of images [N, 3, H, W] into [N, dim]; ``mlp`` gives it MoCo v2's head of two layers."""
+    """Build an encoder that maps images [N, 3, H, W] to [N, dim]; ``mlp``: with MoCo v2's two-layer head."""
     encoder = resolve(base_encoder)(num_classes=dim)
     if mlp:
         add_mlp_head(encoder)
@@ -96,7 +89,7 @@ def encode(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def restored_modes(module: nn.Module) -> Iterator[None]:
-    """Afterwards every layer is back in the mode, training or evaluation, that it was in before."""
+    """Restore the training or evaluation mode of every layer at the end of the block."""
     modes = [(layer, layer.training) for layer in module.modules()]
     try:
         yield
@@ -118,7 +111,7 @@ def add_mlp_head(encoder: nn.Module) -> None:
 
 
 def with_own_head(encoder: nn.Module) -> nn.Module:
-    """A second encoder that shares all of the first's layers but the head, of which it has a copy.
+    """A second encoder with a copy of the head, which shares all other layers with the first.
 
     Raises:
         ValueError: the module has no head under a name known to torchvision or timm.
@@ -134,7 +127,7 @@ def with_own_head(encoder: nn.Module) -> nn.Module:
 
 
 def backbone(encoder: nn.Module) -> nn.Module:
-    """The same encoder with its head replaced by the identity: ``images [N, 3, H, W] -> features [N, D]``.
+    """The encoder with its head replaced by the identity: ``images [N, 3, H, W] -> features [N, D]``.
 
     MoCo is evaluated on the pooled features under the projection head (D = 2048 in a ResNet-50, 512 in a
     ResNet-18), not on the 128-d output. Heads of v1 (one ``Linear``) and v2 (``Sequential``) both go. The

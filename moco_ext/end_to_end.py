@@ -16,15 +16,14 @@ from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuff
 
 
 class EndToEnd(Mechanism):
-    """Two encoders trained by the gradients of one loss: every query against the keys of all ranks' batches.
+    """End-to-end contrastive learning: the keys of all ranks are the dictionary, and both encoders are trained.
 
-    The dictionary is as large as the global batch, and always consistent. A training step is that of
-    :class:`moco_ext.MoCo`; ``update`` has nothing to do.
+    The dictionary is as large as the global batch, and always consistent. Train it like :class:`moco_ext.MoCo`.
 
     Args:
-        base_encoder, dim, T, mlp, shuffle_bn, split_bn: as those of :class:`moco_ext.MoCo`.
+        base_encoder, dim, T, mlp, shuffle_bn, split_bn: see :class:`moco_ext.MoCo`.
         key_encoder: ``"identical"``, one network for queries and keys; ``"partial"``, two heads on one backbone;
-            ``"different"``, two networks of the same kind; or what ``base_encoder`` may be, for one of another kind.
+            ``"different"``, two networks of the same architecture; or another ``base_encoder`` for the keys.
 
     Raises:
         ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
@@ -55,7 +54,7 @@ class EndToEnd(Mechanism):
             self.encoder_k = convert_split_bn(encoders.build(kind, dim, mlp), split_bn)
 
     def forward(self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None) -> MoCoOutput:
-        """Loss of a batch of two views of the same images; arguments as those of :meth:`moco_ext.MoCo.forward`."""
+        """Loss of a batch of two views of the same images; see :meth:`moco_ext.MoCo.forward`."""
         self._check_images(im_q, im_k)
         self._warn_if_update_is_forgotten()
         n = im_q.shape[0]

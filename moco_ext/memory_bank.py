@@ -18,13 +18,13 @@ from .stats import InfoNCEStats
 
 
 class MemoryBankOutput(NamedTuple):
-    """What one forward pass gives; pass ``keys`` and ``images`` to ``update``.
+    """Output of a forward pass; pass ``keys`` and ``images`` to ``update``.
 
     Attributes:
         loss: 0-dim: the mean InfoNCE loss of the batch.
-        keys: [world * N, dim] the features of all ranks' images, in order, without gradient; not yet normalized.
-        images: [world * N] int64 which images they are of.
-        stats: [N] figures of this rank's queries.
+        keys: [world * N, dim] features of the images of all ranks, in order, without gradient and not normalized.
+        images: [world * N] int64 positions of these images in the data set.
+        stats: statistics of this rank's queries [N].
     """
 
     loss: Tensor
@@ -34,10 +34,10 @@ class MemoryBankOutput(NamedTuple):
 
 
 class MemoryBank(Mechanism):
-    """One encoder, and a stored feature of each image: its positive is its own, its negatives are K drawn from all.
+    """One encoder and a stored feature for each image: its own is the positive, K random ones are the negatives.
 
-    Large, but inconsistent: a feature was made by the encoder as it was when its image was last seen. With momentum on
-    the features (not on the encoder), as in the paper's comparison::
+    The dictionary is large but inconsistent: each feature comes from the encoder at the time its image was last seen.
+    As in the paper's comparison, momentum is applied to the features, not to the encoder::
 
         out = model(im_q, index)
         out.loss.backward()
@@ -45,11 +45,11 @@ class MemoryBank(Mechanism):
         model.update(out.keys, out.images)      # bank[i] = normalize(m * bank[i] + (1 - m) * feature)
 
     Args:
-        base_encoder, dim, T, mlp, split_bn: as those of :class:`moco_ext.MoCo`.
-        images: in the data set; the bank takes images * dim * 4 bytes (in float32).
-        K: negatives drawn each step, uniformly with replacement, the same for all queries of a rank.
+        base_encoder, dim, T, mlp, split_bn: see :class:`moco_ext.MoCo`.
+        images: number of images in the data set; the bank takes images * dim * 4 bytes (in float32).
+        K: number of negatives per step, drawn uniformly with replacement, the same for all queries of a rank.
         m: momentum of the features, in [0, 1].
-        bank_dtype: of the stored features.
+        bank_dtype: dtype of the stored features.
 
     Raises:
         ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
@@ -112,11 +112,11 @@ class MemoryBank(Mechanism):
 
     @torch.no_grad()
     def update(self, keys: Tensor, index: Tensor) -> None:  # type: ignore[override]
-        """After the optimizer's step: move the stored features of the batch's images towards their new ones.
+        """After the optimizer step: update the stored features of the batch.
 
         Args:
-            keys: [B, dim] and
-            index: [B] int64, the same on every rank: those of :class:`MemoryBankOutput`. Each image once.
+            keys: [B, dim] ``MemoryBankOutput.keys``, equal on all ranks.
+            index: [B] int64 ``MemoryBankOutput.images``; each image once.
         """
         super().update(keys)
         # Mixed and scaled in float32; rounded once, to the bank's dtype.

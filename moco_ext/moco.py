@@ -1,11 +1,11 @@
-"""Momentum Contrast: the model of Algorithm 1 (arXiv 1911.05722) and its v2 head (arXiv 2003.04297)."""
+"""The MoCo model (arXiv 1911.05722, Algorithm 1) and its v2 head (arXiv 2003.04297)."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,13 @@ KEY_ENCODERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 class MoCoOutput(NamedTuple):
-    """What one forward pass gives.
+    """Output of a forward pass.
 
     Attributes:
         loss: 0-dim, float32: the mean InfoNCE loss of the batch.
-        keys: [world * N, dim] the key encoder's outputs for all ranks' images, in order, without gradient; not yet
-            normalized (that happens where they are compared and where they are stored). Pass them to ``update``.
-        stats: [N] figures of this rank's queries; see :class:`moco_ext.InfoNCEStats`.
+        keys: [world * N, dim] outputs of the key encoder for the images of all ranks, in order, without gradient and
+            not normalized. Pass them to ``update``.
+        stats: statistics of this rank's queries [N]; see :class:`moco_ext.InfoNCEStats`.
     """
 
     loss: Tensor
@@ -44,46 +44,47 @@ class MoCoOutput(NamedTuple):
 
 
 class MoCo(Mechanism, KeyQueue):
-    """A query encoder, a momentum key encoder, and a queue of keys.
+    """Momentum Contrast: a query encoder, a momentum key encoder, and a queue of keys (arXiv 1911.05722, Algorithm 1).
 
-    A training step changes the model's state in one visible place::
+    One training step::
 
-        out = model(im_q, im_k)      # encode, shuffle BN, fused loss: changes no state but BatchNorm's own
+        out = model(im_q, im_k)      # encode, shuffle BN, fused loss; changes no state but BatchNorm statistics
         out.loss.backward()
         optimizer.step()
         model.update(out.keys)       # momentum update, then enqueue
 
-    A skipped step calls no ``update``; with gradient accumulation, call it once, with the accumulated keys.
-    The state dict has the official implementation's names and layouts (``encoder_q.*``, ``encoder_k.*``,
-    ``queue`` [dim, K], ``queue_ptr`` [1]): checkpoints load both ways.
+    Call ``update`` once per optimizer step, and skip it with the step. With gradient accumulation, pass the keys of all
+    micro-batches. The state dict has the names and layouts of the official implementation (``encoder_q.*``,
+    ``encoder_k.*``, ``queue`` [dim, K], ``queue_ptr`` [1]), so checkpoints load in both directions.
 
     Args:
-        base_encoder: ``base_encoder(num_classes=dim) -> Module`` mapping images to [N, dim] features, or a name:
-            ``"resnet50"`` and the rest of torchvision, ``"resnet18-small"``, ``"timm:NAME"``.
-        dim: features of a query or key.
-        K: keys in the queue. A batch need not divide it.
+        base_encoder: ``base_encoder(num_classes=dim) -> Module`` that maps images to [N, dim] features, or a name:
+            ``"resnet50"`` or any other torchvision model, ``"resnet18-small"``, ``"timm:NAME"``.
+        dim: number of features of a query or key.
+        K: number of keys in the queue. The batch size need not divide it.
         m: momentum of the key encoder, in [0, 1].
         T: temperature of the softmax.
-        mlp: v2's head: a hidden layer of the backbone's width and a ReLU before the last linear layer.
-        queue_dtype: of the stored keys.
-        shuffle_bn: ``"auto"``, ``"gather"``, ``"all_to_all"``, ``"loader"`` or ``"none"``: how key images move between
-            processes so that no query shares batch statistics with its key; with ``"loader"`` the loader has done it.
-            With one process there is nothing to move.
-        split_bn: number of groups of a device's batch with BatchNorm statistics of their own; more than one gives a
-            single device the effect of as many devices.
-        key_encoder: ``"momentum"``, a network of its own that follows the query encoder; ``"partial"``, which shares
-            all but the head with it, and only the head follows; ``"identical"``, the query encoder itself.
-        low_precision: None, or ``torch.bfloat16`` or ``torch.float16``: a momentum key encoder then runs under autocast
-            with a copy of its weights in that dtype, which the momentum update writes along with the float32 weights.
-        label_smoothing, in_batch, same_id: of the loss, see :func:`moco_ext.info_nce`; ``in_batch`` counts the keys of
-            all ranks. ``same_id`` ("mask" or "positive"; None: another view of an image that is still in the queue is
-            a negative like any, as published) wants ``ids`` in ``forward`` and ``update``.
-        empty: begin with no keys in the queue instead of K random ones.
-        flatten_parameters: keep each encoder's parameters in one buffer, see :func:`moco_ext.flatten_parameters_`, so
-            that the momentum update is one launch over two buffers. If False, they are left where they are.
+        mlp: MoCo v2's head: a hidden layer as wide as the backbone and a ReLU before the last linear layer.
+        queue_dtype: dtype of the stored keys.
+        shuffle_bn: ``"auto"``, ``"gather"``, ``"all_to_all"``, ``"loader"`` or ``"none"``: how key images are exchanged
+            between processes, so that no query shares batch statistics with its key. With ``"loader"`` the data loader
+            has already done it. A single process exchanges nothing.
+        split_bn: number of groups of the batch with separate BatchNorm statistics. More than one gives a single device
+            the effect of as many devices.
+        key_encoder: ``"momentum"``, a separate network that follows the query encoder; ``"partial"``, which shares all
+            layers but the head, and only the head follows; ``"identical"``, the query encoder itself.
+        low_precision: None, ``torch.bfloat16`` or ``torch.float16``: run a momentum key encoder under autocast with a
+            copy of its weights in that dtype, which the momentum update writes together with the float32 weights.
+        label_smoothing, in_batch, same_id: options of the loss, see :func:`moco_ext.info_nce`. ``in_batch`` uses the
+            keys of all ranks. With ``same_id`` ("mask" or "positive"), ``forward`` and ``update`` need ``ids``; with
+            None, other views of the query's image in the queue are negatives, as published.
+        empty: start with an empty queue instead of K random keys.
+        flatten_parameters: keep each encoder's parameters in one buffer (:func:`moco_ext.flatten_parameters_`), so that
+            the momentum update is one launch over two buffers. If False, they are left where they are.
 
     Raises:
-        ValueError: an argument out of its range, or an encoder of the wrong shape; the message names it.
+        ValueError, TypeError: an argument of the wrong type or out of its range, or an encoder of the wrong shape; the
+            message names it.
     """
 
     def __init__(
@@ -140,43 +141,57 @@ class MoCo(Mechanism, KeyQueue):
     def forward(
         self, im_q: Tensor, im_k: Tensor, *, key_order: Tensor | None = None, ids: Tensor | None = None
     ) -> MoCoOutput:
-        """Loss of a batch of two views of the same images.
+        """The loss of two views of the same images.
 
         Args:
-            im_q: [N, 3, H, W] the query views, or [N, P, 3, h, w]: sets of patches, each encoded as their mean.
-            im_k: the key views, row by row of the same images (with ``shuffle_bn="loader"``, of the images that
-                ``key_order`` puts into this rank's slots).
+            im_q: query views [N, 3, H, W], or sets of patches [N, P, 3, h, w], whose features are averaged.
+            im_k: key views of the same images, in the same order; with ``shuffle_bn="loader"``, of the images that
+                ``key_order`` assigns to this rank.
             key_order: [world * N] int64 on the CPU, equal on all ranks: slot i of the shuffled global batch holds image
-                ``key_order[i]``. By default a permutation drawn from the number of updates so far.
-            ids: [N] int64, which images these are, if the model has a ``same_id``.
+                ``key_order[i]``. Default: a permutation drawn from the number of updates so far.
+            ids: [N] int64 that identify the images, if the model has a ``same_id``.
+
+        Raises:
+            ValueError: views that do not match, or are not floating-point; ``ids`` without ``same_id`` or vice versa.
         """
         if (ids is None) != (self.same_id is None):
             raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
         self._check_images(im_q, im_k)
         self._warn_if_update_is_forgotten()
-        n = im_q.shape[0]
-        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self.updates, key_order)
-        # Whatever has to travel does so while the queries are encoded: the images, or else the keys.
-        arriving = start_shuffle(im_k, order, self.shuffle_bn)
-        if arriving is None:
-            gathering = start_all_gather(self._encode_keys(im_k))
-            queries = encode(self.encoder_q, im_q)  # [N, dim]
-            keys = gathering()
-        else:
-            queries = encode(self.encoder_q, im_q)
-            keys = all_gather(self._encode_keys(arriving()))
-        keys = unshuffle(keys, order)  # [world * N, dim]
-        self._watch(queries)
-        key_offset = distributed.rank() * n
-        options: dict[str, Any] = {"label_smoothing": self.label_smoothing, "num_valid": self.queue_valid}
-        if self.in_batch:
-            options |= {"in_batch": True, "key_offset": key_offset}
-        if ids is not None:
-            options |= {"query_ids": all_gather(ids) if self.in_batch else ids, "queue_ids": self.queue_ids}
-            options["same_id"] = self.same_id
-        positives = keys if self.in_batch else keys[key_offset:][:n]
-        loss, stats = info_nce(queries, positives, self.queue, self.T, return_stats=True, **options)
+        q, keys = self._encode(im_q, im_k, key_order)  # [N, dim], [world * N, dim]
+        n, offset = len(q), distributed.rank() * len(q)
+        if self.in_batch and ids is not None:
+            ids = all_gather(ids)
+        loss, stats = info_nce(
+            q,
+            keys if self.in_batch else keys[offset:][:n],
+            self.queue,
+            self.T,
+            return_stats=True,
+            label_smoothing=self.label_smoothing,
+            num_valid=self.queue_valid,
+            in_batch=self.in_batch,
+            key_offset=offset if self.in_batch else 0,
+            query_ids=ids,
+            queue_ids=self.queue_ids,
+            same_id=self.same_id or "mask",
+        )
         return MoCoOutput(loss, keys, stats)
+
+    def _encode(self, im_q: Tensor, im_k: Tensor, key_order: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The queries [N, dim] of this rank and the keys [world * N, dim] of all, with shuffling BN."""
+        order = shuffle_order(len(im_q), self.shuffle_bn, self.split_bn, self.updates, key_order)
+        shuffled = start_shuffle(im_k, order, self.shuffle_bn)
+        # Communication overlaps with encoding the queries: of the images or, if they are in place, of the keys.
+        if shuffled is None:
+            gathered = start_all_gather(self._encode_keys(im_k))
+            q = encode(self.encoder_q, im_q)
+            keys = gathered()
+        else:
+            q = encode(self.encoder_q, im_q)
+            keys = all_gather(self._encode_keys(shuffled()))
+        self._watch(q)
+        return q, unshuffle(keys, order)
 
     if TYPE_CHECKING:
 
@@ -198,12 +213,12 @@ class MoCo(Mechanism, KeyQueue):
 
     @torch.no_grad()
     def update(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """After the optimizer's step: move the key encoder (Eq. 2), then enqueue the batch's keys.
+        """After the optimizer step: momentum update of the key encoder (Eq. 2), then enqueue the keys of the batch.
 
         Args:
-            keys: [B, dim] ``MoCoOutput.keys``, the same on every rank.
-            ids: [B] int64, which images they are of, if the model has a ``same_id``: of all ranks, as the keys
-                (``moco_ext.distributed.all_gather(ids)``).
+            keys: [B, dim] ``MoCoOutput.keys``, equal on all ranks.
+            ids: [B] int64 that identify their images, of all ranks (``moco_ext.distributed.all_gather(ids)``), if the
+                model has a ``same_id``.
         """
         super().update(keys)
         if self.key_encoder == "momentum":

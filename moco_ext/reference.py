@@ -1,7 +1,7 @@
-"""The five ops in plain torch: what the native ones must compute.
+"""The operators in plain torch: the specification of the native ones, without native code.
 
-Nothing here is fast, and nothing here depends on native code. Sixteen-bit inputs are computed in float32,
-float64 inputs in float64, so ``.double()`` copies of any inputs give the value to hold an op against.
+16-bit inputs are computed in float32 and float64 inputs in float64, so ``.double()`` copies of the inputs give the
+value to compare with.
 """
 
 import torch
