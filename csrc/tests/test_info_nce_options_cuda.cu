@@ -19,6 +19,9 @@ struct Case {
   bool valid_on_device, in_batch, ids, positive, normalize, tf32;
   int names;  // number of different ids
   double smoothing, temperature;
+  bool hidden = false;  // queue keys that are NaN or infinite, masked out of all rows but the last
+  bool alone = false;   // no row has a negative
+  bool sees_nan(int64_t row) const { return hidden && !in_batch && row == n - 1; }
 };
 
 std::string describe(const Case& x, const char* query, const char* queue) {
@@ -170,6 +173,12 @@ void test(const Case& x, check::Random& random) {
   std::vector<int64_t> key_ids(x.m), queue_ids(x.k);
   for (int64_t& id : key_ids) id = check::uniform(random, -1, x.names - 1);
   for (int64_t& id : queue_ids) id = check::uniform(random, -1, x.names - 1);
+  if (x.hidden) {
+    for (int64_t i = 0; i < x.m; ++i) key_ids[i] = x.sees_nan(i) ? 1 : 0;
+    for (int64_t j = 0; j < x.k; ++j) {
+      if (queue_ids[j] == 0) queue[j * x.c + j % x.c] = check::element<Queue>(j % 3 == 0 ? -INFINITY : NAN);
+    }
+  }
   const std::vector<float> upstream = check::normal<float>(random, x.n);
 
   const bool no_queue = x.k == 0;
@@ -222,6 +231,7 @@ void test(const Case& x, check::Random& random) {
   double worst = 0;
   const char* of = "";
   const auto hold = [&](const char* what, double error, double bound) {
+    if (x.alone && what[0] == 'g') bound = 0;
     const double share = std::isnan(error) ? INFINITY : error / (bound + 1e-30);
     if (share > worst) {
       worst = share;
@@ -229,6 +239,10 @@ void test(const Case& x, check::Random& random) {
     }
   };
   for (int64_t i = 0; i < x.n; ++i) {
+    if (x.sees_nan(i)) {
+      hold("loss of a row that sees NaN", std::isnan(got_loss[i]) ? 0 : NAN, 1);
+      continue;
+    }
     hold("loss", std::abs(got_loss[i] - want.loss[i]), want.bound_loss[i]);
     hold("lse", std::abs(got_lse[i] - want.lse[i]), want.bound_loss[i]);
     hold("rank", got_rank[i] < want.rank_low[i] || got_rank[i] > want.rank_high[i] ? 1e9 : 0, 1);
@@ -237,6 +251,7 @@ void test(const Case& x, check::Random& random) {
          2 * want.bound_loss[i] / x.temperature);
   }
   for (int64_t j = 0; j < x.m; ++j) {
+    if (x.sees_nan(j)) continue;
     hold("grad_key", distance(&got_key[j * x.c], &want.grad_key[j * x.c], x.c), want.bound_key[j]);
   }
   check::that(worst <= 1, describe(x, check::name<Query>(), check::name<Queue>()) + ": " + of + " is " +
@@ -295,10 +310,29 @@ int main(int argc, char** argv) {
       test_types(2, 2, x, random);
     }
   }
+  for (const int64_t c : {64, 17}) {  // masked keys that are not finite
+    for (const double smoothing : {0.0, 0.3}) {
+      for (const bool in_batch : {false, true}) {
+        for (int type = 0; type < 3; ++type) {
+          Case x = plain;
+          x.c = c, x.ids = x.hidden = true, x.in_batch = in_batch, x.smoothing = smoothing;
+          test_types(type, type, x, random);
+        }
+      }
+    }
+  }
   for (const int64_t n : {1, 70}) {  // no queue
     Case x = plain;
     x.k = 0, x.n = n, x.m = n, x.in_batch = true;
     for (int type = 0; type < 3; ++type) test_types(type, type, x, random);
+  }
+  check::group("no negatives: no gradient, to the bit");
+  for (int type = 0; type < 3; ++type) {
+    for (const double smoothing : {0.0, 0.84}) {
+      Case x = plain;
+      x.k = 0, x.n = 1, x.m = 1, x.in_batch = true, x.smoothing = smoothing, x.temperature = 0.035, x.alone = true;
+      test_types(type, type, x, random);
+    }
   }
   check::group("random");
   for (int i = 0; i < cases; ++i) {

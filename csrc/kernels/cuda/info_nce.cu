@@ -41,8 +41,9 @@ cudaError_t launch_info_nce_generic(const Queue* keys, const InfoNceKeyCount& co
 }
 
 template <typename Queue, typename Operand>
-cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceContrast& contrast,
-                                   const InfoNceWorkspace& workspace, cudaStream_t stream) {
+cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
+                                   const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                   cudaStream_t stream) {
   const InfoNceSource<Queue> of_queue{queue, {shape.k, contrast.num_valid}, contrast.queue_ids, kNoPositive};
   const InfoNceSource<Operand> of_batch{contrast.in_batch ? static_cast<const Operand*>(workspace.keys) : nullptr,
                                         {contrast.keys, nullptr},
@@ -58,9 +59,17 @@ cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape
                    shape.c, workspace.column_sum);
     if (error != cudaSuccess) return error;
   }
-  if (workspace.match_sum == nullptr) return cudaSuccess;
-  return launch(info_nce_match_kernel<Queue, Operand>, dim3(static_cast<unsigned>(shape.n)), dim3(kMatchThreads), 0,
-                stream, of_queue, of_batch, contrast.key_ids + contrast.key_offset, shape.c, workspace);
+  if (contrast.key_ids == nullptr) return cudaSuccess;
+  const int64_t* const row_ids = contrast.key_ids + contrast.key_offset;
+  const dim3 rows(static_cast<unsigned>(shape.n));
+  if (workspace.match_sum != nullptr) {
+    const cudaError_t error = launch(info_nce_match_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream,
+                                     of_queue, of_batch, row_ids, shape.c, workspace);
+    if (error != cudaSuccess) return error;
+  }
+  if (contrast.same_id_positive || workspace.partials.keys == nullptr) return cudaSuccess;
+  return launch(info_nce_repair_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream, of_queue, of_batch,
+                row_ids, shape.n, shape.c, temperature_of(options), workspace);
 }
 
 template <typename Query>
@@ -90,9 +99,10 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
   template cudaError_t launch_info_nce_combine<Query>(const Query*, const Query*, const InfoNceShape&, \
                                                       const InfoNceOptions&, const InfoNceContrast&,   \
                                                       const InfoNceWorkspace&, const InfoNceOutputs&, cudaStream_t);
-#define MOCO_INSTANTIATE_TARGET(Queue, Operand)                \
-  template cudaError_t launch_info_nce_target<Queue, Operand>( \
-      const Queue*, const InfoNceShape&, const InfoNceContrast&, const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_TARGET(Queue, Operand)                                                              \
+  template cudaError_t launch_info_nce_target<Queue, Operand>(const Queue*, const InfoNceShape&,             \
+                                                              const InfoNceOptions&, const InfoNceContrast&, \
+                                                              const InfoNceWorkspace&, cudaStream_t);
 #define MOCO_INSTANTIATE_QUEUE(Queue)                                                                           \
   template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, \
                                                       const InfoNcePartials&, int64_t, const InfoNceShape&,     \

@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads)
       if (lane != 0) continue;
       const InfoNceColumn column = columns[first + q];
       float w = column.upstream * exp2f(score * scale - column.lse) - column.floor;
-      const bool masked = mask.same_id(row, first + q) && !mask.is_positive(row, first + q) && !mask.same_id_positive;
-      if (masked) w = 0.0f;
+      const bool masked = mask.same_id(row, first + q) && !mask.same_id_positive;
+      if (masked || mask.is_positive(row, first + q)) w = 0.0f;
       weights[q] = w;
     }
     __syncthreads();
@@ -68,12 +68,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// gradient [M, C]: adds up the splits, subtracts the key's shares as a positive, and applies 1 / T and the norm. A
-// block per key.
+// gradient [M, C]: adds up the splits and the key's own query, subtracts its shares as a further positive, and applies
+// 1 / T and the norm. A block per key. weights [N, 3], upstream [N]
 template <typename Query, typename Operand>
 __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* queries, int64_t n, RowOptions options,
-                                             InfoNceMask mask, InfoNceTemperature temperature, KeysWorkspace workspace,
-                                             float* gradient) {
+                                             InfoNceMask mask, InfoNceTemperature temperature, const float* weights,
+                                             const float* upstream, KeysWorkspace workspace, float* gradient) {
   __shared__ int any;
   const int64_t row = blockIdx.x;
   const int64_t c = options.c;
@@ -88,13 +88,11 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
     }
     gradient[i] = sum;
   }
-  const auto take_share = [&](int64_t query) {
-    for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
-      gradient[i] -= workspace.columns[query].share * to_float(queries[query * c + i]);
-    }
+  const auto add = [&](int64_t query, float weight) {
+    for (int64_t i = threadIdx.x; i < c; i += blockDim.x) gradient[i] += weight * to_float(queries[query * c + i]);
   };
   const int64_t own_query = row + mask.key_offset;
-  if (own_query >= 0 && own_query < n) take_share(own_query);
+  if (own_query >= 0 && own_query < n) add(own_query, weights[3 * own_query + 2] * upstream[own_query]);
   if (mask.key_ids != nullptr && mask.same_id_positive) {
     for (int64_t first = 0; first < n; first += blockDim.x) {
       const int64_t query = first + threadIdx.x;
@@ -106,7 +104,7 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
       __syncthreads();
       if (any == 0) continue;
       for (int64_t q = first; q < min(first + blockDim.x, n); ++q) {
-        if (q != own_query && mask.same_id(row, q)) take_share(q);
+        if (q != own_query && mask.same_id(row, q)) add(q, -workspace.columns[q].share);
       }
     }
   }
@@ -211,7 +209,7 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
   if (error != cudaSuccess) return error;
   const auto combine = [&]<typename T>(const T* operand) {
     return launch(info_nce_keys_combine_kernel<Query, T>, dim3(static_cast<unsigned>(m)), dim3(128), 0, stream, key,
-                  operand, n, keys, mask, temperature, w, grad_key);
+                  operand, n, keys, mask, temperature, weights, upstream, w, grad_key);
   };
   return pass.resident > 0 ? combine(static_cast<const Operand*>(w.query))
                            : combine(static_cast<const float*>(w.query));

@@ -170,7 +170,7 @@ cudaError_t launch_info_nce(const Query* query, const Query* key, const Queue* q
                  InfoNceMask{row_ids, contrast.key_ids, contrast.key_offset, positive},
                  partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits);
   }
-  if (error == cudaSuccess) error = launch_info_nce_target<Queue, Operand>(queue, shape, contrast, w, stream);
+  if (error == cudaSuccess) error = launch_info_nce_target<Queue, Operand>(queue, shape, options, contrast, w, stream);
   if (error != cudaSuccess) return error;
   return launch_info_nce_combine(query, key, shape, options, contrast, w, outputs, stream);
 }

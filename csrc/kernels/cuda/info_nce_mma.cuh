@@ -43,7 +43,7 @@ struct MmaTile {
 };
 
 // A query in the pass over its keys. upstream * (p - target) is upstream * exp2(score * scale - lse) - floor, minus
-// share if the key is a positive, which info_nce_keys_combine_kernel subtracts.
+// share for a further positive, which info_nce_keys_combine_kernel subtracts; there it also adds the query's own key.
 struct alignas(16) InfoNceColumn {
   float lse;  // in units of log 2
   float upstream;
@@ -234,8 +234,8 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
       }
     }
   }
-  if (mask.key_ids == nullptr || mask.same_id_positive) return;
-  const uint32_t masked = mask_bits<tiles>(mask, row, n, first_key, valid, lane).same_id;
+  const MaskBits<tiles> bits = mask_bits<tiles>(mask, row, n, first_key, valid, lane);
+  const auto masked = bits.positive | (mask.same_id_positive ? 0 : bits.same_id);
 #pragma unroll
   for (int at = 0; at < tiles * 4; ++at) {
     if (masked >> at & 1) s[at / 4][at % 4] = 0.0f;

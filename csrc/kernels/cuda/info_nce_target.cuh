@@ -90,4 +90,70 @@ __global__ void __launch_bounds__(kMatchThreads)
   if (thread == 0) workspace.matches[row] = matches;
 }
 
+// A masked key has weight 0, but 0 * NaN is NaN. Rows whose sums are not finite are summed again, over the keys that
+// they see. A block per row; most find nothing to do.
+template <typename Queue, typename Operand>
+__global__ void __launch_bounds__(kMatchThreads)
+    info_nce_repair_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, const int64_t* row_ids, int64_t n,
+                           int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
+  constexpr int kChunk = 64;  // keys
+  __shared__ float weights[kChunk];
+  __shared__ bool masked[kChunk];
+  __shared__ int broken;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int64_t row = blockIdx.x;
+  const InfoNcePartials& partials = workspace.partials;
+  const auto expected = [&](int64_t split) { return partials.keys + (split * n + row) * c; };
+  const int64_t splits = workspace.splits;
+
+  if (thread == 0) broken = 0;
+  __syncthreads();
+  bool finite = true;
+  for (int64_t i = thread; i < c; i += kMatchThreads) {
+    for (int64_t split = 0; split < splits; ++split) finite = finite && isfinite(expected(split)[i]);
+  }
+  if (!finite) broken = 1;
+  __syncthreads();
+  if (broken == 0) return;
+
+  int64_t largest = 0;  // the split with the row's maximum gets the sum
+  for (int64_t split = 1; split < splits; ++split) {
+    if (partials.max[split * n + row] > partials.max[largest * n + row]) largest = split;
+  }
+  const float max = partials.max[largest * n + row];
+  const float scale = workspace.row_scale[row] * 1.44269504f / temperature.value();
+  for (int64_t i = thread; i < c; i += kMatchThreads) {
+    for (int64_t split = 0; split < splits; ++split) expected(split)[i] = 0.0f;
+  }
+  const Operand* const query = static_cast<const Operand*>(workspace.query) + row * c;
+  const auto add = [&](const auto& source) {
+    if (source.keys == nullptr) return;
+    const InfoNceMask mask{row_ids, source.ids, source.key_offset, false};
+    const int64_t k = source.count.value();
+    for (int64_t first = 0; first < k; first += kChunk) {
+      const int count = static_cast<int>(min(k - first, int64_t{kChunk}));
+      for (int j = thread / 32; j < count; j += kMatchThreads / 32) {
+        const auto* const key = source.keys + (first + j) * c;
+        float score = 0.0f;
+        for (int64_t i = lane; i < c; i += 32) score += to_float(query[i]) * to_float(key[i]);
+        score = warp_join(score, Add{});
+        const bool positive = mask.is_positive(row, first + j);
+        if (lane != 0) continue;
+        weights[j] = exp2f((score - max) * scale);
+        masked[j] = positive || mask.same_id(row, first + j);
+      }
+      __syncthreads();
+      for (int64_t i = thread; i < c; i += kMatchThreads) {
+        for (int j = 0; j < count; ++j) {
+          if (!masked[j]) expected(largest)[i] += weights[j] * to_float(source.keys[(first + j) * c + i]);
+        }
+      }
+      __syncthreads();  // the next chunk overwrites the weights
+    }
+  };
+  add(queue);
+  add(batch);
+}
+
 }  // namespace moco_ext::cuda

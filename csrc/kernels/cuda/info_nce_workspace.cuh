@@ -172,9 +172,11 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
                                     const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
                                     cudaStream_t stream);
 
-// Sums of keys for the target distribution; launches nothing if it is only the positive. Operand as for prepare.
+// Sums of keys for the target distribution, and a repair of sums that masked keys made NaN; launches nothing without ids
+// and label smoothing. Operand as for prepare.
 template <typename Queue, typename Operand>
-cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceContrast& contrast,
-                                   const InfoNceWorkspace& workspace, cudaStream_t stream);
+cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
+                                   const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                   cudaStream_t stream);
 
 }  // namespace moco_ext::cuda
