@@ -1,5 +1,5 @@
 # make demo    pretrain on real images, evaluate, write a report
-# make test    the test suite
+# make test    the tests, in minutes; make test-slow: those of more than ten seconds
 # make lint    style, types, imports, spelling
 # make docs    build/docs/index.html
 PYTHON ?= python3
@@ -25,13 +25,16 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test docs bench lint native-test gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test test-slow docs bench lint native-test gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest python_tests
+	$(BIN)/python -m pytest python_tests -m "not slow"
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest python_tests -m slow
 
 # A broken link or docstring is an error.
 docs: $(VENV)/installed

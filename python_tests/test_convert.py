@@ -347,6 +347,10 @@ def test_the_command(tmp_path, capsys):
     assert "--force" in capsys.readouterr().err
     assert main(["convert", str(path), str(output), "--to", "detectron2", "-q", "--force"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+    other = tmp_path / "other.pkl"
+    assert main(["convert", str(path), str(other), "--to", "detectron2", "--report", str(tmp_path / "no/r.json")]) == 1
+    assert "report: no such folder" in capsys.readouterr().err
+    assert not other.exists()
 
 
 def test_any_format_can_be_evaluated(tmp_path):

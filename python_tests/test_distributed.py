@@ -233,6 +233,7 @@ sys.exit(guarded(lambda: launch.run(work, argparse.Namespace(device="cpu"), Path
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dies", "nan"])
 def test_a_lost_rank_ends_the_run_and_loses_nothing(tmp_path, how):
     """The other rank ends too, and the last checkpoint is from before the bad step."""
@@ -250,6 +251,7 @@ def test_a_lost_rank_ends_the_run_and_loses_nothing(tmp_path, how):
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_multiprocessing_distributed_on_a_machine_without_gpus(tmp_path):
     """One process is started, trains on the CPU, and evaluates."""
     if torch.cuda.is_available():
@@ -285,6 +287,7 @@ def test_nccl_needs_gpus(monkeypatch):
         launching.run(lambda args, options: 0, argparse.Namespace(device="cpu", dist_backend="nccl"), Path())
 
 
+@pytest.mark.slow
 def test_sigterm_is_agreed_on_by_all_ranks(tmp_path):
     """One rank gets the signal; both end after the same step, which is in the checkpoint."""
     program = tmp_path / "stopped.py"

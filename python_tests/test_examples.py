@@ -1,4 +1,4 @@
-"""Each example, run as a user would: it learns, and what it learns is well beyond chance."""
+"""Each example, run as a user would, learns well beyond chance."""
 
 import os
 import re
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("torchvision")
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def run(*arguments: object) -> list[dict[str, float]]:
-    """The figures of each line that an example prints, by name: ``loss 2.65, top-1 30 %`` gives loss and top-1."""
+    """The metrics of each line that an example prints, by name: ``loss 2.65, top-1 30 %`` gives loss and top-1."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
@@ -30,7 +31,6 @@ def test_training_loop():
     assert max(epoch["top-1"] for epoch in epochs) > 15  # chance: 0.1
 
 
-@pytest.mark.slow
 def test_compiled():
     chance, *epochs = [line for line in run(EXAMPLES / "compiled.py") if "loss" in line]
     assert epochs[-1]["loss"] < chance["loss"] - 0.5

@@ -93,6 +93,7 @@ def test_a_loader_worker_ends_by_its_parent_alone():
     assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line(tmp_path):
     output = tmp_path / "run"
     run = start([*PRETRAIN, *LONG, "--save-every", "1", "-j", "2"], output)

@@ -60,7 +60,11 @@ def same_records(one, other):
         ({}, 0),
         ({}, 2),
         ({"dictionary": "memory-bank"}, 0),  # draws its negatives from torch's own generator
-        ({"precision": "bf16", "accumulate": 2, "batch_size": 16, "symmetric": True, "split_bn": 2}, 0),
+        pytest.param(
+            {"precision": "bf16", "accumulate": 2, "batch_size": 16, "symmetric": True, "split_bn": 2},
+            0,
+            marks=pytest.mark.slow,
+        ),
         ({"steps": 9, "log_every": 4, "momentum_schedule": "cosine"}, 0),
         ({"same_image": "mask", "empty_queue": True, "in_batch": True, "label_smoothing": 0.1}, 0),
     ],
@@ -155,6 +159,7 @@ def wait_for_checkpoint(folder, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed(tmp_path):
     """SIGKILL at a moment that nobody chose, twice; then to the end."""
     for _ in range(2):

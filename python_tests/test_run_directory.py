@@ -138,6 +138,7 @@ def test_what_was_just_written_is_never_deleted(tmp_path):
     assert (tmp_path / "checkpoint.pth").resolve() == tmp_path / "checkpoint_00000004.pth"
 
 
+@pytest.mark.slow
 def test_importing_checkpoints_brings_no_training():
     program = "import sys, {}; print([name for name in {} if name in sys.modules])"
     heavy = ["torchvision", "rich", "matplotlib", "sklearn", "tensorboard", "PIL"]

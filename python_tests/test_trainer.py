@@ -60,6 +60,7 @@ def test_losses_are_those_of_the_four_lines(digits, tmp_path):
     assert state_of(tmp_path)["module.queue_ptr"].tolist() == [150 % 100]
 
 
+@pytest.mark.slow
 def test_training_teaches(tmp_path):
     """Five epochs of the digits' preset: loss down, neighbors better than the untrained encoder's."""
     digits = mdata.load("digits")

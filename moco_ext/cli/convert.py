@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,6 +31,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.report and not Path(args.report).parent.is_dir():  # before anything is written
+        raise FileNotFoundError(f"report: no such folder: {Path(args.report).parent}")
     report = convert(
         args.source,
         args.output,
