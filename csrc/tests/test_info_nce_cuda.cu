@@ -121,7 +121,7 @@ Results run(const Case& c, const std::vector<Query>& query, const std::vector<Qu
   Array<int64_t> rank(n);
   const cuda::InfoNceOptions options{c.temperature_on_device ? NAN : static_cast<float>(c.temperature),
                                      c.temperature_on_device ? temperature.data : nullptr, kEps, c.normalize,
-                                     c.allow_tf32};
+                                     c.allow_tf32 ? 2 : 3};
   const cuda::InfoNceOutputs outputs{loss.data,
                                      lse.data,
                                      positive.data,

@@ -190,7 +190,7 @@ void test(const Case& x, check::Random& random) {
   const auto loss = floats(x.n), lse = floats(x.n), positive = floats(x.n), grad_query = floats(x.n * x.c);
   const auto grad_key = floats(x.m * x.c), grad_temperature = floats(x.n), weights = floats(3 * x.n);
   const Device<int64_t> rank(std::vector<int64_t>(x.n, -7));
-  const cuda::InfoNceOptions options{NAN, d_temperature.data(), 1e-12f, x.normalize, x.tf32};
+  const cuda::InfoNceOptions options{NAN, d_temperature.data(), 1e-12f, x.normalize, x.tf32 ? 2 : 3};
   const cuda::InfoNceContrast contrast{x.in_batch,
                                        x.m,
                                        x.key_offset,

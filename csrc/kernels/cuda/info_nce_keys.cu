@@ -123,7 +123,7 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
 
 template <typename Query>
 InfoNcePass<KeysOperand<Query>> keys_pass(const InfoNceShape& shape, InfoNceOptions options) {
-  options.allow_tf32 |= std::is_same_v<Query, __half>;
+  if (std::is_same_v<Query, __half>) options.terms = 2;
   return mma_pass<KeysOperand<Query>, MmaPass::kKeys>(shape, options);
 }
 

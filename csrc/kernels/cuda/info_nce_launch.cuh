@@ -2,94 +2,12 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
-#include "kernels/cuda/info_nce_mma.cuh"
+#include "kernels/cuda/info_nce_mma_launch.cuh"
 #include "kernels/cuda/info_nce_sm90_launch.cuh"
 
 namespace moco_ext::cuda {
-
-// A pass over the queue, for the launcher; kernel is null for the generic one.
-template <typename Queue>
-struct InfoNcePass {
-  void (*kernel)(MmaArguments<Queue>);
-  int64_t rows;  // per block
-  int64_t keys;  // per tile
-  int threads;
-  int shared_bytes;
-  int64_t resident;  // blocks that run at the same time on the device
-  size_t operand_bytes = sizeof(Queue);
-};
-
-// More blocks per multiprocessor hide little more latency, but each writes partial sums for its rows.
-constexpr int kMaxBlocksPerMultiprocessor = 2;
-
-// 0 if the kernel cannot run on the current device. `cache` holds the result plus one for each device, because both the
-// workspace's size and the launch need it at every step.
-constexpr int kMaxDevices = 64;
-template <typename... Parameters>
-int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes,
-                        std::atomic<int> (&cache)[kMaxDevices]) {
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (device < kMaxDevices) {
-    if (const int known = cache[device].load(std::memory_order_relaxed); known > 0) return known - 1;
-  }
-  int blocks = 0;
-  int multiprocessors = 0;
-  if (multiprocessor_count(&multiprocessors) != cudaSuccess ||
-      max_blocks_per_multiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes)) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // otherwise the next launch would report it
-    blocks = 0;
-  }
-  const int resident = std::min(blocks, kMaxBlocksPerMultiprocessor) * multiprocessors;
-  if (device < kMaxDevices) cache[device].store(resident + 1, std::memory_order_relaxed);
-  return resident;
-}
-
-template <typename Queue, bool kExact, int columns, MmaPass kPass>
-InfoNcePass<Queue> mma_pass() {
-  using Tile = MmaTile<Queue, kExact, columns>;
-  static std::atomic<int> cache[kMaxDevices];
-  void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Queue, kExact, columns, kPass>;
-  return {kernel,         Tile::kRows,        Tile::kKeys,
-          Tile::kThreads, Tile::kSharedBytes, resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes, cache)};
-}
-
-template <typename Queue, bool kExact, MmaPass kPass>
-InfoNcePass<Queue> mma_pass(int64_t columns) {
-  switch (columns) {
-    case 64:
-      return mma_pass<Queue, kExact, 64, kPass>();
-    case 128:
-      return mma_pass<Queue, kExact, 128, kPass>();
-    case 256:
-      return mma_pass<Queue, kExact, 256, kPass>();
-    case 512:
-      return mma_pass<Queue, kExact, 512, kPass>();
-    case 768:
-      return mma_pass<Queue, kExact, 768, kPass>();
-    case 1024:
-      return mma_pass<Queue, kExact, 1024, kPass>();
-    default:
-      return {};
-  }
-}
-
-template <typename Queue, MmaPass kPass>
-InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options) {
-  if constexpr (std::is_same_v<Queue, float>) {
-    if (!options.allow_tf32) return mma_pass<Queue, true, kPass>(shape.c);
-  }
-  return mma_pass<Queue, false, kPass>(shape.c);
-}
-
-template <typename Queue>
-InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient) {
-  return gradient ? mma_pass<Queue, MmaPass::kGradient>(shape, options)
-                  : mma_pass<Queue, MmaPass::kLoss>(shape, options);
-}
 
 template <typename Queue>
 InfoNcePass<Queue> generic_pass() {
@@ -97,15 +15,6 @@ InfoNcePass<Queue> generic_pass() {
   if (multiprocessor_count(&multiprocessors) != cudaSuccess) multiprocessors = 1;
   return {nullptr,      kGenericRows, kGenericKeys, 0, 0, int64_t{kMaxBlocksPerMultiprocessor} * multiprocessors,
           sizeof(float)};
-}
-
-// The Hopper pass, without its kernel; resident is 0 if it is not used.
-template <typename Queue>
-InfoNcePass<Queue> sm90_pass(const InfoNceShape& shape) {
-  const int64_t keys = sizeof(Queue) == 2 ? sm90_tile_keys(shape.c) : 0;
-  int multiprocessors = 0;
-  if (keys == 0 || multiprocessor_count(&multiprocessors) != cudaSuccess) return {};
-  return {nullptr, kSm90Rows, keys, 0, 0, multiprocessors};
 }
 
 // The number of splits of the queue with the lowest estimated time: waves of resident blocks times the tiles of a
