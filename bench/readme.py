@@ -136,7 +136,7 @@ def linear_section(report: dict) -> str:
         "chunks of 64": "chunks of 64",
     }
     lines = [
-        f"{heading(report)}; load average {min(loads):.0f} to {max(loads):.0f}, on a machine shared with other work.",
+        f"{heading(report)}; load average {min(loads):.0f} to {max(loads):.0f}.",
         "",
         f"| N | work | threads | ours, ms | {' | '.join(columns)} |",
         "|--:|---|--:|--:|" + "--:|" * len(columns),
