@@ -1,8 +1,11 @@
 """InfoNCE, raw queries to loss and gradient: ours, every peer that is installed, and the limit."""
 
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import Barrier
+from typing import NamedTuple
 
 import peers
 import pytest
@@ -28,22 +31,36 @@ CASES = [
     (256, 65536, 768, torch.bfloat16, True),
 ]
 
-# name -> how to make it, and whether the other rows' positives are among its negatives
+
+class Peer(NamedTuple):
+    """How to make a peer, whether the other rows' positives are among its negatives, and whether it rounds to 16 bits
+    even where the queue is float32."""
+
+    make: Callable[[peers.Problem], peers.Gradient]
+    in_batch: bool = False
+    rounds: bool = False
+
+
 PEERS = {
-    "official, eager": (peers.eager, False),
-    "official, torch.compile": (peers.compiled, False),
-    "official, torch.compile max-autotune": (peers.max_autotune, False),
-    "official, bf16 autocast": (peers.autocast, False),
-    "Lightly": (peers.lightly, False),
-    "flash attention, V = K": (peers.flash_attention, False),
-    "Inf-CL": (peers.inf_cl, False),
-    "Cut Cross-Entropy, exact": (peers.cut_cross_entropy, True),
-    "Liger": (peers.liger, True),
-    "Liger, chunk x 8": (partial(peers.liger, chunks=8), True),
-    "Liger, chunk x 64": (partial(peers.liger, chunks=64), True),
-    "Liger, chunk x 512": (partial(peers.liger, chunks=512), True),
-    "QuACK": (peers.quack, True),
-    "QuACK, scaled exp": (partial(peers.quack, scaled_exp=True), True),
+    "official, eager": Peer(peers.eager),
+    "official, torch.compile": Peer(peers.compiled),
+    "official, torch.compile max-autotune": Peer(peers.max_autotune),
+    "official, bf16 autocast": Peer(peers.autocast, rounds=True),
+    "Lightly": Peer(peers.lightly),
+    "flash attention, V = K": Peer(peers.flash_attention),
+    "Inf-CL": Peer(peers.inf_cl),
+    "torch linear_cross_entropy": Peer(peers.torch_linear, True),
+    "torch linear_cross_entropy, chunks": Peer(partial(peers.torch_linear, chunked=True), True),
+    "torch linear_cross_entropy, chunks of 64": Peer(partial(peers.torch_linear, chunked=True, rows=64), True),
+    "Cut Cross-Entropy, exact": Peer(peers.cut_cross_entropy, True, True),
+    "Liger": Peer(peers.liger, True, True),
+    "Liger, chunk x 8": Peer(partial(peers.liger, chunks=8), True, True),
+    "Liger, chunk x 64": Peer(partial(peers.liger, chunks=64), True, True),
+    "Liger, chunk x 512": Peer(partial(peers.liger, chunks=512), True, True),
+    "Liger, CuTe": Peer(peers.liger_hopper, True, True),
+    "Liger, CuTe scaled": Peer(peers.liger_hopper_scaled, True, True),
+    "QuACK": Peer(peers.quack, True, True),
+    "QuACK, scaled exp": Peer(partial(peers.quack, scaled_exp=True), True, True),
 }
 
 
@@ -79,26 +96,75 @@ def bench_info_nce(compare, device, case):
     if device.type == "cuda" and queue_dtype == torch.float32:
         rows.append(Row("ours, tf32", _in_tf32(ours), value=_in_tf32(ours), tolerance=ROUNDED, **both))
     skipped = {}
-    for name, (make, others_too) in PEERS.items():
-        try:
-            run = make(problem)
-            first = run()  # what is checked: Lightly's next call has these keys in its queue
-        except peers.Unavailable as why:
-            skipped[name] = str(why)
-            continue
-        except Exception as error:  # a peer's own failure is a finding, not ours
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            continue
-        tolerance = 1e-5 if queue_dtype == torch.float32 and "autocast" not in name else ROUNDED
-        if "Liger" in name or "QuACK" in name or "Cut" in name:
-            tolerance = ROUNDED
-        want = problem.exact_of_classes if others_too else problem.exact
-        rows.append(Row(name, run, value=lambda first=first: first, want=want, tolerance=tolerance, **both))
+    for name, peer in PEERS.items():
+        tolerance = 1e-5 if queue_dtype == torch.float32 and not peer.rounds else ROUNDED
+        want = problem.exact_of_classes if peer.in_batch else problem.exact
+        add_peer(rows, skipped, name, partial(peer.make, problem), want, tolerance, **both)
     if device.type == "cuda":
         rows += _device_limits(device, queue_dtype)
     else:
         rows.append(cache_limit(problem.query.detach(), K, 2 * product))
     compare(f"info_nce N={N} K={K} C={C} {str(queue_dtype)[6:]} queue", rows, problem.exact, skipped)
+
+
+def add_peer(rows, skipped, name, make: Callable[[], Callable[[], torch.Tensor]], want, tolerance, **work) -> None:
+    """Add the row of a peer that ``make`` makes. A peer that fails, or is wrong, costs its own row only."""
+    try:
+        run = make()
+        first = run()  # what is checked: Lightly's next call has these keys in its queue
+        run()
+        error = ((first.double() - want).norm() / want.norm()).item()
+    except peers.Unavailable as why:
+        skipped[name] = str(why)
+    except Exception as failure:
+        skipped[name] = f"{type(failure).__name__}: {str(failure).split(chr(10))[0][:200]}"
+    else:
+        if error <= tolerance:
+            rows.append(Row(name, run, value=lambda: first, want=want, tolerance=tolerance, **work))
+        else:
+            skipped[name] = f"wrong: relative error {error:.0e}, expected at most {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "forward"])
+@pytest.mark.parametrize("N", [32, 256], ids=lambda N: f"N{N}")
+def bench_linear_cross_entropy(benchmark, compare, device, N, gradient, threads):
+    """Against torch's own fused loss of a linear layer, for whose problem ours takes the keys of the batch, too."""
+    if device.type == "cuda":
+        pytest.skip("CPU threads; bench_info_nce has it on a GPU")
+    if not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("needs torch 2.13")
+    K, C = 65536, 128
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        problem = problem_of(N, K, C, torch.float32, device)
+        work = {"flops": (2 + 2 * gradient) * N * K * C, "bytes": problem.queue.nbytes + 4 * problem.query.nbytes}
+        want = [getattr(problem, name) if gradient else problem.exact_loss(name != "exact")
+                for name in ("exact", "exact_of_classes")]  # fmt: skip
+
+        def ours(in_batch: bool = False) -> torch.Tensor:
+            return moco_ext.info_nce(problem.query, problem.key, problem.queue, T, in_batch=in_batch)
+
+        def timed(loss: peers.Loss) -> Callable[[], torch.Tensor]:
+            if gradient:
+                return lambda: problem.gradient(loss())
+            return torch.no_grad()(loss)
+
+        both = {"ours": timed(ours), "ours, in_batch": timed(partial(ours, True))}
+        rows = [Row(name, run, value=run, want=want[i], **work) for i, (name, run) in enumerate(both.items())]
+        ways = {"reference": {}, "chunks": {"chunked": True}, "chunks of 64": {"chunked": True, "rows": min(N, 64)}}
+        skipped = {}
+        for name, options in ways.items():
+            make = partial(peers.torch_linear_loss, problem, **options)
+            add_peer(rows, skipped, name, lambda make=make: timed(make()), want[1], 1e-5, **work)
+        mode = "gradient" if gradient else "forward"
+        group = f"linear_cross_entropy N={N} K={K} C={C} float32 queue, {mode}, {threads} threads"
+        benchmark.extra_info["load"] = [os.getloadavg()[0]]
+        compare(group, rows, want[0], skipped)
+        benchmark.extra_info["load"].append(os.getloadavg()[0])
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_tf32(run):

@@ -2,11 +2,14 @@
 
 A peer takes a :class:`Problem`, lays out what may be laid out beforehand, and returns what makes one gradient of the
 mean loss, [N, C] with respect to the raw queries. It raises :class:`Unavailable` where it cannot run.
+
+siglip-kernel is not a peer: its loss is a sigmoid of each pair, without a softmax over the queue.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,12 +62,16 @@ class Problem:
     def exact_of_classes(self) -> Tensor:  # the same with the other rows' positives among the negatives
         return self._exact(in_batch=True)
 
+    def exact_loss(self, in_batch: bool, query: Tensor | None = None) -> Tensor:  # in float64
+        query = self.query.detach().double() if query is None else query
+        return moco_ext.reference.info_nce(query, self.key.double(), self.queue.double(), self.T, in_batch=in_batch)
+
     def _exact(self, in_batch: bool) -> Tensor:
         wide = self.query.detach().double().requires_grad_()
-        loss = moco_ext.reference.info_nce(wide, self.key.double(), self.queue.double(), self.T, in_batch=in_batch)
-        return torch.autograd.grad(loss, wide)[0]
+        return torch.autograd.grad(self.exact_loss(in_batch, wide), wide)[0]
 
 
+Loss = Callable[[], Tensor]
 Gradient = Callable[[], Tensor]
 
 
@@ -78,6 +85,13 @@ def _module(name: str, package: str) -> Any:
 def _needs_cuda(problem: Problem) -> None:
     if not problem.query.is_cuda:
         raise Unavailable("needs a GPU")
+
+
+def _needs_hopper(problem: Problem) -> None:
+    if not problem.query.is_cuda or torch.cuda.get_device_capability(problem.query.device) != (9, 0):
+        raise Unavailable("needs a Hopper GPU")
+    if problem.queue.dtype != torch.bfloat16:
+        raise Unavailable("needs a bfloat16 queue")
 
 
 # --- the published formulation ----------------------------------------------------------------------------------------
@@ -143,6 +157,20 @@ def inf_cl(p: Problem) -> Gradient:
 # --- losses of linear layers: the classes are the queue's keys and all positives --------------------------------------
 
 
+def torch_linear_loss(p: Problem, chunked: bool = False, rows: int | None = None) -> Loss:
+    """torch's own: its reference implementation, or chunks of that many rows (None: its default, from the shape)."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable("needs torch 2.13")
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows) if chunked else None
+    classes, targets = p.classes, p.targets
+    return lambda: F.linear_cross_entropy((p.unit() / p.T).to(classes.dtype), classes, targets, options=options)
+
+
+def torch_linear(p: Problem, chunked: bool = False, rows: int | None = None) -> Gradient:
+    loss = torch_linear_loss(p, chunked, rows)
+    return lambda: p.gradient(loss())
+
+
 def cut_cross_entropy(p: Problem) -> Gradient:
     """Without its filter, which drops the gradient of small probabilities: here all are small."""
     _needs_cuda(p)
@@ -161,6 +189,31 @@ def liger(p: Problem, chunks: int = 1) -> Gradient:
         return p.gradient(functional.liger_fused_linear_cross_entropy(rows, classes, targets, chunk_mem_const=chunks))
 
     return run
+
+
+def liger_hopper(p: Problem) -> Gradient:
+    """Liger's CuTe kernels; the classes are padded beforehand to the 256 columns that each call would pad them to."""
+    _needs_hopper(p)
+    if len(p.query) % 128 or len(p.classes) % 256:
+        raise Unavailable("needs N divisible by 128, K + N by 256")
+    kernels = _module("liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90", "liger-kernel[cutedsl]")
+    pad, targets = (0, -p.query.shape[1] % 256), p.targets
+    classes = F.pad(p.classes, pad)
+
+    def run():
+        rows = F.pad((p.unit() / p.T).to(classes.dtype), pad)
+        return p.gradient(kernels.liger_fused_linear_cross_entropy_sm90(rows, classes, targets))
+
+    return run
+
+
+def liger_hopper_scaled(p: Problem) -> Gradient:
+    """Liger's CuTe kernels that never write the logits; without their check of the targets, which synchronizes."""
+    _needs_hopper(p)
+    kernels = _module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90", "liger-kernel[cutedsl]")
+    os.environ["LIGER_SCALED_CE_SM90_VALIDATE_TARGETS"] = "0"
+    loss, classes, targets = kernels.LigerFusedScaledCrossEntropySM90Function.apply, p.classes, p.targets
+    return lambda: p.gradient(loss(p.unit().to(classes.dtype), classes, targets, p.T).mean())
 
 
 def quack(p: Problem, scaled_exp: bool = False) -> Gradient:

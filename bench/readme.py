@@ -126,6 +126,37 @@ def sweep_section(report: dict) -> str:
     return "\n".join(lines)
 
 
+def linear_section(report: dict) -> str:
+    """One line per shape and number of threads, against torch's fused loss of a linear layer."""
+    loads = [load for b in report["benchmarks"] for load in b["extra_info"].get("load", ())]
+    columns = {
+        "same problem": "ours, in_batch",
+        "reference": "reference",
+        "chunks": "chunks",
+        "chunks of 64": "chunks of 64",
+    }
+    lines = [
+        f"{heading(report)}; load average {min(loads):.0f} to {max(loads):.0f}.",
+        "",
+        f"| N | work | threads | ours, ms | {' | '.join(columns)} |",
+        "|--:|---|--:|--:|" + "--:|" * len(columns),
+    ]
+    for benchmark in report["benchmarks"]:
+        shape = re.match(
+            r"linear_cross_entropy N=(\d+) K=65536 C=128 float32 queue, (\w+), (\d+) threads", benchmark["group"]
+        )
+        if shape is None:
+            continue
+        rows, skipped = benchmark["extra_info"]["rows"], benchmark["extra_info"]["skipped"]
+        n, mode, threads = shape.groups()
+        work = "loss and gradient" if mode == "gradient" else "loss"
+        cells = [f"{statistics.median(ratios(rows[name], rows['ours'])):.2f}" if name in rows else skipped[name]
+                 for name in columns.values()]  # fmt: skip
+        ours = f"{statistics.median(rows['ours']['ms']):.3g}"
+        lines.append("| " + " | ".join([n, work, threads, ours, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def loader_section(report: dict) -> str:
     machine, commit = report["machine_info"], report["commit_info"]["id"][:10]
     name = machine["cpu"].get("brand_raw", machine["machine"])
@@ -185,6 +216,7 @@ def sections() -> dict[str, str]:
         "bench-gpu": ("h200", summary_section),
         "cpu": ("cpu", report_section),
         "sweep": ("sweep", sweep_section),
+        "linear": ("linear-cross-entropy", linear_section),
         "h200": ("h200", report_section),
         "loader": ("loader", loader_section),
     }

@@ -36,7 +36,9 @@ def table(found: dict) -> str:
                  for way, peak in found["peaks"].items()]  # fmt: skip
         return "\n".join(["| | MB beyond the inputs |", "|---|---|", *lines])
     rows = found["rows"]
-    parts = ["\n".join([HEAD, *(_line(name, rows) for name in rows)])]
+    skipped = dict(found.get("skipped") or {})
+    wrong = [f"| {name} | {skipped.pop(name)} {'|' * 8}" for name in list(skipped) if skipped[name].startswith("wrong")]
+    parts = ["\n".join([HEAD, *(_line(name, rows) for name in rows), *wrong])]
     if any(row["wall_ms"] != row["ms"] for row in rows.values()):
         walls = (f"{name} {statistics.median(row['wall_ms']):.3g}" for name, row in rows.items())
         parts.append("Wall clock, ms: " + ", ".join(walls) + ".")
@@ -45,8 +47,8 @@ def table(found: dict) -> str:
             own = name.replace("encoders alone", "ours")
             share = 1 - statistics.median(ratios(rows[name], rows[own]))
             parts.append(f"Not encoder of *{own}*: {100 * share:.1f} %.")
-    if found.get("skipped"):
-        parts.append("Skipped: " + "; ".join(f"{name} ({why})" for name, why in found["skipped"].items()) + ".")
+    if skipped:
+        parts.append("Skipped: " + "; ".join(f"{name} ({why})" for name, why in skipped.items()) + ".")
     return "\n\n".join(parts)
 
 

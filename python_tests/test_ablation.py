@@ -54,6 +54,13 @@ def test_one_at_a_time_changes_one_thing_and_goes_seed_by_seed():
     ]
 
 
+def test_a_default_queue_dtype_follows_the_mechanism():
+    axes = {"dictionary": ["queue", "memory-bank"]}
+    assert [r.config.queue_dtype for r in make_grid(tiny(precision="bf16"), axes, [0]).runs] == ["bf16", "fp32"]
+    explicit = make_grid(tiny(precision="bf16", queue_dtype="fp16"), axes, [0])
+    assert [run.config.queue_dtype for run in explicit.runs] == ["fp16", "fp16"]
+
+
 def test_the_base_is_in_every_table_even_if_unlisted():
     grid = make_grid(tiny(moco_k=100, split_bn=8), {"moco_k": [200, 50], "shuffle_bn": ["auto", "none"]}, [0])
     assert grid.tables["moco_k"] == [("50", "moco_k=50"), ("100", "base"), ("200", "moco_k=200")]

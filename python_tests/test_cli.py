@@ -1,6 +1,7 @@
 """``moco-ext``: whole commands, their flags, and errors of one line."""
 
 import builtins
+import dataclasses
 import json
 import re
 import subprocess
@@ -239,6 +240,10 @@ def test_estimated_memory():
     assert parts["encoders"] == 2 * parameters
     assert parts["gradients"] == parts["optimizer"] == parameters
     assert parts["dictionary"] == 1000 * 128 * 2 + 8  # the pointer
+    assert (
+        estimate(dataclasses.replace(config, queue_dtype=None, precision="fp16"), 32, 100, 8)["dictionary"]
+        == (parts["dictionary"])
+    )
     assert parts["images"] == 2 * 8 * 3 * 32 * 32 * 4
     twice = estimate(config, 32, 100, 16)
     assert twice["activations"] == pytest.approx(2 * parts["activations"], rel=0.02)  # BatchNorm keeps means too

@@ -56,6 +56,14 @@ def test_a_memory_bank_has_the_momentum_of_the_paper():
     assert resolve_config("digits", {"dictionary": "memory-bank", "moco_m": 0.9}).moco_m == 0.9
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_queue_has_the_dtype_of_the_precision(precision):
+    """A memory bank's features move by (1 - m), which 16 bits would round away."""
+    assert tiny(precision=precision).queue_dtype == precision
+    assert tiny(precision=precision, dictionary="memory-bank").queue_dtype == "fp32"
+    assert tiny(precision=precision, queue_dtype="fp16").queue_dtype == "fp16"
+
+
 def test_learning_rates_by_epochs():
     step = tiny(lr=1.0, epochs=200)
     assert [step.learning_rate(epoch * 10, 10) for epoch in (0, 119)] == [1.0, 1.0]

@@ -17,8 +17,10 @@ pytest.importorskip("tensorboard")
 from rich.console import Console
 from training import assert_equal_states, environment, few_digits, run_in, state_of, tiny
 
+from moco_ext.runs.directory import claim
 from moco_ext.runs.metrics import read_metrics
 from moco_ext.train import build_model, pretrain
+from moco_ext.train.config import DTYPES
 from moco_ext.train.trainer import Trainer
 
 # What a machine's speed decides, and what only the running process knows (see Health).
@@ -128,6 +130,31 @@ def test_changed_settings_are_printed(digits, tmp_path):
     assert "resumed with changed settings: epochs 1 -> 2, lr 0.03 -> 0.06\n" in options.console.file.getvalue()
     pretrain(tiny(epochs=2, lr=0.06), digits, options)
     assert options.console.file.getvalue().count("changed settings") == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_16_bit_queue_is_saved_in_float32(digits, tmp_path, precision):
+    """As with a float32 queue: what reads checkpoints need not know the queue's dtype."""
+    config = tiny(epochs=1, precision=precision)
+    model = build_model(config)
+    pretrain(config, digits, run_in(tmp_path), model)
+    assert model.queue.dtype == DTYPES[precision]
+    saved = state_of(tmp_path)["module.queue"]
+    assert saved.dtype == torch.float32
+    assert torch.equal(saved, model.queue.T.float())
+
+
+def test_a_float32_queue_is_resumed_in_16_bits(digits, tmp_path):
+    """Runs under --precision once kept a float32 queue by default."""
+    pretrain(tiny(epochs=1, precision="bf16", queue_dtype="fp32"), digits, run_in(tmp_path))
+    before = state_of(tmp_path)["module.queue"]
+    options = run_in(tmp_path, resume="auto")
+    options.console = Console(file=io.StringIO(), width=200)
+    with claim(options):
+        trainer = Trainer(tiny(epochs=2, precision="bf16"), digits, options, None)
+    assert torch.equal(trainer.model.queue, before.T.bfloat16())
+    assert "changed settings: epochs 1 -> 2, queue_dtype fp32 -> bf16\n" in options.console.file.getvalue()
+    assert not torch.equal(before, before.bfloat16().float())
 
 
 def test_resume_with_another_seed_is_refused(digits, tmp_path):

@@ -25,16 +25,20 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     **more: Any,
 ) -> None:
-    """Write a checkpoint atomically, in the official layout: names in ``state_dict`` start with ``module.``.
+    """Write a checkpoint atomically, in the official layout: names in ``state_dict`` start with ``module.``, and the
+    queue is float32, also of a model that keeps it in 16 bits.
 
     Args:
         epoch: number of completed epochs, as in the official trainer.
         more: further entries that the trainer needs to resume, tensors and plain containers.
     """
+    state = model.state_dict()
+    if "queue" in state:
+        state["queue"] = state["queue"].to(torch.promote_types(state["queue"].dtype, torch.float32))
     checkpoint = {
         "epoch": epoch,
         "arch": arch,
-        "state_dict": with_prefix(DDP_PREFIX, model.state_dict()),
+        "state_dict": with_prefix(DDP_PREFIX, state),
         "optimizer": optimizer.state_dict(),
         **more,
     }

@@ -171,6 +171,9 @@ def _configure(base: PretrainConfig, setting: Setting, groups: int) -> PretrainC
         changes["split_bn"] = groups
     if changes.get("dictionary", base.dictionary) != base.dictionary:
         changes.setdefault("key_encoder", None)
+        default: Setting = {"queue_dtype": None}
+        if base == dataclasses.replace(base, **default):  # it depends on the mechanism
+            changes |= default
         if changes["dictionary"] == "memory-bank":
             changes["moco_m"] = 0.5  # of the features, as in the paper's comparison
     return dataclasses.replace(base, **changes)

@@ -45,6 +45,8 @@ class PretrainConfig:
             or as further positives.
         in_batch: use the other keys of the batch as negatives too.
         empty_queue: start with an empty queue instead of random keys.
+        queue_dtype: of the keys in memory; None becomes ``precision`` for a queue, and "fp32" for a memory bank: its
+            features move by (1 - m), which 16 bits would round away at a large m.
         symmetric: use each view as query and as key; the loss is the mean of both.
         views: whole images, or sets of ``patches`` patches.
         crop_min: smallest share of the image's area that a view shows.
@@ -146,7 +148,9 @@ class PretrainConfig:
     symmetric: bool = setting(
         False, help="use each view as query and as key; the loss is the mean of both", group=_CONTRAST
     )
-    queue_dtype: str = setting("fp32", valid=one_of(*DTYPES), help="dtype of the stored keys", group=_CONTRAST)
+    queue_dtype: str = setting(
+        None, valid=one_of(*DTYPES), shown="that of --precision", help="dtype of the stored keys", group=_CONTRAST
+    )
     shuffle_bn: str = setting(
         "auto",
         valid=one_of(*MODES),
@@ -184,6 +188,8 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.queue_dtype is None:  # what runs save and compare is the dtype itself
+            object.__setattr__(self, "queue_dtype", self.precision if self.dictionary == "queue" else "fp32")
         if self.symmetric and self.dictionary == "memory-bank":
             raise ValueError("symmetric: expected a mechanism with two views, got dictionary memory-bank")
         if self.symmetric and self.shuffle_bn == "loader":
