@@ -29,8 +29,9 @@ SOURCES = ("CMakeLists.txt", "setup.py", "csrc", "moco_ext", "python_tests", "be
 TIMEOUT, NOT_FOUND, NOT_RUN = 124, 127, -1
 KEPT = 30000  # characters of output
 PASSES = ("portable", "Hopper")  # MOCO_EXT_SM90 of 0 and 1; the end of a case's name
-KERNELS = ("info_nce", "info_nce_options")  # tests of the kernels that have both passes
-OTHERS = ("momentum_update --large", "enqueue", "l2_normalize")
+OPS = sorted(path.stem[5:-5] for path in ROOT.glob("csrc/tests/test_*_cuda.cu"))
+KERNELS = [op for op in OPS if op.startswith("info_nce")]  # these have both passes
+OTHERS = [op for op in OPS if op not in KERNELS]
 # Arguments of probe_cuda -> goal on an H200, microseconds; 0: none
 PROBES = {
     "info_nce 256 65536 128 bfloat16": 18,
@@ -75,20 +76,20 @@ def build() -> Iterator[Group]:
 def sanitize(tool: str) -> Group:
     sanitizer = f"compute-sanitizer --tool {tool} --error-exitcode 9"
     cases = [(f"{tool} {op}, {p}", f"{sanitizer} gpu_test_{op} 10", 120.0) for op in KERNELS for p in PASSES]
-    return 4, cases + [(f"{tool} {op.split()[0]}", f"{sanitizer} gpu_test_{op.split()[0]}", 120.0) for op in OTHERS]
+    return 4, cases + [(f"{tool} {op}", f"{sanitizer} gpu_test_{op}", 120.0) for op in OTHERS]
 
 
 def bench(name: str, which: str = "", limit: float = 120, peers: str = "") -> Case:
     select = f"cuda and {which}" if which else "cuda"
     label = f"bench {name} {which} {'torch' if peers == TORCH else ''}".strip()
-    return label, (f"python -m pytest bench/bench_{name}.py -q -s -rs -k '{select}' --keys {2**24} --peers '{peers}' "
+    return label, (f"python -m pytest bench/bench_{name}.py -q -s -rs -k '{select}' --keys={2**24} '--peers={peers}' "
                    "--benchmark-json=REPORT"), limit  # fmt: skip
 
 
 def stage_1() -> Iterator[Group]:
     yield from build()
     tests = [(f"{op}, portable", f"gpu_test_{op}", 90.0) for op in KERNELS]
-    yield 5, tests + [(op, f"gpu_test_{op}", 90) for op in OTHERS]
+    yield 6, tests + [(op, f"gpu_test_{op} --large", 90) for op in OTHERS]  # momentum_update: beyond 2^31 elements
     yield 1, [(f"probe {what}, {p}", f"probe_cuda {what}", 20) for what in PROBES for p in PASSES
               if p == "portable" or what.startswith("info_nce")]  # fmt: skip
     yield 1, [("limit: GEMM", "python bench/gemm_limit.py", 60)]
@@ -122,6 +123,7 @@ def stage_4() -> Iterator[Group]:
     yield sanitize("synccheck")
     yield 1, [bench(name) for name in ("momentum_update", "enqueue", "host", "shuffle", "memory")]
     yield sanitize("initcheck")
+    yield 1, [("pytest all", "python -m pytest python_tests -q -m 'not slow'", 300)]
 
 
 STAGES = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4}
@@ -130,6 +132,7 @@ STAGES = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4}
 class Runner:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.out, self.kept, self.only, self.python = arguments.out, arguments.kept, arguments.only, arguments.python
+        self.limit = arguments.limit
         self.running: set[int] = set()  # process groups
         self.tree = tree()
         ncu = sorted(Path("/opt/nvidia/nsight-compute").glob("*"))
@@ -166,23 +169,23 @@ class Runner:
 
     def record(self, case: Case, deadline: float) -> dict:
         """The case's record: an earlier one, or that of running it now."""
-        name, command, limit = case
+        name, command, limit = case[0], case[1], min(case[2], self.limit)
         record = {"name": name, "command": command, "status": NOT_RUN, "seconds": 0.0, "output": ""}
         selected = self.only is not None and re.search(self.only, name) is not None
         earlier = self.earlier(name)
         if earlier is not None and not selected:
             return earlier
         left = deadline - time.monotonic()
-        hopper = [(self.earlier(f"{op}, Hopper") or {"status": NOT_RUN})["status"] for op in KERNELS]
-        tested = name not in (f"{op}, Hopper" for op in KERNELS)
+        tests = [f"{op}, Hopper" for op in KERNELS]
+        hopper = [(self.earlier(test) or {"status": NOT_RUN})["status"] for test in tests]
         if self.only is not None and not selected and name != "build":
             return record | {"output": "not selected"}
-        if name.endswith(", Hopper") and tested and hopper[0] not in (0, 1):  # it hung or crashed: this would too
+        if name.endswith(", Hopper") and name not in tests and hopper[0] not in (0, 1):  # it would hang or crash, too
             return record | {"output": f"the kernel tests ended with status {hopper[0]}"}
         if left < min(10, limit):
             return record | {"output": "no time left"}
         # What names no pass takes Hopper's if that has passed its tests.
-        enabled = not name.endswith("portable") and (name.endswith("Hopper") or hopper == [0, 0])
+        enabled = not name.endswith("portable") and (name.endswith("Hopper") or not any(hopper))
         started = time.monotonic()
         status, output = self.run(name, command, min(limit, left), {"MOCO_EXT_SM90": str(int(enabled))})
         counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output)}
@@ -242,7 +245,7 @@ class Runner:
         if groups:
             report["benchmarks"] = list(groups.values())
             if commit:  # pytest-benchmark finds it only in a git checkout
-                report["commit_info"] = {"id": commit, "dirty": False}
+                report["commit_info"] = {"id": commit, "dirty": commit.endswith("-dirty")}
             write(self.out / "bench.json", report)
 
 
@@ -299,6 +302,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results")
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "gpu-cases", help="folder of finished cases")
     parser.add_argument("--minutes", type=float, default=9, help="limit of a stage")
+    parser.add_argument("--limit", type=float, default=420, help="longest limit of a case, in seconds")
     parser.add_argument("--only", help="run only the cases whose name matches, also those that have ended before")
     parser.add_argument("--python", default=sys.executable)
     arguments = parser.parse_args()
