@@ -144,10 +144,10 @@ class Rehearsal:
 
     def check_children(self) -> None:
         """None of the processes that hang runs any more."""
-        children = (self.folder / "children").read_text().split()
+        states = ["ps", "-o", "s=", *(self.folder / "children").read_text().split()]
         deadline = time.monotonic() + 10
-        while set(subprocess.run(["ps", "-o", "s=", *children], capture_output=True, text=True).stdout.split()) - {"Z"}:
-            assert time.monotonic() < deadline, children
+        while set(subprocess.run(states, capture_output=True, text=True).stdout.split()) - {"Z"}:
+            assert time.monotonic() < deadline, states
             time.sleep(0.1)
 
 

@@ -35,9 +35,9 @@ cudaDeviceProp device;
 template <typename T>
 __global__ void fill_kernel(T* x, int64_t n, float limit, uint32_t seed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
-    uint32_t h = static_cast<uint32_t>(i) * 0x9e3779b9u + seed * 0x85ebca6bu + static_cast<uint32_t>(i >> 32);
-    h = (h ^ (h >> 16)) * 0x7feb352du;
-    h = (h ^ (h >> 15)) * 0x846ca68bu;
+    uint32_t h = static_cast<uint32_t>(i) * 0x9e3779b9 + seed * 0x85ebca6b + static_cast<uint32_t>(i >> 32);
+    h = (h ^ (h >> 16)) * 0x7feb352d;
+    h = (h ^ (h >> 15)) * 0x846ca68b;
     h ^= h >> 16;
     x[i] = static_cast<T>(limit * (static_cast<float>(h) * 0x1p-31f - 1));
   }
