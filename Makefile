@@ -25,7 +25,7 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow docs bench lint native-test gpu gpu-build gpu-test gpu-sanitize gpu-bench clean
+.PHONY: demo test test-slow docs bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
@@ -83,12 +83,19 @@ native-test: $(VENV)/installed
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --parallel 2
 
-# On a machine with a GPU, with the torch of $(PYTHON); needs no network. JSON goes to $(OUT). OPS="enqueue ..." selects
-# kernels.
+# On a machine with a GPU, with the torch of $(PYTHON); needs no network. JSON goes to $(OUT). STAGE="1 2" or gpu-1 .. gpu-4
+# selects stages, MINUTES limits each, ONLY=expression selects cases.
 OUT ?= build/gpu
-gpu: gpu-build gpu-test gpu-sanitize gpu-bench
-gpu-build gpu-test gpu-sanitize gpu-bench: gpu-%:
-	$(PYTHON) tools/gpu.py $* --out $(OUT) $(if $(OPS),--ops $(OPS))
+COMMIT ?= $(shell git describe --always --abbrev=40 --dirty 2>/dev/null)
+gpu gpu-1 gpu-2 gpu-3 gpu-4: export COMMIT := $(COMMIT)
+gpu:
+	$(PYTHON) tools/gpu.py $(STAGE) --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only '$(ONLY)')
+gpu-1 gpu-2 gpu-3 gpu-4: gpu-%:
+	$(MAKE) gpu STAGE=$*
+
+# The same script with stand-ins for the programs of a GPU machine.
+gpu-rehearsal: $(VENV)/installed
+	$(BIN)/python tools/gpu_rehearsal.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info moco_ext/lib moco_ext/_C*.so compile_commands.json

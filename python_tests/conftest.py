@@ -6,7 +6,8 @@ import hypothesis
 import pytest
 import torch
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+# MOCO_EXT_TEST_DEVICES=cuda leaves out the CPU, for `make gpu`.
+DEVICES = os.environ.get("MOCO_EXT_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_available() else "cpu").split(",")
 
 # No deadline: a first call loads libraries and starts threads, which says nothing about the op.
 hypothesis.settings.register_profile("local", deadline=None, max_examples=60)
@@ -26,6 +27,14 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(20)
+
+
+@pytest.fixture
+def exact_convolutions(monkeypatch):
+    """For steps that must agree with other steps. By default cuDNN rounds operands to TF32, which has 11 bits, and sums
+    the gradient of weights by atomic additions, whose order differs from run to run."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ def step(model, optimizer, batch):
     return out
 
 
+@pytest.mark.usefixtures("exact_convolutions")
 @pytest.mark.parametrize("mlp", [False, True])
 def test_steps_match_the_official_formulation(device, mlp):
     """Same start, same batches, 20 steps: losses, queue, pointer and both encoders stay within float32 rounding."""

@@ -60,9 +60,13 @@ def test_a_step_never_waits_for_the_device(autocast, options):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("exact_convolutions")
 @pytest.mark.parametrize("queue_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_step_in_one_cuda_graph_is_the_eager_step(queue_dtype):
-    """Queue pointer, momentum update and enqueue are all on the device, so replays move on as eager steps do."""
+    """Queue pointer, momentum update and enqueue are all on the device, so replays move on as eager steps do.
+
+    Only within rounding: during capture cuBLAS has another workspace, and may choose another algorithm.
+    """
     eager, graphed = (Steps(moco(queue_dtype=queue_dtype), views(0)) for _ in range(2))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -79,25 +83,21 @@ def test_a_step_in_one_cuda_graph_is_the_eager_step(queue_dtype):
         for steps in (eager, graphed):
             steps.show(views(i))
         graph.replay()
-        torch.testing.assert_close(loss, eager(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss, eager(), rtol=1e-4, atol=1e-6)
     assert graphed.model.queue_ptr.item() == eager.model.queue_ptr.item()
     torch.testing.assert_close(graphed.model.queue.float(), eager.model.queue.float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("exact_convolutions")
 def test_losses_are_those_of_the_cpu():
     """Twenty steps of the same seed: float32 convolutions on two devices drift apart slowly."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        losses = {}
-        for device in ("cpu", "cuda"):
-            step = Steps(moco(device), views(0, device))
-            losses[device] = []
-            for i in range(20):
-                step.show(views(i, device))
-                losses[device].append(step().item())
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+    losses = {}
+    for device in ("cpu", "cuda"):
+        step = Steps(moco(device), views(0, device))
+        losses[device] = []
+        for i in range(20):
+            step.show(views(i, device))
+            losses[device].append(step().item())
     torch.testing.assert_close(torch.tensor(losses["cuda"]), torch.tensor(losses["cpu"]), rtol=1e-3, atol=1e-3)
 
 
