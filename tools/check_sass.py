@@ -39,11 +39,21 @@ def find_cuobjdump() -> str:
     return found
 
 
+def cuobjdump(binary: str, *options: str) -> str:
+    return subprocess.run([find_cuobjdump(), *options, binary], capture_output=True, text=True, check=True).stdout
+
+
+def find_architectures(library: str) -> list[str]:
+    return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump(library, "--list-elf"))))
+
+
+def split_functions(sass: str) -> dict[str, str]:
+    return dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+
+
 def check(architecture: str, sass: str) -> list[str]:
     problems = []
-    functions = {
-        name.strip(): code for name, code in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S)
-    }
+    functions = split_functions(sass)
     rules = RULES | (HOPPER_RULES if architecture == "sm_90a" else {})
     for part, (count, wanted, unwanted) in rules.items():
         kernels = {name: code for name, code in functions.items() if part in name}
@@ -60,15 +70,10 @@ def check(architecture: str, sass: str) -> list[str]:
 def main() -> int:
     default = Path(__file__).parent.parent / "moco_ext" / "lib" / "libmoco_ext_cuda.so"
     library = sys.argv[1] if len(sys.argv) > 1 else str(default)
-    cuobjdump = find_cuobjdump()
-
-    def run(*options: str) -> str:
-        return subprocess.run([cuobjdump, *options, library], capture_output=True, text=True, check=True).stdout
-
-    architectures = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", run("--list-elf"))))
+    architectures = find_architectures(library)
     problems = [] if architectures else [f"no machine code in {library}"]
     for architecture in architectures:
-        problems += check(architecture, run("--dump-sass", "-arch", architecture))
+        problems += check(architecture, cuobjdump(library, "--dump-sass", "-arch", architecture))
     print(*problems, sep="\n")
     print(f"{'wrong' if problems else 'as expected'}: {', '.join(architectures)}")
     return int(bool(problems))
