@@ -64,7 +64,7 @@ def estimate():
 
 
 def test_instructions_of_the_main_loop_by_pipe(estimate):
-    body, rare = estimate.split_rare(estimate.main_loop(estimate.parse(PORTABLE)))
+    body, rare = estimate.split_rare(estimate.find_loop(estimate.parse(PORTABLE), "HG?MMA"))
     assert [i.opcode for i in rare] == ["ISETP", "BRA", "FSEL", "FMUL"]
     pipes = ["other", "other", "shared", "shared", "tensor", "other", "alu", "shared", "other"]
     assert [i.pipe for i in body] == [*pipes, "fma", "mufu", "imad", "uniform", "other"]
@@ -82,13 +82,22 @@ def test_instructions_of_the_main_loop_by_pipe(estimate):
 
 
 def test_warpgroup_products_and_the_code_that_they_do_not_cover(estimate):
-    loop = estimate.main_loop(estimate.parse(HOPPER))
+    loop = estimate.find_loop(estimate.parse(HOPPER), "HG?MMA")
     assert [hex(loop[0].address), hex(loop[-1].address)] == ["0x0", "0xa0"]
     assert [i.opcode for i in estimate.exposed(loop)] == ["WARPGROUP", "BRA", "FMUL", "F2FP", "BRA"]
     cycles = estimate.warp_cycles(loop)
     assert cycles["tensor"] == pytest.approx(3 * 64 / 0.83)  # 64 x 128 x 16 multiply-adds at 2,048 per cycle
     # One product reads 64 rows and 128 rows of 32 bytes, two read only the 128; a warp counts a quarter.
     assert cycles["shared"] == 4 * (192 + 128 + 128) * 32 / 4 / 128
+
+
+def test_cycles_of_a_tile(estimate):
+    loops = (estimate.split_rare(estimate.find_loop(estimate.parse(PORTABLE), "HG?MMA"))[0], [])
+    # 4 warps, one per scheduler; 16 x 8 x 16 multiply-adds each.
+    cycles = estimate.tile_cycles("portable", estimate.Tile("", rows=64, keys=8), 16, 128, loops)
+    assert cycles == {"bound": "shared", "low": 36, "high": pytest.approx(36 * estimate.STALLS)}
+    with pytest.raises(SystemExit, match=r"portable: 0.5 products of \[128, 8, 16\]: update TILES"):
+        estimate.tile_cycles("portable", estimate.Tile("", rows=128, keys=8), 16, 128, loops)
 
 
 def test_splits_are_the_launchers(estimate):

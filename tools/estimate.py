@@ -9,7 +9,7 @@ The counts are exact for one version of nvcc. The estimate is a model, not a mea
 What is counted: one iteration of the main loop, for one warp. The main loop is the innermost loop with tensor
 instructions, and of several the one with the most. A forward branch that can skip code without tensor instructions
 and copies makes that code rare: masks, the end of the last tile, a new maximum. Rare code is counted separately and
-costs nothing in the estimate.
+costs nothing in the estimate. A nested loop counts once; the estimate multiplies the one that splits float32 keys.
 """
 
 from __future__ import annotations
@@ -67,22 +67,33 @@ class Tile:
     kernel: str  # its name without namespaces, as a pattern
     rows: int  # of a block
     keys: int  # of a tile
+    terms: int = 0  # of float32 keys, which a loop writes to shared memory
 
 
-# The kernels of the goals' shapes. FLOPs of the loop are checked against rows and keys.
+# Queue, C and pass of the goals' kernels. FLOPs of the loop are checked against rows and keys.
 TILES = {
-    "bf16, 128, portable": Tile(r"info_nce_mma_kernel<__nv_bfloat16, false, 128, \(MmaPass\)1>", 64, 64),
-    "float32, 128, portable": Tile(r"info_nce_mma_kernel<float, true, 128, \(MmaPass\)1>", 64, 32),
-    "float32 by tf32, 128, portable": Tile(r"info_nce_mma_kernel<float, false, 128, \(MmaPass\)1>", 64, 32),
-    "bf16, 768, portable": Tile(r"info_nce_mma_kernel<__nv_bfloat16, false, 768, \(MmaPass\)1>", 32, 16),
-    "bf16, 128, Hopper": Tile(r"info_nce_sm90_kernel<__nv_bfloat16, 128, true(, false)?>", 128, 128),
+    "bf16, 128, portable": Tile(
+        r"info_nce_mma_kernel<MmaTile<__nv_bfloat16, 1, 128>, 128, \(MmaPass\)1, false>", 128, 32
+    ),
+    "bf16, 768, portable": Tile(
+        r"info_nce_mma_kernel<MmaTile<__nv_bfloat16, 1, 768>, 768, \(MmaPass\)1, false>", 32, 16
+    ),
+    "float32, 128, portable": Tile(
+        r"info_nce_mma_kernel<MmaTile<float, 3, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=3
+    ),
+    "tf32, 128, portable": Tile(
+        r"info_nce_mma_kernel<MmaTile<float, 2, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=2
+    ),
+    "bf16, 128, Hopper": Tile(r"info_nce_sm90_kernel<__nv_bfloat16, 1, 128, true, false>", 128, 128),
+    "float32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 3, 128, true, false>", 128, 64, terms=3),
+    "tf32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 2, 128, true, false>", 128, 64, terms=2),
 }
-# N, K, C, queue, goal in us
+# N, K, C, queue, goal in us. tf32: a float32 queue with at least that accuracy.
 SHAPES = [
     (32, 65536, 128, "bf16", 9),
     (256, 65536, 128, "bf16", 18),
     (256, 65536, 128, "float32", 60),
-    (256, 65536, 128, "float32 by tf32", 34),
+    (256, 65536, 128, "tf32", 34),
     (1024, 65536, 128, "bf16", 54),
     (4096, 65536, 128, "bf16", 205),
     (256, 1048576, 128, "bf16", 205),
@@ -134,6 +145,10 @@ class Instruction:
         return 32 * (int(width[1]) // 8 if width else 4)
 
 
+# The main loop, and the one with the most stores to shared memory, which splits float32 keys into terms.
+Loops = tuple[list[Instruction], list[Instruction]]
+
+
 def parse(code: str) -> list[Instruction]:
     instructions = []
     for address, predicate, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?(.*?) ?;", code, re.M):
@@ -145,20 +160,24 @@ def parse(code: str) -> list[Instruction]:
     return instructions
 
 
-def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    loops = []
-    for last in instructions:
-        if last.target is not None and last.target <= last.address:
-            body = [i for i in instructions if last.target <= i.address <= last.address]
-            # Code that was moved out of the loop, behind EXIT, also branches back.
-            if any(i.pipe == "tensor" for i in body) and not any(i.opcode == "EXIT" for i in body):
-                loops.append(body)
+def find_loop(instructions: list[Instruction], wanted: str) -> list[Instruction]:
+    """The innermost loop with the wanted opcodes; of several, the one with the most."""
+
+    def wanted_in(loop: list[Instruction]) -> int:
+        return sum(re.fullmatch(wanted, i.opcode) is not None for i in loop)
 
     def contains(outer: list[Instruction], inner: list[Instruction]) -> bool:
         return outer is not inner and outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
 
+    loops = []
+    for last in instructions:
+        if last.target is not None and last.target <= last.address:
+            loop = [i for i in instructions if last.target <= i.address <= last.address]
+            # Code that was moved out of the loop, behind EXIT, also branches back.
+            if wanted_in(loop) and not any(i.opcode == "EXIT" for i in loop):
+                loops.append(loop)
     innermost = [loop for loop in loops if not any(contains(loop, other) for other in loops)]
-    return max(innermost, key=lambda loop: sum(i.pipe == "tensor" for i in loop), default=[])
+    return max(innermost, key=wanted_in, default=[])
 
 
 def split_rare(body: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
@@ -202,7 +221,7 @@ def warp_cycles(instructions: list[Instruction]) -> dict[str, float]:
     }
 
 
-def read_kernels(path: str) -> tuple[dict, dict[str, list[Instruction]], set[str]]:
+def read_kernels(path: str) -> tuple[dict, dict[str, Loops], set[str]]:
     """Architecture -> kernel -> counts; for sm_90a, kernel -> instructions of every iteration; versions of ptxas."""
     kernels: dict[str, dict] = {}
     loops = {}
@@ -221,10 +240,10 @@ def read_kernels(path: str) -> tuple[dict, dict[str, list[Instruction]], set[str
         functions = {name: code for name, code in split_functions(sass).items() if re.search(KERNELS, name)}
         names = demangle(list(functions))
         for name, code in functions.items():
-            loop = main_loop(parse(code))
-            if not loop and "HMMA" not in code and "HGMMA" not in code:
+            if not re.search(PIPES["tensor"], code):
                 continue  # an empty kernel, for another architecture
-            body, rare = split_rare(loop)
+            instructions = parse(code)
+            body, rare = split_rare(find_loop(instructions, PIPES["tensor"]))
             counts = Counter(i.pipe for i in body)
             used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources[name])}
             record = {
@@ -238,7 +257,7 @@ def read_kernels(path: str) -> tuple[dict, dict[str, list[Instruction]], set[str
             target = architecture or re.search(r"code for (sm_\w+)", sass)[1]
             kernels.setdefault(target, {})[names[name]] = record
             if target == "sm_90a":
-                loops[names[name]] = body
+                loops[names[name]] = (body, split_rare(find_loop(instructions, "STS"))[0])
     return kernels, loops, versions
 
 
@@ -265,15 +284,22 @@ def choose_splits(row_blocks: int, tiles: int, resident: int) -> int:
     return best
 
 
-def tile_cycles(name: str, tile: Tile, c: int, record: dict, body: list[Instruction]) -> dict:
+def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> dict:
     """Cycles of a multiprocessor for one tile of a block: with the busiest pipe always busy, and at worst."""
+    body, splitter = loops
     hopper = any(i.opcode == "HGMMA" for i in body)
-    warps = record["threads"] // 32 - (4 if hopper else 0)  # Hopper: one warpgroup only copies
+    warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer
     products = sum(i.tensor_fmas for i in body) * warps / (tile.rows * tile.keys * c)
     if products < 1 or products % 1 != 0:
-        raise SystemExit(f"{name}: {products:g} products of [{tile.rows}, {tile.keys}, {c}]: update TILES")
+        raise SystemExit(f"{label}: {products:g} products of [{tile.rows}, {tile.keys}, {c}]: update TILES")
     cycles = {pipe: warps / 4 * value for pipe, value in warp_cycles(body).items()}
-    if hopper:  # copies by the tensor copy engine
+    if tile.terms:
+        splitting = 4 if hopper else warps
+        written = splitting * sum(i.shared_bytes for i in splitter if i.opcode == "STS")
+        iterations = tile.keys * c * 2 * tile.terms / written - (not hopper)  # one is in the main loop
+        for pipe, value in warp_cycles(splitter).items():
+            cycles[pipe] += iterations * splitting / 4 * value
+    elif hopper:
         cycles["shared"] += tile.keys * c * 2 / SHARED_BYTES
     bound = max(cycles, key=lambda pipe: cycles[pipe])
     worst = STALLS * cycles[bound]
@@ -283,29 +309,31 @@ def tile_cycles(name: str, tile: Tile, c: int, record: dict, body: list[Instruct
 
 
 def estimate(n: int, k: int, c: int, queue: str, tile: Tile, record: dict, cycles: dict) -> dict:
+    rows, keys = tile.rows, tile.keys
+    if "sm90" in tile.kernel and 2 * n <= rows:  # both warpgroups have the same rows, each has its own keys
+        rows, keys = rows // 2, 2 * keys
     allocated = -(-record["registers"] // 8) * 8 * record["threads"]
-    row_blocks = -(-n // tile.rows)
-    tiles = -(-k // tile.keys)
-    resident = MULTIPROCESSORS * min(2, 65536 // allocated)
-    splits = choose_splits(row_blocks, tiles, resident)
+    row_blocks = -(-n // rows)
+    tiles = -(-k // keys)
+    splits = choose_splits(row_blocks, tiles, MULTIPROCESSORS * min(2, 65536 // allocated))
     tiles_of_multiprocessor = -(-row_blocks * splits // MULTIPROCESSORS) * -(-tiles // splits)
-    hbm = k * c * (4 if queue.startswith("float32") else 2) / HBM
-    rest = FIXED + 2 * splits * n * c * 4 / HBM
+    hbm = k * c * (2 if queue == "bf16" else 4) / HBM
+    rest = FIXED + 2 * splits * (keys // tile.keys) * n * c * 4 / HBM
     low, high = (max(hbm, tiles_of_multiprocessor * cycles[end] / CLOCK) + rest for end in ("low", "high"))
     return {"low": round(low, 1), "us": round((low + high) / 2, 1), "high": round(high, 1)}
 
 
-def estimates(kernels: dict, loops: dict[str, list[Instruction]]) -> dict[str, dict]:
+def estimates(kernels: dict, loops: dict[str, Loops]) -> dict[str, dict]:
     rows = {}
     for label, tile in TILES.items():
         names = [name for name in loops if re.fullmatch(tile.kernel, name)]
         if len(names) != 1:
             print(f"{label}: {len(names)} kernels match {tile.kernel}; left out", file=sys.stderr)
             continue
-        record, body = kernels["sm_90a"][names[0]], loops[names[0]]
+        record = kernels["sm_90a"][names[0]]
         for n, k, c, queue, goal in SHAPES:
             if label.startswith(f"{queue}, {c},"):
-                cycles = tile_cycles(label, tile, c, record, body)
+                cycles = tile_cycles(label, tile, c, record["threads"], loops[names[0]])
                 rows[f"{n}, {k}, {c}, {queue}, {label.split(', ')[-1]}"] = {
                     "kernel": names[0],
                     "tile": f"{tile.rows}, {tile.keys}",
@@ -374,7 +402,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
     kernels: dict[str, dict] = {}
-    loops: dict[str, list[Instruction]] = {}
+    loops: dict[str, Loops] = {}
     versions: set[str] = set()
     for path in arguments.files:
         found, bodies, version = read_kernels(path)
