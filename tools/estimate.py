@@ -79,7 +79,7 @@ TILES = {
         r"info_nce_mma_kernel<MmaTile<__nv_bfloat16, 1, 768>, 768, \(MmaPass\)1, false>", 32, 16
     ),
     "float32, 128, portable": Tile(
-        r"info_nce_mma_kernel<MmaTile<float, 3, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=3
+        r"info_nce_mma_kernel<MmaTile<float, 3, 128>, 128, \(MmaPass\)1, false>", 64, 16, terms=3
     ),
     "tf32, 128, portable": Tile(
         r"info_nce_mma_kernel<MmaTile<float, 2, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=2
