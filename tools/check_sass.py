@@ -18,16 +18,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import site_packages
 
-# Part of a kernel's name -> number of such kernels, instructions each must contain, instructions none may contain.
+# Pattern of kernels' names -> instructions each must contain, instructions none may contain. estimate.py compares the
+# list of InfoNCE kernels with a committed one.
 LOCAL_MEMORY = (r"\bLDL\b", r"\bSTL\b")
 RULES = {
-    # C in (64, 128, 256, 512, 768, 1024) x (4 operand types x with and without gradient + 3 for the gradient of keys)
-    "info_nce_mma_kernel": (66, (r"\bHMMA\.", r"\bLDSM\.", r"\bLDGSTS\.E\.BYPASS\S*\.128\b"), LOCAL_MEMORY),
-    # tables of 1, 64 and 1,000 tensors, and of 1 and 800 with low-precision copies
-    "momentum_update_kernel": (5, (r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
+    "info_nce_mma_kernel": ((r"\bHMMA\.", r"\bLDSM\.", r"\bLDGSTS\.E\.BYPASS\S*\.128\b"), LOCAL_MEMORY),
+    "momentum_update_kernel": ((r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
 }
-# C in (64, 128, 256) x two types x with and without gradient
-HOPPER_RULES = {"info_nce_sm90_kernel": (12, (r"\bHGMMA\.", r"\bUTMALDG\.2D\b", r"\bUSETMAXREG\b"), LOCAL_MEMORY)}
+HOPPER_RULES = {
+    "info_nce_sm90_kernel": ((r"\bHGMMA\.", r"\bUSETMAXREG\b"), LOCAL_MEMORY),
+    "info_nce_sm90_kernelI(13__nv_bfloat16|6__half)": ((r"\bUTMALDG\.2D\b",), ()),
+}
 
 
 def find_cuobjdump() -> str:
@@ -39,36 +40,39 @@ def find_cuobjdump() -> str:
     return found
 
 
+def cuobjdump(binary: str, *options: str) -> str:
+    return subprocess.run([find_cuobjdump(), *options, binary], capture_output=True, text=True, check=True).stdout
+
+
+def find_architectures(library: str) -> list[str]:
+    return sorted(set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump(library, "--list-elf"))))
+
+
+def split_functions(sass: str) -> dict[str, str]:
+    return dict(re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S))
+
+
 def check(architecture: str, sass: str) -> list[str]:
     problems = []
-    functions = {
-        name.strip(): code for name, code in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", sass, re.S)
-    }
+    functions = split_functions(sass)
     rules = RULES | (HOPPER_RULES if architecture == "sm_90a" else {})
-    for part, (count, wanted, unwanted) in rules.items():
-        kernels = {name: code for name, code in functions.items() if part in name}
-        if len(kernels) != count:
-            problems.append(f"{architecture}: expected {count} of {part}, found {len(kernels)}")
+    for pattern, (wanted, unwanted) in rules.items():
+        kernels = {name: code for name, code in functions.items() if re.search(pattern, name)}
+        if not kernels:
+            problems.append(f"{architecture}: no {pattern}")
         for name, code in kernels.items():
-            problems += [
-                f"{architecture}: no {pattern} in {name}" for pattern in wanted if not re.search(pattern, code)
-            ]
-            problems += [f"{architecture}: {pattern} in {name}" for pattern in unwanted if re.search(pattern, code)]
+            problems += [f"{architecture}: no {text} in {name}" for text in wanted if not re.search(text, code)]
+            problems += [f"{architecture}: {text} in {name}" for text in unwanted if re.search(text, code)]
     return problems
 
 
 def main() -> int:
     default = Path(__file__).parent.parent / "moco_ext" / "lib" / "libmoco_ext_cuda.so"
     library = sys.argv[1] if len(sys.argv) > 1 else str(default)
-    cuobjdump = find_cuobjdump()
-
-    def run(*options: str) -> str:
-        return subprocess.run([cuobjdump, *options, library], capture_output=True, text=True, check=True).stdout
-
-    architectures = sorted(set(re.findall(r"\.(sm_\w+)\.cubin", run("--list-elf"))))
+    architectures = find_architectures(library)
     problems = [] if architectures else [f"no machine code in {library}"]
     for architecture in architectures:
-        problems += check(architecture, run("--dump-sass", "-arch", architecture))
+        problems += check(architecture, cuobjdump(library, "--dump-sass", "-arch", architecture))
     print(*problems, sep="\n")
     print(f"{'wrong' if problems else 'as expected'}: {', '.join(architectures)}")
     return int(bool(problems))
