@@ -19,7 +19,7 @@ struct InfoNceArguments {
   const std::optional<Tensor>& temperature_tensor;
   double temperature;
   bool normalize;
-  bool allow_tf32;
+  int64_t terms;
   bool in_batch;
   int64_t key_offset;
   const std::optional<Tensor>& num_valid_tensor;
@@ -92,6 +92,7 @@ inline void check_info_nce(const InfoNceArguments& a) {
           "temperature: expected a number or a tensor of one element, got shape ", shape_name(*a.temperature_tensor));
     check_float_dtype(*a.temperature_tensor, "temperature", true);
   }
+  check(a.terms >= 1 && a.terms <= 3, "terms: expected 1, 2 or 3, got ", a.terms);
   check(std::isfinite(a.label_smoothing) && a.label_smoothing >= 0 && a.label_smoothing < 1,
         "label_smoothing: expected a number in [0, 1), got ", a.label_smoothing);
   check_ids(a.query_ids, "query_ids", m, a.in_batch ? "key" : "query", a.query);
@@ -177,26 +178,26 @@ struct InfoNceTensors {
 template <InfoNceTensors (*forward)(const InfoNceArguments&, const InfoNceGradients&)>
 auto info_nce_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
                       const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                      bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch,
+                      bool query_grad, bool key_grad, bool temperature_grad, int64_t terms, bool in_batch,
                       int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
                       std::optional<int64_t> num_valid, double label_smoothing, const std::optional<Tensor>& query_ids,
                       const std::optional<Tensor>& queue_ids, bool same_id_positive) {
   const InfoNceArguments arguments{
-      query,      key,       queue,           temperature_tensor, temperature, normalize,
-      allow_tf32, in_batch,  key_offset,      num_valid_tensor,   num_valid,   label_smoothing,
-      query_ids,  queue_ids, same_id_positive};
+      query,     key,       queue,           temperature_tensor, temperature, normalize,
+      terms,     in_batch,  key_offset,      num_valid_tensor,   num_valid,   label_smoothing,
+      query_ids, queue_ids, same_id_positive};
   check_info_nce(arguments);
   return forward(arguments, {query_grad, key_grad, temperature_grad}).as_tuple();
 }
 
 template <Tensor (*backward)(const InfoNceArguments&, const Tensor&, const Tensor&, const Tensor&)>
 Tensor info_nce_backward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& temperature_tensor,
-                         double temperature, bool normalize, bool allow_tf32, int64_t key_offset,
+                         double temperature, bool normalize, int64_t terms, int64_t key_offset,
                          const std::optional<Tensor>& query_ids, bool same_id_positive, const Tensor& lse,
                          const Tensor& weights, const Tensor& grad_loss) {
   const std::optional<Tensor> none;
   const InfoNceArguments arguments{
-      query, key, none, temperature_tensor, temperature, normalize,       allow_tf32, true, key_offset,
+      query, key, none, temperature_tensor, temperature, normalize,       terms, true, key_offset,
       none,  {},  0.0,  query_ids,          none,        same_id_positive};
   check_info_nce_backward(arguments, lse, weights, grad_loss);
   return backward(arguments, row_major(lse), row_major(weights), row_major(grad_loss));

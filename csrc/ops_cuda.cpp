@@ -80,7 +80,7 @@ struct InfoNceScalars {
     if (temperature.pointer() == nullptr) check_temperature(number, false);
   }
   cuda::InfoNceOptions options(const InfoNceArguments& a) const {
-    return {static_cast<float>(number), temperature.pointer(), kEps, a.normalize, a.allow_tf32 ? 2 : 3};
+    return {static_cast<float>(number), temperature.pointer(), kEps, a.normalize, static_cast<int>(a.terms)};
   }
   cuda::InfoNceContrast contrast(const InfoNceArguments& a, const InfoNceRows& rows) const {
     return {a.in_batch,

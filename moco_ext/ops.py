@@ -84,6 +84,17 @@ def _allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _terms(cuda: bool) -> int:
+    """The number of bfloat16 terms that CUDA kernels split float32 rows into: the precision of the products."""
+    if not cuda:
+        return 3
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        if dtype in (torch.bfloat16, torch.float16):
+            return 1 if dtype == torch.bfloat16 else 2  # two have 16 bits, float16 has 11
+    return 2 if _allow_tf32() else 3
+
+
 # --- info_nce ---------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
@@ -179,8 +190,11 @@ def info_nce(
         ``return_stats``, the pair ``(loss, stats)``. The mean over N = 0 rows is NaN, as in
         ``torch.nn.functional.cross_entropy``.
 
-    Precision: accumulation is float32. On CUDA a bfloat16 or float16 queue is multiplied on tensor cores in its own
-    dtype; a float32 queue in float32 accuracy, or in tf32 if ``torch.backends.cuda.matmul.allow_tf32`` is set.
+    Precision: accumulation is float32. On CUDA, a bfloat16 or float16 queue is multiplied in its own dtype. A float32
+    queue is multiplied with float32 accuracy; with at least tf32's if ``torch.backends.cuda.matmul.allow_tf32`` is set;
+    and under autocast in bfloat16, or with at least float16's accuracy, as the matrix products of the published
+    formulation are. The loss and the gradients remain float32. On a CPU the products are float32, also under autocast,
+    where 16 bits would not be faster.
 
     Reproducibility: on a CPU, equal inputs and an equal number of threads give equal bits. The keys are divided among
     the threads, so another number of threads changes the order of summation, and with it the last bits.
@@ -214,7 +228,7 @@ def info_nce(
         grad and query.requires_grad,
         grad and key.requires_grad,
         grad and temperature_tensor is not None and temperature_tensor.requires_grad,
-        query.is_cuda and (key if queue is None else queue).dtype == torch.float32 and _allow_tf32(),
+        _terms(query.is_cuda),
         in_batch,
         key_offset,
         num_valid if isinstance(num_valid, Tensor) else None,
@@ -240,7 +254,7 @@ class _Arguments(NamedTuple):
     query_grad: bool
     key_grad: bool
     temperature_grad: bool
-    allow_tf32: bool
+    terms: int
     in_batch: bool
     key_offset: int
     num_valid_tensor: Tensor | None
@@ -319,7 +333,7 @@ class _InfoNCE(torch.autograd.Function):
             weights, lse, ids = rest
             grads[2] = _native(
                 torch.ops.moco_ext.info_nce_backward.default, query, key, temperature, a.temperature, a.normalize,
-                a.allow_tf32, a.key_offset, ids, a.same_id_positive, lse, weights,
+                a.terms, a.key_offset, ids, a.same_id_positive, lse, weights,
                 grad_loss.expand(len(query)).to(lse.dtype),
             ).to(key.dtype)  # fmt: skip
         elif a.key_grad:
@@ -420,7 +434,7 @@ def _(*arguments):
 
 
 @torch.library.register_fake("moco_ext::info_nce_backward")
-def _(query, key, temperature_tensor, temperature, normalize, allow_tf32, key_offset, query_ids, positive, lse, *_):
+def _(query, key, temperature_tensor, temperature, normalize, terms, key_offset, query_ids, positive, lse, *_):
     return key.new_empty(key.shape, dtype=lse.dtype)
 
 
