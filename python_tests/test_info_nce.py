@@ -458,11 +458,11 @@ PLAIN = (False, 0, None, None, 0.0, None, None, False)  # the schema's options, 
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
-@pytest.mark.parametrize("learn_temperature", [True, False])
-def test_opcheck(device, learn_temperature, dtypes):
+@pytest.mark.parametrize(("learn_temperature", "reduction"), [(True, 0), (False, 1), (True, 2)])
+def test_opcheck(device, learn_temperature, reduction, dtypes):
     query, key, queue = problem(4, 30, 8, device, *dtypes)
     temperature = torch.tensor(0.2, device=device) if learn_temperature else None
-    arguments = (query, key, queue, temperature, 0.2, True, True, True, learn_temperature, 3)
+    arguments = (query, key, queue, temperature, 0.2, True, reduction, True, True, learn_temperature, 3)
     opcheck(torch.ops.moco_ext.info_nce_forward.default, (*arguments, *PLAIN))
 
 

@@ -263,10 +263,10 @@ def test_opcheck(device, in_batch):
     query, key, queue = problem(4, 30, 8, device)
     ids = torch.arange(4, device=device), torch.arange(30, device=device) % 6
     temperature = torch.tensor(0.2, device=device)
-    arguments = (query, key, queue, temperature, 0.0, True, True, True, True, 3)
+    arguments = (query, key, queue, temperature, 0.0, True, 1, True, True, True, 3)
     rest = (in_batch, 0, None, 20, 0.1, *ids, False)
     opcheck(torch.ops.moco_ext.info_nce_forward.default, arguments + rest)
-    _, lse, *_, weights = torch.ops.moco_ext.info_nce_forward(*arguments, True, *rest[1:])
+    _, _, lse, *_, weights = torch.ops.moco_ext.info_nce_forward(*arguments, True, *rest[1:])
     opcheck(
         torch.ops.moco_ext.info_nce_backward.default,
         (query, key, None, 0.2, True, 3, 0, ids[0], True, lse, weights, torch.ones_like(lse)),
