@@ -106,11 +106,11 @@ InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wante
   const cuda::InfoNceContrast contrast = scalars.contrast(a, rows);
   dispatch(rows.query, [&]<typename Query>() {
     dispatch(rows.queue ? *rows.queue : rows.key, [&]<typename Queue>() {
+      const Queue* const queue = rows.queue ? const_data<Queue>(*rows.queue) : nullptr;
       const Tensor workspace = workspace_of(
-          cuda::info_nce_workspace_bytes<Queue>(shape, options, contrast, out.grad_query.numel() > 0), a.query);
-      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(rows.query), const_data<Query>(rows.key),
-                                    rows.queue ? const_data<Queue>(*rows.queue) : nullptr, shape, options, contrast,
-                                    outputs(a, out), workspace.mutable_data_ptr(), launch.stream()));
+          cuda::info_nce_workspace_bytes(queue, shape, options, contrast, out.grad_query.numel() > 0), a.query);
+      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(rows.query), const_data<Query>(rows.key), queue, shape, options,
+                                    contrast, outputs(a, out), workspace.mutable_data_ptr(), launch.stream()));
     });
   });
   return out;

@@ -58,7 +58,7 @@ struct InfoNceOutputs {
 
 // Scratch the launcher needs, in bytes, 256-byte aligned: O(N*C) times the splits of the queue, never N*K.
 template <typename Queue>
-size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
+size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
                                 const InfoNceContrast& contrast, bool gradient);
 
 // query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type; queue [K, C]
