@@ -337,6 +337,38 @@ def test_inputs_are_left_alone(device):
         assert x._version == version
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("wanted", [["query"], ["query", "key", "temperature"]], ids=str)
+def test_backward_is_one_multiplication_an_input(reduction, wanted):
+    inputs = dict(zip(("query", "key", "queue"), problem(), strict=True)) | {"temperature": torch.tensor(0.1)}
+    for name in wanted:
+        inputs[name].requires_grad_()
+    upstream = torch.tensor(2.0)
+    with Spy() as spy:
+        moco_ext.info_nce(**inputs, reduction=reduction).backward(upstream)
+    work = [name for name in spy.operators if name not in ("aten::detach", "aten::view")]
+    assert work == ["moco_ext::info_nce_forward"] + ["aten::mul"] * len(wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts CUDA kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_of_a_step(dtype):
+    """prepare, pass, combine, and in backward one multiplication, which also rounds to query's dtype."""
+    query, key, queue = problem(32, 4096, 128, "cuda", dtype)
+    query.requires_grad_()
+    upstream = torch.ones((), device="cuda")
+
+    def step():
+        return torch.autograd.grad(moco_ext.info_nce(query, key, queue), query, upstream)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == 4, on_device
+
+
 # ---- torch.library and torch.compile ----
 
 
@@ -488,17 +520,18 @@ PRECISIONS = [  # autocast, allow_tf32, terms
 ]
 
 
-class TermsSpy(TorchDispatchMode):
-    """The terms that each of this package's operators is called with."""
+class Spy(TorchDispatchMode):
+    """The operators that run, and the terms that this package's are called with."""
 
     def __init__(self):
         super().__init__()
-        self.asked = []
+        self.operators, self.terms = [], []
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.operators.append(operator._schema.name)
         if operator.namespace == "moco_ext":
             names = [argument.name for argument in operator._schema.arguments]
-            self.asked.append(arguments[names.index("terms")])
+            self.terms.append(arguments[names.index("terms")])
         return operator(*arguments, **keywords or {})
 
 
@@ -509,11 +542,11 @@ def test_precision_asked_of_the_operator(autocast, allow_tf32, terms):
     before = matmul.fp32_precision
     matmul.allow_tf32 = allow_tf32
     try:
-        with FakeTensorMode(), TermsSpy() as spy, cuda_autocast(autocast):
+        with FakeTensorMode(), Spy() as spy, cuda_autocast(autocast):
             for device in ("cuda", "cpu"):
                 query, key, queue = (torch.empty(rows, 8, device=device) for rows in (4, 4, 30))
                 moco_ext.info_nce(query, key, queue)
-        assert spy.asked == [terms, 3]
+        assert spy.terms == [terms, 3]
     finally:
         matmul.fp32_precision = before
 
@@ -522,12 +555,12 @@ def test_backward_has_the_precision_of_forward(monkeypatch):
     """Whatever the mode at the time of backward, which usually runs outside of autocast."""
     query, key, queue = problem(4, 30, 8)
     key.requires_grad_()
-    with TermsSpy() as spy:
+    with Spy() as spy:
         monkeypatch.setattr(moco_ext.ops, "_terms", lambda cuda: 2)
         loss = moco_ext.info_nce(query, key, queue, in_batch=True)
         monkeypatch.undo()
         loss.backward()
-    assert spy.asked == [2, 2]
+    assert spy.terms == [2, 2]
 
 
 def test_precision_is_traced_and_guarded():

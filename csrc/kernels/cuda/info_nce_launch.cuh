@@ -85,7 +85,8 @@ cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const Key* keys, const I
                                           {options.temperature, options.temperature_ptr},
                                           nullptr};
       const dim3 grid(static_cast<unsigned>(w.n_padded / pass.rows), static_cast<unsigned>(splits));
-      return launch(pass.kernel, grid, dim3(pass.threads), pass.shared_bytes, stream, arguments);
+      return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly, pass.kernel, grid, dim3(pass.threads),
+                    pass.shared_bytes, stream, arguments);
     }
     if constexpr (sizeof(Queue) == 2) {
       if (pass.kind == PassKind::kSm90) {
