@@ -245,7 +245,7 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
 template <typename Element, bool kExact, int columns, MmaPass kPass>
 __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
     info_nce_mma_kernel(const MmaArguments<Element> arguments) {
-  if constexpr (kPass != MmaPass::kKeys) let_next_kernel_start();
+  let_next_kernel_start();
   constexpr bool kGradient = kPass != MmaPass::kLoss;
   using Tile = MmaTile<Element, kExact, columns>;
   MOCO_DYNAMIC_SHARED(shared);
@@ -290,8 +290,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   };
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(i);
-  // The previous kernel writes the query, but not the keys: see InfoNceMask::of_batch. kKeys is launched normally.
-  if constexpr (kPass != MmaPass::kKeys) wait_for_previous_kernel();
+  wait_for_previous_kernel();  // it writes the query, but not the keys: see InfoNceMask::of_batch
 
   uint32_t query[Tile::kSteps][4];
   {
