@@ -19,7 +19,8 @@ struct InfoNceArguments {
   const std::optional<Tensor>& temperature_tensor;
   double temperature;
   bool normalize;
-  bool allow_tf32;
+  int64_t reduction;
+  int64_t terms;
   bool in_batch;
   int64_t key_offset;
   const std::optional<Tensor>& num_valid_tensor;
@@ -92,6 +93,8 @@ inline void check_info_nce(const InfoNceArguments& a) {
           "temperature: expected a number or a tensor of one element, got shape ", shape_name(*a.temperature_tensor));
     check_float_dtype(*a.temperature_tensor, "temperature", true);
   }
+  check(a.reduction >= 0 && a.reduction <= 2, "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", a.reduction);
+  check(a.terms >= 1 && a.terms <= 3, "terms: expected 1, 2 or 3, got ", a.terms);
   check(std::isfinite(a.label_smoothing) && a.label_smoothing >= 0 && a.label_smoothing < 1,
         "label_smoothing: expected a number in [0, 1), got ", a.label_smoothing);
   check_ids(a.query_ids, "query_ids", m, a.in_batch ? "key" : "query", a.query);
@@ -149,21 +152,27 @@ struct InfoNceRows {
 // What info_nce_forward returns; a gradient that was not asked for is an empty tensor. In-batch keys get theirs from
 // info_nce_backward, which needs weights.
 struct InfoNceTensors {
-  Tensor loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, weights;
+  Tensor loss, losses, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, weights;
 
-  InfoNceTensors(const Tensor& query, const InfoNceGradients& wanted, bool in_batch)
-      : loss(make(query, {query.size(0)}, true)),
+  InfoNceTensors(const Tensor& query, const InfoNceGradients& wanted, const InfoNceArguments& a)
+      : loss(make(query, reduced_sizes(query, a), true)),
+        losses(make(query, {query.size(0)}, true)),
         lse(make(query, {query.size(0)}, true)),
         positive_logit(make(query, {query.size(0)}, true)),
         rank(make_tensor(query, {query.size(0)}, ScalarType::Long)),
         // The temperature's gradient falls out of the query's.
         grad_query(make(query, {query.size(0), query.size(1)}, wanted.query || wanted.temperature)),
-        grad_key(make(query, {query.size(0), query.size(1)}, wanted.key && !in_batch)),
-        grad_temperature(make(query, {query.size(0)}, wanted.temperature)),
-        weights(make(query, {query.size(0), 3}, wanted.key && in_batch)) {}
+        grad_key(make(query, {query.size(0), query.size(1)}, wanted.key && !a.in_batch)),
+        grad_temperature(make(query, reduced_sizes(query, a), wanted.temperature)),
+        weights(make(query, {query.size(0), 3}, wanted.key && a.in_batch)) {}
 
   auto as_tuple() const {
-    return std::make_tuple(loss, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, weights);
+    return std::make_tuple(loss, losses, lse, positive_logit, rank, grad_query, grad_key, grad_temperature, weights);
+  }
+
+  static std::vector<int64_t> reduced_sizes(const Tensor& query, const InfoNceArguments& a) {
+    if (a.reduction == 0) return {query.size(0)};
+    return {};
   }
 
   // Of the accumulation type, on the device of `like`.
@@ -177,27 +186,27 @@ struct InfoNceTensors {
 template <InfoNceTensors (*forward)(const InfoNceArguments&, const InfoNceGradients&)>
 auto info_nce_forward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& queue,
                       const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                      bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch,
-                      int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
+                      int64_t reduction, bool query_grad, bool key_grad, bool temperature_grad, int64_t terms,
+                      bool in_batch, int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
                       std::optional<int64_t> num_valid, double label_smoothing, const std::optional<Tensor>& query_ids,
                       const std::optional<Tensor>& queue_ids, bool same_id_positive) {
   const InfoNceArguments arguments{
-      query,      key,       queue,           temperature_tensor, temperature, normalize,
-      allow_tf32, in_batch,  key_offset,      num_valid_tensor,   num_valid,   label_smoothing,
-      query_ids,  queue_ids, same_id_positive};
+      query,           key,       queue,     temperature_tensor, temperature,      normalize,
+      reduction,       terms,     in_batch,  key_offset,         num_valid_tensor, num_valid,
+      label_smoothing, query_ids, queue_ids, same_id_positive};
   check_info_nce(arguments);
   return forward(arguments, {query_grad, key_grad, temperature_grad}).as_tuple();
 }
 
 template <Tensor (*backward)(const InfoNceArguments&, const Tensor&, const Tensor&, const Tensor&)>
 Tensor info_nce_backward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& temperature_tensor,
-                         double temperature, bool normalize, bool allow_tf32, int64_t key_offset,
+                         double temperature, bool normalize, int64_t terms, int64_t key_offset,
                          const std::optional<Tensor>& query_ids, bool same_id_positive, const Tensor& lse,
                          const Tensor& weights, const Tensor& grad_loss) {
   const std::optional<Tensor> none;
-  const InfoNceArguments arguments{
-      query, key, none, temperature_tensor, temperature, normalize,       allow_tf32, true, key_offset,
-      none,  {},  0.0,  query_ids,          none,        same_id_positive};
+  const InfoNceArguments arguments{query, key,       none, temperature_tensor, temperature, normalize,
+                                   0,     terms,     true, key_offset,         none,        {},
+                                   0.0,   query_ids, none, same_id_positive};
   check_info_nce_backward(arguments, lse, weights, grad_loss);
   return backward(arguments, row_major(lse), row_major(weights), row_major(grad_loss));
 }

@@ -3,23 +3,26 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(moco_ext, m) {
-  // grad_* are d loss[n] / d input, one row each; empty where not asked for. A temperature tensor overrides the number,
-  // as one of num_valid does (the keys of the queue that count; None: all). in_batch: the rows of key [M, C] are each
-  // other's negatives, and key key_offset + n is the positive of query n. query_ids [N], [M] if in_batch, and queue_ids
-  // [K]: keys of equal ids are masked out, or positives.
+  // reduction: torch's own numbers, 0: none, 1: mean, 2: sum. loss [] is the reduced one, [N] without a reduction;
+  // losses [N] are the rows'. grad_* are the gradient of loss (of loss[n], one row each, without a reduction); empty
+  // where not asked for. grad_temperature is [], [N] without a reduction. A temperature tensor overrides the number, as
+  // one of num_valid does (the keys of the queue that count; None: all). terms: bfloat16 terms that float32 rows are
+  // split into for the products on CUDA, 3 (float32 accuracy), 2 (at least tf32's and float16's) or 1. in_batch: the
+  // rows of key [M, C] are each other's negatives, and key key_offset + n is the positive of query n. query_ids [N],
+  // [M] if in_batch, and queue_ids [K]: keys of equal ids are masked out, or positives.
   m.def(
       "info_nce_forward(Tensor query, Tensor key, Tensor? queue, Tensor? temperature_tensor, float temperature, "
-      "bool normalize, bool query_grad, bool key_grad, bool temperature_grad, bool allow_tf32, bool in_batch, "
+      "bool normalize, int reduction, bool query_grad, bool key_grad, bool temperature_grad, int terms, bool in_batch, "
       "int key_offset, Tensor? num_valid_tensor, int? num_valid, float label_smoothing, "
       "Tensor? query_ids, Tensor? queue_ids, bool same_id_positive) -> "
-      "(Tensor loss, Tensor lse, Tensor positive_logit, Tensor rank, "
+      "(Tensor loss, Tensor losses, Tensor lse, Tensor positive_logit, Tensor rank, "
       "Tensor grad_query, Tensor grad_key, Tensor grad_temperature, Tensor weights)");
   // The gradient of in-batch keys needs the upstream gradients of all rows, hence an operator of its own. weights
   // [N, 3]: the share of each positive and of each class in the target distribution, and the positive's probability
   // less its own share of the target.
   m.def(
       "info_nce_backward(Tensor query, Tensor key, Tensor? temperature_tensor, float temperature, bool normalize, "
-      "bool allow_tf32, int key_offset, Tensor? query_ids, bool same_id_positive, Tensor lse, Tensor weights, "
+      "int terms, int key_offset, Tensor? query_ids, bool same_id_positive, Tensor lse, Tensor weights, "
       "Tensor grad_loss) -> Tensor grad_key");
   m.def("enqueue_(Tensor(a!) queue, Tensor(b!) queue_ptr, Tensor keys, bool normalize) -> ()");
   m.def(

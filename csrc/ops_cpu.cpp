@@ -51,9 +51,17 @@ void dispatch(const Tensor& a, const Tensor& b, F&& f) {
 }
 
 template <typename A>
-cpu::InfoNceOutputs<A> outputs(const InfoNceTensors& out) {
-  return {data<A>(out.loss),       data<A>(out.lse),      data<A>(out.positive_logit),   data<int64_t>(out.rank),
-          data<A>(out.grad_query), data<A>(out.grad_key), data<A>(out.grad_temperature), data<A>(out.weights)};
+cpu::InfoNceOutputs<A> outputs(const InfoNceArguments& a, const InfoNceTensors& out) {
+  return {data<A>(out.losses),
+          data<A>(out.lse),
+          data<A>(out.positive_logit),
+          data<int64_t>(out.rank),
+          data<A>(out.grad_query),
+          data<A>(out.grad_key),
+          data<A>(out.grad_temperature),
+          data<A>(out.weights),
+          data<A>(out.loss),
+          static_cast<cpu::Reduction>(a.reduction)};
 }
 
 cpu::InfoNceOptions options(const InfoNceArguments& a, bool float64) {
@@ -80,12 +88,12 @@ InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wante
     check_num_valid(queue_keys, a.queue_size());
   }
   const InfoNceRows rows(a, a.float64());
-  const InfoNceTensors out(rows.query, wanted, a.in_batch);
+  const InfoNceTensors out(rows.query, wanted, a);
   const Tensor& queue = rows.queue ? *rows.queue : rows.query;
   dispatch(rows.query, queue, [&]<typename Query, typename Queue>() {
     cpu::info_nce(host(), const_data<Query>(rows.query), const_data<Query>(rows.key),
                   rows.queue ? const_data<Queue>(queue) : nullptr, {a.query.size(0), queue_keys, a.query.size(1)},
-                  info_nce_options, contrast(a, rows), outputs<cpu::accumulate_t<Queue>>(out));
+                  info_nce_options, contrast(a, rows), outputs<cpu::accumulate_t<Queue>>(a, out));
   });
   return out;
 }

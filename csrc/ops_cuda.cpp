@@ -55,15 +55,17 @@ Tensor workspace_of(size_t bytes, const Tensor& on) {
   return make_tensor(on, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
-cuda::InfoNceOutputs outputs(const InfoNceTensors& out) {
-  return {data<float>(out.loss),
+cuda::InfoNceOutputs outputs(const InfoNceArguments& a, const InfoNceTensors& out) {
+  return {data<float>(out.losses),
           data<float>(out.lse),
           data<float>(out.positive_logit),
           data<int64_t>(out.rank),
           data<float>(out.grad_query),
           data<float>(out.grad_key),
           data<float>(out.grad_temperature),
-          data<float>(out.weights)};
+          data<float>(out.weights),
+          data<float>(out.loss),
+          static_cast<cuda::Reduction>(a.reduction)};
 }
 
 // A tensor on the device is not checked: reading it would wait for the device. A temperature out of range gives NaN or
@@ -80,7 +82,7 @@ struct InfoNceScalars {
     if (temperature.pointer() == nullptr) check_temperature(number, false);
   }
   cuda::InfoNceOptions options(const InfoNceArguments& a) const {
-    return {static_cast<float>(number), temperature.pointer(), kEps, a.normalize, a.allow_tf32 ? 2 : 3};
+    return {static_cast<float>(number), temperature.pointer(), kEps, a.normalize, static_cast<int>(a.terms)};
   }
   cuda::InfoNceContrast contrast(const InfoNceArguments& a, const InfoNceRows& rows) const {
     return {a.in_batch,
@@ -98,17 +100,17 @@ InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wante
   const Launch launch(a.query);
   const InfoNceScalars scalars(a);
   const InfoNceRows rows(a, false);
-  const InfoNceTensors out(rows.query, wanted, a.in_batch);
+  const InfoNceTensors out(rows.query, wanted, a);
   const cuda::InfoNceShape shape{a.query.size(0), a.num_valid.value_or(a.queue_size()), a.query.size(1)};
   const cuda::InfoNceOptions options = scalars.options(a);
   const cuda::InfoNceContrast contrast = scalars.contrast(a, rows);
   dispatch(rows.query, [&]<typename Query>() {
     dispatch(rows.queue ? *rows.queue : rows.key, [&]<typename Queue>() {
+      const Queue* const queue = rows.queue ? const_data<Queue>(*rows.queue) : nullptr;
       const Tensor workspace = workspace_of(
-          cuda::info_nce_workspace_bytes<Queue>(shape, options, contrast, out.grad_query.numel() > 0), a.query);
-      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(rows.query), const_data<Query>(rows.key),
-                                    rows.queue ? const_data<Queue>(*rows.queue) : nullptr, shape, options, contrast,
-                                    outputs(out), workspace.mutable_data_ptr(), launch.stream()));
+          cuda::info_nce_workspace_bytes(queue, shape, options, contrast, out.grad_query.numel() > 0), a.query);
+      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(rows.query), const_data<Query>(rows.key), queue, shape, options,
+                                    contrast, outputs(a, out), workspace.mutable_data_ptr(), launch.stream()));
     });
   });
   return out;

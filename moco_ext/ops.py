@@ -84,6 +84,17 @@ def _allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def _terms(cuda: bool) -> int:
+    """The number of bfloat16 terms that CUDA kernels split float32 rows into: the precision of the products."""
+    if not cuda:
+        return 3
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        if dtype in (torch.bfloat16, torch.float16):
+            return 1 if dtype == torch.bfloat16 else 2  # two have 16 bits, float16 has 11
+    return 2 if _allow_tf32() else 3
+
+
 # --- info_nce ---------------------------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
@@ -179,8 +190,11 @@ def info_nce(
         ``return_stats``, the pair ``(loss, stats)``. The mean over N = 0 rows is NaN, as in
         ``torch.nn.functional.cross_entropy``.
 
-    Precision: accumulation is float32. On CUDA a bfloat16 or float16 queue is multiplied on tensor cores in its own
-    dtype; a float32 queue in float32 accuracy, or in tf32 if ``torch.backends.cuda.matmul.allow_tf32`` is set.
+    Precision: accumulation is float32. On CUDA, a bfloat16 or float16 queue is multiplied in its own dtype. A float32
+    queue is multiplied with float32 accuracy; with at least tf32's if ``torch.backends.cuda.matmul.allow_tf32`` is set;
+    and under autocast in bfloat16, or with at least float16's accuracy, as the matrix products of the published
+    formulation are. The loss and the gradients remain float32. On a CPU the products are float32, also under autocast,
+    where 16 bits would not be faster.
 
     Reproducibility: on a CPU, equal inputs and an equal number of threads give equal bits. The keys are divided among
     the threads, so another number of threads changes the order of summation, and with it the last bits.
@@ -197,7 +211,7 @@ def info_nce(
             "queue: expected a tensor without gradient, got one that requires it; for gradients into the keys use "
             "in_batch or EndToEnd, or pass queue.detach()"
         )
-    if reduction not in ("mean", "sum", "none"):
+    if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if same_id not in ("mask", "positive"):
         raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
@@ -211,10 +225,11 @@ def info_nce(
         temperature_tensor,
         temperature_value,
         normalize,
+        _REDUCTIONS[reduction],
         grad and query.requires_grad,
         grad and key.requires_grad,
         grad and temperature_tensor is not None and temperature_tensor.requires_grad,
-        query.is_cuda and (key if queue is None else queue).dtype == torch.float32 and _allow_tf32(),
+        _terms(query.is_cuda),
         in_batch,
         key_offset,
         num_valid if isinstance(num_valid, Tensor) else None,
@@ -224,8 +239,12 @@ def info_nce(
         queue_ids,
         same_id == "positive",
     )
-    loss, *stats = (_info_nce_groups if query.dim() == 3 else _info_nce_rows)(reduction, arguments)
+    loss, *stats = (_info_nce_groups if query.dim() == 3 else _info_nce_rows)(arguments)
     return (loss, InfoNCEStats(*stats)) if return_stats else loss
+
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the schema's numbers, which are torch's
+_NONE, _MEAN = 0, 1
 
 
 class _Arguments(NamedTuple):
@@ -237,10 +256,11 @@ class _Arguments(NamedTuple):
     temperature_tensor: Tensor | None
     temperature: float
     normalize: bool
+    reduction: int
     query_grad: bool
     key_grad: bool
     temperature_grad: bool
-    allow_tf32: bool
+    terms: int
     in_batch: bool
     key_offset: int
     num_valid_tensor: Tensor | None
@@ -260,6 +280,7 @@ class _Results(NamedTuple):
     """The results of ``info_nce_forward``; a gradient that was not asked for is empty."""
 
     loss: Tensor
+    losses: Tensor
     lse: Tensor
     positive_logit: Tensor
     rank: Tensor
@@ -269,17 +290,19 @@ class _Results(NamedTuple):
     weights: Tensor
 
 
-def _info_nce_rows(reduction: str, arguments: _Arguments) -> tuple[Tensor, ...]:
+def _info_nce_rows(arguments: _Arguments) -> tuple[Tensor, ...]:
     """The reduced loss, and the stats [N] without gradient."""
     if arguments.query_grad or arguments.key_grad or arguments.temperature_grad:
         function = _TransformedInfoNCE if torch._C._are_functorch_transforms_active() else _InfoNCE
-        return function.apply(reduction, *arguments)[:5]
-    loss, lse, positive_logit, rank, *_ = _native(torch.ops.moco_ext.info_nce_forward.default, *arguments)
-    return _reduced(loss, reduction), loss, lse, positive_logit, rank
+        return function.apply(*arguments)[:5]
+    return _native(torch.ops.moco_ext.info_nce_forward.default, *arguments)[:5]
 
 
-def _reduced(losses: Tensor, reduction: str) -> Tensor:
-    return losses.mean() if reduction == "mean" else losses.sum() if reduction == "sum" else losses.clone()
+def _scaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * scale``, rounded to dtype once; on CUDA in one kernel."""
+    if grad.dtype == dtype or torch.is_grad_enabled():  # out= is not differentiable
+        return (grad * scale).to(dtype)
+    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -287,45 +310,45 @@ class _InfoNCE(torch.autograd.Function):
     torch.library's autograd takes three times as long, longer than the kernel for a small batch."""
 
     @staticmethod
-    def forward(ctx, reduction, *arguments):
+    def forward(ctx, *arguments):
         results = _native(torch.ops.moco_ext.info_nce_forward.default, *arguments)
-        _InfoNCE.save(ctx, reduction, arguments, results)
-        stats = results[:4]
-        ctx.mark_non_differentiable(*stats)
-        return _reduced(results[0], reduction), *stats
+        _InfoNCE.save(ctx, arguments, results)
+        ctx.mark_non_differentiable(*results[1:5])
+        return results[:5]
 
     @staticmethod
-    def save(ctx, reduction, arguments, results):
+    def save(ctx, arguments, results):
         a, r = _Arguments._make(arguments), _Results._make(results)
         ctx.set_materialize_grads(False)
-        ctx.reduction, ctx.arguments = reduction, a._replace(**_NO_TENSORS)
+        ctx.arguments = a._replace(**_NO_TENSORS)
         ctx.in_batch_gradient = a.in_batch and a.key_grad
         rest = (r.weights, r.lse, a.query_ids) if ctx.in_batch_gradient else ()
         ctx.save_for_backward(r.grad_query, r.grad_key, r.grad_temperature, a.query, a.key, a.temperature_tensor, *rest)
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        grads: list[Tensor | None] = [None] * (1 + len(_Arguments._fields))
+        grads: list[Tensor | None] = [None] * len(_Arguments._fields)
         if grad_loss is None:
             return tuple(grads)
         a = ctx.arguments
         grad_query, grad_key, grad_temperature, query, key, temperature, *rest = ctx.saved_tensors
-        if ctx.reduction == "mean":
-            grad_loss = grad_loss / len(query)
-        scale = grad_loss.unsqueeze(1) if ctx.reduction == "none" else grad_loss
+        scale = grad_loss.unsqueeze(1) if a.reduction == _NONE else grad_loss
         if a.query_grad:
-            grads[1] = (scale * grad_query).to(query.dtype)
+            grads[0] = _scaled(grad_query, scale, query.dtype)
         if ctx.in_batch_gradient:  # each key gets a gradient from every row
             weights, lse, ids = rest
-            grads[2] = _native(
+            grad_losses = grad_loss / len(query) if a.reduction == _MEAN else grad_loss
+            grads[1] = _native(
                 torch.ops.moco_ext.info_nce_backward.default, query, key, temperature, a.temperature, a.normalize,
-                a.allow_tf32, a.key_offset, ids, a.same_id_positive, lse, weights,
-                grad_loss.expand(len(query)).to(lse.dtype),
+                a.terms, a.key_offset, ids, a.same_id_positive, lse, weights,
+                grad_losses.expand(len(query)).to(lse.dtype),
             ).to(key.dtype)  # fmt: skip
         elif a.key_grad:
-            grads[2] = (scale * grad_key).to(key.dtype)
+            grads[1] = _scaled(grad_key, scale, key.dtype)
         if a.temperature_grad:
-            grads[4] = (grad_loss * grad_temperature).sum().to(temperature.dtype).view(temperature.shape)
+            product = grad_loss * grad_temperature
+            total = product.sum() if a.reduction == _NONE else product
+            grads[3] = total.to(temperature.dtype).view(temperature.shape)
         if torch.is_grad_enabled():  # create_graph=True, torch.func
             inputs = [x for x in (query, key, temperature) if x is not None]
             grads = [None if grad is None else _NotTwice.apply(grad, *inputs) for grad in grads]
@@ -336,14 +359,13 @@ class _TransformedInfoNCE(_InfoNCE):
     """The form that torch.func asks for: every result an output, saved afterwards. It takes 15 µs longer."""
 
     @staticmethod
-    def forward(reduction, *arguments):
-        results = _native(torch.ops.moco_ext.info_nce_forward.default, *arguments)
-        return _reduced(results[0], reduction), *results
+    def forward(*arguments):
+        return _native(torch.ops.moco_ext.info_nce_forward.default, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.mark_non_differentiable(*output[1:])
-        _InfoNCE.save(ctx, inputs[0], inputs[1:], output[1:])
+        _InfoNCE.save(ctx, inputs, output)
 
 
 class _NotTwice(torch.autograd.Function):
@@ -362,7 +384,7 @@ class _NotTwice(torch.autograd.Function):
         raise RuntimeError("info_nce: second derivatives are not implemented (the gradient is computed in forward)")
 
 
-def _info_nce_groups(reduction: str, a: _Arguments) -> tuple[Tensor, ...]:
+def _info_nce_groups(a: _Arguments) -> tuple[Tensor, ...]:
     """G problems, stats [G, N]. Groups that share a queue, and no keys of the batch, are one batch."""
     groups, n = a.query.shape[:2]
     if groups == 0:
@@ -382,12 +404,11 @@ def _info_nce_groups(reduction: str, a: _Arguments) -> tuple[Tensor, ...]:
     if not a.in_batch and shared_queue:
         ids = None if a.query_ids is None else a.query_ids.expand(groups, n).flatten()
         flat = a._replace(query=a.query.flatten(0, 1), key=a.key.flatten(0, 1), query_ids=ids)
-        loss, *stats = _info_nce_rows(reduction, flat)
+        loss, *stats = _info_nce_rows(flat)
         stats = [values.unflatten(0, (groups, n)) for values in stats]
-        return (loss.unflatten(0, (groups, n)) if reduction == "none" else loss), *stats
+        return (loss.unflatten(0, (groups, n)) if a.reduction == _NONE else loss), *stats
     parts = [
         _info_nce_rows(
-            reduction,
             a._replace(
                 query=a.query[g],
                 key=a.key[g],
@@ -399,7 +420,7 @@ def _info_nce_groups(reduction: str, a: _Arguments) -> tuple[Tensor, ...]:
         for g in range(groups)
     ]
     loss, *stats = (torch.stack(values) for values in zip(*parts, strict=True))
-    return (loss if reduction == "none" else _reduced(loss, reduction)), *stats
+    return (loss if a.reduction == _NONE else loss.mean() if a.reduction == _MEAN else loss.sum()), *stats
 
 
 @torch.library.register_fake("moco_ext::info_nce_forward")
@@ -409,18 +430,20 @@ def _(*arguments):
     n, c = a.query.shape
     dtype = torch.float64 if torch.float64 in (a.query.dtype, a.key.dtype) else torch.float32
     empty = a.query.new_empty
+    reduced = (n,) if a.reduction == _NONE else ()
     return (
+        empty(reduced, dtype=dtype),
         *(empty(n, dtype=dtype) for _ in range(3)),
         empty(n, dtype=torch.int64),
         empty((n, c) if a.query_grad or a.temperature_grad else 0, dtype=dtype),
         empty((n, c) if a.key_grad and not a.in_batch else 0, dtype=dtype),
-        empty(n if a.temperature_grad else 0, dtype=dtype),
+        empty(reduced if a.temperature_grad else (0,), dtype=dtype),
         empty((n, 3) if a.key_grad and a.in_batch else (0,), dtype=dtype),
     )
 
 
 @torch.library.register_fake("moco_ext::info_nce_backward")
-def _(query, key, temperature_tensor, temperature, normalize, allow_tf32, key_offset, query_ids, positive, lse, *_):
+def _(query, key, temperature_tensor, temperature, normalize, terms, key_offset, query_ids, positive, lse, *_):
     return key.new_empty(key.shape, dtype=lse.dtype)
 
 

@@ -1,5 +1,6 @@
 """The fused loss: its value, statistics and gradients against float64, and its promises to autograd."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moco_ext
 
@@ -334,6 +337,38 @@ def test_inputs_are_left_alone(device):
         assert x._version == version
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("wanted", [["query"], ["query", "key", "temperature"]], ids=str)
+def test_backward_is_one_multiplication_an_input(reduction, wanted):
+    inputs = dict(zip(("query", "key", "queue"), problem(), strict=True)) | {"temperature": torch.tensor(0.1)}
+    for name in wanted:
+        inputs[name].requires_grad_()
+    upstream = torch.tensor(2.0)
+    with Spy() as spy:
+        moco_ext.info_nce(**inputs, reduction=reduction).backward(upstream)
+    work = [name for name in spy.operators if name not in ("aten::detach", "aten::view")]
+    assert work == ["moco_ext::info_nce_forward"] + ["aten::mul"] * len(wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts CUDA kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_of_a_step(dtype):
+    """prepare, pass, combine, and in backward one multiplication, which also rounds to query's dtype."""
+    query, key, queue = problem(32, 4096, 128, "cuda", dtype)
+    query.requires_grad_()
+    upstream = torch.ones((), device="cuda")
+
+    def step():
+        return torch.autograd.grad(moco_ext.info_nce(query, key, queue), query, upstream)
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(on_device) == 4, on_device
+
+
 # ---- torch.library and torch.compile ----
 
 
@@ -455,29 +490,107 @@ PLAIN = (False, 0, None, None, 0.0, None, None, False)  # the schema's options, 
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)
-@pytest.mark.parametrize("learn_temperature", [True, False])
-def test_opcheck(device, learn_temperature, dtypes):
+@pytest.mark.parametrize(("learn_temperature", "reduction"), [(True, 0), (False, 1), (True, 2)])
+def test_opcheck(device, learn_temperature, reduction, dtypes):
     query, key, queue = problem(4, 30, 8, device, *dtypes)
     temperature = torch.tensor(0.2, device=device) if learn_temperature else None
-    arguments = (query, key, queue, temperature, 0.2, True, True, True, learn_temperature, False)
+    arguments = (query, key, queue, temperature, 0.2, True, reduction, True, True, learn_temperature, 3)
     opcheck(torch.ops.moco_ext.info_nce_forward.default, (*arguments, *PLAIN))
 
 
-def test_the_tf32_switch_follows_torchs():
-    """Old and new switch, mixed too; traceable, and traced anew when it changes."""
-    from moco_ext.ops import _allow_tf32
+@contextlib.contextmanager
+def cuda_autocast(dtype):
+    """torch.autocast("cuda") without a GPU, where torch would disable it."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before[1])
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+PRECISIONS = [  # autocast, allow_tf32, terms
+    (None, False, 3),
+    (None, True, 2),
+    (torch.float32, False, 3),
+    (torch.float16, False, 2),
+    (torch.bfloat16, True, 1),
+]
+
+
+class Spy(TorchDispatchMode):
+    """The operators that run, and the terms that this package's are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.terms = [], []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.operators.append(operator._schema.name)
+        if operator.namespace == "moco_ext":
+            names = [argument.name for argument in operator._schema.arguments]
+            self.terms.append(arguments[names.index("terms")])
+        return operator(*arguments, **keywords or {})
+
+
+@pytest.mark.parametrize(("autocast", "allow_tf32", "terms"), PRECISIONS)
+def test_precision_asked_of_the_operator(autocast, allow_tf32, terms):
+    """On fake CUDA tensors; on a CPU always float32."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.allow_tf32 = allow_tf32
+    try:
+        with FakeTensorMode(), Spy() as spy, cuda_autocast(autocast):
+            for device in ("cuda", "cpu"):
+                query, key, queue = (torch.empty(rows, 8, device=device) for rows in (4, 4, 30))
+                moco_ext.info_nce(query, key, queue)
+        assert spy.terms == [terms, 3]
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_backward_has_the_precision_of_forward(monkeypatch):
+    """Whatever the mode at the time of backward, which usually runs outside of autocast."""
+    query, key, queue = problem(4, 30, 8)
+    key.requires_grad_()
+    with Spy() as spy:
+        monkeypatch.setattr(moco_ext.ops, "_terms", lambda cuda: 2)
+        loss = moco_ext.info_nce(query, key, queue, in_batch=True)
+        monkeypatch.undo()
+        loss.backward()
+    assert spy.terms == [2, 2]
+
+
+def test_precision_is_traced_and_guarded():
+    """Old and new tf32 switch, mixed too, and autocast; compiled code is traced anew when they change."""
+    from moco_ext.ops import _terms
 
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    compiled = torch.compile(lambda x: x + _allow_tf32(), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: x + _terms(True), fullgraph=True, backend="eager")
     try:
-        for allowed in (False, True):
-            matmul.allow_tf32 = allowed
-            assert _allow_tf32() == allowed
-            assert compiled(torch.zeros(1)).item() == allowed
+        for autocast, allow_tf32, terms in PRECISIONS:
+            matmul.allow_tf32 = allow_tf32
+            with cuda_autocast(autocast):
+                assert _terms(True) == terms
+                assert compiled(torch.zeros(1)).item() == terms
         matmul.fp32_precision = "ieee"
-        assert not _allow_tf32()
+        assert _terms(True) == 3
         matmul.fp32_precision = "tf32"
-        assert _allow_tf32()
+        assert _terms(True) == 2
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the products are float32")
+@pytest.mark.parametrize(("autocast", "bound"), [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)], ids=str)
+def test_autocast_on_cuda(autocast, bound):
+    """Operands rounded to 8 or 11 bits, at L = 14, and a float32 loss."""
+    query, key, queue = problem(128, 8192, 128, "cuda")
+    want = run_info_nce(moco_ext.reference.info_nce, query.double(), key.double(), queue.double(), 0.07)
+    with torch.autocast("cuda", autocast):
+        got = run_info_nce(moco_ext.info_nce, query, key, queue, 0.07)
+    assert got[0].dtype == torch.float32
+    assert rel_error(got[2]["query"], want[2]["query"]) <= bound

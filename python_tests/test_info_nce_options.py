@@ -190,10 +190,10 @@ def test_int32_ids(device):
 
 def test_the_backward_operator_checks_for_itself():
     query, key, _ = problem(4, 30, 8, torch.device("cpu"))
-    good = [query, key, None, 0.2, True, False, 0, None, False, torch.zeros(4), torch.zeros(4, 3), torch.zeros(4)]
+    good = [query, key, None, 0.2, True, 3, 0, None, False, torch.zeros(4), torch.zeros(4, 3), torch.zeros(4)]
     operator = torch.ops.moco_ext.info_nce_backward.default
     assert operator(*good).shape == (4, 8)
-    bad = {0: query[:, :5], 1: key[:2], 3: -1.0, 6: 2**63 - 1, 7: torch.arange(3), 9: torch.zeros(3)}
+    bad = {0: query[:, :5], 1: key[:2], 3: -1.0, 5: 4, 6: 2**63 - 1, 7: torch.arange(3), 9: torch.zeros(3)}
     bad |= {10: torch.zeros(4, 2), 11: torch.zeros(5)}
     for place, value in bad.items():
         with pytest.raises(ValueError, match="expected"):
@@ -266,13 +266,13 @@ def test_opcheck(device, in_batch):
     query, key, queue = problem(4, 30, 8, device)
     ids = torch.arange(4, device=device), torch.arange(30, device=device) % 6
     temperature = torch.tensor(0.2, device=device)
-    arguments = (query, key, queue, temperature, 0.0, True, True, True, True, False)
+    arguments = (query, key, queue, temperature, 0.0, True, 1, True, True, True, 3)
     rest = (in_batch, 0, None, 20, 0.1, *ids, False)
     opcheck(torch.ops.moco_ext.info_nce_forward.default, arguments + rest)
-    _, lse, *_, weights = torch.ops.moco_ext.info_nce_forward(*arguments, True, *rest[1:])
+    _, _, lse, *_, weights = torch.ops.moco_ext.info_nce_forward(*arguments, True, *rest[1:])
     opcheck(
         torch.ops.moco_ext.info_nce_backward.default,
-        (query, key, None, 0.2, True, False, 0, ids[0], True, lse, weights, torch.ones_like(lse)),
+        (query, key, None, 0.2, True, 3, 0, ids[0], True, lse, weights, torch.ones_like(lse)),
     )
 
 

@@ -41,16 +41,20 @@ struct InfoNceContrast {
   bool same_id_positive = false;       // a match is a further positive; else it is masked out
 };
 
+enum class Reduction { kNone, kMean, kSum };  // numbered as in torch
+
 template <typename Accumulate>
 struct InfoNceOutputs {
   Accumulate* loss;               // [N]
   Accumulate* lse;                // [N] logsumexp over the logits
   Accumulate* positive_logit;     // [N] divided by the temperature
   int64_t* rank;                  // [N] negatives scoring strictly above the positive
-  Accumulate* grad_query;         // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
+  Accumulate* grad_query;         // [N, C] d loss[n] / d query[n], over N for kMean; null: no gradient pass at all
   Accumulate* grad_key;           // [N, C] or null; not with in_batch
-  Accumulate* grad_temperature;   // [N] or null; needs grad_query
+  Accumulate* grad_temperature;   // [N], or its sum [1] with a reduction; or null; needs grad_query
   Accumulate* weights = nullptr;  // [N, 3] or null; with in_batch, for the keys' gradient
+  Accumulate* reduced = nullptr;  // [1] mean or sum of loss; [N] a copy of it for kNone; or null
+  Reduction reduction = Reduction::kNone;
 };
 
 // query [N, C]; key [N, C], or [M, C] with in_batch; queue [K, C]. Scratch: O(N*C) a thread and a tile of logits.

@@ -41,20 +41,24 @@ struct InfoNceContrast {
   bool plain() const { return key_ids == nullptr && label_smoothing == 0; }
 };
 
+enum class Reduction { kNone, kMean, kSum };  // numbered as in torch
+
 struct InfoNceOutputs {
   float* loss;               // [N]
   float* lse;                // [N] logsumexp over the logits
   float* positive_logit;     // [N] divided by the temperature
   int64_t* rank;             // [N] negatives scoring strictly above the positive
-  float* grad_query;         // [N, C] d loss[n] / d query[n]; null: no gradient pass at all
+  float* grad_query;         // [N, C] d loss[n] / d query[n], over N for kMean; null: no gradient pass at all
   float* grad_key;           // [N, C] or null; not with in_batch
-  float* grad_temperature;   // [N] or null; needs grad_query
+  float* grad_temperature;   // [N], or its sum [1] with a reduction; or null; needs grad_query
   float* weights = nullptr;  // [N, 3] or null; with in_batch, for the keys' gradient
+  float* reduced = nullptr;  // [1] mean or sum of loss; [N] a copy of it for kNone; or null
+  Reduction reduction = Reduction::kNone;
 };
 
 // Scratch the launcher needs, in bytes, 256-byte aligned: O(N*C) times the splits of the queue, never N*K.
 template <typename Queue>
-size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
+size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
                                 const InfoNceContrast& contrast, bool gradient);
 
 // query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type; queue [K, C]

@@ -176,7 +176,7 @@ int info_nce(int64_t n, int64_t k, int64_t c, int terms, bool gradient) {
   const cuda::InfoNceOutputs outputs{
       loss.data, lse.data, positive.data, rank.data, gradient ? grad_query.data : nullptr, nullptr, nullptr};
   const Array<char> workspace(
-      static_cast<int64_t>(cuda::info_nce_workspace_bytes<Queue>(shape, options, {}, gradient)));
+      static_cast<int64_t>(cuda::info_nce_workspace_bytes(queues[0].data, shape, options, {}, gradient)));
   const auto call = [&](int i) {
     check::cuda(cuda::info_nce(query.data, key.data, queues[i % rotated].data, shape, options, {}, outputs,
                                workspace.data, stream));

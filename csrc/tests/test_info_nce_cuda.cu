@@ -129,7 +129,7 @@ Results run(const Case& c, const std::vector<Query>& query, const std::vector<Qu
                                      c.gradient ? grad_query.data : nullptr,
                                      c.gradient ? grad_key.data : nullptr,
                                      c.gradient ? grad_temperature.data : nullptr};
-  Array<char> workspace(cuda::info_nce_workspace_bytes<Queue>(c.shape, options, {}, c.gradient));
+  Array<char> workspace(cuda::info_nce_workspace_bytes(queue_start, c.shape, options, {}, c.gradient));
   require(cuda::info_nce(device_query.data, device_key.data, queue_start, c.shape, options, {}, outputs, workspace.data,
                          cudaStream_t{}),
           "info_nce");

@@ -208,8 +208,8 @@ void test(const Case& x, check::Random& random) {
                                      x.in_batch ? nullptr : grad_key.data(),
                                      grad_temperature.data(),
                                      x.in_batch ? weights.data() : nullptr};
-  const Device<char> workspace(
-      std::vector<char>(cuda::info_nce_workspace_bytes<Queue>(shape, options, contrast, true), char(0xff)));
+  const Device<char> workspace(std::vector<char>(
+      cuda::info_nce_workspace_bytes(no_queue ? nullptr : d_queue.data(), shape, options, contrast, true), char(0xff)));
   check::cuda(cuda::info_nce(d_query.data(), d_key.data(), no_queue ? nullptr : d_queue.data(), shape, options,
                              contrast, outputs, workspace.data(), cudaStream_t{}));
   if (x.in_batch) {

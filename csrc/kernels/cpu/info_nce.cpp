@@ -12,6 +12,7 @@
 // the cross-entropy's target distribution. So it is gathered on the way, and finish_row puts it in the key's place.
 #include <cmath>
 #include <numbers>
+#include <numeric>
 #include <optional>
 #include <utility>
 
@@ -199,6 +200,7 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
                 const InfoNceOptions& options, A* scratch, const InfoNceOutputs<A>& out) {
   const int64_t c = p.c;
   const A temperature = static_cast<A>(options.temperature);
+  const A row_weight = out.reduction == Reduction::kMean ? A{1} / static_cast<A>(p.n) : A{1};
   const A eps = static_cast<A>(options.eps);
   const A positive = p.positive[i];
   const A* query = p.query.row(i);
@@ -254,14 +256,29 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
       g[f] = (targets == nullptr ? expected[f] - rest * key[f] : expected[f] + key_probability * key[f] - target[f]) /
              temperature;
     }
-    if (out.grad_temperature != nullptr) out.grad_temperature[i] = -dot(query, g, c) / temperature;
+    if (out.grad_temperature != nullptr) out.grad_temperature[i] = -dot(query, g, c) / temperature * row_weight;
     if (options.normalize) normalize_backward(query, p.query.norm[i], eps, g, c);
+    for (int64_t f = 0; row_weight != 1 && f < c; ++f) g[f] *= row_weight;
   }
   if (out.grad_key != nullptr) {
     A* g = out.grad_key + i * c;
     for (int64_t f = 0; f < c; ++f) g[f] = -rest * query[f] / temperature;
     if (options.normalize) normalize_backward(key, p.key.norm[i], eps, g, c);
+    for (int64_t f = 0; row_weight != 1 && f < c; ++f) g[f] *= row_weight;
   }
+}
+
+// The rows' results -> `out`, in a fixed order.
+template <typename A>
+void reduce(const InfoNceOutputs<A>& rows, int64_t n, const InfoNceOutputs<A>& out) {
+  if (out.reduction == Reduction::kNone) {
+    if (out.reduced != nullptr) std::copy(rows.loss, rows.loss + n, out.reduced);
+    return;
+  }
+  const auto sum = [n](const A* x) { return std::accumulate(x, x + n, 0.0); };
+  const double total = sum(rows.loss);
+  *out.reduced = static_cast<A>(out.reduction == Reduction::kMean ? total / static_cast<double>(n) : total);
+  if (out.grad_temperature != nullptr) *out.grad_temperature = static_cast<A>(sum(rows.grad_temperature));
 }
 
 }  // namespace
@@ -272,7 +289,13 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
               const InfoNceOutputs<accumulate_t<Queue>>& outputs) {
   using A = accumulate_t<Queue>;
   const auto [n, k, c] = shape;
-  if (n == 0) return;
+  InfoNceOutputs<A> rows = outputs;
+  std::vector<A> grad_temperature;
+  if (outputs.reduction != Reduction::kNone && outputs.grad_temperature != nullptr) {
+    grad_temperature.resize(n);
+    rows.grad_temperature = grad_temperature.data();
+  }
+  if (n == 0) return reduce(rows, n, outputs);  // the mean is NaN
   const int64_t key_rows = contrast.in_batch ? contrast.keys : n;
   const UnitRows<A> queries(host, query, n, c, options);
   const UnitRows<A> keys(host, key, key_rows, c, options);
@@ -325,9 +348,10 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
     [[maybe_unused]] const FlushSubnormals flush;
     std::vector<A> scratch(2 * c);
     for (int64_t i = begin; i < end; ++i) {
-      finish_row(i, problem, partials, weighted ? &*targets : nullptr, options, scratch.data(), outputs);
+      finish_row(i, problem, partials, weighted ? &*targets : nullptr, options, scratch.data(), rows);
     }
   });
+  reduce(rows, n, outputs);
 }
 
 #define MOCO_INFO_NCE(Query, Queue)                                                                  \

@@ -21,13 +21,18 @@ template <typename Query, typename Operand>
 cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceShape& shape,
                                     const InfoNceOptions& options, const InfoNceContrast& contrast,
                                     const InfoNceWorkspace& workspace, cudaStream_t stream) {
+  const auto prepare = [&](const Query* x, const Query* positives, int64_t n, int64_t padded,
+                           const InfoNceOperand<Operand>& operand) {
+    const RowOptions rows{n, shape.c, options.eps, options.normalize};
+    return launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
+                  positives, rows, padded, operand);
+  };
+  const InfoNceWorkspace& w = workspace;
   const cudaError_t error =
-      launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(workspace.n_padded), dim3(32 * kRowWarps), 0, stream,
-             query, key + contrast.key_offset * shape.c, row_options(shape, options), workspace);
+      prepare(query, key + contrast.key_offset * shape.c, shape.n, w.n_padded,
+              {static_cast<Operand*>(w.query), w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished});
   if (error != cudaSuccess || !contrast.in_batch) return error;
-  const RowOptions keys{contrast.keys, shape.c, options.eps, options.normalize};
-  return launch(info_nce_operand_kernel<Query, Operand>, row_blocks(contrast.keys), dim3(32 * kRowWarps), 0, stream,
-                key, keys, contrast.keys, static_cast<Operand*>(workspace.keys), static_cast<float*>(nullptr));
+  return prepare(key, nullptr, contrast.keys, contrast.keys, {static_cast<Operand*>(w.keys), nullptr});
 }
 
 template <typename Queue>
@@ -36,8 +41,9 @@ cudaError_t launch_info_nce_generic(const Queue* keys, const InfoNceKeyCount& co
                                     const InfoNceOptions& options, const InfoNceWorkspace& workspace,
                                     cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(workspace.n_padded / kGenericRows), static_cast<unsigned>(splits));
-  return launch(info_nce_generic_kernel<Queue>, grid, dim3(kGenericThreads), 0, stream, keys, count, mask, partials,
-                shape.n, shape.c, temperature_of(options), workspace);
+  return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly, info_nce_generic_kernel<Queue>, grid,
+                dim3(kGenericThreads), 0, stream, keys, count, mask, partials, shape.n, shape.c,
+                temperature_of(options), workspace);
 }
 
 template <typename Queue, typename Operand>
@@ -83,9 +89,9 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
       contrast.plain(),         workspace.column_sum,          workspace.match_sum,
       workspace.matches,        {shape.k, contrast.num_valid}, contrast.in_batch ? contrast.keys : 0,
       contrast.label_smoothing, contrast.same_id_positive};
-  return launch(info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps), 0, stream,
-                query, key + contrast.key_offset * shape.c, row_options(shape, options), temperature_of(options),
-                target, workspace, outputs);
+  return launch(Start::kEarly, info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps),
+                0, stream, query, key + contrast.key_offset * shape.c, row_options(shape, options),
+                temperature_of(options), target, workspace, outputs);
 }
 
 #define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                                \

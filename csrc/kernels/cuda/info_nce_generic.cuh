@@ -21,6 +21,8 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
   __shared__ float key[kGenericKeys][kGenericColumns + 1];
   __shared__ float scores[kGenericRows][kGenericKeys];
   __shared__ float rescale[kGenericRows];
+  let_next_kernel_start();
+  wait_for_previous_kernel();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;

@@ -147,8 +147,9 @@ KeysWorkspace keys_workspace(void* base, const InfoNcePass<Operand>& pass, const
 template <typename Operand, typename Query>
 cudaError_t launch_operand(const Query* x, const RowOptions& options, int64_t padded, void* operand, float* norm,
                            cudaStream_t stream) {
-  return launch(info_nce_operand_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
-                options, padded, static_cast<Operand*>(operand), norm);
+  return launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
+                static_cast<const Query*>(nullptr), options, padded,
+                InfoNceOperand<Operand>{static_cast<Operand*>(operand), norm});
 }
 
 }  // namespace

@@ -46,85 +46,105 @@ InfoNceWorkspace pass_workspace(const InfoNcePass<Queue>& pass, void* base, cons
                             contrast.in_batch ? splits(contrast.keys) : 0, pass.operand_bytes, gradient);
 }
 
+// The fastest pass that the queue's type, alignment and number of features allow on the current device.
 template <typename Queue>
-size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions& options,
+InfoNcePass<Queue> choose_pass(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
+                               bool gradient) {
+  if (reinterpret_cast<uintptr_t>(queue) % 16 != 0) return generic_pass<Queue>();
+  InfoNcePass<Queue> pass = sm90_pass<Queue>(shape);
+  pass.kind = PassKind::kSm90;
+  if (pass.resident > 0) return pass;
+  pass = mma_pass<Queue>(shape, options, gradient);
+  pass.kind = PassKind::kMma;
+  return pass.resident > 0 ? pass : generic_pass<Queue>();
+}
+
+template <typename Queue>
+size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
                                 const InfoNceContrast& contrast, bool gradient) {
   if (shape.n == 0) return 0;
-  // The pass also depends on the queue's alignment, which is not known here.
-  size_t bytes = pass_workspace(generic_pass<Queue>(), nullptr, shape, contrast, gradient).bytes;
-  if (const InfoNcePass<Queue> pass = mma_pass<Queue>(shape, options, gradient); pass.resident > 0) {
-    bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
-  }
-  if (const InfoNcePass<Queue> pass = sm90_pass<Queue>(shape); pass.resident > 0) {
-    bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
-  }
-  return bytes;
+  return pass_workspace(choose_pass(queue, shape, options, gradient), nullptr, shape, contrast, gradient).bytes;
 }
 
-// prepare, the passes over queue and batch, combine. Operand is the element type of queries and keys in the passes.
-template <typename Operand, typename Query, typename Queue, typename Pass>
-cudaError_t launch_info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-                            const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceWorkspace& w,
-                            const InfoNceOutputs& outputs, cudaStream_t stream, Pass&& pass) {
-  const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
-  const bool positive = contrast.same_id_positive;
-  cudaError_t error = launch_info_nce_prepare<Query, Operand>(query, key, shape, options, contrast, w, stream);
-  if (error == cudaSuccess && w.queue_splits > 0) {
-    error = pass(queue, InfoNceKeyCount{shape.k, contrast.num_valid},
-                 InfoNceMask{row_ids, contrast.queue_ids, kNoPositive, positive}, partials_from(w, shape, 0),
-                 w.queue_splits);
+// Key: the queue's type, or that of the batch's keys in the workspace, which the generic pass takes as float.
+template <typename Queue, typename Key>
+cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const Key* keys, const InfoNceKeyCount& count,
+                        const InfoNceMask& mask, const InfoNcePartials& partials, int64_t splits,
+                        const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceWorkspace& w,
+                        cudaStream_t stream) {
+  if constexpr (std::is_same_v<Key, Queue>) {
+    if (pass.kind == PassKind::kMma) {
+      const MmaArguments<Queue> arguments{static_cast<const uint32_t*>(w.query),
+                                          keys,
+                                          w.positive,
+                                          w.row_scale,
+                                          partials,
+                                          shape.n,
+                                          count,
+                                          mask,
+                                          {options.temperature, options.temperature_ptr},
+                                          nullptr};
+      const dim3 grid(static_cast<unsigned>(w.n_padded / pass.rows), static_cast<unsigned>(splits));
+      return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly, pass.kernel, grid, dim3(pass.threads),
+                    pass.shared_bytes, stream, arguments);
+    }
+    if constexpr (sizeof(Queue) == 2) {
+      if (pass.kind == PassKind::kSm90) {
+        return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
+      }
+    }
   }
-  if (error == cudaSuccess && contrast.in_batch) {
-    error = pass(static_cast<const Operand*>(w.keys), InfoNceKeyCount{contrast.keys, nullptr},
-                 InfoNceMask{row_ids, contrast.key_ids, contrast.key_offset, positive},
-                 partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits);
-  }
-  if (error == cudaSuccess) error = launch_info_nce_target<Queue, Operand>(queue, shape, options, contrast, w, stream);
-  if (error != cudaSuccess) return error;
-  return launch_info_nce_combine(query, key, shape, options, contrast, w, outputs, stream);
+  return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
 }
 
+// Of no rows, the mean is NaN (all bits set) and everything else 0.
+inline cudaError_t info_nce_of_no_rows(const InfoNceOutputs& outputs, cudaStream_t stream) {
+  if (outputs.reduction == Reduction::kNone) return cudaSuccess;
+  const int bits = outputs.reduction == Reduction::kMean ? 0xff : 0;
+  const cudaError_t error = cudaMemsetAsync(outputs.reduced, bits, sizeof(float), stream);
+  if (error != cudaSuccess || outputs.grad_temperature == nullptr) return error;
+  return cudaMemsetAsync(outputs.grad_temperature, 0, sizeof(float), stream);
+}
+
+// prepare, the passes over queue and batch, combine.
 template <typename Query, typename Queue>
 cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
                      const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,
                      void* workspace, cudaStream_t stream) {
-  if (shape.n == 0) return cudaSuccess;
+  if (shape.n == 0) return info_nce_of_no_rows(outputs, stream);
   const bool gradient = outputs.grad_query != nullptr;
-  const InfoNcePass<Queue> fast = mma_pass<Queue>(shape, options, gradient);
-  if (fast.resident == 0 || reinterpret_cast<uintptr_t>(queue) % 16 != 0) {
-    const InfoNceWorkspace w = pass_workspace(generic_pass<Queue>(), workspace, shape, contrast, gradient);
-    const auto pass = [&](const auto* keys, const auto& count, const auto& mask, const auto& partials, int64_t splits) {
-      return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
-    };
-    return launch_info_nce<float>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
-  }
-  if constexpr (sizeof(Queue) == 2) {
-    if (const InfoNcePass<Queue> hopper = sm90_pass<Queue>(shape); hopper.resident > 0) {
-      const InfoNceWorkspace w = pass_workspace(hopper, workspace, shape, contrast, gradient);
-      const auto pass = [&](const Queue* keys, const auto& count, const auto& mask, const auto& partials,
-                            int64_t splits) {
-        return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
-      };
-      return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
+  const InfoNcePass<Queue> pass = choose_pass(queue, shape, options, gradient);
+  const InfoNceWorkspace w = pass_workspace(pass, workspace, shape, contrast, gradient);
+  const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
+  const bool positive = contrast.same_id_positive;
+  const auto run = [&]<typename Operand>() {  // the type of queries and keys in the passes
+    cudaError_t error = launch_info_nce_prepare<Query, Operand>(query, key, shape, options, contrast, w, stream);
+    if (error == cudaSuccess && w.queue_splits > 0) {
+      error =
+          launch_pass(pass, queue, {shape.k, contrast.num_valid}, {row_ids, contrast.queue_ids, kNoPositive, positive},
+                      partials_from(w, shape, 0), w.queue_splits, shape, options, w, stream);
     }
-  }
-  const InfoNceWorkspace w = pass_workspace(fast, workspace, shape, contrast, gradient);
-  const auto pass = [&](const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
-                        const InfoNcePartials& partials, int64_t splits) {
-    const MmaArguments<Queue> arguments{
-        static_cast<const uint32_t*>(w.query),          keys,   w.positive, w.row_scale, partials, shape.n, count, mask,
-        {options.temperature, options.temperature_ptr}, nullptr};
-    const dim3 grid(static_cast<unsigned>(w.n_padded / fast.rows), static_cast<unsigned>(splits));
-    return launch(fast.kernel, grid, dim3(fast.threads), fast.shared_bytes, stream, arguments);
+    if (error == cudaSuccess && contrast.in_batch) {
+      error =
+          launch_pass(pass, static_cast<const Operand*>(w.keys), {contrast.keys, nullptr},
+                      {row_ids, contrast.key_ids, contrast.key_offset, positive},
+                      partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits, shape, options, w, stream);
+    }
+    if (error == cudaSuccess) {
+      error = launch_info_nce_target<Queue, Operand>(queue, shape, options, contrast, w, stream);
+    }
+    if (error != cudaSuccess) return error;
+    return launch_info_nce_combine(query, key, shape, options, contrast, w, outputs, stream);
   };
-  return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
+  if (pass.kind == PassKind::kGeneric) return run.template operator()<float>();
+  return run.template operator()<Queue>();
 }
 
-#define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                                              \
-  template size_t info_nce_workspace_bytes<Queue>(const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&, \
-                                                  bool);                                                              \
-  MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                                        \
-  MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                                                \
+#define MOCO_INSTANTIATE_INFO_NCE(Queue)                                                                    \
+  template size_t info_nce_workspace_bytes<Queue>(const Queue*, const InfoNceShape&, const InfoNceOptions&, \
+                                                  const InfoNceContrast&, bool);                            \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                              \
+  MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                                      \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(__half, Queue)
 #define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                                \
   template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const InfoNceShape&,        \

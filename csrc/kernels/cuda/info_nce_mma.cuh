@@ -245,6 +245,7 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
 template <typename Element, bool kExact, int columns, MmaPass kPass>
 __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
     info_nce_mma_kernel(const MmaArguments<Element> arguments) {
+  let_next_kernel_start();
   constexpr bool kGradient = kPass != MmaPass::kLoss;
   using Tile = MmaTile<Element, kExact, columns>;
   MOCO_DYNAMIC_SHARED(shared);
@@ -289,6 +290,7 @@ __global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
   };
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(i);
+  wait_for_previous_kernel();  // it writes the query, but not the keys: see InfoNceMask::of_batch
 
   uint32_t query[Tile::kSteps][4];
   {

@@ -9,7 +9,9 @@ namespace moco_ext::cuda {
 template <typename Element>
 struct MmaArguments;
 
-// A pass over the queue, for the launcher; kernel is null for the generic one.
+enum class PassKind { kGeneric, kMma, kSm90 };
+
+// A pass over the queue, for the launcher. Only mma passes have their kernel here.
 template <typename Queue>
 struct InfoNcePass {
   void (*kernel)(MmaArguments<Queue>);
@@ -19,6 +21,7 @@ struct InfoNcePass {
   int shared_bytes;
   int64_t resident;  // blocks that run at the same time on the device
   size_t operand_bytes = sizeof(Queue);
+  PassKind kind = PassKind::kGeneric;
 };
 
 // More blocks per multiprocessor hide little more latency, but each writes partial sums for its rows.

@@ -60,83 +60,100 @@ __device__ __forceinline__ float warp_norm(const T* x, int64_t c, float square, 
   return sqrtf(warp_join(square, Add{})) * 0x1p80f;
 }
 
-// x [N, C] -> operand [padded, C], with unit rows if normalize, zero padding; norm [N] or null. A warp per row.
+// What prepare writes about the rows of x; null: not wanted.
+template <typename Operand>
+struct InfoNceOperand {
+  Operand* rows;                 // [padded, C] x, as unit rows if normalize, divided by row_scale; the padding is 0
+  float* norm;                   // [N]
+  float* key_norm = nullptr;     // [N] of the rows' keys; all that follows needs them
+  float* positive = nullptr;     // [padded] x . key
+  float* row_scale = nullptr;    // [padded]
+  unsigned* finished = nullptr;  // [1] set to 0
+};
+
+// x and, where the operand is that of queries, their keys [N, C]. A warp per row.
 template <typename T, typename Operand>
-__global__ void info_nce_operand_kernel(const T* x, RowOptions options, int64_t padded, Operand* operand, float* norm) {
+__global__ void info_nce_prepare_kernel(const T* x, const T* key, RowOptions options, int64_t padded,
+                                        InfoNceOperand<Operand> operand) {
+  let_next_kernel_start();
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (row >= padded) return;
-  x += row * options.c;
-  operand += row * options.c;
-  if (row >= options.n) {
-    for (int64_t i = lane; i < options.c; i += 32) operand[i] = from_float<Operand>(0.0f);
-    return;
-  }
-  float square = 0.0f;
-  for (int64_t i = lane; i < options.c; i += 32) square += to_float(x[i]) * to_float(x[i]);
-  const float length = warp_norm(x, options.c, square, lane);
-  const float divisor = options.divisor(length);
-  for (int64_t i = lane; i < options.c; i += 32) operand[i] = from_float<Operand>(to_float(x[i]) / divisor);
-  if (lane == 0 && norm != nullptr) norm[row] = length;
-}
-
-// A warp per row of query, key [N, C].
-template <typename Query, typename Operand>
-__global__ void info_nce_prepare_kernel(const Query* query, const Query* key, RowOptions options,
-                                        InfoNceWorkspace workspace) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (row >= workspace.n_padded) return;
-  Operand* const operand = static_cast<Operand*>(workspace.query) + row * options.c;
+  const bool has_key = operand.positive != nullptr;
+  if (row == 0 && lane == 0 && has_key) *operand.finished = 0;
+  Operand* const to = operand.rows + row * options.c;
   if (row >= options.n) {  // padding: computed with the rest of its block, but not written to the outputs
-    for (int64_t i = lane; i < options.c; i += 32) operand[i] = from_float<Operand>(0.0f);
-    if (lane == 0) {
-      workspace.positive[row] = 0.0f;
-      workspace.row_scale[row] = 1.0f;
+    for (int64_t i = lane; i < options.c; i += 32) to[i] = from_float<Operand>(0.0f);
+    if (lane == 0 && has_key) {
+      operand.positive[row] = 0.0f;
+      operand.row_scale[row] = 1.0f;
     }
     return;
   }
-  query += row * options.c;
-  key += row * options.c;
-  float query_square = 0.0f;
+  x += row * options.c;
+  if (has_key) key += row * options.c;
+  float square = 0.0f;
   float key_square = 0.0f;
   float largest = 0.0f;
   for (int64_t i = lane; i < options.c; i += 32) {
-    const float q = to_float(query[i]);
-    const float k = to_float(key[i]);
-    query_square += q * q;
-    key_square += k * k;
-    largest = fmaxf(largest, fabsf(q));
+    const float value = to_float(x[i]);
+    square += value * value;
+    largest = fmaxf(largest, fabsf(value));
+    if (has_key) key_square += to_float(key[i]) * to_float(key[i]);
   }
-  const float query_norm = warp_norm(query, options.c, query_square, lane);
-  const float key_norm = warp_norm(key, options.c, key_square, lane);
-  const float query_divisor = options.divisor(query_norm);
+  const float norm = warp_norm(x, options.c, square, lane);
+  const float divisor = options.divisor(norm);
+  const float key_norm = has_key ? warp_norm(key, options.c, key_square, lane) : 1.0f;
   const float key_divisor = options.divisor(key_norm);
-  largest = warp_join(largest, Max{}) / query_divisor;
 
   // Scaling by a power of two is exact, and keeps rows of any norm within the range of fp16.
   int exponent = 0;
-  if (!std::is_same_v<Operand, float> && largest > 0.0f && largest < INFINITY) {
+  largest = warp_join(largest, Max{}) / divisor;
+  if (has_key && !std::is_same_v<Operand, float> && largest > 0.0f && largest < INFINITY) {
     frexpf(largest, &exponent);
     exponent = min(max(exponent, -100), 100);
   }
   float positive = 0.0f;
   for (int64_t i = lane; i < options.c; i += 32) {
-    const float q = to_float(query[i]) / query_divisor;
-    positive += q * (to_float(key[i]) / key_divisor);
-    operand[i] = from_float<Operand>(ldexpf(q, -exponent));
+    const float value = to_float(x[i]) / divisor;
+    to[i] = from_float<Operand>(ldexpf(value, -exponent));
+    if (has_key) positive += value * (to_float(key[i]) / key_divisor);
   }
+  if (lane == 0 && operand.norm != nullptr) operand.norm[row] = norm;
+  if (!has_key) return;
   positive = warp_join(positive, Add{});
   if (lane == 0) {
-    workspace.query_norm[row] = query_norm;
-    workspace.key_norm[row] = key_norm;
-    workspace.positive[row] = positive;
-    workspace.row_scale[row] = ldexpf(1.0f, exponent);
+    operand.key_norm[row] = key_norm;
+    operand.positive[row] = positive;
+    operand.row_scale[row] = ldexpf(1.0f, exponent);
   }
 }
 
 constexpr int kCombineColumns = 128;
 constexpr int kCombineMaxWarps = 16;
+
+// reduced [1]: the sum or mean of loss [N], which the last block to get here computes, in a fixed order.
+// grad_temperature likewise. All of a block's threads call it.
+static __device__ void reduce_rows(const InfoNceOutputs& outputs, const InfoNceWorkspace& workspace, int64_t n) {
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) {  // the thread that has written the row's results
+    __threadfence();
+    is_last = atomicAdd(workspace.finished, 1u) == n - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!is_last) return;
+  const auto sum = [&](const float* rows) {
+    float total = 0.0f;
+    for (int64_t i = threadIdx.x; i < n; i += blockDim.x) total += __ldcg(rows + i);  // not from this processor's L1
+    return block_join(total, Add{});
+  };
+  const float loss = sum(outputs.loss);
+  if (threadIdx.x == 0) *outputs.reduced = outputs.reduction == Reduction::kMean ? loss / static_cast<float>(n) : loss;
+  if (outputs.grad_temperature == nullptr) return;
+  const float grad_temperature = sum(workspace.grad_temperature);
+  if (threadIdx.x == 0) *outputs.grad_temperature = grad_temperature;
+}
 
 // A block per row: adds up the splits in a fixed order, then the positive, and propagates the gradients through the
 // norms.
@@ -144,6 +161,7 @@ template <typename Query>
 __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     info_nce_combine_kernel(const Query* query, const Query* key, RowOptions options, InfoNceTemperature temperature,
                             InfoNceTarget target, InfoNceWorkspace workspace, InfoNceOutputs outputs) {
+  wait_for_previous_kernel();
   __shared__ float parts[kCombineMaxWarps][kCombineColumns];
   const int64_t row = blockIdx.x;
   const int64_t n = options.n;
@@ -194,6 +212,7 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
   const float key_norm = workspace.key_norm[row];
   const float inverse_query = 1.0f / options.divisor(query_norm);
   const float inverse_key = 1.0f / options.divisor(key_norm);
+  const float row_weight = outputs.reduction == Reduction::kMean ? 1.0f / static_cast<float>(n) : 1.0f;
   query += row * c;
   key += row * c;
 
@@ -229,7 +248,9 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
   }
   if (thread == 0) {
     const float positive_logit = positive * inverse_temperature;
-    outputs.loss[row] = loss + excess * inverse_temperature;
+    const float row_loss = loss + excess * inverse_temperature;
+    outputs.loss[row] = row_loss;
+    if (outputs.reduction == Reduction::kNone && outputs.reduced != nullptr) outputs.reduced[row] = row_loss;
     outputs.lse[row] = loss + positive_logit;
     outputs.positive_logit[row] = positive_logit;
     outputs.rank[row] = rank;
@@ -274,10 +295,11 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
       if (!target.plain) g -= target_less_key(i, k);
       g *= inverse_temperature;
       if (options.normalize && query_norm > options.eps) g -= unit_dot * q;  // a clamped norm is a constant
-      gradient[i] = g * inverse_query;
+      gradient[i] = g * (inverse_query * row_weight);
     }
     if (thread == 0 && outputs.grad_temperature != nullptr) {
-      outputs.grad_temperature[row] = -unit_dot * inverse_temperature;
+      float* const rows = outputs.reduction == Reduction::kNone ? outputs.grad_temperature : workspace.grad_temperature;
+      rows[row] = -unit_dot * inverse_temperature * row_weight;
     }
   }
   if (outputs.grad_key != nullptr) {
@@ -288,9 +310,10 @@ __global__ void __launch_bounds__(32 * kCombineMaxWarps)
       const float k = to_float(key[i]) * inverse_key;
       float g = -rest * q * inverse_temperature;
       if (options.normalize && key_norm > options.eps) g -= unit_dot * k;
-      outputs.grad_key[row * c + i] = g * inverse_key;
+      outputs.grad_key[row * c + i] = g * (inverse_key * row_weight);
     }
   }
+  if (outputs.reduction != Reduction::kNone) reduce_rows(outputs, workspace, n);
 }
 
 }  // namespace moco_ext::cuda

@@ -37,7 +37,9 @@ struct InfoNceMask {
   int64_t key_offset;      // key key_offset + row is the positive of row; kNoPositive: there is none
   bool same_id_positive;
 
-  __host__ __device__ bool any() const { return key_ids != nullptr || key_offset != kNoPositive; }
+  __host__ __device__ bool any() const { return key_ids != nullptr || of_batch(); }
+  // The keys are the batch's, which prepare writes. Then the pass must not start early, because it loads keys first.
+  __host__ __device__ bool of_batch() const { return key_offset != kNoPositive; }
   __device__ bool is_positive(int64_t row, int64_t key) const {
     return key_offset != kNoPositive && key == key_offset + row;
   }
@@ -69,16 +71,18 @@ struct InfoNceTarget {
 };
 
 struct InfoNceWorkspace {
-  float* query_norm;    // [N]
-  float* key_norm;      // [N]
-  float* positive;      // [N_padded] q . k, not divided by row_scale
-  float* row_scale;     // [N_padded] power of two that scales the query operand's largest element to [0.5, 1)
-  void* query;          // [N_padded, C] the query operand: normalized, divided by row_scale
-  void* keys;           // [M, C] with in_batch: the keys as the pass reads them, normalized
-  float* column_parts;  // [kColumnParts, C] with label smoothing
-  float* column_sum;    // [C]
-  float* match_sum;     // [N, C] with ids, if the target or label smoothing needs them
-  int64_t* matches;     // [N]
+  float* query_norm;        // [N]
+  float* key_norm;          // [N]
+  float* positive;          // [N_padded] q . k, not divided by row_scale
+  float* row_scale;         // [N_padded] power of two that scales the query operand's largest element to [0.5, 1)
+  float* grad_temperature;  // [N], to be reduced
+  unsigned* finished;       // [1] blocks of combine; prepare sets it to 0
+  void* query;              // [N_padded, C] the query operand: normalized, divided by row_scale
+  void* keys;               // [M, C] with in_batch: the keys as the pass reads them, normalized
+  float* column_parts;      // [kColumnParts, C] with label smoothing
+  float* column_sum;        // [C]
+  float* match_sum;         // [N, C] with ids, if the target or label smoothing needs them
+  int64_t* matches;         // [N]
   InfoNcePartials partials;
   int64_t n_padded;
   int64_t splits;        // of queue and batch
@@ -126,6 +130,8 @@ inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape
   pieces.take(w.key_norm, shape.n);
   pieces.take(w.positive, w.n_padded);
   pieces.take(w.row_scale, w.n_padded);
+  pieces.take(w.grad_temperature, shape.n);
+  pieces.take(w.finished, 1);
   pieces.take(w.query, w.n_padded * shape.c, operand_bytes);
   if (contrast.in_batch) pieces.take(w.keys, contrast.keys * shape.c, operand_bytes);
   if (contrast.label_smoothing > 0) {
@@ -172,8 +178,8 @@ cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const 
                                     const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
                                     cudaStream_t stream);
 
-// Sums of keys for the target distribution, and a repair of sums that masked keys made NaN; launches nothing without ids
-// and label smoothing. Operand as for prepare.
+// Sums of keys for the target distribution, and a repair of sums that masked keys made NaN; launches nothing without
+// ids and label smoothing. Operand as for prepare.
 template <typename Queue, typename Operand>
 cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
