@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
     info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = Sm90Tile<columns>;
-  extern __shared__ unsigned char unaligned[];
-  const uint32_t query = (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) + 1023u) & ~1023u;
+  MOCO_DYNAMIC_SHARED(shared);
+  const uint32_t query = (sm90::shared_address(shared) + 1023u) & ~1023u;
   const uint32_t ring = query + Tile::kQueryBytes;
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
   const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: both warpgroups have read it
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
   __syncthreads();
 
   if (thread < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    sm90::release_registers<24>();
     if (thread == 0) {
       sm90::prefetch_map(arguments.query);
       sm90::prefetch_map(arguments.keys);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    sm90::claim_registers<240>();
     const Element type{};
     const int group = thread / 128 - 1;
     const int lane = thread % 32;
@@ -129,12 +129,12 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
                             type);
       }
     };
-    uint32_t p[Tile::kKeys / 16][4];
+    uint32_t p[Tile::kKeys / 16][4] = {};
     const auto issue_outputs = [&](int tile) {  // O += P K
       if constexpr (kGradient) {
 #pragma unroll
         for (int j = 0; j < Tile::kKeys / 16; ++j) {  // 16 keys are two groups of 8 rows
-          sm90::multiply_columns(o, p[j], sm90::column_operand(tile_address(tile) + j * 2048, Tile::kKeyPanelBytes),
+          sm90::multiply_columns(o, p[j], sm90::column_operand(tile_address(tile) + j * 2048, Tile::kKeyPanelBytes), 1,
                                  type);
         }
       }
@@ -157,11 +157,25 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
         }
       }
     };
+    // A weight of 0 does not remove a key that is not finite, and num_valid may end before such keys of the last tile.
+    // Both warpgroups write the same zeros, and scores of these keys are dropped, so neither has to wait for the other.
+    const auto clear_invalid_keys = [&](int tile) {
+      const int valid = min(split_keys - tile * Tile::kKeys, Tile::kKeys);
+      if (!kGradient || valid == Tile::kKeys) return;
+      constexpr int kChunks = Tile::kTileBytes / Tile::kKeys / 16;
+      for (int i = valid * kChunks + thread % 128; i < Tile::kKeys * kChunks; i += 128) {
+        sm90::store_shared_16(tile_address(tile) + sm90::chunk_offset(i / kChunks, i % kChunks, Tile::kKeyPanelBytes),
+                              {0, 0, 0, 0});
+      }
+      sm90::fence_shared();
+      sm90::warpgroup_barrier(1 + group);
+    };
     // Between `begin` and `end` only products may use s, o and p, and nothing may branch: otherwise the compiler
     // serializes the products.
     const auto begin = [&] {
       sm90::pin(s);
       sm90::pin(o);
+      sm90::pin(p);
       sm90::products_begin();
     };
     const auto end = [&] {
@@ -169,6 +183,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       sm90::products_wait();
       sm90::pin(s);
       sm90::pin(o);
+      sm90::pin(p);
     };
 
     sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
@@ -187,6 +202,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
         if (thread % 128 == 0) sm90::barrier_arrive(empty + 8 * (tile % Tile::kStages));
       }
       take_softmax(tiles - 1);
+      clear_invalid_keys(tiles - 1);
       begin();
       issue_outputs(tiles - 1);
       end();
