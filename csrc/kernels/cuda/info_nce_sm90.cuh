@@ -1,9 +1,10 @@
 // The InfoNCE pass over the queue for Hopper: the pass of info_nce_mma.cuh with warpgroup products and tensor copies.
 //
 // A block handles 128 queries and one split of the queue. One thread fetches key tiles into a ring; two warpgroups of
-// 64 rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). The warpgroups overlap:
-// one computes its softmax while the products of the other run. Scores, P and O stay in registers:
-//   softmax of S(j) -> issue O += P(j) K and S(j+1) -> wait for both -> release tile j
+// 64 rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). Scores, P and O stay in
+// registers. A softmax overlaps with products of its own warpgroup and of the other one (the order of
+// FlashAttention-3):
+//   issue S(j+1) -> issue O += P(j) K -> wait for S -> softmax of S(j+1) -> wait for O -> release tile j -> rescale O
 #pragma once
 
 #include <type_traits>
@@ -42,7 +43,7 @@ struct Sm90Arguments {
   InfoNceTemperature temperature;
 };
 
-template <typename Element, int columns, bool kGradient>
+template <typename Element, int columns, bool kGradient, bool kMasked>
 __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
     info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -139,22 +140,23 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
         }
       }
     };
+    float rescale[2];
     const auto take_softmax = [&](int tile) {
       const int valid = min(split_keys - tile * Tile::kKeys, Tile::kKeys);
       if (valid < Tile::kKeys) drop_scores(s, valid, lane);
-      if (arguments.mask.any()) {
+      if constexpr (kMasked) {
         const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
         mask_scores<kScores>(s, rows, arguments.mask, row, n, first_key, valid, lane);
       }
-      online_softmax<kScores, kBias>(s, o, rows);
-      if constexpr (kGradient) {
+      return softmax_of_tile<kBias>(s, rows, rescale);
+    };
+    const auto pack_weights = [&] {
 #pragma unroll
-        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two adjacent tiles of S already are an operand
-          p[j][0] = pack(s[2 * j][0], s[2 * j][1], type);
-          p[j][1] = pack(s[2 * j][2], s[2 * j][3], type);
-          p[j][2] = pack(s[2 * j + 1][0], s[2 * j + 1][1], type);
-          p[j][3] = pack(s[2 * j + 1][2], s[2 * j + 1][3], type);
-        }
+      for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two adjacent tiles of S already are an operand
+        p[j][0] = pack(s[2 * j][0], s[2 * j][1], type);
+        p[j][1] = pack(s[2 * j][2], s[2 * j][3], type);
+        p[j][2] = pack(s[2 * j + 1][0], s[2 * j + 1][1], type);
+        p[j][3] = pack(s[2 * j + 1][2], s[2 * j + 1][3], type);
       }
     };
     // A weight of 0 does not remove a key that is not finite, and num_valid may end before such keys of the last tile.
@@ -170,18 +172,15 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       sm90::fence_shared();
       sm90::warpgroup_barrier(1 + group);
     };
-    // Between `begin` and `end` only products may use s, o and p, and nothing may branch: otherwise the compiler
-    // serializes the products.
+    // pin: while products run, the compiler may touch none of their registers. Otherwise it serializes them.
     const auto begin = [&] {
       sm90::pin(s);
       sm90::pin(o);
       sm90::pin(p);
       sm90::products_begin();
     };
-    const auto end = [&] {
-      sm90::products_commit();
+    const auto wait_for_outputs = [&] {
       sm90::products_wait();
-      sm90::pin(s);
       sm90::pin(o);
       sm90::pin(p);
     };
@@ -191,21 +190,31 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       wait_for(0);
       begin();
       issue_scores(0);
-      end();
+      sm90::products_commit();
+      sm90::products_wait();
+      sm90::pin(s);
+      take_softmax(0);
+      pack_weights();
       for (int tile = 0; tile < tiles - 1; ++tile) {
-        take_softmax(tile);
         wait_for(tile + 1);
         begin();
-        issue_outputs(tile);
         issue_scores(tile + 1);
-        end();
+        sm90::products_commit();
+        issue_outputs(tile);
+        sm90::products_commit();
+        sm90::products_wait<1>();
+        sm90::pin(s);
+        const bool grew = take_softmax(tile + 1);
+        wait_for_outputs();
         if (thread % 128 == 0) sm90::barrier_arrive(empty + 8 * (tile % Tile::kStages));
+        if (grew) rescale_rows(o, rescale);
+        pack_weights();
       }
-      take_softmax(tiles - 1);
       clear_invalid_keys(tiles - 1);
       begin();
       issue_outputs(tiles - 1);
-      end();
+      sm90::products_commit();
+      wait_for_outputs();
     }
 
     constexpr float kUnbias = 1.0f / (1 << kBias);
