@@ -2,7 +2,6 @@
 // only with MOCO_EXT_SM90=1, on a device of compute capability 9.0.
 #include "kernels/cuda/info_nce_sm90_launch.cuh"
 
-#ifndef MOCO_EMULATE
 #include <cudaTypedefs.h>
 
 #include <atomic>
@@ -10,21 +9,8 @@
 #include <cstring>
 
 #include "kernels/cuda/info_nce_sm90.cuh"
-#endif
 
 namespace moco_ext::cuda {
-
-#ifdef MOCO_EMULATE
-
-int64_t sm90_tile_keys(int64_t) { return 0; }
-template <typename Element>
-cudaError_t launch_info_nce_sm90(const Element*, const InfoNceKeyCount&, const InfoNceMask&, const InfoNcePartials&,
-                                 int64_t, const InfoNceShape&, const InfoNceOptions&, const InfoNceWorkspace&,
-                                 cudaStream_t) {
-  return cudaErrorNotSupported;
-}
-
-#else
 
 namespace {
 
@@ -116,8 +102,6 @@ cudaError_t launch_info_nce_sm90(const Element* keys, const InfoNceKeyCount& cou
       return launch_width<Element, 256>(keys, count, mask, partials, splits, shape, options, w, stream);
   }
 }
-
-#endif
 
 #define MOCO_INFO_NCE_SM90(Element)                                                                              \
   template cudaError_t launch_info_nce_sm90<Element>(const Element*, const InfoNceKeyCount&, const InfoNceMask&, \

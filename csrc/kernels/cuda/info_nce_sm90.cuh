@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
     info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = Sm90Tile<columns>;
-  extern __shared__ unsigned char unaligned[];
-  const uint32_t query = (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) + 1023u) & ~1023u;
+  MOCO_DYNAMIC_SHARED(unaligned);
+  const uint32_t query = (sm90::shared_window(unaligned) + 1023u) & ~1023u;
   const uint32_t ring = query + Tile::kQueryBytes;
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
   const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: both warpgroups have read it
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
   __syncthreads();
 
   if (thread < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    sm90::fewer_registers<24>();
     if (thread == 0) {
       sm90::prefetch_map(arguments.query);
       sm90::prefetch_map(arguments.keys);
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    sm90::more_registers<240>();
     const Element type{};
     const int group = thread / 128 - 1;
     const int lane = thread % 32;

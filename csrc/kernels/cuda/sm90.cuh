@@ -10,17 +10,37 @@
 
 #include "kernels/cuda/sm90_layout.cuh"
 
+#ifdef MOCO_EMULATE
+#include "emulated_sm90_instructions.h"
+#else
+
 namespace moco_ext::cuda::sm90 {
+
+__device__ __forceinline__ uint32_t shared_window(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Registers per thread of this warpgroup from here on.
+template <int count>
+__device__ __forceinline__ void fewer_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void more_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
 
 // ---- mbarriers
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+// Makes this thread's ordinary writes to shared memory visible to tensor copies and warpgroup products.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_proxy_async();
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -60,7 +80,10 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int groups_left = 0>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups_left) : "memory");
+}
 
 // Keeps values in registers across asynchronous products.
 template <int count>
@@ -128,3 +151,5 @@ MOCO_PRODUCTS_OF(__half, "f16")
 #undef MOCO_PRODUCTS_OF
 
 }  // namespace moco_ext::cuda::sm90
+
+#endif
