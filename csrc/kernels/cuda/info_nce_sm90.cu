@@ -72,8 +72,11 @@ cudaError_t launch_width(const Element* keys, const InfoNceKeyCount& count, cons
   arguments.mask = mask;
   arguments.temperature = {options.temperature, options.temperature_ptr};
   const dim3 grid(static_cast<unsigned>(w.n_padded / Tile::kRows), static_cast<unsigned>(splits));
-  const auto kernel = partials.keys != nullptr ? info_nce_sm90_kernel<Element, columns, true>
-                                               : info_nce_sm90_kernel<Element, columns, false>;
+  const bool gradient = partials.keys != nullptr;
+  const auto kernel = mask.any() ? (gradient ? info_nce_sm90_kernel<Element, columns, true, true>
+                                             : info_nce_sm90_kernel<Element, columns, false, true>)
+                                 : (gradient ? info_nce_sm90_kernel<Element, columns, true, false>
+                                             : info_nce_sm90_kernel<Element, columns, false, false>);
   return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
 }
 

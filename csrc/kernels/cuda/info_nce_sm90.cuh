@@ -1,9 +1,10 @@
 // The InfoNCE pass over the queue for Hopper: the pass of info_nce_mma.cuh with warpgroup products and tensor copies.
 //
 // A block handles 128 queries and one split of the queue. One thread fetches key tiles into a ring; two warpgroups of
-// 64 rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). The warpgroups overlap:
-// one computes its softmax while the products of the other run. Scores, P and O stay in registers:
-//   softmax of S(j) -> issue O += P(j) K and S(j+1) -> wait for both -> release tile j
+// 64 rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). Scores, P and O stay in
+// registers. A softmax overlaps with products of its own warpgroup and of the other one (the order of
+// FlashAttention-3):
+//   issue S(j+1) -> issue O += P(j) K -> wait for S -> softmax of S(j+1) -> wait for O -> release tile j -> rescale O
 #pragma once
 
 #include <type_traits>
@@ -42,13 +43,13 @@ struct Sm90Arguments {
   InfoNceTemperature temperature;
 };
 
-template <typename Element, int columns, bool kGradient>
+template <typename Element, int columns, bool kGradient, bool kMasked>
 __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
     info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = Sm90Tile<columns>;
-  MOCO_DYNAMIC_SHARED(unaligned);
-  const uint32_t query = (sm90::shared_window(unaligned) + 1023u) & ~1023u;
+  MOCO_DYNAMIC_SHARED(shared);
+  const uint32_t query = (sm90::shared_address(shared) + 1023u) & ~1023u;
   const uint32_t ring = query + Tile::kQueryBytes;
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
   const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: both warpgroups have read it
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
   __syncthreads();
 
   if (thread < 128) {
-    sm90::fewer_registers<24>();
+    sm90::release_registers<24>();
     if (thread == 0) {
       sm90::prefetch_map(arguments.query);
       sm90::prefetch_map(arguments.keys);
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       }
     }
   } else {
-    sm90::more_registers<240>();
+    sm90::claim_registers<240>();
     const Element type{};
     const int group = thread / 128 - 1;
     const int lane = thread % 32;
@@ -129,46 +130,59 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
                             type);
       }
     };
-    uint32_t p[Tile::kKeys / 16][4];
+    uint32_t p[Tile::kKeys / 16][4] = {};
     const auto issue_outputs = [&](int tile) {  // O += P K
       if constexpr (kGradient) {
 #pragma unroll
         for (int j = 0; j < Tile::kKeys / 16; ++j) {  // 16 keys are two groups of 8 rows
-          sm90::multiply_columns(o, p[j], sm90::column_operand(tile_address(tile) + j * 2048, Tile::kKeyPanelBytes),
+          sm90::multiply_columns(o, p[j], sm90::column_operand(tile_address(tile) + j * 2048, Tile::kKeyPanelBytes), 1,
                                  type);
         }
       }
     };
+    float rescale[2];
     const auto take_softmax = [&](int tile) {
       const int valid = min(split_keys - tile * Tile::kKeys, Tile::kKeys);
       if (valid < Tile::kKeys) drop_scores(s, valid, lane);
-      if (arguments.mask.any()) {
+      if constexpr (kMasked) {
         const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
         mask_scores<kScores>(s, rows, arguments.mask, row, n, first_key, valid, lane);
       }
-      online_softmax<kScores, kBias>(s, o, rows);
-      if constexpr (kGradient) {
+      return softmax_of_tile<kBias>(s, rows, rescale);
+    };
+    const auto pack_weights = [&] {
 #pragma unroll
-        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two adjacent tiles of S already are an operand
-          p[j][0] = pack(s[2 * j][0], s[2 * j][1], type);
-          p[j][1] = pack(s[2 * j][2], s[2 * j][3], type);
-          p[j][2] = pack(s[2 * j + 1][0], s[2 * j + 1][1], type);
-          p[j][3] = pack(s[2 * j + 1][2], s[2 * j + 1][3], type);
-        }
+      for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two adjacent tiles of S already are an operand
+        p[j][0] = pack(s[2 * j][0], s[2 * j][1], type);
+        p[j][1] = pack(s[2 * j][2], s[2 * j][3], type);
+        p[j][2] = pack(s[2 * j + 1][0], s[2 * j + 1][1], type);
+        p[j][3] = pack(s[2 * j + 1][2], s[2 * j + 1][3], type);
       }
     };
-    // Between `begin` and `end` only products may use s, o and p, and nothing may branch: otherwise the compiler
-    // serializes the products.
+    // A weight of 0 does not remove a key that is not finite, and num_valid may end before such keys of the last tile.
+    // Both warpgroups write the same zeros, and scores of these keys are dropped, so neither has to wait for the other.
+    const auto clear_invalid_keys = [&](int tile) {
+      const int valid = min(split_keys - tile * Tile::kKeys, Tile::kKeys);
+      if (!kGradient || valid == Tile::kKeys) return;
+      constexpr int kChunks = Tile::kTileBytes / Tile::kKeys / 16;
+      for (int i = valid * kChunks + thread % 128; i < Tile::kKeys * kChunks; i += 128) {
+        sm90::store_shared_16(tile_address(tile) + sm90::chunk_offset(i / kChunks, i % kChunks, Tile::kKeyPanelBytes),
+                              {0, 0, 0, 0});
+      }
+      sm90::fence_shared();
+      sm90::warpgroup_barrier(1 + group);
+    };
+    // pin: while products run, the compiler may touch none of their registers. Otherwise it serializes them.
     const auto begin = [&] {
       sm90::pin(s);
       sm90::pin(o);
+      sm90::pin(p);
       sm90::products_begin();
     };
-    const auto end = [&] {
-      sm90::products_commit();
+    const auto wait_for_outputs = [&] {
       sm90::products_wait();
-      sm90::pin(s);
       sm90::pin(o);
+      sm90::pin(p);
     };
 
     sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
@@ -176,20 +190,31 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       wait_for(0);
       begin();
       issue_scores(0);
-      end();
+      sm90::products_commit();
+      sm90::products_wait();
+      sm90::pin(s);
+      take_softmax(0);
+      pack_weights();
       for (int tile = 0; tile < tiles - 1; ++tile) {
-        take_softmax(tile);
         wait_for(tile + 1);
         begin();
-        issue_outputs(tile);
         issue_scores(tile + 1);
-        end();
+        sm90::products_commit();
+        issue_outputs(tile);
+        sm90::products_commit();
+        sm90::products_wait<1>();
+        sm90::pin(s);
+        const bool grew = take_softmax(tile + 1);
+        wait_for_outputs();
         if (thread % 128 == 0) sm90::barrier_arrive(empty + 8 * (tile % Tile::kStages));
+        if (grew) rescale_rows(o, rescale);
+        pack_weights();
       }
-      take_softmax(tiles - 1);
+      clear_invalid_keys(tiles - 1);
       begin();
       issue_outputs(tiles - 1);
-      end();
+      sm90::products_commit();
+      wait_for_outputs();
     }
 
     constexpr float kUnbias = 1.0f / (1 << kBias);

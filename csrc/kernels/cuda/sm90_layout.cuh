@@ -12,6 +12,11 @@
 
 namespace moco_ext::cuda::sm90 {
 
+// Offset of 16-byte chunk `chunk` of a row of the tile.
+__host__ __device__ constexpr uint32_t chunk_offset(int row, int chunk, int panel_bytes) {
+  return static_cast<uint32_t>(chunk / 8 * panel_bytes + row * 128 + (chunk % 8 ^ row % 8) * 16);
+}
+
 // ---- operand descriptors of warpgroup products
 
 constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;

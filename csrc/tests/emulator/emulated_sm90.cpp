@@ -69,7 +69,9 @@ struct Thread {
   std::vector<Registers> known;
   bool fenced = false;
   int max_registers = 0;
+  std::vector<size_t> unpublished;  // chunks of shared memory, written since the last fence_proxy_async
 };
+constexpr uint32_t kChunk = 16;
 
 struct Warpgroup {
   std::deque<Issue> issues;  // that have not executed
@@ -82,8 +84,9 @@ struct State {
   std::map<uint32_t, Barrier> barriers;
   std::vector<Thread> threads;
   std::vector<Warpgroup> warpgroups;
-  std::vector<unsigned char> async;          // shared memory as the asynchronous proxy sees it
-  std::map<uint32_t, uint32_t> copies;       // in flight: shared address, bytes
+  std::vector<unsigned char> async;     // shared memory as the asynchronous proxy sees it
+  std::vector<int> unpublished;         // of each chunk: writes that their threads have not published
+  std::map<uint32_t, uint32_t> copies;  // in flight: shared address, bytes
 };
 State state;
 
@@ -98,6 +101,12 @@ unsigned char* async(uint32_t address) { return &state.async[address - window_be
 void write(uint32_t address, const void* from, size_t bytes) {
   memcpy(generic(address), from, bytes);
   memcpy(async(address), from, bytes);
+}
+
+void use_async() {
+  if (!state.async.empty()) return;
+  state.async.assign(round_up(shared_size(), kChunk), kPoison);
+  state.unpublished.assign(state.async.size() / kChunk, 0);
 }
 
 std::string place(Where where) {
@@ -320,7 +329,9 @@ void begin_block_sm90() {
   state.threads.resize(static_cast<size_t>(threads()));
   state.warpgroups.clear();
   state.warpgroups.resize(static_cast<size_t>(threads() / kWarpgroup));
+  // Only when the block uses them: most kernels do not.
   state.async.clear();
+  state.unpublished.clear();
 }
 
 void end_block_sm90() {
@@ -342,7 +353,7 @@ void end_block_sm90() {
 void mbarrier_init(uint32_t address, int arrivals, Where where) {
   if (address % 8 != 0 || !in_shared(address, 8) || arrivals < 1 || arrivals >= 1 << 20)
     fail("mbarrier of %d arrivals at %#x (%s)", arrivals, address, place(where).c_str());
-  if (state.async.empty()) state.async.assign(shared_size(), kPoison);
+  use_async();
   if (state.barriers.count(address)) fail("an mbarrier is initialized twice (%s)", place(where).c_str());
   state.barriers[address] = {arrivals, arrivals, thread_index()};
   memset(generic(address), kBarrierByte, 8);
@@ -373,13 +384,34 @@ void mbarrier_wait(uint32_t address, int parity, Where where) {
   }
 }
 
+void store_shared(uint32_t address, const void* from, uint32_t bytes, Where where) {
+  if (bytes % kChunk != 0 || address % kChunk != 0 || !in_shared(address, bytes))
+    fail("a write of %u bytes to %#x in shared memory (%s)", bytes, address, place(where).c_str());
+  use_async();
+  memcpy(generic(address), from, bytes);
+  for (uint32_t at = 0; at < bytes; at += kChunk) {
+    self().unpublished.push_back((address - window_begin() + at) / kChunk);
+    ++state.unpublished[self().unpublished.back()];
+  }
+}
+
 void fence_proxy_async() {
-  if (state.async.empty()) state.async.assign(shared_size(), kPoison);
+  use_async();
+  const auto publish = [](size_t chunk) {
+    memcpy(&state.async[chunk * kChunk], dynamic_shared() + chunk * kChunk, kChunk);
+  };
+  for (const size_t chunk : self().unpublished) {
+    publish(chunk);
+    --state.unpublished[chunk];
+  }
+  self().unpublished.clear();
   constexpr size_t kBlock = 1024;
-  for (size_t at = 0; at < state.async.size(); at += kBlock) {
-    const size_t bytes = std::min(kBlock, state.async.size() - at);
-    if (memcmp(&state.async[at], dynamic_shared() + at, bytes) != 0)
-      memcpy(&state.async[at], dynamic_shared() + at, bytes);
+  for (size_t at = 0; at < shared_size(); at += kBlock) {
+    const size_t bytes = std::min(kBlock, shared_size() - at);
+    if (memcmp(&state.async[at], dynamic_shared() + at, bytes) == 0) continue;
+    for (size_t chunk = at / kChunk; chunk < (at + bytes) / kChunk; ++chunk) {
+      if (state.unpublished[chunk] == 0) publish(chunk);
+    }
   }
 }
 
@@ -427,6 +459,7 @@ void issue_product(const Product& product, Where where) {
   const auto index = static_cast<size_t>(thread_index() / kWarpgroup);
   const auto at = static_cast<size_t>(thread_index() % kWarpgroup);
   if (index >= state.warpgroups.size()) fail("the product %s outside a whole warpgroup", place(where).c_str());
+  use_async();
   Thread& thread = self();
   Warpgroup& warpgroup = state.warpgroups[index];
   const auto count = static_cast<size_t>(product.n / 2);

@@ -5,9 +5,8 @@
 //   - A product reads shared memory at a moment of the scheduler's choice after its last thread has issued it, and
 //     replaces its accumulators only when the thread waits for it. In between they are NaN. Writing them or its operand
 //     registers in between aborts.
-//   - Copies and products access shared memory through the asynchronous proxy: they do not see ordinary writes before
-//     the next fence_proxy_async. (Any thread's fence publishes the writes of all: a thread that does not fence its own
-//     writes shows only if no other thread fences after them.)
+//   - Copies and products access shared memory through the asynchronous proxy: they see what a thread wrote with
+//     store_shared only after that thread's next fence_proxy_async. (Plain writes are published by any thread's fence.)
 //   - A block that exits with copies or products in flight aborts.
 #pragma once
 
@@ -27,6 +26,7 @@ void mbarrier_fence_init();
 void mbarrier_arrive(uint32_t barrier, int expected_bytes, Where where);
 void mbarrier_wait(uint32_t barrier, int parity, Where where);
 void fence_proxy_async();
+void store_shared(uint32_t shared, const void* from, uint32_t bytes, Where where);  // a multiple of 16 bytes
 
 void copy_tensor(uint32_t shared, const CUtensorMap& map, int column, int row, uint32_t barrier, Where where);
 

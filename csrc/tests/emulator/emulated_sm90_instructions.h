@@ -7,25 +7,30 @@
 
 namespace moco_ext::cuda::sm90 {
 
-using emu::fence_proxy_async;
-using emu::shared_window;
 using Where = emu::Where;
 
-template <int count>
-void fewer_registers(Where where = Where::current()) {
-  emu::set_max_registers(count, where);
-}
-template <int count>
-void more_registers(Where where = Where::current()) {
-  emu::set_max_registers(count, where);
+inline uint32_t shared_address(const void* shared) { return emu::shared_window(shared); }
+inline void store_shared_16(uint32_t shared, const uint32_t (&x)[4], Where where = Where::current()) {
+  emu::store_shared(shared, x, sizeof x, where);
 }
 
+template <int registers>
+void release_registers(Where where = Where::current()) {
+  emu::set_max_registers(registers, where);
+}
+template <int registers>
+void claim_registers(Where where = Where::current()) {
+  emu::set_max_registers(registers, where);
+}
+inline void warpgroup_barrier(int id, Where where = Where::current()) { emu::barrier(id, 128, where); }
+
+inline void fence_shared() { emu::fence_proxy_async(); }
 inline void barrier_init(uint32_t barrier, int arrivals, Where where = Where::current()) {
   emu::mbarrier_init(barrier, arrivals, where);
 }
 inline void barrier_init_done() {
   emu::mbarrier_fence_init();
-  fence_proxy_async();
+  fence_shared();
 }
 inline void barrier_arrive(uint32_t barrier, Where where = Where::current()) {
   emu::mbarrier_arrive(barrier, 0, where);
@@ -50,8 +55,8 @@ void products_wait(Where where = Where::current()) {
   emu::products_wait(groups_left, where);
 }
 
-template <int count>
-void pin(float (&)[count][4]) {}
+template <typename T, int count>
+void pin(T (&)[count][4]) {}
 
 template <typename Element>
 constexpr emu::Format format_of(Element) {
@@ -60,14 +65,17 @@ constexpr emu::Format format_of(Element) {
 template <int tiles, typename Element>
 void multiply_rows(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Element type,
                    Where where = Where::current()) {
-  static_assert(tiles == 8 || tiles == 16 || tiles == 32);
   emu::issue_product({d[0], 8 * tiles, keep != 0, nullptr, a, b, false, format_of(type)}, where);
 }
 template <int tiles, typename Element>
-void multiply_columns(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, Element type,
+void multiply_rows(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep, Element type,
+                   Where where = Where::current()) {
+  emu::issue_product({d[0], 8 * tiles, keep != 0, a, 0, b, false, format_of(type)}, where);
+}
+template <int tiles, typename Element>
+void multiply_columns(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep, Element type,
                       Where where = Where::current()) {
-  static_assert(tiles == 8 || tiles == 16 || tiles == 32);
-  emu::issue_product({d[0], 8 * tiles, true, a, 0, b, true, format_of(type)}, where);
+  emu::issue_product({d[0], 8 * tiles, keep != 0, a, 0, b, true, format_of(type)}, where);
 }
 
 }  // namespace moco_ext::cuda::sm90
