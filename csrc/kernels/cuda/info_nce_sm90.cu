@@ -1,8 +1,5 @@
 // The launcher of the Hopper pass. Written from the description of the instruction set and not yet run on a GPU: used
 // only with MOCO_EXT_SM90=1, on a device of compute capability 9.0.
-#include "kernels/cuda/info_nce_sm90_launch.cuh"
-
-#ifndef MOCO_EMULATE
 #include <cudaTypedefs.h>
 
 #include <atomic>
@@ -10,21 +7,9 @@
 #include <cstring>
 
 #include "kernels/cuda/info_nce_sm90.cuh"
-#endif
+#include "kernels/cuda/info_nce_sm90_launch.cuh"
 
 namespace moco_ext::cuda {
-
-#ifdef MOCO_EMULATE
-
-bool sm90_enabled() { return false; }
-template <typename Queue>
-cudaError_t launch_info_nce_sm90(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, const InfoNcePartials&,
-                                 int64_t, const InfoNceShape&, const InfoNceOptions&, const InfoNceWorkspace&,
-                                 cudaStream_t) {
-  return cudaErrorNotSupported;
-}
-
-#else
 
 namespace {
 
@@ -131,8 +116,6 @@ cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count
   }
   return launch_width<Queue, 1>(arguments, keys, grid, w, stream);
 }
-
-#endif
 
 #define MOCO_INFO_NCE_SM90(Queue)                                                                            \
   template cudaError_t launch_info_nce_sm90<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, \

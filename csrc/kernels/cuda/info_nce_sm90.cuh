@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = Sm90Tile<Queue, kTerms, columns>;
   MOCO_DYNAMIC_SHARED(unaligned);
-  const uint32_t query = (sm90::shared_window(unaligned) + 1023u) & ~1023u;
+  const uint32_t query = (sm90::shared_address(unaligned) + 1023u) & ~1023u;
   const uint32_t ring = query + 2 * Tile::kQueryBytes;
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
   const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: its consumers have read it
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   __syncthreads();
 
   if (thread < 128) {
-    sm90::fewer_registers<Tile::kProducerRegisters>();
+    sm90::release_registers<Tile::kProducerRegisters>();
     const int slots = max(tiles_of(0), tiles_of(streams - 1)) * streams;
     const auto stage = [&](int slot) { return ring + slot % Tile::kStages * Tile::kTileBytes; };
     if constexpr (Tile::kSplit) {
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
           load(i);
         }
         if (item % kBatches == kBatches - 1) {
-          sm90::fence_proxy_async();
+          sm90::fence_shared();
           sm90::barrier_arrive(full + 8 * (slot % Tile::kStages));
         }
       }
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       }
     }
   } else {
-    sm90::more_registers<Tile::kConsumerRegisters>();
+    sm90::claim_registers<Tile::kConsumerRegisters>();
     const typename Tile::Operand type{};
     const int lane = thread % 32;
     const int64_t n = arguments.n;
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
           store_terms<kFirst, kTerms>(x, group_query + sm90::element_offset(of_group, column, Tile::kQueryPanelBytes),
                                       Tile::kQueryPlaneBytes);
         }
-        sm90::fence_proxy_async();
+        sm90::fence_shared();
         sm90::warpgroup_barrier(1 + group);
       }
     } else {
@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
             tile_address(tile) + sm90::element_offset(unit / kRowUnits, unit % kRowUnits * 4, Tile::kKeyPanelBytes), 0,
             0);
       }
-      sm90::fence_proxy_async();
+      sm90::fence_shared();
       sm90::warpgroup_barrier(1 + group);
     };
     // pin: while products run, the compiler may touch none of their registers. Otherwise it serializes them.

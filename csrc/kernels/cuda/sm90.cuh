@@ -11,9 +11,13 @@
 
 #include "kernels/cuda/sm90_layout.cuh"
 
+#ifdef MOCO_EMULATE
+#include "emulated_sm90_instructions.h"
+#else
+
 namespace moco_ext::cuda::sm90 {
 
-__device__ __forceinline__ uint32_t shared_window(const void* shared) {
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 __device__ __forceinline__ void store_shared_8(uint32_t shared, uint32_t low, uint32_t high) {
@@ -24,11 +28,11 @@ __device__ __forceinline__ void store_shared_8(uint32_t shared, uint32_t low, ui
 
 // The registers of each of the warpgroup's threads from here on.
 template <int registers>
-__device__ __forceinline__ void fewer_registers() {
+__device__ __forceinline__ void release_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 template <int registers>
-__device__ __forceinline__ void more_registers() {
+__device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 // A barrier of the 128 threads of one warpgroup; `id` is from 1 to 15, because __syncthreads uses 0.
@@ -40,11 +44,11 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 // Makes this thread's writes to shared memory visible to tensor copies and warpgroup products, after the next barrier.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  fence_proxy_async();
+  fence_shared();
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -182,3 +186,5 @@ __device__ __forceinline__ void multiply_columns(float (&d)[tiles][4], const uin
 #undef MOCO_PRODUCTS_OF
 
 }  // namespace moco_ext::cuda::sm90
+
+#endif
