@@ -173,6 +173,8 @@ void test(const Case& x, check::Random& random) {
   std::vector<int64_t> key_ids(x.m), queue_ids(x.k);
   for (int64_t& id : key_ids) id = check::uniform(random, -1, x.names - 1);
   for (int64_t& id : queue_ids) id = check::uniform(random, -1, x.names - 1);
+  // Keys from num_valid on do not count, whatever they are.
+  if (x.num_valid >= 0) std::fill(queue.begin() + x.num_valid * x.c, queue.end(), check::element<Queue>(NAN));
   if (x.hidden) {
     for (int64_t i = 0; i < x.m; ++i) key_ids[i] = x.sees_nan(i) ? 1 : 0;
     for (int64_t j = 0; j < x.k; ++j) {
