@@ -55,7 +55,7 @@ size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions&
   if (const InfoNcePass<Queue> pass = mma_pass<Queue>(shape, options, gradient); pass.resident > 0) {
     bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
   }
-  if (const InfoNcePass<Queue> pass = sm90_pass<Queue>(shape); pass.resident > 0) {
+  if (const InfoNcePass<Queue> pass = sm90_pass<Queue>(shape, options); pass.resident > 0) {
     bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
   }
   return bytes;
@@ -90,23 +90,22 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
                      void* workspace, cudaStream_t stream) {
   if (shape.n == 0) return cudaSuccess;
   const bool gradient = outputs.grad_query != nullptr;
+  const bool aligned = reinterpret_cast<uintptr_t>(queue) % 16 == 0;
+  if (const InfoNcePass<Queue> hopper = sm90_pass<Queue>(shape, options); hopper.resident > 0 && aligned) {
+    const InfoNceWorkspace w = pass_workspace(hopper, workspace, shape, contrast, gradient);
+    const auto pass = [&](const Queue* keys, const auto& count, const auto& mask, const auto& partials,
+                          int64_t splits) {
+      return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
+    };
+    return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
+  }
   const InfoNcePass<Queue> fast = mma_pass<Queue>(shape, options, gradient);
-  if (fast.resident == 0 || reinterpret_cast<uintptr_t>(queue) % 16 != 0) {
+  if (fast.resident == 0 || !aligned) {
     const InfoNceWorkspace w = pass_workspace(generic_pass<Queue>(), workspace, shape, contrast, gradient);
     const auto pass = [&](const auto* keys, const auto& count, const auto& mask, const auto& partials, int64_t splits) {
       return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
     };
     return launch_info_nce<float>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
-  }
-  if constexpr (sizeof(Queue) == 2) {
-    if (const InfoNcePass<Queue> hopper = sm90_pass<Queue>(shape); hopper.resident > 0) {
-      const InfoNceWorkspace w = pass_workspace(hopper, workspace, shape, contrast, gradient);
-      const auto pass = [&](const Queue* keys, const auto& count, const auto& mask, const auto& partials,
-                            int64_t splits) {
-        return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
-      };
-      return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
-    }
   }
   const InfoNceWorkspace w = pass_workspace(fast, workspace, shape, contrast, gradient);
   const auto pass = [&](const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,

@@ -20,9 +20,8 @@ namespace moco_ext::cuda::sm90 {
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-__device__ __forceinline__ void store_shared_16(uint32_t shared, const uint32_t (&x)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
-               : "memory");
+__device__ __forceinline__ void store_shared_8(uint32_t shared, uint32_t low, uint32_t high) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(low), "r"(high) : "memory");
 }
 
 // ---- the block's warpgroups

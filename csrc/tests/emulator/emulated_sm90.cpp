@@ -71,7 +71,7 @@ struct Thread {
   int max_registers = 0;
   std::vector<size_t> unpublished;  // chunks of shared memory, written since the last fence_proxy_async
 };
-constexpr uint32_t kChunk = 16;
+constexpr uint32_t kChunk = 8;
 
 struct Warpgroup {
   std::deque<Issue> issues;  // that have not executed
