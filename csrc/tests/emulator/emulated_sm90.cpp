@@ -19,7 +19,7 @@ namespace emu {
 namespace {
 
 constexpr int kWarpgroup = 128;
-constexpr uint32_t kInFlight = 0x7fc0dead;  // a NaN, in accumulators
+constexpr uint32_t kInFlight = 0x7fa0dead;  // in accumulators: a signaling NaN, which any arithmetic changes
 constexpr unsigned char kBarrierByte = 0xB4;
 
 std::string text(const char* format, auto... values) {
