@@ -36,7 +36,8 @@ uint32_t address(const Tensor& tensor, int i, int k) {
 template <int rows, int columns, typename F>
 auto with_shape(F&& f) {
   auto* const start = make_smem_ptr(reinterpret_cast<bfloat16_t*>(memory)).get();
-  const auto row_layout = tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<bfloat16_t>{}, Shape<Int<rows>, Int<columns>>{});
+  const auto row_layout =
+      tile_to_shape(SM90::GMMA::Layout_K_SW128_Atom<bfloat16_t>{}, Shape<Int<rows>, Int<columns>>{});
   const auto column_layout =
       tile_to_shape(SM90::GMMA::Layout_MN_SW128_Atom<bfloat16_t>{}, Shape<Int<columns>, Int<rows>>{}, Step<_2, _1>{});
   return f(make_tensor(make_smem_ptr(start), row_layout), make_tensor(make_smem_ptr(start), column_layout));

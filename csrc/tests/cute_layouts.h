@@ -19,7 +19,8 @@ Element sm80_a(int lane, int i);
 Element sm80_b(int lane, int i);
 Element sm80_d(int lane, int i);
 
-// ldmatrix.x4 of 16-bit elements: the lane gets, as its i-th of 8, element `column` of the row that lane `row` points to.
+// ldmatrix.x4 of 16-bit elements: the lane gets, as its i-th of 8, element `column` of the row that lane `row` points
+// to.
 Element ldmatrix(bool transposed, int lane, int i);
 
 // A tile [rows, columns] of 16-bit elements in shared memory with 128-byte swizzle, at kTileStart.

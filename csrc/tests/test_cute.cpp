@@ -1,11 +1,10 @@
 // The layouts that the kernels and the emulator's models assume, against CuTe's own: fragments of matrix products,
 // ldmatrix, tiles with 128-byte swizzle, and operand descriptors.
-#include "cute_layouts.h"
-
 #include <cmath>
 #include <vector>
 
 #include "check.h"
+#include "cute_layouts.h"
 #include "emulated_sm90.h"
 #include "kernels/cuda/info_nce_softmax.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -36,7 +35,8 @@ void test_warpgroup_fragments() {
         cuda::drop_scores(s, valid, t % 32);
         softmax &= (s[i / 4][i % 4] == -INFINITY) == (valid == column);
       }
-      // Scores of 16 adjacent keys are an operand as they are: register r holds tile r / 2, elements r % 2 * 2 and 1 on.
+      // Scores of 16 adjacent keys are an operand as they are: register r holds tile r / 2, elements r % 2 * 2 and 1
+      // on.
       const auto [operand_row, k] = cute_layouts::sm90_operand(t, i % 8);
       repacked &= operand_row == row && i / 8 * 16 + k == column;
     }
@@ -76,8 +76,8 @@ void test_tile(const Tile& tile) {
   reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode)(
       &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, x.data(), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check::cuda(cuda::launch(copy_tile, 1, 1, 1024 + x.size() * 2 + 8, nullptr, map, shared.data(), columns / 64,
-                           panel_bytes));
+  check::cuda(
+      cuda::launch(copy_tile, 1, 1, 1024 + x.size() * 2 + 8, nullptr, map, shared.data(), columns / 64, panel_bytes));
 
   bool kernel = true, copied = true, both_ways = true;
   for (int r = 0; r < rows; ++r) {
@@ -102,7 +102,8 @@ void test_tile(const Tile& tile) {
         const emu::OperandDescriptor d(expected);
         for (int i = 0; i < part; ++i) {
           for (int k = 0; k < 16; ++k)
-            read &= emu::k_major_address(d, i, k) == cute_layouts::address_in_rows(tile, index * part + i, step * 16 + k);
+            read &=
+                emu::k_major_address(d, i, k) == cute_layouts::address_in_rows(tile, index * part + i, step * 16 + k);
         }
       }
     }

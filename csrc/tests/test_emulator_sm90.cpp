@@ -24,6 +24,7 @@ enum class Fault {
   kReadBeforeWait,
   kNoFence,
   kFenceOfOtherThread,
+  kNoBarrier,
   // Abort with a message.
   kWriteBeforeWait,
   kOperandWriteBeforeWait,
@@ -84,7 +85,7 @@ __global__ void cubes(const CUtensorMap map, float* out, Fault fault) {
     } else if (at(Fault::kFenceOfOtherThread)) {
       sm90::fence_shared();
     }
-    sm90::warpgroup_barrier(1);
+    if (!at(Fault::kNoBarrier)) sm90::warpgroup_barrier(1);
 
     if (!at(Fault::kNoBegin)) sm90::products_begin();
     if (at(Fault::kWriteAfterBegin) && t > 0) s[0][0] = 1;
@@ -177,11 +178,13 @@ int main() {
   shows(Fault::kReadBeforeWait, "accumulators read before the wait");
   shows(Fault::kNoFence, "no fence after writes to an operand");
   shows(Fault::kFenceOfOtherThread, "a fence of a thread that did not write");
+  shows(Fault::kNoBarrier, "no barrier between writes to an operand and the products of other warps");
   check::group("faults that abort, under every schedule");
   const auto aborts = [](Fault fault, const char* message) {
     for (const uint64_t seed : {0, 1, 7}) {
       emu::config().seed = seed;
-      check::that(dies([fault] { cubes_are_right(fault); }, message), std::string(message) + ", seed " + std::to_string(seed));
+      check::that(dies([fault] { cubes_are_right(fault); }, message),
+                  std::string(message) + ", seed " + std::to_string(seed));
     }
   };
   aborts(Fault::kWriteBeforeWait, "accumulators were written before the wait");
