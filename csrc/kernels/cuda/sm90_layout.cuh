@@ -1,5 +1,4 @@
-// Addresses and phases of the Hopper pass. csrc/tests/test_sm90_model.cpp tests this arithmetic against models of the
-// tensor copy, the warpgroup product and the mbarrier.
+// Addresses and phases of the Hopper pass. csrc/tests/test_cute.cpp compares the addresses with CuTe's.
 //
 // A tile in shared memory consists of panels of 64 16-bit columns, [rows, 128 bytes] each, as written by a tensor copy
 // with 128-byte swizzle: the 16-byte chunks of row r are permuted by chunk ^ (r % 8). Panels start on multiples of

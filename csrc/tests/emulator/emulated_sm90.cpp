@@ -18,8 +18,9 @@
 namespace emu {
 namespace {
 
+constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
-constexpr uint32_t kInFlight = 0x7fc0dead;  // a NaN, in accumulators
+constexpr uint32_t kInFlight = 0x7fa0dead;  // in accumulators: a signaling NaN, which any arithmetic changes
 constexpr unsigned char kBarrierByte = 0xB4;
 
 std::string text(const char* format, auto... values) {
@@ -37,11 +38,10 @@ struct Barrier {
 };
 
 struct Issue {
-  Product product;  // of the first thread
-  Where where;
+  size_t number;  // of the warpgroup's products
   int arrived = 0;
-  std::array<float*, kWarpgroup> d{};
-  std::array<std::array<uint32_t, 4>, kWarpgroup> a{};
+  std::array<float*, kWarp> d{};
+  std::array<std::array<uint32_t, 4>, kWarp> a{};
 };
 
 struct Accumulator {
@@ -73,20 +73,29 @@ struct Thread {
 };
 constexpr uint32_t kChunk = 8;
 
-struct Warpgroup {
+// A warp computes its 16 rows of a product in its own time: nothing orders its reads with another warp's instructions.
+// But a product is complete, for all, when all four have computed theirs: CUTLASS's pipelines too release a stage for a
+// whole warpgroup after one thread's wait.
+struct Warp {
   std::deque<Issue> issues;  // that have not executed
   uint64_t executed = 0;
   bool event = false;
-  std::vector<int> waiting;
+};
+
+struct Issued {
+  Product product;  // of the first thread that issued it
+  Where where;
 };
 
 struct State {
   std::map<uint32_t, Barrier> barriers;
   std::vector<Thread> threads;
-  std::vector<Warpgroup> warpgroups;
-  std::vector<unsigned char> async;     // shared memory as the asynchronous proxy sees it
-  std::vector<int> unpublished;         // of each chunk: writes that their threads have not published
-  std::map<uint32_t, uint32_t> copies;  // in flight: shared address, bytes
+  std::vector<Warp> warps;
+  std::vector<std::vector<Issued>> products;  // of each warpgroup
+  std::vector<std::vector<int>> waiting;      // of each warpgroup, threads that wait for products
+  std::vector<unsigned char> async;           // shared memory as the asynchronous proxy sees it
+  std::vector<int> unpublished;               // of each chunk: writes that their threads have not published
+  std::map<uint32_t, uint32_t> copies;        // in flight: shared address, bytes
 };
 State state;
 
@@ -159,13 +168,14 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
   const auto size_ok = [](uint64_t size) { return size >= 1 && size <= uint64_t{1} << 32; };
   const auto box_ok = [](uint32_t length) { return length >= 1 && length <= 256; };
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(base) % 16 != 0 || !size_ok(sizes[0]) ||
-      !size_ok(sizes[1]) || strides[0] % 16 != 0 || strides[0] >= uint64_t{1} << 40 ||
-      strides[0] < sizes[0] * kBytes || !box_ok(box[0]) || !box_ok(box[1]) || box_row % 16 != 0 ||
+      !size_ok(sizes[1]) || strides[0] % 16 != 0 || strides[0] >= uint64_t{1} << 40 || strides[0] < sizes[0] * kBytes ||
+      !box_ok(box[0]) || !box_ok(box[1]) || box_row % 16 != 0 ||
       (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box_row > 128)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  const TensorMap content{kTensorMap, static_cast<const unsigned char*>(base), sizes[0], sizes[1], strides[0], box[0],
-                          box[1],     kBytes, swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
+  const TensorMap content{
+      kTensorMap, static_cast<const unsigned char*>(base), sizes[0], sizes[1], strides[0], box[0], box[1],
+      kBytes,     swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
   memcpy(map, &content, sizeof content);
   return CUDA_SUCCESS;
 }
@@ -181,7 +191,8 @@ void land(const TensorMap& map, uint32_t shared, int64_t column, int64_t row) {
       const int64_t last = std::min(column + int64_t{map.box_columns}, static_cast<int64_t>(map.columns));
       if (first < last) {
         memcpy(line.data() + (first - column) * map.element_bytes,
-               map.base + static_cast<uint64_t>(from_row) * map.row_bytes + static_cast<uint64_t>(first) * map.element_bytes,
+               map.base + static_cast<uint64_t>(from_row) * map.row_bytes +
+                   static_cast<uint64_t>(first) * map.element_bytes,
                static_cast<size_t>(last - first) * map.element_bytes);
       }
     }
@@ -229,34 +240,37 @@ Accumulator& accumulator_of(Thread& thread, const float* registers) {
                        [&](const Accumulator& a) { return a.registers == registers; });
 }
 
-void execute(size_t warpgroup, const Issue& issue) {
-  static double a[64][16], b[16][256], sum[256];
-  static float d[64][256];
-  const Product& product = issue.product;
+void execute(size_t warp, const Issue& issue) {
+  static double a[kWarpgroup / 2][16], b[16][256], sum[256];
+  static float d[kWarpgroup / 2][256];
+  const auto& [product, where] = state.products[warp * kWarp / kWarpgroup][issue.number];
+  const int first_thread = static_cast<int>(warp) * kWarp % kWarpgroup;
+  const int first_row = first_thread / 2;
   if (product.a_registers == nullptr) {
-    const OperandDescriptor descriptor = decode(product.a_descriptor, issue.where);
-    for (int i = 0; i < 64; ++i) {
-      for (int k = 0; k < 16; ++k) a[i][k] = read_operand(descriptor, false, product.format, i, k, issue.where);
+    const OperandDescriptor descriptor = decode(product.a_descriptor, where);
+    for (int row = first_row; row < first_row + 16; ++row) {
+      for (int k = 0; k < 16; ++k) a[row][k] = read_operand(descriptor, false, product.format, row, k, where);
     }
   }
-  const OperandDescriptor descriptor = decode(product.b_descriptor, issue.where);
+  const OperandDescriptor descriptor = decode(product.b_descriptor, where);
   for (int k = 0; k < 16; ++k) {
     for (int i = 0; i < product.n; ++i)
-      b[k][i] = read_operand(descriptor, product.b_mn_major, product.format, i, k, issue.where);
+      b[k][i] = read_operand(descriptor, product.b_mn_major, product.format, i, k, where);
   }
-  for (int t = 0; t < kWarpgroup; ++t) {
-    const auto at = static_cast<size_t>(t);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto at = static_cast<size_t>(lane);
     for (int i = 0; product.a_registers != nullptr && i < 8; ++i) {
-      const Element e = operand_element(t, i);
-      a[e.row][e.column] = element(product.format, static_cast<uint16_t>(issue.a[at][static_cast<size_t>(i / 2)] >> i % 2 * 16));
+      const Element e = operand_element(first_thread + lane, i);
+      const uint32_t word = issue.a[at][static_cast<size_t>(i / 2)];
+      a[e.row][e.column] = element(product.format, static_cast<uint16_t>(word >> i % 2 * 16));
     }
-    const Accumulator& accumulator = accumulator_of(state.threads[warpgroup * kWarpgroup + at], issue.d[at]);
+    const Accumulator& accumulator = accumulator_of(state.threads[warp * kWarp + at], issue.d[at]);
     for (int i = 0; i < product.n / 2; ++i) {
-      const Element e = accumulator_element(t, i);
+      const Element e = accumulator_element(first_thread + lane, i);
       d[e.row][e.column] = product.keep ? accumulator.value[static_cast<size_t>(i)] : 0.0f;
     }
   }
-  for (int row = 0; row < 64; ++row) {
+  for (int row = first_row; row < first_row + 16; ++row) {
     for (int i = 0; i < product.n; ++i) sum[i] = d[row][i];
     for (int k = 0; k < 16; ++k) {
       const double factor = a[row][k];
@@ -264,25 +278,25 @@ void execute(size_t warpgroup, const Issue& issue) {
     }
     for (int i = 0; i < product.n; ++i) d[row][i] = round_to_zero(sum[i]);
   }
-  for (int t = 0; t < kWarpgroup; ++t) {
-    const auto at = static_cast<size_t>(t);
-    Accumulator& accumulator = accumulator_of(state.threads[warpgroup * kWarpgroup + at], issue.d[at]);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto at = static_cast<size_t>(lane);
+    Accumulator& accumulator = accumulator_of(state.threads[warp * kWarp + at], issue.d[at]);
     for (int i = 0; i < product.n / 2; ++i) {
-      const Element e = accumulator_element(t, i);
+      const Element e = accumulator_element(first_thread + lane, i);
       accumulator.value[static_cast<size_t>(i)] = d[e.row][e.column];
     }
   }
 }
 
-// Products of a warpgroup execute in order.
+// Products execute in order.
 void execute_next(size_t index) {
-  Warpgroup& warpgroup = state.warpgroups[index];
-  execute(index, warpgroup.issues.front());
-  warpgroup.issues.pop_front();
-  ++warpgroup.executed;
-  wake(warpgroup.waiting);
-  warpgroup.event = !warpgroup.issues.empty() && warpgroup.issues.front().arrived == kWarpgroup;
-  if (warpgroup.event) post([index] { execute_next(index); });
+  Warp& warp = state.warps[index];
+  execute(index, warp.issues.front());
+  warp.issues.pop_front();
+  ++warp.executed;
+  wake(state.waiting[index * kWarp / kWarpgroup]);
+  warp.event = !warp.issues.empty() && warp.issues.front().arrived == kWarp;
+  if (warp.event) post([index] { execute_next(index); });
 }
 
 void poison(Accumulator& accumulator) {
@@ -328,8 +342,12 @@ void begin_block_sm90() {
   state.copies.clear();
   state.threads.clear();
   state.threads.resize(static_cast<size_t>(threads()));
-  state.warpgroups.clear();
-  state.warpgroups.resize(static_cast<size_t>(threads() / kWarpgroup));
+  state.warps.clear();
+  state.warps.resize(static_cast<size_t>(threads() / kWarp));
+  state.products.clear();
+  state.products.resize(static_cast<size_t>(threads() / kWarpgroup));
+  state.waiting.clear();
+  state.waiting.resize(state.products.size());
   // Only when the block uses them: most kernels do not.
   state.async.clear();
   state.unpublished.clear();
@@ -342,9 +360,10 @@ void end_block_sm90() {
   bool changed = false;
   for (size_t t = 0; t < state.threads.size(); ++t) {
     const Thread& thread = state.threads[t];
+    const Thread& first = state.threads[t / kWarpgroup * kWarpgroup];
     if (!thread.accumulators.empty()) fail("thread %zu exited before its products were complete", t);
-    if (thread.max_registers != state.threads[t / kWarpgroup * kWarpgroup].max_registers)
-      fail("only some warps of a warpgroup executed setmaxnreg");
+    if (thread.issued != first.issued) fail("some threads of a warpgroup issued fewer products than others");
+    if (thread.max_registers != first.max_registers) fail("only some warps of a warpgroup executed setmaxnreg");
     changed |= thread.max_registers != 0;
     registers += thread.max_registers != 0 ? thread.max_registers : at_launch;
   }
@@ -457,12 +476,12 @@ void products_fence() {
 }
 
 void issue_product(const Product& product, Where where) {
-  const auto index = static_cast<size_t>(thread_index() / kWarpgroup);
-  const auto at = static_cast<size_t>(thread_index() % kWarpgroup);
-  if (index >= state.warpgroups.size()) fail("the product %s outside a whole warpgroup", place(where).c_str());
+  const auto index = static_cast<size_t>(thread_index() / kWarp);
+  const auto at = static_cast<size_t>(thread_index() % kWarp);
+  const auto warpgroup = static_cast<size_t>(thread_index() / kWarpgroup);
+  if (warpgroup >= state.products.size()) fail("the product %s outside a whole warpgroup", place(where).c_str());
   use_async();
   Thread& thread = self();
-  Warpgroup& warpgroup = state.warpgroups[index];
   const auto count = static_cast<size_t>(product.n / 2);
   const auto found = std::find_if(thread.accumulators.begin(), thread.accumulators.end(),
                                   [&](const Accumulator& a) { return a.registers == product.d; });
@@ -471,27 +490,32 @@ void issue_product(const Product& product, Where where) {
     thread.accumulators.push_back({product.d, {product.d, product.d + count}, thread.issued + 1});
     poison(thread.accumulators.back());
   } else {
-    if (found->value.size() != count) fail("products of different shapes share accumulators (%s)", place(where).c_str());
+    if (found->value.size() != count)
+      fail("products of different shapes share accumulators (%s)", place(where).c_str());
     found->issued = thread.issued + 1;
   }
-  const size_t position = thread.issued++ - warpgroup.executed;
-  if (position == warpgroup.issues.size()) warpgroup.issues.push_back({product, where});
-  Issue& issue = warpgroup.issues[position];
-  const Product& first = issue.product;
-  if (where.line() != issue.where.line() || first.n != product.n || first.keep != product.keep ||
+  const uint64_t number = thread.issued++;
+  auto& products = state.products[warpgroup];
+  if (number == products.size()) products.push_back({product, where});
+  const auto& [first, first_where] = products[number];
+  if (where.line() != first_where.line() || first.n != product.n || first.keep != product.keep ||
       first.b_descriptor != product.b_descriptor || first.a_descriptor != product.a_descriptor ||
       first.b_mn_major != product.b_mn_major || (first.a_registers == nullptr) != (product.a_registers == nullptr)) {
     fail("divergence: threads of a warpgroup issue different products (%s, %s)", place(where).c_str(),
-         place(issue.where).c_str());
+         place(first_where).c_str());
   }
+  Warp& warp = state.warps[index];
+  const size_t position = number - warp.executed;
+  if (position == warp.issues.size()) warp.issues.push_back({number});
+  Issue& issue = warp.issues[position];
   issue.d[at] = product.d;
   if (product.a_registers != nullptr) {
     check_fence(thread, product.a_registers, 16, "operand registers", where);
     memcpy(issue.a[at].data(), product.a_registers, 16);
     thread.operands.push_back({product.a_registers, issue.a[at], thread.issued});
   }
-  if (++issue.arrived == kWarpgroup && !warpgroup.event) {
-    warpgroup.event = true;
+  if (++issue.arrived == kWarp && !warp.event) {
+    warp.event = true;
     post([index] { execute_next(index); });
   }
 }
@@ -509,12 +533,11 @@ void products_wait(int groups_left, Where where) {
   if (thread.groups.size() <= left) return;
   const uint64_t target = thread.groups[thread.groups.size() - 1 - left];
   thread.groups.erase(thread.groups.begin(), thread.groups.end() - groups_left);
-  Warpgroup& warpgroup = state.warpgroups[static_cast<size_t>(thread_index() / kWarpgroup)];
-  while (warpgroup.executed < target) {
-    suspend(warpgroup.waiting, where, [&warpgroup] {
-      const int arrived = warpgroup.issues.empty() ? 0 : warpgroup.issues.front().arrived;
-      return text("a product that %d of 128 threads have issued", arrived);
-    });
+  const auto warpgroup = static_cast<size_t>(thread_index() / kWarpgroup);
+  const Warp* const warps = &state.warps[warpgroup * kWarpgroup / kWarp];
+  const auto behind = [=](const Warp& warp) { return warp.executed < target; };
+  while (std::any_of(warps, warps + kWarpgroup / kWarp, behind)) {
+    suspend(state.waiting[warpgroup], where, [] { return std::string("products of its warpgroup"); });
   }
   std::erase_if(thread.operands, [&](const Operand& o) { return o.issue <= target; });
   std::erase_if(thread.accumulators, [&](const Accumulator& a) {
@@ -527,7 +550,8 @@ void products_wait(int groups_left, Where where) {
 }  // namespace emu
 
 // The driver is not linked. Its functions are looked up by name.
-cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,  // NOLINT
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned,
+                                             unsigned long long,  // NOLINT
                                              cudaDriverEntryPointQueryResult* result) {
   const bool found = strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
   *function = found ? reinterpret_cast<void*>(&emu::encode_tensor_map) : nullptr;

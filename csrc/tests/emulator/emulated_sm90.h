@@ -2,9 +2,10 @@
 // products. Included by kernels/cuda/sm90.cuh. Part of emulator.h's contract: what a kernel does wrong aborts with a
 // message or gives wrong results.
 //   - A copy poisons its destination (NaN) when it is issued, and fills it at a moment of the scheduler's choice.
-//   - A product reads shared memory at a moment of the scheduler's choice after its last thread has issued it, and
-//     replaces its accumulators only when the thread waits for it. In between they are NaN. Writing them or its operand
-//     registers in between aborts.
+//   - A warp's rows of a product read shared memory at a moment of the scheduler's choice after the warp, not all of
+//   its
+//     warpgroup, has issued it. Accumulators change only when the thread waits for it. In between they are NaN. Writing
+//     them or its operand registers in between aborts.
 //   - Copies and products access shared memory through the asynchronous proxy: they see what a thread wrote with
 //     store_shared only after that thread's next fence_proxy_async. (Plain writes are published by any thread's fence.)
 //   - A block that exits with copies or products in flight aborts.
@@ -74,8 +75,8 @@ constexpr Element operand_element(int thread, int i) {
   return {thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, thread % 4 * 2 + i % 2 + i / 4 * 8};
 }
 
-// d [64, n] = (keep ? d : 0) + a b, issued by every thread of a warpgroup with its registers of d and, if a_registers is
-// not null, of a; else a is a_descriptor's operand.
+// d [64, n] = (keep ? d : 0) + a b, issued by every thread of a warpgroup with its registers of d and, if a_registers
+// is not null, of a; else a is a_descriptor's operand.
 struct Product {
   float* d;
   int n;

@@ -92,7 +92,10 @@ std::string describe(const Where& where) {
   return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
 }
 
-bool same(const Where& a, const Where& b) { return a.line() == b.line() && strcmp(a.file_name(), b.file_name()) == 0; }
+bool same(const Where& a, const Where& b) {
+  const char* const file = a.file_name();
+  return a.line() == b.line() && (file == b.file_name() || strcmp(file, b.file_name()) == 0);
+}
 
 // Switching. No local variable is used across setjmp.
 __attribute__((noinline)) void jump_to(Fiber& next) {
@@ -333,7 +336,8 @@ const void* exchange_bytes(const void* mine, size_t bytes, unsigned mask, Where 
   self.mask = mask;
   self.deposit = mine;
   self.deposit_bytes = bytes;
-  std::vector<int> group;
+  static std::vector<int> group;  // kept to save allocations
+  group.clear();
   for (int i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
     const int index = first + i;
