@@ -112,14 +112,14 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   // Tile t of stream s is in slot t * streams + s of the ring. Slots beyond a stream's last tile go around empty.
   const int64_t k = arguments.count.value();
   const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
-  const auto split_of = [&](int stream) { return static_cast<int>(blockIdx.y) * streams + stream; };
-  const auto first_tile_of = [&](int split) {
+  const int first_split = static_cast<int>(blockIdx.y) * streams;
+  const auto first_tile_of_split = [&](int split) {
     return static_cast<int>(all_tiles * min(split, arguments.splits) / arguments.splits);
   };
-  const auto tiles_of = [&](int stream) {
-    return first_tile_of(split_of(stream) + 1) - first_tile_of(split_of(stream));
-  };
-
+  const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
+                        first_tile_of_split(first_split + 2)};
+  const auto first_tile_of = [&](int stream) { return stream == 0 ? bounds[0] : bounds[1]; };
+  const auto tiles_of = [&](int stream) { return stream == 0 ? bounds[1] - bounds[0] : bounds[2] - bounds[1]; };
   const int longest = max(tiles_of(0), tiles_of(streams - 1));
 
   if (thread == 0) {
@@ -149,9 +149,9 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       uint32_t next = 0;                        // offset of its next row
       int rows = 0;                             // from the first unit's on
       const auto start_batch = [&](int item) {  // batch item % kBatches of a slot
-        const int stream = item / kBatches % streams;
-        const int tile = item / kBatches / streams;
-        const int64_t key = static_cast<int64_t>(first_tile_of(split_of(stream)) + tile) * Tile::kKeys +
+        const int stream = item / kBatches & (streams - 1);
+        const int tile = item / kBatches >> (streams - 1);
+        const int64_t key = static_cast<int64_t>(first_tile_of(stream) + tile) * Tile::kKeys +
                             item % kBatches * kBatchRows + thread_row;
         rows = tile < tiles_of(stream) ? static_cast<int>(min(k - key, int64_t{Tile::kKeys})) : 0;
         source = arguments.keys + key * c + column;
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
                           static_cast<int>(block_row) + to_group * group_rows, query_arrived);
       }
       for (int slot = 0; slot < slots; ++slot) {
-        const int stream = slot % streams;
-        const int tile = slot / streams;
+        const int stream = slot & (streams - 1);
+        const int tile = slot >> (streams - 1);
         const uint32_t arrived = full + 8 * (slot % Tile::kStages);
         sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
         if (tile >= tiles_of(stream)) {
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         sm90::barrier_expect(arrived, Tile::kTileBytes);
         for (int p = 0; p < Tile::kPanels; ++p) {
           sm90::copy_tensor(stage(slot) + p * Tile::kKeyPanelBytes, arguments.key_map, 64 * p,
-                            (first_tile_of(split_of(stream)) + tile) * Tile::kKeys, arrived);
+                            (first_tile_of(stream) + tile) * Tile::kKeys, arrived);
         }
       }
     }
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const int64_t group_row = block_row + group * group_rows;
     const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
     const int stream = streams == 1 ? 0 : group;
-    const int split = split_of(stream);
-    const int first_tile = first_tile_of(split);
+    const int split = first_split + stream;
+    const int first_tile = first_tile_of(stream);
     const int tiles = tiles_of(stream);
     const int split_keys = static_cast<int>(
         min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
