@@ -116,11 +116,10 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   const auto first_tile_of_split = [&](int split) {
     return static_cast<int>(all_tiles * min(split, arguments.splits) / arguments.splits);
   };
-  const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
-                        first_tile_of_split(first_split + 2)};
-  const auto first_tile_of = [&](int stream) { return stream == 0 ? bounds[0] : bounds[1]; };
-  const auto tiles_of = [&](int stream) { return stream == 0 ? bounds[1] - bounds[0] : bounds[2] - bounds[1]; };
-  const int longest = max(tiles_of(0), tiles_of(streams - 1));
+  const auto tiles_of_split = [&](int split) { return first_tile_of_split(split + 1) - first_tile_of_split(split); };
+  const auto longest_stream = [&] {
+    return max(tiles_of_split(first_split), tiles_of_split(first_split + streams - 1));
+  };
 
   if (thread == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
@@ -134,7 +133,11 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
 
   if (thread < 128) {
     sm90::release_registers<Tile::kProducerRegisters>();
-    const int slots = longest * streams;
+    const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
+                          first_tile_of_split(first_split + 2)};
+    const auto first_tile_of = [&](int stream) { return stream == 0 ? bounds[0] : bounds[1]; };
+    const auto tiles_of = [&](int stream) { return stream == 0 ? bounds[1] - bounds[0] : bounds[2] - bounds[1]; };
+    const int slots = longest_stream() * streams;
     const auto stage = [&](int slot) { return ring + slot % Tile::kStages * Tile::kTileBytes; };
     if constexpr (Tile::kSplit) {
       // In units of four elements. A thread loads a unit of the next batch as soon as it has split one of this batch.
@@ -220,8 +223,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
     const int stream = streams == 1 ? 0 : group;
     const int split = first_split + stream;
-    const int first_tile = first_tile_of(stream);
-    const int tiles = tiles_of(stream);
+    const int first_tile = first_tile_of_split(split);
+    const int tiles = tiles_of_split(split);
     const int split_keys = static_cast<int>(
         min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
     const auto valid_keys = [&](int tile) { return min(split_keys - tile * Tile::kKeys, Tile::kKeys); };
@@ -447,7 +450,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       }
     }
 
-    for (int tile = tiles; tile < longest; ++tile) {
+    for (int tile = tiles; tile < longest_stream(); ++tile) {
       wait_for(tile);
       release(tile);
     }
