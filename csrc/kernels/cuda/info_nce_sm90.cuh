@@ -49,10 +49,6 @@ struct Sm90Tile {
   static_assert(kStages >= (kExact ? 2 : 4) && (2 * kStages + 1) * 8 <= 256);
   static constexpr int kSharedBytes = kOtherBytes + 2 * kQueryBytes + kStages * kTileBytes;
   static constexpr int kThreads = 3 * 128;
-  // Units of four float32 that a producer thread holds. The fewer the products of a tile, the more must be in flight.
-  static constexpr int kBatch = kTerms == 1 ? 16 : 8;
-  static constexpr int kProducerRegisters = !kSplit ? 24 : kTerms == 1 ? 136 : 88;
-  static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 };
 
 struct Sm90Arguments {
@@ -96,6 +92,11 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Tile = Sm90Tile<Queue, kTerms, columns>;
+  // Units of four float32 that a producer thread holds. The fewer the products of a tile, the more must be in flight;
+  // masks take the registers for it.
+  constexpr int kMaxBatch = kTerms == 1 && !kMasked ? 16 : 8;
+  constexpr int kProducerRegisters = !Tile::kSplit ? 24 : kMaxBatch == 16 ? 136 : 88;
+  constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   MOCO_DYNAMIC_SHARED(unaligned);
   const uint32_t query = (sm90::shared_address(unaligned) + 1023u) & ~1023u;
   const uint32_t ring = query + 2 * Tile::kQueryBytes;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   __syncthreads();
 
   if (thread < 128) {
-    sm90::release_registers<Tile::kProducerRegisters>();
+    sm90::release_registers<kProducerRegisters>();
     const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
                           first_tile_of_split(first_split + 2)};
     const auto first_tile_of = [&](int stream) { return stream == 0 ? bounds[0] : bounds[1]; };
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     if constexpr (Tile::kSplit) {
       // In units of four elements. A thread loads a unit of the next batch as soon as it has split one of this batch.
       constexpr int kUnits = Tile::kKeys / 8 * Tile::kPanels;  // of a thread in a tile: every eighth row
-      constexpr int kBatch = kUnits < Tile::kBatch ? kUnits : Tile::kBatch;
+      constexpr int kBatch = kUnits < kMaxBatch ? kUnits : kMaxBatch;
       constexpr int kBatches = kUnits / kBatch;
       constexpr int kBatchRows = Tile::kKeys / kBatches;
       const int thread_row = thread / 16;
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       }
     }
   } else {
-    sm90::claim_registers<Tile::kConsumerRegisters>();
+    sm90::claim_registers<kConsumerRegisters>();
     const typename Tile::Operand type{};
     const int lane = thread % 32;
     const int64_t n = arguments.n;
