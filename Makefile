@@ -77,8 +77,10 @@ lint: $(VENV)/installed
 
 # Runs the CUDA kernels' source on the host and compares with float64 loops. Needs the CUDA headers but no GPU.
 native-test: $(VENV)/installed
+	-$(PIP) install --quiet --no-deps --group native-test  # without it, CuTe is not compared
 	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_PYTHON=OFF -DMOCO_EXT_WERROR=ON \
+	  -DCUTLASS_INCLUDE_DIR=$$(ls -d $(abspath $(VENV))/lib/python*/site-packages/cutlass_library/source/include) \
 	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --parallel 2

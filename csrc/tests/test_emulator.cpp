@@ -1,13 +1,10 @@
 // Tests of the emulator: correct kernels give correct results under every schedule, and each detector fires.
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <string>
 
+#include "dies.h"
 #include "kernels/cuda/cuda_launch.cuh"
 
 namespace {
@@ -21,27 +18,8 @@ void check(const char* name, bool good) {
   if (!good) printf("FAILED: %s\n", name);
 }
 
-// Runs `body` in a child process, which must abort with `message`.
 void check_dies(const char* name, const std::function<void()>& body, const char* message) {
-  int pipes[2];
-  if (pipe(pipes) != 0) exit(2);
-  fflush(stdout);
-  const pid_t child = fork();
-  if (child == 0) {
-    dup2(pipes[1], 2);
-    body();
-    _exit(0);
-  }
-  close(pipes[1]);
-  std::string text;
-  char buffer[512];
-  for (ssize_t n; (n = read(pipes[0], buffer, sizeof buffer)) > 0;) text.append(buffer, static_cast<size_t>(n));
-  close(pipes[0]);
-  int status = 0;
-  waitpid(child, &status, 0);
-  const bool good = WIFSIGNALED(status) && text.find(message) != std::string::npos;
-  if (!good) printf("status %d, stderr: %s\n", status, text.c_str());
-  check(name, good);
+  check(name, dies(body, message));
 }
 
 template <typename T>

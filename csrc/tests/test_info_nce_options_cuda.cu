@@ -1,9 +1,10 @@
 // The options of info_nce on CUDA against a float64 loop, alone and combined: ids, in-batch keys and their gradient, a
 // number of valid keys, label smoothing.
 //
-// Arguments: number of random cases (default 100), seed. Tolerances as in python_tests/cases.py: rounding gives a logit
-// of size L an absolute error of `unit` max(1, L / 20), with a unit of 1e-5 in float32, else four units in the last
-// place of the operands' type. The tolerance of gradients is that share of their largest possible size.
+// Arguments: number of random cases (default 100), seed; in the emulator also multiprocessors. Tolerances as in
+// python_tests/cases.py: rounding gives a logit of size L an absolute error of `unit` max(1, L / 20), with a unit of
+// 1e-5 in float32, else four units in the last place of the operands' type. The tolerance of gradients is that share of
+// their largest possible size.
 #include <algorithm>
 
 #include "check.h"
@@ -173,6 +174,8 @@ void test(const Case& x, check::Random& random) {
   std::vector<int64_t> key_ids(x.m), queue_ids(x.k);
   for (int64_t& id : key_ids) id = check::uniform(random, -1, x.names - 1);
   for (int64_t& id : queue_ids) id = check::uniform(random, -1, x.names - 1);
+  // Keys from num_valid on do not count, whatever they are.
+  if (x.num_valid >= 0) std::fill(queue.begin() + x.num_valid * x.c, queue.end(), check::element<Queue>(NAN));
   if (x.hidden) {
     for (int64_t i = 0; i < x.m; ++i) key_ids[i] = x.sees_nan(i) ? 1 : 0;
     for (int64_t j = 0; j < x.k; ++j) {
@@ -276,6 +279,9 @@ void test_types(int query, int queue, const Case& x, check::Random& random) {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? atoi(argv[1]) : 100;
   check::Random random(argc > 2 ? atoi(argv[2]) : 20191113);
+#ifdef MOCO_EMULATE
+  if (argc > 3) emu::config().multiprocessors = atoi(argv[3]);
+#endif
   const int64_t all_c[] = {64, 128, 256, 512, 768, 1024, 17, 96};
   check::group("everything at once, every width and type");
   for (const int64_t c : all_c) {

@@ -49,9 +49,9 @@ InfoNceWorkspace pass_workspace(const InfoNcePass<Queue>& pass, void* base, cons
 // The fastest pass that the queue's type, alignment and number of features allow on the current device.
 template <typename Queue>
 InfoNcePass<Queue> choose_pass(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
-                               bool gradient) {
+                               const InfoNceContrast& contrast, bool gradient) {
   if (reinterpret_cast<uintptr_t>(queue) % 16 != 0) return generic_pass<Queue>();
-  InfoNcePass<Queue> pass = sm90_pass<Queue>(shape);
+  InfoNcePass<Queue> pass = sm90_pass<Queue>(shape, contrast);
   pass.kind = PassKind::kSm90;
   if (pass.resident > 0) return pass;
   pass = mma_pass<Queue>(shape, options, gradient);
@@ -63,7 +63,8 @@ template <typename Queue>
 size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
                                 const InfoNceContrast& contrast, bool gradient) {
   if (shape.n == 0) return 0;
-  return pass_workspace(choose_pass(queue, shape, options, gradient), nullptr, shape, contrast, gradient).bytes;
+  return pass_workspace(choose_pass(queue, shape, options, contrast, gradient), nullptr, shape, contrast, gradient)
+      .bytes;
 }
 
 // Key: the queue's type, or that of the batch's keys in the workspace, which the generic pass takes as float.
@@ -88,10 +89,8 @@ cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const Key* keys, const I
       return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly, pass.kernel, grid, dim3(pass.threads),
                     pass.shared_bytes, stream, arguments);
     }
-    if constexpr (sizeof(Queue) == 2) {
-      if (pass.kind == PassKind::kSm90) {
-        return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
-      }
+    if (pass.kind == PassKind::kSm90) {
+      return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
     }
   }
   return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
@@ -113,7 +112,7 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
                      void* workspace, cudaStream_t stream) {
   if (shape.n == 0) return info_nce_of_no_rows(outputs, stream);
   const bool gradient = outputs.grad_query != nullptr;
-  const InfoNcePass<Queue> pass = choose_pass(queue, shape, options, gradient);
+  const InfoNcePass<Queue> pass = choose_pass(queue, shape, options, contrast, gradient);
   const InfoNceWorkspace w = pass_workspace(pass, workspace, shape, contrast, gradient);
   const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
   const bool positive = contrast.same_id_positive;

@@ -1,8 +1,5 @@
 // The launcher of the Hopper pass. Written from the description of the instruction set and not yet run on a GPU: used
 // only with MOCO_EXT_SM90=1, on a device of compute capability 9.0.
-#include "kernels/cuda/info_nce_sm90_launch.cuh"
-
-#ifndef MOCO_EMULATE
 #include <cudaTypedefs.h>
 
 #include <atomic>
@@ -10,21 +7,9 @@
 #include <cstring>
 
 #include "kernels/cuda/info_nce_sm90.cuh"
-#endif
+#include "kernels/cuda/info_nce_sm90_launch.cuh"
 
 namespace moco_ext::cuda {
-
-#ifdef MOCO_EMULATE
-
-int64_t sm90_tile_keys(int64_t) { return 0; }
-template <typename Element>
-cudaError_t launch_info_nce_sm90(const Element*, const InfoNceKeyCount&, const InfoNceMask&, const InfoNcePartials&,
-                                 int64_t, const InfoNceShape&, const InfoNceOptions&, const InfoNceWorkspace&,
-                                 cudaStream_t) {
-  return cudaErrorNotSupported;
-}
-
-#else
 
 namespace {
 
@@ -68,61 +53,80 @@ bool encode(CUtensorMap& map, const Element* x, int64_t rows, int64_t columns, i
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <typename Element, int columns>
-cudaError_t launch_width(const Element* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
-                         const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
-                         const InfoNceOptions& options, const InfoNceWorkspace& w, cudaStream_t stream) {
-  using Tile = Sm90Tile<columns>;
-  Sm90Arguments arguments{};
-  if (!encode(arguments.query, static_cast<const Element*>(w.query), w.n_padded, columns, Tile::kRows) ||
-      !encode(arguments.keys, keys, count.most, columns, Tile::kKeys)) {
+template <typename Queue, int kTerms, int columns>
+cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, const InfoNceWorkspace& w,
+                        cudaStream_t stream) {
+  using Tile = Sm90Tile<Queue, kTerms, columns>;
+  if constexpr (Tile::kSplit) {
+    arguments.query = static_cast<const float*>(w.query);
+    arguments.keys = keys;
+  } else if (!encode(arguments.query_map, static_cast<const Queue*>(w.query), w.n_padded, arguments.c,
+                     kSm90GroupRows) ||
+             !encode(arguments.key_map, keys, arguments.count.most, arguments.c, Tile::kKeys)) {
     return cudaErrorInvalidValue;
   }
-  arguments.positive = w.positive;
-  arguments.row_scale = w.row_scale;
-  arguments.partials = partials;
-  arguments.n = shape.n;
-  arguments.count = count;
-  arguments.mask = mask;
-  arguments.temperature = {options.temperature, options.temperature_ptr};
-  const dim3 grid(static_cast<unsigned>(w.n_padded / Tile::kRows), static_cast<unsigned>(splits));
-  const auto kernel = partials.keys != nullptr ? info_nce_sm90_kernel<Element, columns, true>
-                                               : info_nce_sm90_kernel<Element, columns, false>;
-  return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
+  const bool gradient = arguments.partials.keys != nullptr;
+  auto kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, false>
+                         : info_nce_sm90_kernel<Queue, kTerms, columns, false, false>;
+  if (arguments.mask.any()) {
+    if constexpr (columns > 128)
+      return cudaErrorNotSupported;
+    else
+      kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, true>
+                        : info_nce_sm90_kernel<Queue, kTerms, columns, false, true>;
+  }
+  return launch(Start::kEarly, kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
+}
+
+template <typename Queue, int kTerms>
+cudaError_t launch_width(Sm90Arguments& arguments, const Queue* keys, dim3 grid, const InfoNceWorkspace& w,
+                         cudaStream_t stream) {
+  if (arguments.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, keys, grid, w, stream);
+  if (arguments.c <= 128) return launch_tile<Queue, kTerms, 128>(arguments, keys, grid, w, stream);
+  if constexpr (sizeof(Queue) == 2) return launch_tile<Queue, 1, 256>(arguments, keys, grid, w, stream);
+  return cudaErrorNotSupported;
 }
 
 }  // namespace
 
-int64_t sm90_tile_keys(int64_t columns) {
+bool sm90_enabled() {
   static const bool wanted = [] {
     const char* const set = std::getenv("MOCO_EXT_SM90");
     return set != nullptr && std::strcmp(set, "1") == 0;
   }();
-  if (!wanted || (columns != 64 && columns != 128 && columns != 256)) return 0;
-  if (!device_is_hopper() || encoder() == nullptr) return 0;
-  return columns == 256 ? Sm90Tile<256>::kKeys : Sm90Tile<128>::kKeys;
+  return wanted && device_is_hopper() && encoder() != nullptr;
 }
 
-template <typename Element>
-cudaError_t launch_info_nce_sm90(const Element* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+template <typename Queue>
+cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
                                  const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
                                  const InfoNceOptions& options, const InfoNceWorkspace& w, cudaStream_t stream) {
-  switch (shape.c) {
-    case 64:
-      return launch_width<Element, 64>(keys, count, mask, partials, splits, shape, options, w, stream);
-    case 128:
-      return launch_width<Element, 128>(keys, count, mask, partials, splits, shape, options, w, stream);
-    default:
-      return launch_width<Element, 256>(keys, count, mask, partials, splits, shape, options, w, stream);
+  Sm90Arguments arguments{};
+  arguments.positive = w.positive;
+  arguments.row_scale = w.row_scale;
+  arguments.partials = partials;
+  arguments.n = shape.n;
+  arguments.c = static_cast<int>(shape.c);
+  arguments.splits = static_cast<int>(splits);
+  arguments.streams = sm90_two_splits(shape.n) ? 2 : 1;
+  arguments.count = count;
+  arguments.mask = mask;
+  arguments.temperature = {options.temperature, options.temperature_ptr};
+  const int64_t block_rows = arguments.streams == 2 ? kSm90GroupRows : 2 * kSm90GroupRows;
+  const dim3 grid(static_cast<unsigned>(w.n_padded / block_rows),
+                  static_cast<unsigned>((splits + arguments.streams - 1) / arguments.streams));
+  if constexpr (std::is_same_v<Queue, float>) {
+    if (options.terms == 3) return launch_width<Queue, 3>(arguments, keys, grid, w, stream);
+    if (options.terms == 2) return launch_width<Queue, 2>(arguments, keys, grid, w, stream);
   }
+  return launch_width<Queue, 1>(arguments, keys, grid, w, stream);
 }
 
-#endif
-
-#define MOCO_INFO_NCE_SM90(Element)                                                                              \
-  template cudaError_t launch_info_nce_sm90<Element>(const Element*, const InfoNceKeyCount&, const InfoNceMask&, \
-                                                     const InfoNcePartials&, int64_t, const InfoNceShape&,       \
-                                                     const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INFO_NCE_SM90(Queue)                                                                            \
+  template cudaError_t launch_info_nce_sm90<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, \
+                                                   const InfoNcePartials&, int64_t, const InfoNceShape&,     \
+                                                   const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
+MOCO_INFO_NCE_SM90(float)
 MOCO_INFO_NCE_SM90(__nv_bfloat16)
 MOCO_INFO_NCE_SM90(__half)
 

@@ -1,9 +1,14 @@
-// The InfoNCE pass over the queue for Hopper: the pass of info_nce_mma.cuh with warpgroup products and tensor copies.
+// The InfoNCE pass over the queue for Hopper: the pass of info_nce_mma.cuh with warpgroup products.
 //
-// A block handles 128 queries and one split of the queue. One thread fetches key tiles into a ring; two warpgroups of
-// 64 rows each read a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). The warpgroups overlap:
-// one computes its softmax while the products of the other run. Scores, P and O stay in registers:
-//   softmax of S(j) -> issue O += P(j) K and S(j+1) -> wait for both -> release tile j
+// A block has a producer warpgroup, which fills a ring of key tiles, and two consumer warpgroups of 64 rows. Each reads
+// a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). Scores, P and O stay in registers. A
+// softmax overlaps with products of its own warpgroup and of the other one (the order of FlashAttention-3):
+//   issue S(j+1) -> issue O += P(j) K -> wait for S -> softmax of S(j+1) -> wait for O -> release tile j -> rescale O
+// With up to 64 queries, both warpgroups have the same rows, and each its own split of the queue.
+//
+// 16-bit tiles are tensor copies. float32 elements become the sum of kTerms bfloat16 terms, each the rounded remainder
+// of those before, in a plane of the tile each: three hold all 24 bits. The producer splits a tile once for the whole
+// block, and a product of float32 operands is the sum of the products of their terms i, j with i + j < kTerms.
 #pragma once
 
 #include <type_traits>
@@ -15,88 +20,218 @@
 
 namespace moco_ext::cuda {
 
-template <int columns>
+constexpr int kSm90GroupRows = 64;
+
+template <typename Queue, int kTerms, int columns>
 struct Sm90Tile {
-  static constexpr int kRows = kSm90Rows;                  // half of them per warpgroup
-  static constexpr int kKeys = columns <= 128 ? 128 : 64;  // limited by the registers of S besides O
+  static constexpr bool kSplit = std::is_same_v<Queue, float>;
+  using Operand = std::conditional_t<kSplit, __nv_bfloat16, Queue>;
+  static constexpr int kKeys = sm90_tile_keys(kSplit, columns);
   static constexpr int kPanels = columns / 64;
   static constexpr int kKeyPanelBytes = kKeys * 128;
-  static constexpr int kTileBytes = kPanels * kKeyPanelBytes;
-  static constexpr int kQueryPanelBytes = kRows * 128;
-  static constexpr int kQueryBytes = kPanels * kQueryPanelBytes;
-  static constexpr int kStages = columns == 64 ? 8 : columns == 128 ? 5 : 4;
+  static constexpr int kKeyPlaneBytes = kPanels * kKeyPanelBytes;
+  static constexpr int kTileBytes = kTerms * kKeyPlaneBytes;
+  static constexpr int kQueryPanelBytes = kSm90GroupRows * 128;
+  static constexpr int kQueryPlaneBytes = kPanels * kQueryPanelBytes;
+  // Per warpgroup. float32: registers hold the first term, because products of 64 keys with both operands in shared
+  // memory are limited by its bandwidth.
+  static constexpr int kQueryBytes = (kTerms - kSplit) * kQueryPlaneBytes;
+  // Tensor cores round sums towards zero, a bias that grows with the number of products. For float32 accuracy, they add
+  // up P K of one tile and panel only, in registers that S of the next tile would need.
+  static constexpr bool kExact = kTerms == 3;
+  static constexpr int kWeightTerms = kExact ? 2 : 1;  // 16 bits are enough for P K: their errors average out
+  static constexpr int kMaxSharedBytes = 227 * 1024;
+  static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers
+  static constexpr int kStagesThatFit = (kMaxSharedBytes - kOtherBytes - 2 * kQueryBytes) / kTileBytes;
+  // Even, so that with two streams a stage always has tiles of the same one. Otherwise a consumer would skip phases of
+  // the stage's barrier, and parity cannot tell it two phases early.
+  static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit / 2 * 2 : 8;
+  static_assert(kStages >= (kExact ? 2 : 4) && (2 * kStages + 1) * 8 <= 256);
+  static constexpr int kSharedBytes = kOtherBytes + 2 * kQueryBytes + kStages * kTileBytes;
   static constexpr int kThreads = 3 * 128;
-  static constexpr int kSharedBytes = 1024 + kQueryBytes + kStages * kTileBytes + (2 * kStages + 1) * 8;
-  static_assert(kSharedBytes <= 227 * 1024);
 };
 
 struct Sm90Arguments {
-  CUtensorMap query;  // boxes of [128 rows, 64 columns] of the query operand
-  CUtensorMap keys;   // boxes of [kKeys rows, 64 columns]
+  CUtensorMap query_map;  // 16-bit: boxes of [64 rows, 64 columns] of the query operand
+  CUtensorMap key_map;    // 16-bit: boxes of [kKeys rows, 64 columns]
+  const float* query;     // float32: [N_padded, C]
+  const float* keys;      // float32: [K, C]
   const float* positive;
   const float* row_scale;
   InfoNcePartials partials;
   int64_t n;
+  int c;
+  int splits;
+  int streams;  // 2: each warpgroup has its own split; 1: each has its own rows
   InfoNceKeyCount count;
   InfoNceMask mask;
   InfoNceTemperature temperature;
 };
 
-template <typename Element, int columns, bool kGradient>
-__global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
+// The next bfloat16 term of two floats, which it leaves with their remainders.
+__device__ __forceinline__ uint32_t take_term(float& a, float& b) {
+  const uint32_t term = pack(a, b, __nv_bfloat16{});
+  a -= __uint_as_float(term << 16);
+  b -= __uint_as_float(term & 0xffff0000u);
+  return term;
+}
+
+// Writes the terms of four adjacent elements from term `first` on, in planes `plane_bytes` apart.
+template <int first, int kTerms>
+__device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane_bytes) {
+#pragma unroll
+  for (int term = 0; term < kTerms; ++term) {
+    const uint32_t low = take_term(x.x, x.y);
+    const uint32_t high = take_term(x.z, x.w);
+    if (term >= first) sm90::store_shared_8(shared + (term - first) * plane_bytes, low, high);
+  }
+}
+
+template <typename Queue, int kTerms, int columns, bool kGradient, bool kMasked>
+__global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Tile = Sm90Tile<columns>;
-  extern __shared__ unsigned char unaligned[];
-  const uint32_t query = (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) + 1023u) & ~1023u;
-  const uint32_t ring = query + Tile::kQueryBytes;
+  let_next_kernel_start();
+  using Tile = Sm90Tile<Queue, kTerms, columns>;
+  // Units of four float32 that a producer thread holds. The fewer the products of a tile, the more must be in flight;
+  // masks take the registers for it.
+  constexpr int kMaxBatch = kTerms == 1 && !kMasked ? 16 : 8;
+  constexpr int kProducerRegisters = !Tile::kSplit ? 24 : kMaxBatch == 16 ? 136 : 88;
+  constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
+  MOCO_DYNAMIC_SHARED(unaligned);
+  const uint32_t query = (sm90::shared_address(unaligned) + 1023u) & ~1023u;
+  const uint32_t ring = query + 2 * Tile::kQueryBytes;
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
-  const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: both warpgroups have read it
+  const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: its consumers have read it
   const uint32_t query_arrived = empty + Tile::kStages * 8;
   const int thread = static_cast<int>(threadIdx.x);
+  const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // tells the compiler that it is uniform
+  const int streams = arguments.streams;
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * (streams == 1 ? 2 * kSm90GroupRows : kSm90GroupRows);
+  const int group_rows = streams == 1 ? kSm90GroupRows : 0;  // between the warpgroups' first rows
+  const int c = arguments.c;
+
+  // Tile t of stream s is in slot t * streams + s of the ring. Slots beyond a stream's last tile go around empty.
   const int64_t k = arguments.count.value();
   const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
-  const int first_tile = static_cast<int>(all_tiles * blockIdx.y / gridDim.y);
-  const int tiles = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y) - first_tile;
+  const int first_split = static_cast<int>(blockIdx.y) * streams;
+  const auto first_tile_of_split = [&](int split) {
+    return static_cast<int>(all_tiles * min(split, arguments.splits) / arguments.splits);
+  };
+  const auto tiles_of_split = [&](int split) { return first_tile_of_split(split + 1) - first_tile_of_split(split); };
+  const auto longest_stream = [&] {
+    return max(tiles_of_split(first_split), tiles_of_split(first_split + streams - 1));
+  };
 
   if (thread == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      sm90::barrier_init(full + 8 * i, 1);
-      sm90::barrier_init(empty + 8 * i, 2);
+      sm90::barrier_init(full + 8 * i, Tile::kSplit ? 128 : 1);
+      sm90::barrier_init(empty + 8 * i, streams == 1 ? 2 : 1);
     }
     sm90::barrier_init(query_arrived, 1);
     sm90::barrier_init_done();
   }
   __syncthreads();
+  wait_for_previous_kernel();
 
   if (thread < 128) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (thread == 0) {
-      sm90::prefetch_map(arguments.query);
-      sm90::prefetch_map(arguments.keys);
-      sm90::barrier_expect(query_arrived, Tile::kQueryBytes);
-      for (int p = 0; p < Tile::kPanels; ++p) {
-        sm90::copy_tensor(query + p * Tile::kQueryPanelBytes, arguments.query, 64 * p,
-                          static_cast<int>(blockIdx.x) * Tile::kRows, query_arrived);
+    sm90::release_registers<kProducerRegisters>();
+    const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
+                          first_tile_of_split(first_split + 2)};
+    const auto first_tile_of = [&](int stream) { return stream == 0 ? bounds[0] : bounds[1]; };
+    const auto tiles_of = [&](int stream) { return stream == 0 ? bounds[1] - bounds[0] : bounds[2] - bounds[1]; };
+    const int slots = longest_stream() * streams;
+    const auto stage = [&](int slot) { return ring + slot % Tile::kStages * Tile::kTileBytes; };
+    if constexpr (Tile::kSplit) {
+      // In units of four elements. A thread loads a unit of the next batch as soon as it has split one of this batch.
+      constexpr int kUnits = Tile::kKeys / 8 * Tile::kPanels;  // of a thread in a tile: every eighth row
+      constexpr int kBatch = kUnits < kMaxBatch ? kUnits : kMaxBatch;
+      constexpr int kBatches = kUnits / kBatch;
+      constexpr int kBatchRows = Tile::kKeys / kBatches;
+      const int thread_row = thread / 16;
+      const int column = thread % 16 * 4;  // of every panel
+      float4 raw[kBatch];
+      const float* source = nullptr;            // the thread's first unit of the batch to load
+      uint32_t next = 0;                        // offset of its next row
+      int rows = 0;                             // from the first unit's on
+      const auto start_batch = [&](int item) {  // batch item % kBatches of a slot
+        const int stream = item / kBatches & (streams - 1);
+        const int tile = item / kBatches >> (streams - 1);
+        const int64_t key = static_cast<int64_t>(first_tile_of(stream) + tile) * Tile::kKeys +
+                            item % kBatches * kBatchRows + thread_row;
+        rows = tile < tiles_of(stream) ? static_cast<int>(min(k - key, int64_t{Tile::kKeys})) : 0;
+        source = arguments.keys + key * c + column;
+        next = 0;
+      };
+      const auto load = [&](int i) {  // zeros beyond the last key and column
+        const bool valid = i / Tile::kPanels * 8 < rows && column + i % Tile::kPanels * 64 < c;
+        raw[i] = valid ? __ldg(reinterpret_cast<const float4*>(source + next + i % Tile::kPanels * 64)) : float4{};
+        if (i % Tile::kPanels == Tile::kPanels - 1) next += 8 * c;
+        opaque(next);  // otherwise the compiler computes all addresses first, and lacks registers
+      };
+      start_batch(0);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) load(i);
+      for (int item = 0; item < slots * kBatches; ++item) {
+        const int slot = item / kBatches;
+        const uint32_t shared = stage(slot) + item % kBatches * kBatchRows * 128 +
+                                sm90::element_offset(thread_row, column, Tile::kKeyPanelBytes);
+        if (item % kBatches == 0) {
+          sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
+        }
+        start_batch(item + 1);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {  // rows 8 apart are swizzled alike
+          store_terms<0, kTerms>(raw[i],
+                                 shared + i / Tile::kPanels * 8 * 128 + i % Tile::kPanels * Tile::kKeyPanelBytes,
+                                 Tile::kKeyPlaneBytes);
+          load(i);
+        }
+        if (item % kBatches == kBatches - 1) {
+          sm90::fence_shared();
+          sm90::barrier_arrive(full + 8 * (slot % Tile::kStages));
+        }
       }
-      for (int tile = 0; tile < tiles; ++tile) {
-        const int stage = tile % Tile::kStages;
-        sm90::barrier_wait(empty + 8 * stage, sm90::empty_parity(tile, Tile::kStages));
-        sm90::barrier_expect(full + 8 * stage, Tile::kTileBytes);
+    } else if (thread == 0) {
+      sm90::prefetch_map(arguments.query_map);
+      sm90::prefetch_map(arguments.key_map);
+      sm90::barrier_expect(query_arrived, 2 * Tile::kQueryBytes);
+      for (int i = 0; i < 2 * Tile::kPanels; ++i) {
+        const int to_group = i / Tile::kPanels;
+        sm90::copy_tensor(query + i * Tile::kQueryPanelBytes, arguments.query_map, i % Tile::kPanels * 64,
+                          static_cast<int>(block_row) + to_group * group_rows, query_arrived);
+      }
+      for (int slot = 0; slot < slots; ++slot) {
+        const int stream = slot & (streams - 1);
+        const int tile = slot >> (streams - 1);
+        const uint32_t arrived = full + 8 * (slot % Tile::kStages);
+        sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
+        if (tile >= tiles_of(stream)) {
+          sm90::barrier_arrive(arrived);
+          continue;
+        }
+        sm90::barrier_expect(arrived, Tile::kTileBytes);
         for (int p = 0; p < Tile::kPanels; ++p) {
-          sm90::copy_tensor(ring + stage * Tile::kTileBytes + p * Tile::kKeyPanelBytes, arguments.keys, 64 * p,
-                            (first_tile + tile) * Tile::kKeys, full + 8 * stage);
+          sm90::copy_tensor(stage(slot) + p * Tile::kKeyPanelBytes, arguments.key_map, 64 * p,
+                            (first_tile_of(stream) + tile) * Tile::kKeys, arrived);
         }
       }
     }
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    const Element type{};
-    const int group = thread / 128 - 1;
+    sm90::claim_registers<kConsumerRegisters>();
+    const typename Tile::Operand type{};
     const int lane = thread % 32;
     const int64_t n = arguments.n;
-    const int64_t row = static_cast<int64_t>(blockIdx.x) * Tile::kRows + group * 64 + thread % 128 / 32 * 16 + lane / 4;
-    constexpr int kBias = std::is_same_v<Element, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
+    const int64_t group_row = block_row + group * group_rows;
+    const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
+    const int stream = streams == 1 ? 0 : group;
+    const int split = first_split + stream;
+    const int first_tile = first_tile_of_split(split);
+    const int tiles = tiles_of_split(split);
+    const int split_keys = static_cast<int>(
+        min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
+    const auto valid_keys = [&](int tile) { return min(split_keys - tile * Tile::kKeys, Tile::kKeys); };
+    constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
     SoftmaxRows rows;
     const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
@@ -108,107 +243,239 @@ __global__ void __launch_bounds__(Sm90Tile<columns>::kThreads, 1)
       rows.sum[r] = 0.0f;
       rows.rank[r] = 0;
     }
-    const int split_keys = static_cast<int>(
-        min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
+
+    const uint32_t group_query = query + group * Tile::kQueryBytes;
+    uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
+    if constexpr (Tile::kSplit) {
+#pragma unroll
+      for (int step = 0; step < columns / 16; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int column = step * 16 + i / 2 * 8 + lane % 4 * 2;
+          float2 x{};
+          if (column < c) x = *reinterpret_cast<const float2*>(arguments.query + (row + i % 2 * 8) * c + column);
+          query_words[step][i] = pack(x.x, x.y, type);
+        }
+      }
+      if constexpr (kTerms > 1) {
+        for (int unit = thread % 128; unit < kSm90GroupRows * columns / 4; unit += 128) {
+          const int of_group = unit / (columns / 4);
+          const int column = unit % (columns / 4) * 4;
+          float4 x{};
+          if (column < c) {
+            x = *reinterpret_cast<const float4*>(arguments.query + (group_row + of_group) * c + column);
+          }
+          store_terms<1, kTerms>(x, group_query + sm90::element_offset(of_group, column, Tile::kQueryPanelBytes),
+                                 Tile::kQueryPlaneBytes);
+        }
+        sm90::fence_shared();
+        sm90::warpgroup_barrier(1 + group);
+      }
+    } else {
+      sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
+    }
 
     constexpr int kScores = Tile::kKeys / 8;
     constexpr int kOutputs = kGradient ? columns / 8 : 1;
+    constexpr int kWeightTerms = kGradient ? Tile::kWeightTerms : 0;
     float s[kScores][4] = {};
     float o[kOutputs][4] = {};
-    const auto tile_address = [&](int tile) { return ring + tile % Tile::kStages * Tile::kTileBytes; };
+    uint32_t p[Tile::kWeightTerms][Tile::kKeys / 16][4] = {};
+    float rescale[2];
+    const auto slot_of = [&](int tile) { return tile * streams + stream; };
+    const auto tile_address = [&](int tile) { return ring + slot_of(tile) % Tile::kStages * Tile::kTileBytes; };
     const auto wait_for = [&](int tile) {
-      sm90::barrier_wait(full + 8 * (tile % Tile::kStages), sm90::full_parity(tile, Tile::kStages));
+      const int slot = slot_of(tile);
+      sm90::barrier_wait(full + 8 * (slot % Tile::kStages), sm90::full_parity(slot, Tile::kStages));
     };
+    const auto release = [&](int tile) {
+      if (thread % 128 == 0) sm90::barrier_arrive(empty + 8 * (slot_of(tile) % Tile::kStages));
+    };
+    // Products of small terms come first, so that less is rounded off them.
     const auto issue_scores = [&](int tile) {  // S = Q K^T
+      const uint64_t query_operand = sm90::row_operand(group_query);
+      const uint64_t key_operand = sm90::row_operand(tile_address(tile));
 #pragma unroll
-      for (int step = 0; step < columns / 16; ++step) {  // 16 columns are 32 bytes of a panel's row
-        const int panel = step / 4;
-        const uint32_t bytes = step % 4 * 32;
-        sm90::multiply_rows(s, sm90::row_operand(query + panel * Tile::kQueryPanelBytes + group * 64 * 128 + bytes),
-                            sm90::row_operand(tile_address(tile) + panel * Tile::kKeyPanelBytes + bytes), step > 0,
-                            type);
+      for (int order = kTerms - 1; order >= 0; --order) {
+#pragma unroll
+        for (int term = 0; term <= order; ++term) {
+#pragma unroll
+          for (int step = 0; step < columns / 16; ++step) {  // 16 columns are 32 bytes of a panel's row
+            const int keep = order < kTerms - 1 || term > 0 || step > 0;
+            const uint64_t keys = sm90::advance(
+                key_operand, (order - term) * Tile::kKeyPlaneBytes + step / 4 * Tile::kKeyPanelBytes + step % 4 * 32);
+            if (Tile::kSplit && term == 0) {
+              sm90::multiply_rows(s, query_words[Tile::kSplit ? step : 0], keys, keep, type);
+            } else {
+              const uint64_t queries =
+                  sm90::advance(query_operand, (term - Tile::kSplit) * Tile::kQueryPlaneBytes +
+                                                   step / 4 * Tile::kQueryPanelBytes + step % 4 * 32);
+              sm90::multiply_rows(s, queries, keys, keep, type);
+            }
+          }
+        }
       }
     };
-    uint32_t p[Tile::kKeys / 16][4];
-    const auto issue_outputs = [&](int tile) {  // O += P K
-      if constexpr (kGradient) {
+    // sum = (keep ? sum : 0) + P K, of the columns from `panel` on.
+    const auto issue_outputs = [&](auto& sum, int tile, int panel, int keep) {
+      const uint64_t operand =
+          sm90::column_operand(tile_address(tile) + panel * Tile::kKeyPanelBytes, Tile::kKeyPanelBytes);
 #pragma unroll
-        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // 16 keys are two groups of 8 rows
-          sm90::multiply_columns(o, p[j], sm90::column_operand(tile_address(tile) + j * 2048, Tile::kKeyPanelBytes),
-                                 type);
+      for (int order = kWeightTerms - 1; order >= 0; --order) {
+#pragma unroll
+        for (int term = 0; term <= order; ++term) {
+#pragma unroll
+          for (int j = 0; j < Tile::kKeys / 16; ++j) {  // 16 keys are two groups of 8 rows
+            const bool first = order == kWeightTerms - 1 && term == 0 && j == 0;
+            sm90::multiply_columns(sum, p[term][j],
+                                   sm90::advance(operand, (order - term) * Tile::kKeyPlaneBytes + j * 2048),
+                                   first ? keep : 1, type);
+          }
         }
       }
     };
     const auto take_softmax = [&](int tile) {
-      const int valid = min(split_keys - tile * Tile::kKeys, Tile::kKeys);
+      const int valid = valid_keys(tile);
       if (valid < Tile::kKeys) drop_scores(s, valid, lane);
-      if (arguments.mask.any()) {
+      if constexpr (kMasked) {
         const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
         mask_scores<kScores>(s, rows, arguments.mask, row, n, first_key, valid, lane);
       }
-      online_softmax<kScores, kBias>(s, o, rows);
-      if constexpr (kGradient) {
+      return softmax_of_tile<kBias>(s, rows, rescale);
+    };
+    const auto pack_weights = [&] {
 #pragma unroll
-        for (int j = 0; j < Tile::kKeys / 16; ++j) {  // two adjacent tiles of S already are an operand
-          p[j][0] = pack(s[2 * j][0], s[2 * j][1], type);
-          p[j][1] = pack(s[2 * j][2], s[2 * j][3], type);
-          p[j][2] = pack(s[2 * j + 1][0], s[2 * j + 1][1], type);
-          p[j][3] = pack(s[2 * j + 1][2], s[2 * j + 1][3], type);
+      for (int term = 0; term < kWeightTerms; ++term) {
+#pragma unroll
+        for (int j = 0; j < kScores; ++j) {  // two adjacent tiles of S already are an operand
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            uint32_t& word = p[term][j / 2][j % 2 * 2 + r];
+            if constexpr (Tile::kSplit) {
+              word = take_term(s[j][2 * r], s[j][2 * r + 1]);
+            } else {
+              word = pack(s[j][2 * r], s[j][2 * r + 1], type);
+            }
+          }
         }
       }
     };
-    // Between `begin` and `end` only products may use s, o and p, and nothing may branch: otherwise the compiler
-    // serializes the products.
-    const auto begin = [&] {
-      sm90::pin(s);
-      sm90::pin(o);
+    // A weight of 0 does not remove a key that is not finite, and num_valid may end before such keys of the last tile.
+    // Both warpgroups write the same zeros, and scores of these keys are dropped, so neither has to wait for the other.
+    const auto clear_invalid_keys = [&](int tile) {
+      const int valid = valid_keys(tile);
+      if (Tile::kSplit || valid == Tile::kKeys) return;
+      constexpr int kRowUnits = columns / 4;
+      for (int unit = valid * kRowUnits + thread % 128; unit < Tile::kKeys * kRowUnits; unit += 128) {
+        sm90::store_shared_8(
+            tile_address(tile) + sm90::element_offset(unit / kRowUnits, unit % kRowUnits * 4, Tile::kKeyPanelBytes), 0,
+            0);
+      }
+      sm90::fence_shared();
+      sm90::warpgroup_barrier(1 + group);
+    };
+    // pin: while products run, the compiler may touch none of their registers. Otherwise it serializes them.
+    const auto pin_weights = [&] {
+#pragma unroll
+      for (int term = 0; term < kWeightTerms; ++term) sm90::pin(p[term]);
+    };
+    const auto begin = [&](auto&... operands) {
+      (sm90::pin(operands), ...);
+      pin_weights();
       sm90::products_begin();
     };
-    const auto end = [&] {
-      sm90::products_commit();
-      sm90::products_wait();
-      sm90::pin(s);
-      sm90::pin(o);
-    };
 
-    sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
-    if (tiles > 0) {
-      wait_for(0);
-      begin();
-      issue_scores(0);
-      end();
-      for (int tile = 0; tile < tiles - 1; ++tile) {
-        take_softmax(tile);
-        wait_for(tile + 1);
-        begin();
-        issue_outputs(tile);
-        issue_scores(tile + 1);
-        end();
-        if (thread % 128 == 0) sm90::barrier_arrive(empty + 8 * (tile % Tile::kStages));
+    if constexpr (kGradient && !Tile::kExact) {
+      const auto wait_for_outputs = [&] {
+        sm90::products_wait();
+        sm90::pin(o);
+        pin_weights();
+      };
+      if (tiles > 0) {
+        wait_for(0);
+        begin(s);
+        issue_scores(0);
+        sm90::products_commit();
+        sm90::products_wait();
+        sm90::pin(s);
+        take_softmax(0);
+        pack_weights();
+        for (int tile = 0; tile < tiles - 1; ++tile) {
+          wait_for(tile + 1);
+          begin(s, o);
+          issue_scores(tile + 1);
+          sm90::products_commit();
+          issue_outputs(o, tile, 0, 1);
+          sm90::products_commit();
+          sm90::products_wait<1>();
+          sm90::pin(s);
+          const bool grew = take_softmax(tile + 1);
+          wait_for_outputs();
+          release(tile);
+          if (grew) rescale_rows(o, rescale);
+          pack_weights();
+        }
+        clear_invalid_keys(tiles - 1);
+        begin(o);
+        issue_outputs(o, tiles - 1, 0, 1);
+        sm90::products_commit();
+        wait_for_outputs();
+        release(tiles - 1);
       }
-      take_softmax(tiles - 1);
-      begin();
-      issue_outputs(tiles - 1);
-      end();
+    } else {
+      for (int tile = 0; tile < tiles; ++tile) {
+        wait_for(tile);
+        begin(s);
+        issue_scores(tile);
+        sm90::products_commit();
+        sm90::products_wait();
+        sm90::pin(s);
+        take_softmax(tile);
+        if constexpr (kGradient) {
+          pack_weights();
+#pragma unroll
+          for (int panel = 0; panel < Tile::kPanels; ++panel) {
+            float sum[8][4];
+            begin();
+            issue_outputs(sum, tile, panel, 0);
+            sm90::products_commit();
+            sm90::products_wait();
+            sm90::pin(sum);
+            pin_weights();
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) o[8 * panel + i][j] = fmaf(o[8 * panel + i][j], rescale[j / 2], sum[i][j]);
+            }
+          }
+        }
+        release(tile);
+      }
+    }
+
+    for (int tile = tiles; tile < longest_stream(); ++tile) {
+      wait_for(tile);
+      release(tile);
     }
 
     constexpr float kUnbias = 1.0f / (1 << kBias);
     join_lanes(rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= n) continue;
-      const int64_t slot = blockIdx.y * n + row + 8 * r;
+      if (row + 8 * r >= n || split >= arguments.splits) continue;
+      const int64_t slot = split * n + row + 8 * r;
       if (lane % 4 == 0) {
         arguments.partials.max[slot] = rows.max[r];
         arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
         arguments.partials.rank[slot] = rows.rank[r];
       }
       if constexpr (kGradient) {
-        float* const out = arguments.partials.keys + slot * columns;
+        float* const out = arguments.partials.keys + slot * c;
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
-          *reinterpret_cast<float2*>(out + 8 * i + lane % 4 * 2) =
-              make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
+          const int column = 8 * i + lane % 4 * 2;
+          if (column >= c) continue;
+          *reinterpret_cast<float2*>(out + column) = make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
         }
       }
     }

@@ -18,46 +18,76 @@ struct SoftmaxRows {
   uint32_t rank[2];  // over this lane's keys
 };
 
-// Replaces scores by 2^bias times their weights relative to the running maximum. Subtracts before scaling: logits may
-// have any size, and the rounding error of the scaled score alone could overflow exp2.
-template <int tiles, int kBias, int outputs>
-__device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[outputs][4], SoftmaxRows& rows) {
-  float rescale[2];
+// Replaces scores by 2^bias times their weights relative to the running maximum. Returns whether the maximum of a row
+// of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`.
+template <int kBias, int tiles>
+__device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&rescale)[2]) {
+  // Up to this maximum in units of log 2, the rounding error of max * scale changes a weight by less than 2^-17.
+  constexpr float kLargestProduct = 256.0f;
   float shift[2];
+  float offset[2];
   bool grew = false;
+  bool above = false;
+  bool large = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float max = rows.max[r];
+    float max = -INFINITY;
 #pragma unroll
     for (int j = 0; j < tiles; ++j) max = fmaxf(max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+    above |= max > rows.positive[r];
+    max = fmaxf(max, rows.max[r]);
     shift[r] = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
     rescale[r] = exp2_approx((rows.max[r] - shift[r]) * rows.scale[r]);
+    offset[r] = -shift[r] * rows.scale[r];
+    large |= !(fabsf(offset[r]) <= kLargestProduct);
+    offset[r] += kBias;
     grew |= max > rows.max[r];
     rows.max[r] = max;
+    rows.sum[r] *= rescale[r];
   }
-  if (__any_sync(0xffffffffu, grew)) {  // rare after the first tiles
+  if (__any_sync(0xffffffffu, above || large)) {  // rare once positives score above most negatives
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      rows.sum[r] *= rescale[r];
+    for (int j = 0; j < tiles; ++j) {
 #pragma unroll
-      for (int j = 0; j < outputs; ++j) {
-        o[j][2 * r] *= rescale[r];
-        o[j][2 * r + 1] *= rescale[r];
+      for (int i = 0; i < 4; ++i) rows.rank[i / 2] += s[j][i] > rows.positive[i / 2];
+    }
+    // Logits may have any size, and the rounding error of max * scale alone could overflow exp2: subtract first.
+    if (__any_sync(0xffffffffu, large)) {
+#pragma unroll
+      for (int j = 0; j < tiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[j][i] -= shift[i / 2];
       }
+      offset[0] = offset[1] = kBias;
     }
   }
 #pragma unroll
   for (int j = 0; j < tiles; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int r = i / 2;
-      rows.rank[r] += s[j][i] > rows.positive[r];
-      s[j][i] = exp2_approx((s[j][i] - shift[r]) * rows.scale[r] + kBias);
-      rows.sum[r] += s[j][i];
+      s[j][i] = exp2_approx(fmaf(s[j][i], rows.scale[i / 2], offset[i / 2]));
+      rows.sum[i / 2] += s[j][i];
     }
   }
+  return __any_sync(0xffffffffu, grew);
+}
+
+template <int outputs>
+__device__ __forceinline__ void rescale_rows(float (&o)[outputs][4], const float (&rescale)[2]) {
+#pragma unroll
+  for (int j = 0; j < outputs; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[j][i] *= rescale[i / 2];
+  }
+}
+
+// Both, for sums `o` that no asynchronous product is changing.
+template <int tiles, int kBias, int outputs>
+__device__ __forceinline__ void online_softmax(float (&s)[tiles][4], float (&o)[outputs][4], SoftmaxRows& rows) {
+  float rescale[2];
+  if (softmax_of_tile<kBias>(s, rows, rescale)) rescale_rows(o, rescale);  // rare after the first tiles
 }
 
 // A bit for each of a lane's scores, number 4 j + 2 r + i.
@@ -98,7 +128,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[tiles][4], SoftmaxRows& r
   for (int at = 0; at < tiles * 4; ++at) {
     float& x = s[at / 4][at % 4];
     if (masked >> at & 1) x = -INFINITY;
-    // online_softmax counts it with the negatives.
+    // softmax_of_tile counts it with the negatives.
     if (further_positives >> at & 1) rows.rank[at / 2 % 2] -= x > rows.positive[at / 2 % 2];
   }
 }

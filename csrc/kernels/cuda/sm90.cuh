@@ -1,4 +1,5 @@
-// Thin wrappers around Hopper's instructions (sm_90a): mbarriers, bulk tensor copies, warpgroup matrix products.
+// Thin wrappers around Hopper's instructions (sm_90a): warpgroups, mbarriers, bulk tensor copies, warpgroup matrix
+// products.
 // sm90_layout.cuh describes the tiles in shared memory.
 #pragma once
 
@@ -10,17 +11,44 @@
 
 #include "kernels/cuda/sm90_layout.cuh"
 
+#ifdef MOCO_EMULATE
+#include "emulated_sm90_instructions.h"
+#else
+
 namespace moco_ext::cuda::sm90 {
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ void store_shared_8(uint32_t shared, uint32_t low, uint32_t high) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(low), "r"(high) : "memory");
+}
+
+// ---- the block's warpgroups
+
+// The registers of each of the warpgroup's threads from here on.
+template <int registers>
+__device__ __forceinline__ void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers>
+__device__ __forceinline__ void claim_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+// A barrier of the 128 threads of one warpgroup; `id` is from 1 to 15, because __syncthreads uses 0.
+__device__ __forceinline__ void warpgroup_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
 
 // ---- mbarriers
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
+// Makes this thread's writes to shared memory visible to tensor copies and warpgroup products, after the next barrier.
+__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  fence_shared();
 }
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
@@ -57,18 +85,33 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 }
 
 // ---- warpgroup matrix products
+//
+// Products are asynchronous. From products_begin until products_wait, only products may use their registers.
 
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+// Ends a group of products.
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Waits for all but the last `groups_left` groups.
+template <int groups_left = 0>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups_left) : "memory");
+}
 
-// Keeps values in registers across asynchronous products.
+// Keeps values in their registers across asynchronous products: the compiler may not move what uses them over this.
 template <int count>
 __device__ __forceinline__ void pin(float (&x)[count][4]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(x[i][j])::"memory");
+  }
+}
+template <int count>
+__device__ __forceinline__ void pin(uint32_t (&x)[count][4]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(x[i][j])::"memory");
   }
 }
 
@@ -89,9 +132,9 @@ __device__ __forceinline__ void pin(float (&x)[count][4]) {
   "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"  \
   "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d [64, n] = (keep ? d : 0) + a [64, 16] b [16, n]; a and b are row operands in shared memory.
-// d [64, n] += a [64, 16] b [16, n]; a is in registers, b is a column operand.
-#define MOCO_PRODUCTS(Type, type, n, tiles, regs, outs, k0, k1, k2, k3, k4)                                          \
+// d [64, n] = (keep ? d : 0) + a [64, 16] b [16, n]. multiply_rows: b is a row operand, and a, if in shared memory.
+// multiply_columns: b is a column operand. a in registers: each warp holds 16 rows, as the A operand in mma.cuh.
+#define MOCO_PRODUCTS(Type, type, n, tiles, regs, outs, k0, k1, k2, k3, k4, k5, k6)                                  \
   __device__ __forceinline__ void multiply_rows(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Type) {      \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k2                                                             \
                  ", 0;\n"                                                                                            \
@@ -100,21 +143,36 @@ __device__ __forceinline__ void pin(float (&x)[count][4]) {
                  : outs                                                                                              \
                  : "l"(a), "l"(b), "r"(keep));                                                                       \
   }                                                                                                                  \
-  __device__ __forceinline__ void multiply_columns(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, Type) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, {%" k0 ",%" k1 ",%" k2 \
-                 ",%" k3 "}, %" k4 ", 1, 1, 1, 1;\n"                                                                 \
+  template <int down>                                                                                                \
+  __device__ __forceinline__ void multiply_from_registers(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b,  \
+                                                          int keep, Type) {                                          \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k5                                                             \
+                 ", 0;\n"                                                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, {%" k0 ",%" k1 ",%" k2 \
+                 ",%" k3 "}, %" k4 ", p, 1, 1, %" k6 ";\n}\n"                                                        \
                  : outs                                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(down));                        \
   }
 #define MOCO_OUTS64 MOCO_D32(0)
 #define MOCO_OUTS128 MOCO_D32(0), MOCO_D32(8)
 #define MOCO_OUTS256 MOCO_D32(0), MOCO_D32(8), MOCO_D32(16), MOCO_D32(24)
-#define MOCO_PRODUCTS_OF(Type, type)                                                         \
-  MOCO_PRODUCTS(Type, type, "64", 8, MOCO_R32, MOCO_OUTS64, "32", "33", "34", "35", "36")    \
-  MOCO_PRODUCTS(Type, type, "128", 16, MOCO_R64, MOCO_OUTS128, "64", "65", "66", "67", "68") \
-  MOCO_PRODUCTS(Type, type, "256", 32, MOCO_R128, MOCO_OUTS256, "128", "129", "130", "131", "132")
+#define MOCO_PRODUCTS_OF(Type, type)                                                                     \
+  MOCO_PRODUCTS(Type, type, "64", 8, MOCO_R32, MOCO_OUTS64, "32", "33", "34", "35", "36", "37", "38")    \
+  MOCO_PRODUCTS(Type, type, "128", 16, MOCO_R64, MOCO_OUTS128, "64", "65", "66", "67", "68", "69", "70") \
+  MOCO_PRODUCTS(Type, type, "256", 32, MOCO_R128, MOCO_OUTS256, "128", "129", "130", "131", "132", "133", "134")
 MOCO_PRODUCTS_OF(__nv_bfloat16, "bf16")
 MOCO_PRODUCTS_OF(__half, "f16")
+
+template <int tiles, typename Type>
+__device__ __forceinline__ void multiply_rows(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep,
+                                              Type type) {
+  multiply_from_registers<0>(d, a, b, keep, type);
+}
+template <int tiles, typename Type>
+__device__ __forceinline__ void multiply_columns(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep,
+                                                 Type type) {
+  multiply_from_registers<1>(d, a, b, keep, type);
+}
 
 #undef MOCO_D4
 #undef MOCO_D32
@@ -128,3 +186,5 @@ MOCO_PRODUCTS_OF(__half, "f16")
 #undef MOCO_PRODUCTS_OF
 
 }  // namespace moco_ext::cuda::sm90
+
+#endif

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "emulated_memory.h"
+#include "emulated_schedule.h"
 
 namespace emu {
 namespace {
@@ -29,7 +30,7 @@ constexpr size_t kStack = 256 * 1024;
 constexpr size_t kStackGap = 64 * 1024;  // larger than any frame
 constexpr int kBarriers = 16;
 
-enum class State { kReady, kAtBarrier, kInWarp, kExited };
+enum class State { kReady, kAtBarrier, kInWarp, kSuspended, kExited };
 
 struct Copy {
   unsigned char* shared;
@@ -52,6 +53,7 @@ struct Fiber {
   std::vector<unsigned char> partial_exchange;  // received with a partial mask
   std::deque<Copy> copies;
   int group = 0;  // group of the next cp.async
+  std::function<std::string()> suspended_for;
 };
 
 struct Warp {
@@ -64,6 +66,7 @@ struct Machine {
   std::vector<Warp> warps;
   std::deque<int> ready;
   std::vector<int> waiting[kBarriers];
+  std::deque<std::function<void()>> events;
   Fiber* current = nullptr;
   jmp_buf scheduler;
   int threads = 0;
@@ -89,7 +92,10 @@ std::string describe(const Where& where) {
   return std::string(slash ? slash + 1 : where.file_name()) + ":" + std::to_string(where.line());
 }
 
-bool same(const Where& a, const Where& b) { return a.line() == b.line() && strcmp(a.file_name(), b.file_name()) == 0; }
+bool same(const Where& a, const Where& b) {
+  const char* const file = a.file_name();
+  return a.line() == b.line() && (file == b.file_name() || strcmp(file, b.file_name()) == 0);
+}
 
 // Switching. No local variable is used across setjmp.
 __attribute__((noinline)) void jump_to(Fiber& next) {
@@ -104,14 +110,17 @@ __attribute__((noinline)) void jump_to(Fiber& next) {
   }
 }
 
-Fiber& take_ready() {
+// One of them, as the seed says.
+template <typename T>
+T take(std::deque<T>& from) {
   size_t at = 0;
-  if (config().seed == 1) at = machine.ready.size() - 1;
-  if (config().seed > 1) at = machine.random() % machine.ready.size();
-  const int index = machine.ready[at];
-  machine.ready.erase(machine.ready.begin() + static_cast<ptrdiff_t>(at));
-  return *machine.fibers[static_cast<size_t>(index)];
+  if (config().seed == 1) at = from.size() - 1;
+  if (config().seed > 1) at = machine.random() % from.size();
+  T taken = std::move(from[at]);
+  from.erase(from.begin() + static_cast<ptrdiff_t>(at));
+  return taken;
 }
+Fiber& take_ready() { return *machine.fibers[static_cast<size_t>(take(machine.ready))]; }
 
 [[noreturn]] void report_deadlock() {
   std::map<std::string, int> groups;
@@ -121,6 +130,8 @@ Fiber& take_ready() {
     snprintf(mask, sizeof mask, "%08x", fiber.mask);
     if (fiber.state == State::kExited) ++groups["have exited"];
     if (fiber.state == State::kAtBarrier) ++groups["wait at the barrier " + describe(fiber.where)];
+    if (fiber.state == State::kSuspended)
+      ++groups["wait at " + describe(fiber.where) + " for " + fiber.suspended_for()];
     if (fiber.state == State::kInWarp)
       ++groups["wait in the warp collective " + describe(fiber.where) + " mask " + mask];
   }
@@ -131,7 +142,13 @@ Fiber& take_ready() {
 
 // Yields the OS thread; returns when this fiber is ready and chosen again.
 void wait() {
-  if (machine.ready.empty()) report_deadlock();
+  if (config().seed > 1) {
+    while (!machine.events.empty() && machine.random() % 8 == 0) take(machine.events)();
+  }
+  while (machine.ready.empty()) {
+    if (machine.events.empty()) report_deadlock();
+    take(machine.events)();
+  }
   jump_to(take_ready());
 }
 
@@ -204,7 +221,7 @@ Range static_shared() {
   return range;
 }
 
-// Dynamic shared memory ends at an unmapped page, or at most 127 guarded bytes before it.
+// Dynamic shared memory ends at an unmapped page, or at guarded bytes before it: at most 127 with seed 0.
 void prepare_shared(size_t bytes) {
   if (bytes + 2 * kPage > machine.shared_mapped) {
     if (machine.shared_pages != nullptr) {
@@ -214,7 +231,8 @@ void prepare_shared(size_t bytes) {
     machine.shared_mapped = round_up(bytes, kPage) + 2 * kPage;
     machine.shared_pages = map_pages(machine.shared_mapped);
   }
-  machine.shared = machine.shared_pages + machine.shared_mapped - round_up(bytes, 128);
+  const size_t gap = 128 * (config().seed % 8);  // for different addresses modulo 1,024
+  machine.shared = machine.shared_pages + machine.shared_mapped - round_up(bytes, 128) - gap;
   machine.shared_bytes = bytes;
   watch(machine.shared_pages, machine.shared_pages + machine.shared_mapped + kPage, machine.shared, bytes,
         "dynamic shared memory");
@@ -234,7 +252,10 @@ void run_block(const Range& statics) {
     make_ready(fiber);
   }
   machine.in_kernel = true;
+  begin_block_sm90();
   jump_to(take_ready());
+  end_block_sm90();
+  machine.events.clear();
   machine.in_kernel = false;
   if (!guard_intact(machine.shared_pages, machine.shared) ||
       !guard_intact(machine.shared + machine.shared_bytes, machine.shared_pages + machine.shared_mapped)) {
@@ -315,7 +336,8 @@ const void* exchange_bytes(const void* mine, size_t bytes, unsigned mask, Where 
   self.mask = mask;
   self.deposit = mine;
   self.deposit_bytes = bytes;
-  std::vector<int> group;
+  static std::vector<int> group;  // kept to save allocations
+  group.clear();
   for (int i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
     const int index = first + i;
@@ -352,6 +374,33 @@ const void* exchange_bytes(const void* mine, size_t bytes, unsigned mask, Where 
   release(group);
   return self.received;
 }
+
+int threads() { return machine.threads; }
+int thread_index() { return machine.current->index; }
+const unsigned char* shared_begin() { return machine.shared; }
+size_t shared_size() { return machine.shared_bytes; }
+
+void suspend(std::vector<int>& waiting, Where where, std::function<std::string()> reason) {
+  Fiber& self = *machine.current;
+  self.state = State::kSuspended;
+  self.where = where;
+  self.suspended_for = std::move(reason);
+  waiting.push_back(self.index);
+  wait();
+}
+
+void wake(std::vector<int>& waiting) {
+  for (const int index : waiting) make_ready(*machine.fibers[static_cast<size_t>(index)]);
+  waiting.clear();
+}
+
+void yield() {
+  if (config().seed <= 1 || machine.random() % 2 == 0) return;
+  make_ready(*machine.current);
+  wait();
+}
+
+void post(std::function<void()> event) { machine.events.push_back(std::move(event)); }
 
 void cp_async(void* shared, const void* global, int bytes_valid, int size, Where where) {
   auto* const to = static_cast<unsigned char*>(shared);

@@ -14,19 +14,17 @@
 //   - a warp collective whose mask includes an exited lane, or that only some of the lanes in its mask reach;
 //   - out-of-bounds accesses of dynamic shared memory and global allocations (guard bytes before them detect writes, an
 //     unmapped page after them reads too), stack overflow;
-//   - cp.async that is misaligned or writes outside shared memory.
+//   - cp.async that is misaligned or writes outside shared memory; misuse of Hopper's instructions (emulated_sm90.h).
 // Not detected, but turned into wrong results:
 //   - uninitialized memory: shared memory is 0xFF (NaN) before each block, global memory after each cudaMalloc;
 //   - missing barriers: run with several seeds (MOCO_EMULATE_SEED). 0 runs fibers in order, 1 in reverse order, others
-//   run
-//     fibers and blocks in random order. Results must not change;
+//     run fibers and blocks in random order. Results must not change;
 //   - a missing cp.async wait: the destination becomes NaN when the copy is issued, and is filled when the issuing
-//   thread
-//     waits. This shows early reads as well as copies into a buffer that is still being read.
+//     thread waits. This shows early reads as well as copies into a buffer that is still being read.
 //
 // Not modeled: memory ordering (fences do nothing; a plain access is visible at once), races between blocks, spinning
 // on another block or thread (hangs), lock-step execution without a collective, bank conflicts, occupancy, inline PTX
-// (each PTX wrapper needs a branch for MOCO_EMULATE built on warp_exchange / cp_async), mbarrier, TMA, wgmma, clusters,
+// (each PTX wrapper needs a branch for MOCO_EMULATE built on warp_exchange / cp_async), clusters,
 // streams (everything is synchronous), rounding differences of fast intrinsics.
 #pragma once
 
@@ -50,6 +48,7 @@
 #define __launch_bounds__(...)
 #undef __grid_constant__
 #define __grid_constant__
+#define __CUDA_ARCH_FEAT_SM90_ALL  // the emulated device has compute capability 9.0
 
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
