@@ -55,7 +55,7 @@ size_t info_nce_workspace_bytes(const InfoNceShape& shape, const InfoNceOptions&
   if (const InfoNcePass<Queue> pass = mma_pass<Queue>(shape, options, gradient); pass.resident > 0) {
     bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
   }
-  if (const InfoNcePass<Queue> pass = sm90_pass<Queue>(shape, options); pass.resident > 0) {
+  if (const InfoNcePass<Queue> pass = sm90_pass<Queue>(shape, contrast); pass.resident > 0) {
     bytes = std::max(bytes, pass_workspace(pass, nullptr, shape, contrast, gradient).bytes);
   }
   return bytes;
@@ -91,7 +91,7 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
   if (shape.n == 0) return cudaSuccess;
   const bool gradient = outputs.grad_query != nullptr;
   const bool aligned = reinterpret_cast<uintptr_t>(queue) % 16 == 0;
-  if (const InfoNcePass<Queue> hopper = sm90_pass<Queue>(shape, options); hopper.resident > 0 && aligned) {
+  if (const InfoNcePass<Queue> hopper = sm90_pass<Queue>(shape, contrast); hopper.resident > 0 && aligned) {
     const InfoNceWorkspace w = pass_workspace(hopper, workspace, shape, contrast, gradient);
     const auto pass = [&](const Queue* keys, const auto& count, const auto& mask, const auto& partials,
                           int64_t splits) {

@@ -66,10 +66,15 @@ cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, 
     return cudaErrorInvalidValue;
   }
   const bool gradient = arguments.partials.keys != nullptr;
-  const auto kernel = arguments.mask.any() ? (gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, true>
-                                                       : info_nce_sm90_kernel<Queue, kTerms, columns, false, true>)
-                                           : (gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, false>
-                                                       : info_nce_sm90_kernel<Queue, kTerms, columns, false, false>);
+  auto kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, false>
+                         : info_nce_sm90_kernel<Queue, kTerms, columns, false, false>;
+  if (arguments.mask.any()) {
+    if constexpr (columns > 128)
+      return cudaErrorNotSupported;
+    else
+      kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, true>
+                        : info_nce_sm90_kernel<Queue, kTerms, columns, false, true>;
+  }
   return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
 }
 
@@ -78,7 +83,7 @@ cudaError_t launch_width(Sm90Arguments& arguments, const Queue* keys, dim3 grid,
                          cudaStream_t stream) {
   if (arguments.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, keys, grid, w, stream);
   if (arguments.c <= 128) return launch_tile<Queue, kTerms, 128>(arguments, keys, grid, w, stream);
-  if constexpr (kTerms == 1) return launch_tile<Queue, 1, 256>(arguments, keys, grid, w, stream);
+  if constexpr (sizeof(Queue) == 2) return launch_tile<Queue, 1, 256>(arguments, keys, grid, w, stream);
   return cudaErrorNotSupported;
 }
 

@@ -31,11 +31,11 @@ struct Sm90Tile {
   static constexpr int kKeyPanelBytes = kKeys * 128;
   static constexpr int kKeyPlaneBytes = kPanels * kKeyPanelBytes;
   static constexpr int kTileBytes = kTerms * kKeyPlaneBytes;
-  // Products of 64 keys with both operands in shared memory are limited by its bandwidth.
-  static constexpr bool kQueryInRegisters = kSplit && columns <= 128;  // the first term
   static constexpr int kQueryPanelBytes = kSm90GroupRows * 128;
   static constexpr int kQueryPlaneBytes = kPanels * kQueryPanelBytes;
-  static constexpr int kQueryBytes = (kTerms - kQueryInRegisters) * kQueryPlaneBytes;  // per warpgroup
+  // Per warpgroup. float32: registers hold the first term, because products of 64 keys with both operands in shared
+  // memory are limited by its bandwidth.
+  static constexpr int kQueryBytes = (kTerms - kSplit) * kQueryPlaneBytes;
   // Tensor cores round sums towards zero, a bias that grows with the number of products. For float32 accuracy, they add
   // up P K of one tile and panel only, in registers that S of the next tile would need.
   static constexpr bool kExact = kTerms == 3;
@@ -43,12 +43,15 @@ struct Sm90Tile {
   static constexpr int kMaxSharedBytes = 227 * 1024;
   static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers
   static constexpr int kStagesThatFit = (kMaxSharedBytes - kOtherBytes - 2 * kQueryBytes) / kTileBytes;
-  static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
-  static_assert(kStages >= 3 && (2 * kStages + 1) * 8 <= 256);
+  // Even, so that with two streams a stage always has tiles of the same one. Otherwise a consumer would skip phases of
+  // the stage's barrier, and parity cannot tell it two phases early.
+  static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit / 2 * 2 : 8;
+  static_assert(kStages >= (kExact ? 2 : 4) && (2 * kStages + 1) * 8 <= 256);
   static constexpr int kSharedBytes = kOtherBytes + 2 * kQueryBytes + kStages * kTileBytes;
   static constexpr int kThreads = 3 * 128;
-  static constexpr int kBatch = columns == 256 ? 8 : 16;  // units of four float32 that a producer thread holds
-  static constexpr int kProducerRegisters = !kSplit ? 24 : columns == 256 ? 72 : 104;
+  // Units of four float32 that a producer thread holds. The fewer the products of a tile, the more must be in flight.
+  static constexpr int kBatch = kTerms == 1 ? 16 : 8;
+  static constexpr int kProducerRegisters = !kSplit ? 24 : kTerms == 1 ? 136 : 88;
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
 };
 
@@ -106,15 +109,16 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   const int group_rows = streams == 1 ? kSm90GroupRows : 0;  // between the warpgroups' first rows
   const int c = arguments.c;
 
-  // Tile t of stream s is in slot t * streams + s of the ring. The last slot of one stream may remain unused.
+  // Tile t of stream s is in slot t * streams + s of the ring. Slots beyond a stream's last tile go around empty.
   const int64_t k = arguments.count.value();
   const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
-  const auto split_of = [&](int stream) { return static_cast<int>(blockIdx.y) * streams + stream; };
-  const auto first_tile_of = [&](int split) {
+  const int first_split = static_cast<int>(blockIdx.y) * streams;
+  const auto first_tile_of_split = [&](int split) {
     return static_cast<int>(all_tiles * min(split, arguments.splits) / arguments.splits);
   };
-  const auto tiles_of = [&](int stream) {
-    return first_tile_of(split_of(stream) + 1) - first_tile_of(split_of(stream));
+  const auto tiles_of_split = [&](int split) { return first_tile_of_split(split + 1) - first_tile_of_split(split); };
+  const auto longest_stream = [&] {
+    return max(tiles_of_split(first_split), tiles_of_split(first_split + streams - 1));
   };
 
   if (thread == 0) {
@@ -129,7 +133,11 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
 
   if (thread < 128) {
     sm90::release_registers<Tile::kProducerRegisters>();
-    const int slots = max(tiles_of(0), tiles_of(streams - 1)) * streams;
+    const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
+                          first_tile_of_split(first_split + 2)};
+    const auto first_tile_of = [&](int stream) { return stream == 0 ? bounds[0] : bounds[1]; };
+    const auto tiles_of = [&](int stream) { return stream == 0 ? bounds[1] - bounds[0] : bounds[2] - bounds[1]; };
+    const int slots = longest_stream() * streams;
     const auto stage = [&](int slot) { return ring + slot % Tile::kStages * Tile::kTileBytes; };
     if constexpr (Tile::kSplit) {
       // In units of four elements. A thread loads a unit of the next batch as soon as it has split one of this batch.
@@ -144,9 +152,9 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       uint32_t next = 0;                        // offset of its next row
       int rows = 0;                             // from the first unit's on
       const auto start_batch = [&](int item) {  // batch item % kBatches of a slot
-        const int stream = item / kBatches % streams;
-        const int tile = item / kBatches / streams;
-        const int64_t key = static_cast<int64_t>(first_tile_of(split_of(stream)) + tile) * Tile::kKeys +
+        const int stream = item / kBatches & (streams - 1);
+        const int tile = item / kBatches >> (streams - 1);
+        const int64_t key = static_cast<int64_t>(first_tile_of(stream) + tile) * Tile::kKeys +
                             item % kBatches * kBatchRows + thread_row;
         rows = tile < tiles_of(stream) ? static_cast<int>(min(k - key, int64_t{Tile::kKeys})) : 0;
         source = arguments.keys + key * c + column;
@@ -191,15 +199,18 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
                           static_cast<int>(block_row) + to_group * group_rows, query_arrived);
       }
       for (int slot = 0; slot < slots; ++slot) {
-        const int stream = slot % streams;
-        const int tile = slot / streams;
-        if (tile >= tiles_of(stream)) continue;
+        const int stream = slot & (streams - 1);
+        const int tile = slot >> (streams - 1);
         const uint32_t arrived = full + 8 * (slot % Tile::kStages);
         sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
+        if (tile >= tiles_of(stream)) {
+          sm90::barrier_arrive(arrived);
+          continue;
+        }
         sm90::barrier_expect(arrived, Tile::kTileBytes);
         for (int p = 0; p < Tile::kPanels; ++p) {
           sm90::copy_tensor(stage(slot) + p * Tile::kKeyPanelBytes, arguments.key_map, 64 * p,
-                            (first_tile_of(split_of(stream)) + tile) * Tile::kKeys, arrived);
+                            (first_tile_of(stream) + tile) * Tile::kKeys, arrived);
         }
       }
     }
@@ -211,9 +222,9 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const int64_t group_row = block_row + group * group_rows;
     const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
     const int stream = streams == 1 ? 0 : group;
-    const int split = split_of(stream);
-    const int first_tile = first_tile_of(split);
-    const int tiles = tiles_of(stream);
+    const int split = first_split + stream;
+    const int first_tile = first_tile_of_split(split);
+    const int tiles = tiles_of_split(split);
     const int split_keys = static_cast<int>(
         min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
     const auto valid_keys = [&](int tile) { return min(split_keys - tile * Tile::kKeys, Tile::kKeys); };
@@ -231,22 +242,19 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     }
 
     const uint32_t group_query = query + group * Tile::kQueryBytes;
-    uint32_t query_words[Tile::kQueryInRegisters ? columns / 16 : 1][4];
+    uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
     if constexpr (Tile::kSplit) {
-      if constexpr (Tile::kQueryInRegisters) {
 #pragma unroll
-        for (int step = 0; step < columns / 16; ++step) {
+      for (int step = 0; step < columns / 16; ++step) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int column = step * 16 + i / 2 * 8 + lane % 4 * 2;
-            float2 x{};
-            if (column < c) x = *reinterpret_cast<const float2*>(arguments.query + (row + i % 2 * 8) * c + column);
-            query_words[step][i] = pack(x.x, x.y, type);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const int column = step * 16 + i / 2 * 8 + lane % 4 * 2;
+          float2 x{};
+          if (column < c) x = *reinterpret_cast<const float2*>(arguments.query + (row + i % 2 * 8) * c + column);
+          query_words[step][i] = pack(x.x, x.y, type);
         }
       }
-      constexpr int kFirst = Tile::kQueryInRegisters;
-      if constexpr (kFirst < kTerms) {
+      if constexpr (kTerms > 1) {
         for (int unit = thread % 128; unit < kSm90GroupRows * columns / 4; unit += 128) {
           const int of_group = unit / (columns / 4);
           const int column = unit % (columns / 4) * 4;
@@ -254,8 +262,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
           if (column < c) {
             x = *reinterpret_cast<const float4*>(arguments.query + (group_row + of_group) * c + column);
           }
-          store_terms<kFirst, kTerms>(x, group_query + sm90::element_offset(of_group, column, Tile::kQueryPanelBytes),
-                                      Tile::kQueryPlaneBytes);
+          store_terms<1, kTerms>(x, group_query + sm90::element_offset(of_group, column, Tile::kQueryPanelBytes),
+                                 Tile::kQueryPlaneBytes);
         }
         sm90::fence_shared();
         sm90::warpgroup_barrier(1 + group);
@@ -293,11 +301,11 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
             const int keep = order < kTerms - 1 || term > 0 || step > 0;
             const uint64_t keys = sm90::advance(
                 key_operand, (order - term) * Tile::kKeyPlaneBytes + step / 4 * Tile::kKeyPanelBytes + step % 4 * 32);
-            if (Tile::kQueryInRegisters && term == 0) {
-              sm90::multiply_rows(s, query_words[Tile::kQueryInRegisters ? step : 0], keys, keep, type);
+            if (Tile::kSplit && term == 0) {
+              sm90::multiply_rows(s, query_words[Tile::kSplit ? step : 0], keys, keep, type);
             } else {
               const uint64_t queries =
-                  sm90::advance(query_operand, (term - Tile::kQueryInRegisters) * Tile::kQueryPlaneBytes +
+                  sm90::advance(query_operand, (term - Tile::kSplit) * Tile::kQueryPlaneBytes +
                                                    step / 4 * Tile::kQueryPanelBytes + step % 4 * 32);
               sm90::multiply_rows(s, queries, keys, keep, type);
             }
@@ -409,6 +417,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         issue_outputs(o, tiles - 1, 0, 1);
         sm90::products_commit();
         wait_for_outputs();
+        release(tiles - 1);
       }
     } else {
       for (int tile = 0; tile < tiles; ++tile) {
@@ -439,6 +448,11 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         }
         release(tile);
       }
+    }
+
+    for (int tile = tiles; tile < longest_stream(); ++tile) {
+      wait_for(tile);
+      release(tile);
     }
 
     constexpr float kUnbias = 1.0f / (1 << kBias);

@@ -26,9 +26,10 @@ cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count
 
 // The Hopper pass, without its kernel; resident is 0 if it is not used.
 template <typename Queue>
-InfoNcePass<Queue> sm90_pass(const InfoNceShape& shape, const InfoNceOptions& options) {
+InfoNcePass<Queue> sm90_pass(const InfoNceShape& shape, const InfoNceContrast& contrast) {
   constexpr bool kFloat32 = std::is_same_v<Queue, float>;
-  const bool fits = shape.c <= (kFloat32 && options.terms > 1 ? 128 : 256);
+  const bool masked = contrast.in_batch || contrast.queue_ids != nullptr;
+  const bool fits = shape.c <= (kFloat32 || masked ? 128 : 256);  // limited by registers
   int multiprocessors = 0;
   if (!fits || shape.c * sizeof(Queue) % 16 != 0 || !sm90_enabled() ||
       multiprocessor_count(&multiprocessors) != cudaSuccess) {

@@ -312,7 +312,8 @@ void check_fence(Thread& thread, const void* registers, size_t bytes, const char
       fail("%s of the product %s were written after products_begin", what, place(where).c_str());
     return;
   }
-  thread.known.push_back({registers, std::vector<unsigned char>(bytes)});
+  const auto* const begin = static_cast<const unsigned char*>(registers);
+  thread.known.push_back({registers, {begin, begin + bytes}});  // products of the same group may use them again
 }
 
 void check_in_flight(const Thread& thread, Where where) {
