@@ -16,7 +16,8 @@ using check::Device;
 
 struct Case {
   int64_t n, k, c, m, key_offset, num_valid;  // num_valid: -1 all, on the device where `valid_on_device`
-  bool valid_on_device, in_batch, ids, positive, normalize, tf32;
+  bool valid_on_device, in_batch, ids, positive, normalize;
+  int terms;  // of the products with float32 keys
   int names;  // number of different ids
   double smoothing, temperature;
   bool hidden = false;  // queue keys that are NaN or infinite, masked out of all rows but the last
@@ -33,7 +34,11 @@ std::string describe(const Case& x, const char* query, const char* queue) {
                 !x.ids       ? ""
                 : x.positive ? " positive"
                              : " mask",
-                x.normalize ? " normalize" : "", x.tf32 ? " tf32" : "", x.temperature, x.smoothing, query, queue);
+                x.normalize ? " normalize" : "",
+                x.terms == 3   ? ""
+                : x.terms == 2 ? " two terms"
+                               : " one term",
+                x.temperature, x.smoothing, query, queue);
   return text;
 }
 
@@ -173,6 +178,9 @@ void test(const Case& x, check::Random& random) {
   std::vector<int64_t> key_ids(x.m), queue_ids(x.k);
   for (int64_t& id : key_ids) id = check::uniform(random, -1, x.names - 1);
   for (int64_t& id : queue_ids) id = check::uniform(random, -1, x.names - 1);
+  for (int64_t j = x.num_valid < 0 ? x.k : x.num_valid; j < x.k; ++j) {  // never read
+    std::fill_n(queue.begin() + j * x.c, x.c, check::element<Queue>(NAN));
+  }
   if (x.hidden) {
     for (int64_t i = 0; i < x.m; ++i) key_ids[i] = x.sees_nan(i) ? 1 : 0;
     for (int64_t j = 0; j < x.k; ++j) {
@@ -190,7 +198,7 @@ void test(const Case& x, check::Random& random) {
   const auto loss = floats(x.n), lse = floats(x.n), positive = floats(x.n), grad_query = floats(x.n * x.c);
   const auto grad_key = floats(x.m * x.c), grad_temperature = floats(x.n), weights = floats(3 * x.n);
   const Device<int64_t> rank(std::vector<int64_t>(x.n, -7));
-  const cuda::InfoNceOptions options{NAN, d_temperature.data(), 1e-12f, x.normalize, x.tf32 ? 2 : 3};
+  const cuda::InfoNceOptions options{NAN, d_temperature.data(), 1e-12f, x.normalize, x.terms};
   const cuda::InfoNceContrast contrast{x.in_batch,
                                        x.m,
                                        x.key_offset,
@@ -223,7 +231,10 @@ void test(const Case& x, check::Random& random) {
   const auto unit_of = [](const char* type) {
     return type[0] == 'b' ? 0x1p-5 : type[5] == '1' ? 0x1p-8 : 1e-5;  // bfloat16, float16, float32
   };
-  const double unit = std::max({unit_of(check::name<Query>()), unit_of(check::name<Queue>()), x.tf32 ? 0x1p-8 : 0.0});
+  const double unit = std::max({unit_of(check::name<Query>()), unit_of(check::name<Queue>()),
+                                x.terms == 1   ? 0x1p-5
+                                : x.terms == 2 ? 0x1p-8
+                                               : 0.0});
   const Exact want = exact(x, values(query), values(key), values(queue), key_ids, queue_ids, values(upstream), unit);
   const auto got_loss = loss.host(), got_lse = lse.host(), got_query = grad_query.host(), got_key = grad_key.host();
   const auto got_temperature = grad_temperature.host();
@@ -279,21 +290,24 @@ int main(int argc, char** argv) {
   const int64_t all_c[] = {64, 128, 256, 512, 768, 1024, 17, 96};
   check::group("everything at once, every width and type");
   for (const int64_t c : all_c) {
-    for (int type = 0; type < 4; ++type) {
+    for (int type = 0; type < 5; ++type) {
+      const int terms = type < 3 ? 3 : type - 2;
       for (const bool positive : {false, true}) {
-        test_types(type % 3, type % 3,
-                   {17, 75, c, 40, 12, 70, true, true, true, positive, true, type == 3, 20, 0.1, 0.07}, random);
+        test_types(type % 4 % 3, type % 4 % 3,
+                   {17, 75, c, 40, 12, 70, true, true, true, positive, true, terms, 20, 0.1, 0.07}, random);
       }
     }
   }
   check::group("edges");
-  const Case plain{5, 70, 64, 5, 0, -1, false, false, false, false, true, false, 9, 0, 0.07};
+  const Case plain{5, 70, 64, 5, 0, -1, false, false, false, false, true, 3, 9, 0, 0.07};
   for (const int64_t num_valid : {0, 1, 64, 70}) {
     for (const bool on_device : {false, true}) {
-      for (const int64_t c : {64, 17}) {
+      for (const int64_t c : {64, 128, 256, 17}) {
         Case x = plain;
         x.c = c, x.num_valid = num_valid, x.valid_on_device = on_device;
-        test_types(0, 0, x, random);
+        for (x.terms = 3; x.terms > 0; --x.terms) test_types(0, 0, x, random);
+        x.terms = 3;
+        test_types(0, 2, x, random);
         x.smoothing = 0.1;
         test_types(0, 1, x, random);
       }
@@ -349,7 +363,7 @@ int main(int argc, char** argv) {
            check::uniform(random, 0, 1) == 0,
            check::uniform(random, 0, 1) == 0,
            check::uniform(random, 0, 2) > 0,
-           check::uniform(random, 0, 1) == 0,
+           static_cast<int>(check::uniform(random, 1, 3)),
            static_cast<int>(check::uniform(random, 1, 30)),
            check::uniform(random, 0, 1) * 0.2,
            check::pick(random, all_t)};

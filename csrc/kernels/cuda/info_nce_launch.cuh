@@ -115,7 +115,8 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
         static_cast<const uint32_t*>(w.query),          keys,   w.positive, w.row_scale, partials, shape.n, count, mask,
         {options.temperature, options.temperature_ptr}, nullptr};
     const dim3 grid(static_cast<unsigned>(w.n_padded / fast.rows), static_cast<unsigned>(splits));
-    return launch(fast.kernel, grid, dim3(fast.threads), fast.shared_bytes, stream, arguments);
+    return launch(mask.any() ? fast.masked_kernel : fast.kernel, grid, dim3(fast.threads), fast.shared_bytes, stream,
+                  arguments);
   };
   return launch_info_nce<Queue>(query, key, queue, shape, options, contrast, w, outputs, stream, pass);
 }

@@ -19,6 +19,7 @@ struct InfoNcePass {
   int shared_bytes;
   int64_t resident;  // blocks that run at the same time on the device
   size_t operand_bytes = sizeof(Queue);
+  void (*masked_kernel)(MmaArguments<Queue>) = nullptr;  // for keys that are not negatives of all rows
 };
 
 // More blocks per multiprocessor hide little more latency, but each writes partial sums for its rows.
