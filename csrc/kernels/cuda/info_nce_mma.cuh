@@ -30,7 +30,7 @@ struct MmaTile {
   // terms or columns do not fit in shared memory.
   static constexpr int kRowTiles = terms == 1 && kSourceBytes <= 512 ? 2 : 1;  // of 16 rows
   // Of a query; a further term is in shared memory, each thread's fragments for itself.
-  static constexpr int kRegisterTerms = kRowTiles == 2 ? 0 : columns == 1024 && terms == 3 ? 2 : terms;
+  static constexpr int kRegisterTerms = kRowTiles == 2 ? 0 : terms == 3 && columns != 64 && columns != 512 ? 2 : terms;
   static constexpr int kWarpColumns = columns == 64 ? 64 : 128;
   static constexpr int kColumnGroups = columns / kWarpColumns;
   static constexpr int kRowWarps = kColumnGroups < (kRowTiles == 1 ? 4 : 2) ? 4
@@ -253,7 +253,7 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
   }
 }
 
-// kMasked: some keys are not negatives of all rows.
+// kMasked: some keys may not be negatives of all rows.
 template <typename Tile, int columns, MmaPass kPass, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads)
     info_nce_mma_kernel(const MmaArguments<typename Tile::Element> arguments) {
@@ -267,9 +267,10 @@ __global__ void __launch_bounds__(Tile::kThreads)
   const int column_group = thread / 32 / Tile::kRowWarps;
   const int64_t n = arguments.n;
   const int64_t k = arguments.count.value();
-  const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
-  const int first_tile = static_cast<int>(all_tiles * blockIdx.y / gridDim.y);
-  const int end_tile = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y);
+  const auto all_tiles = static_cast<unsigned>((k + Tile::kKeys - 1) / Tile::kKeys);
+  const unsigned more = all_tiles % gridDim.y;  // splits with one tile more than the others
+  const int first_tile = static_cast<int>(all_tiles / gridDim.y * blockIdx.y + min(blockIdx.y, more));
+  const int end_tile = static_cast<int>(first_tile + all_tiles / gridDim.y + (blockIdx.y < more));
   const int last_keys =
       static_cast<int>(min(k - static_cast<int64_t>(end_tile - 1) * Tile::kKeys, int64_t{Tile::kKeys}));
   const auto valid_keys = [&](int tile) { return tile < end_tile - 1 ? Tile::kKeys : last_keys; };
@@ -441,7 +442,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
         weigh_columns(s[m], arguments.columns, log2_scale, arguments.mask, row + 16 * m, n, first_key, valid, lane);
       } else {
         if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
-        if constexpr (kMasked) {
+        if (kMasked && arguments.mask.any()) {
           mask_scores(s[m], rows[m], arguments.mask, row + 16 * m, n, first_key, valid, lane);
         }
         online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);
