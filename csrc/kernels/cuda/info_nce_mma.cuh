@@ -57,6 +57,9 @@ struct MmaTile {
                                  : 2 * kStageBytes + kOtherBytes <= 163 * 1024 ? 2
                                                                                : 1;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
+  // With gradient: kernels without masks would spill a few registers.
+  static constexpr bool kAlwaysMasked =
+      kSourceBytes > columns * 2 && ((terms == 1 && columns == 128) || (terms == 3 && columns == 512));
   static_assert(columns % kWarpColumns == 0 && kThreads % kSourceChunks == 0);
   static_assert(kSharedBytes <= (kSourceBytes <= 2048 ? 99 : 163) * 1024);
 };
@@ -442,7 +445,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
         weigh_columns(s[m], arguments.columns, log2_scale, arguments.mask, row + 16 * m, n, first_key, valid, lane);
       } else {
         if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
-        if (kMasked && arguments.mask.any()) {
+        if (kMasked && (!Tile::kAlwaysMasked || arguments.mask.any())) {
           mask_scores(s[m], rows[m], arguments.mask, row + 16 * m, n, first_key, valid, lane);
         }
         online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);

@@ -37,11 +37,8 @@ template <typename Queue, int terms, int columns, MmaPass kPass>
 InfoNcePass<Queue> mma_pass() {
   using Tile = MmaTile<Queue, terms, columns>;
   static std::atomic<int> cache[kMaxDevices];
-  // The gradient of keys always has a mask, because each query has a positive among them. The others' kernels without
-  // masks would spill a few registers.
-  constexpr bool kMasked =
-      kPass == MmaPass::kKeys || (kPass == MmaPass::kGradient && std::is_same_v<Queue, float> &&
-                                  ((terms == 1 && columns == 128) || (terms == 3 && columns == 512)));
+  // The gradient of keys always has a mask, because each query has a positive among them.
+  constexpr bool kMasked = kPass == MmaPass::kKeys || (kPass == MmaPass::kGradient && Tile::kAlwaysMasked);
   void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, kMasked>;
   void (*const masked_kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, true>;
   return {kernel,         Tile::kRows,        Tile::kKeys,
