@@ -58,8 +58,7 @@ struct MmaTile {
                                                                                : 1;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
   // With gradient: kernels without masks would spill a few registers.
-  static constexpr bool kAlwaysMasked =
-      kSourceBytes > columns * 2 && ((terms == 1 && columns == 128) || (terms == 3 && columns == 512));
+  static constexpr bool kAlwaysMasked = (terms == 1 && columns == 128) || (terms == 3 && columns == 512);
   static_assert(columns % kWarpColumns == 0 && kThreads % kSourceChunks == 0);
   static_assert(kSharedBytes <= (kSourceBytes <= 2048 ? 99 : 163) * 1024);
 };
