@@ -6,8 +6,9 @@
 //
 // Tolerances. If u is the relative error of a product's operands, the error of a logit is at most
 //   delta = u min(1, 2 / sqrt(C)) |q| max |n| / T, for rounding errors with independent signs,
-// u = 2^-8 for bfloat16 queues (the query is rounded to 8 bits), 2^-11 for float16, 2^-10 for tf32 (both operands are
-// rounded to 11 bits) and 2^-21 without the square root for float32 (rounding of sums). From this follow
+// u = 2^-8 for bfloat16 queues (the query is rounded to 8 bits) and one term of float32 (both operands are), 2^-11 for
+// float16, 2^-15 for two terms of float32 (tf32 would have 2^-10) and 2^-21 without the square root for float32
+// (rounding of sums). From this follow
 //   |loss error| <= min(delta, (1 - p0) (exp(delta) - 1)), and for gradients, which are sums of p n / T, an error of
 //   (1 - p0) (exp(2 delta) - 1 + u_p) (|n| + |k|) / T, u_p being the rounding of the probabilities and keys.
 #include <algorithm>
@@ -83,7 +84,7 @@ struct Case {
   bool temperature_on_device;
   bool normalize;
   bool gradient;
-  bool allow_tf32;
+  int terms;        // of the products with a float32 queue
   bool misaligned;  // the queue starts one element after a 16-byte boundary
   bool easy;        // keys are close to their queries: the positive dominates
   double norm;      // of query and key, and of the queue's rows if not normalized
@@ -120,8 +121,7 @@ Results run(const Case& c, const std::vector<Query>& query, const std::vector<Qu
   Array<float> grad_temperature(c.gradient ? n : 0);
   Array<int64_t> rank(n);
   const cuda::InfoNceOptions options{c.temperature_on_device ? NAN : static_cast<float>(c.temperature),
-                                     c.temperature_on_device ? temperature.data : nullptr, kEps, c.normalize,
-                                     c.allow_tf32 ? 2 : 3};
+                                     c.temperature_on_device ? temperature.data : nullptr, kEps, c.normalize, c.terms};
   const cuda::InfoNceOutputs outputs{loss.data,
                                      lse.data,
                                      positive.data,
@@ -157,8 +157,11 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
   const double operand_error = !fast                                  ? 0x1p-21
                                : std::is_same_v<Queue, __nv_bfloat16> ? 0x1p-8
                                : half                                 ? 0x1p-11
-                               : c.allow_tf32                         ? 0x1p-10
+                               : c.terms == 1                         ? 0x1p-8
+                               : c.terms == 2                         ? 0x1p-15
                                                                       : 0x1p-21;
+  // Of the probabilities and keys in their product; two terms are for the scores only.
+  const double product_error = fast && !half && c.terms == 2 ? 0x1p-8 : 2 * operand_error;
   const bool rounded = operand_error > 0x1p-20;
   std::vector<double> q(query.begin() + row * width, query.begin() + (row + 1) * width);
   std::vector<double> k(key.begin() + row * width, key.begin() + (row + 1) * width);
@@ -229,7 +232,7 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
     g[i] = (mean[i] / total - rest * k[i]) / t;
     dot += g[i] * q[i];
   }
-  const double share_error = std::expm1(2 * delta) + (rounded ? 2 * operand_error : 0x1p-19);
+  const double share_error = std::expm1(2 * delta) + (rounded ? product_error : 0x1p-19);
   const double g_error = rest * share_error * 2 * longest / t;
   const bool conditioned = delta < 0.5;  // else probabilities are arbitrary, and the gradient must only be a number
   double query_difference = 0;
@@ -311,8 +314,11 @@ void test(const Case& c, Random random) {
   ++(good ? passed : failed);
   printf("%s n=%ld k=%ld c=%ld query=%s queue=%s%s T=%g%s norm=%g%s%s%s%s: error %.3f of tolerance (row %ld)%s\n",
          good ? "ok    " : "FAILED", static_cast<long>(n), static_cast<long>(k), static_cast<long>(width),
-         name(Query{}), name(Queue{}), c.allow_tf32 ? " tf32" : "", c.temperature,
-         c.temperature_on_device ? " on device" : "", c.norm, c.normalize ? " normalize" : "",
+         name(Query{}), name(Queue{}),
+         c.terms == 3   ? ""
+         : c.terms == 2 ? " two terms"
+                        : " one term",
+         c.temperature, c.temperature_on_device ? " on device" : "", c.norm, c.normalize ? " normalize" : "",
          c.gradient ? " gradient" : "", c.misaligned ? " misaligned" : "", c.easy ? " easy" : "", worst,
          static_cast<long>(worst_row), repeatable ? "" : ", not repeatable");
   fflush(stdout);
@@ -321,8 +327,8 @@ void test(const Case& c, Random random) {
 // Every key scores above every positive, so a row's rank is the number of keys processed: K if each is processed once.
 // The temperature is far above all scores, so its lse is log(K + 1).
 template <typename Queue>
-void test_visits(int64_t n, int64_t k, int64_t c, bool gradient) {
-  const Case plain{{n, k, c}, 1e6, false, false, gradient, false, false, false, 1, -1, -1};
+void test_visits(int64_t n, int64_t k, int64_t c, bool gradient, int terms) {
+  const Case plain{{n, k, c}, 1e6, false, false, gradient, terms, false, false, 1, -1, -1};
   std::vector<float> query(n * c), key(n * c);
   std::vector<Queue> queue(k * c);
   for (int64_t i = 0; i < n; ++i) query[i * c] = 1, key[i * c] = -1;
@@ -363,14 +369,15 @@ int main(int argc, char** argv) {
   const int64_t all_c[] = {64, 128, 256, 512, 768, 1024, 1, 3, 17, 96, 520};
   const double all_t[] = {0.01, 0.07, 1, 10};
 
-  // Every C with every queue type (float32 with and without tf32), with and without gradient.
+  // Every C with every queue type and number of terms, with and without gradient.
   for (const int64_t c : all_c) {
-    for (int queue_type = 0; queue_type < 4; ++queue_type) {
+    for (int type = 0; type < 5; ++type) {
       for (const bool gradient : {true, false}) {
         const int64_t n = c > 512 ? 17 : 65;  // wide rows are slow in the emulator
-        const Case plain{{n, 5 * n + 8, c}, 0.07, false, true, gradient, queue_type == 3, false, false, 1, -1, -1};
+        const Case plain{
+            {n, 5 * n + 8, c}, 0.07, false, true, gradient, type < 3 ? 3 : type - 2, false, false, 1, -1, -1};
         random.bits();
-        test_types(0, queue_type % 3, plain, random);
+        test_types(0, type % 4 % 3, plain, random);
       }
     }
   }
@@ -378,14 +385,14 @@ int main(int argc, char** argv) {
     for (int i = 0; i < 3; ++i) {
       const int64_t n = 1 + random.below(200);
       const int64_t k = 1 + random.below(c > 512 ? 150 : 1500);
-      test_visits<float>(n, k, c, i > 0);
-      test_visits<__nv_bfloat16>(n, k, c, i > 0);
+      test_visits<float>(n, k, c, i > 0, 1 + i);
+      test_visits<__nv_bfloat16>(n, k, c, i > 0, 1);
     }
   }
-  test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);
-  test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);  // most splits
-  test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, false, false, false, 1, -1, -1}, random);
-  test_types(0, 0, {{3, 70, 128}, 0.07, false, true, true, false, false, false, 1e25, -1, -1}, random);
+  test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
+  test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
+  test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
+  test_types(0, 0, {{3, 70, 128}, 0.07, false, true, true, 3, false, false, 1e25, -1, -1}, random);
   for (int64_t i = 0; i < random_cases; ++i) {
     const int64_t width = all_c[random.below(std::size(all_c))];
     const int64_t n = all_n[random.below(width > 512 ? 3 : 5)];
@@ -394,7 +401,7 @@ int main(int argc, char** argv) {
            random.below(2) == 0,
            random.below(3) > 0,
            random.below(4) > 0,
-           random.below(2) == 0,
+           1 + static_cast<int>(random.below(3)),
            random.below(6) == 0,
            random.below(3) == 0,
            1,

@@ -1,7 +1,7 @@
 // The gradient of in-batch keys: the pass of info_nce with the roles of queries and keys exchanged. The logsumexp of
 // each query is already known, so no running maximum is needed:
 //   W = upstream (exp(K Q^T / T - lse) - target),  gradient = W Q / T, then through the norm of each key.
-// bfloat16 is multiplied directly, float16 in tf32 because weights may be below the range of float16.
+// bfloat16 is multiplied directly, float16 as float32 in two terms because weights may be below the range of float16.
 #include "kernels/cuda/info_nce_launch.cuh"
 #include "kernels/cuda/info_nce_rows.cuh"
 

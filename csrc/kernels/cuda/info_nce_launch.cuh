@@ -86,8 +86,9 @@ cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const Key* keys, const I
                                           {options.temperature, options.temperature_ptr},
                                           nullptr};
       const dim3 grid(static_cast<unsigned>(w.n_padded / pass.rows), static_cast<unsigned>(splits));
-      return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly, pass.kernel, grid, dim3(pass.threads),
-                    pass.shared_bytes, stream, arguments);
+      return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly,
+                    mask.any() ? pass.masked_kernel : pass.kernel, grid, dim3(pass.threads), pass.shared_bytes, stream,
+                    arguments);
     }
     if (pass.kind == PassKind::kSm90) {
       return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);

@@ -1,12 +1,12 @@
 // The InfoNCE pass over the queue on tensor cores (sm_80 and newer): attention whose values are its keys.
 //
 // A block handles kRows queries and one split of the queue, and loads key tiles through a cp.async ring. The same tile
-// is the operand of both products, S = Q K^T and O += P K. A warp handles 16 rows and up to 128 columns. Longer rows
-// are divided among kColumnGroups warps, which add up their parts of S through shared memory, so that query fragments
-// and O stay in registers for every C. A block writes its partial results once, at its end.
+// is the operand of both products, S = Q K^T and O += P K. A warp handles 16 or 32 rows and up to 128 columns. Longer
+// rows are divided among kColumnGroups warps, which add up their parts of S through shared memory, so that query
+// fragments and O stay in registers for every C. A block writes its partial results once, at its end.
 //
-// A key row takes kRowBytes of shared memory, with its 16-byte chunks permuted by chunk ^ (key & 7): the same chunk of
-// the eight rows that one ldmatrix phase reads is then in distinct banks, without padding.
+// A float32 operand is a sum of bfloat16 terms, the first holding its first 8 bits, the second the next 8 and so on.
+// The block splits each key tile once, in place. Then a product of floats is a few products of terms.
 #pragma once
 
 #include <type_traits>
@@ -17,29 +17,50 @@
 
 namespace moco_ext::cuda {
 
-template <typename Element, bool kExact, int columns>
+// terms is 1 for 16-bit queues. In shared memory: kStages stages of the ring, third terms, partial scores to exchange,
+// queries.
+// A stage is a tile of 16-bit elements for each 16-bit half of an element.
+template <typename Element_, int terms, int columns>
 struct MmaTile {
-  // kExact needs registers for both halves of every operand.
-  static constexpr int kWarpColumns = columns == 64 || (kExact && columns < 512) ? 64 : 128;
+  using Element = Element_;
+  using Operand = std::conditional_t<std::is_same_v<Element, float>, __nv_bfloat16, Element>;
+  static constexpr int kTerms = terms;
+  static constexpr int kSourceBytes = columns * sizeof(Element);  // of a key in the queue
+  // Each warp reads every key, so 32 rows per warp halve these reads. Their queries do not fit in registers, and more
+  // terms or columns do not fit in shared memory.
+  static constexpr int kRowTiles = terms == 1 && kSourceBytes <= 512 ? 2 : 1;  // of 16 rows
+  // Of a query; a further term is in shared memory, each thread's fragments for itself.
+  static constexpr int kRegisterTerms = kRowTiles == 2 ? 0 : terms == 3 && columns != 64 && columns != 512 ? 2 : terms;
+  static constexpr int kWarpColumns = columns == 64 ? 64 : 128;
   static constexpr int kColumnGroups = columns / kWarpColumns;
-  // Limited by the registers besides O and the query: 255 per thread with 8 warps, 168 with 12.
-  static constexpr int kRowWarps = kColumnGroups < 4 ? 4 : columns <= 512 || columns * sizeof(Element) <= 1536 ? 2 : 1;
+  static constexpr int kRowWarps = kColumnGroups < (kRowTiles == 1 ? 4 : 2) ? 4
+                                   : columns <= 512 || kSourceBytes <= 1536 ? 2
+                                                                            : 1;
+  static constexpr int kSteps = kWarpColumns / 16;  // of the contraction in S
   static constexpr int kWarps = kRowWarps * kColumnGroups;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRows = 16 * kRowWarps;
-  static constexpr int kRowBytes = columns * sizeof(Element);
-  static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kKeys = kRowBytes <= 256 && !kExact ? 64 : kRowBytes <= 1024 ? 32 : 16;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarpRows * kRowWarps;
+  static constexpr int kSourceChunks = kSourceBytes / 16;
+  static constexpr int kRowBytes = columns * 2;  // of a key in a 16-bit tile
+  static constexpr int kKeys = columns == 64 && terms < 3 ? 64 : kSourceBytes <= (terms == 3 ? 256 : 1024) ? 32 : 16;
   static constexpr int kTileBytes = kKeys * kRowBytes;
-  // Fits in the 99 KB that a block may use on sm_86, sm_89 and sm_120, except float rows of 768 and 1024, which use the
-  // generic pass there.
-  static constexpr int kStages = kTileBytes <= 16 * 1024 ? 3 : 2;
-  static constexpr int kExchangeBytes = kColumnGroups > 1 ? kThreads * kKeys / 2 * static_cast<int>(sizeof(float)) : 0;
-  static constexpr int kSharedBytes = kStages * kTileBytes + kExchangeBytes;
-  static constexpr int kWarpBytes = kWarpColumns * sizeof(Element);
-  static constexpr int kSteps = kWarpBytes / 32;  // steps of the contraction in S, 32 bytes of a row each
-  static_assert(columns % kWarpColumns == 0 && kThreads % kRowChunks == 0);
-  static_assert(kSharedBytes <= (kRowBytes <= 2048 ? 99 : 163) * 1024);
+  static constexpr int kStageBytes = kKeys * kSourceBytes;
+  // The exchange of scores, after which no warp reads third terms, allows overwriting them for the next tile.
+  static constexpr int kThirds = terms < 3 ? 0 : kColumnGroups > 1 ? 1 : 2;
+  static constexpr int kExchangeBytes = kColumnGroups > 1 ? kWarps * kWarpRows * kKeys * 4 : 0;
+  static constexpr int kQueryBytes = (terms - kRegisterTerms) * kThreads * kRowTiles * kSteps * 16;
+  static constexpr int kOtherBytes = kThirds * kTileBytes + kExchangeBytes + kQueryBytes;
+  // What fits in the 99 KB that a block may use on sm_86, sm_89 and sm_120 (float rows of 768 and 1024 use the generic
+  // pass there) or else in sm_80's 163 KB.
+  static constexpr int kStages = 3 * kStageBytes + kOtherBytes <= 48 * 1024    ? 3
+                                 : 2 * kStageBytes + kOtherBytes <= 163 * 1024 ? 2
+                                                                               : 1;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
+  // With gradient: kernels without masks would spill a few registers.
+  static constexpr bool kAlwaysMasked = (terms == 1 && columns == 128) || (terms == 3 && columns == 512);
+  static_assert(columns % kWarpColumns == 0 && kThreads % kSourceChunks == 0);
+  static_assert(kSharedBytes <= (kSourceBytes <= 2048 ? 99 : 163) * 1024);
 };
 
 // A query in the pass over its keys. upstream * (p - target) is upstream * exp2(score * scale - lse) - floor, minus
@@ -69,137 +90,129 @@ struct MmaArguments {
 // and queries whose losses are known as columns.
 enum class MmaPass { kLoss, kGradient, kKeys };
 
-// Operand registers for the product. float elements are tf32 words; kExact splits each into high + low, two tf32
-// numbers that together hold 22 bits.
-template <int count, bool kExact>
-struct MmaWords {
-  uint32_t high[count];
-  uint32_t low[kExact ? count : 1];
-};
-
-template <typename Element, bool kExact, int count>
-__device__ __forceinline__ MmaWords<count, kExact> mma_words(const uint32_t (&raw)[count]) {
-  MmaWords<count, kExact> words;
+// A pair of elements as words of `terms` operands, whose sum it is but for the rounding of the last.
+template <typename Operand, int terms>
+__device__ __forceinline__ void split(float x, float y, uint32_t (&words)[terms]) {
 #pragma unroll
-  for (int i = 0; i < count; ++i) {
-    if constexpr (std::is_same_v<Element, float>) {
-      words.high[i] = round_to_tf32(raw[i]);
-      if constexpr (kExact) {
-        words.low[i] = __float_as_uint(__uint_as_float(raw[i]) - __uint_as_float(words.high[i]));
-      }
-    } else {
-      words.high[i] = raw[i];
-    }
+  for (int t = 0; t < terms; ++t) {
+    words[t] = pack(x, y, Operand{});
+    const float2 rounded = unpack(words[t], Operand{});
+    x -= rounded.x;
+    y -= rounded.y;
   }
-  return words;
 }
 
-// d += a b, with b the registers [at] and [at + 1] of its words. kExact: the low * low term is below float's rounding.
-template <typename Element, bool kExact, int count>
-__device__ __forceinline__ void multiply(float (&d)[4], const MmaWords<4, kExact>& a, const MmaWords<count, kExact>& b,
-                                         int at) {
-  if constexpr (kExact) {
-    mma(Element{}, d, a.low, b.high[at], b.high[at + 1]);
-    mma(Element{}, d, a.high, b.low[at], b.low[at + 1]);
-  }
-  mma(Element{}, d, a.high, b.high[at], b.high[at + 1]);
+// The products of terms that make up a product of floats: [0] is a's term, [1] b's. Smallest first, because tensor
+// cores round sums towards zero. From kFirstOf3: what float32 accuracy needs; from kFirstOf2: 16 bits; the last: 8
+// bits.
+constexpr int kFirstOf3 = 0, kFirstOf2 = 3, kFirstOf1 = 5, kProducts = 6;
+__device__ constexpr int product_term(int product, int operand) {
+  constexpr int kTerm[kProducts][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
+  return kTerm[product][operand];
 }
 
-// s [16, kKeys] = this warp's columns of Q K^T.
+// Byte of a 16-byte chunk in the row of `key` in a term's tile. The same chunk of the eight rows that one ldmatrix
+// phase reads is in distinct banks, and so are eight adjacent chunks of floats, which alternate between terms 0 and 1.
+__device__ __forceinline__ constexpr int chunk_offset(int chunk, int key, int term) {
+  return (chunk & ~7) * 16 + ((chunk ^ key ^ term << 2) & 7) * 16;
+}
+
+// s [kWarpRows, kKeys] = this warp's columns of Q K^T. keys: the tiles of the terms of K.
 //
-// Tensor cores round sums towards zero, a bias that grows with the number of terms. So exact products accumulate there
-// over only a few steps (here) or one tile (of P K), and ordinary additions add up the results.
-template <typename Element, bool kExact, typename Tile>
-__device__ __forceinline__ void multiply_scores(float (&s)[Tile::kKeys / 8][4], uint32_t (&query)[Tile::kSteps][4],
-                                                SharedAddress keys, int lane) {
+// The rounding of tensor cores is a bias that grows with the number of terms. So exact products accumulate there only
+// over 128 columns, small ones apart (here), or over one tile (of P K), and ordinary additions add up the results.
+template <typename Tile, typename Query>
+__device__ __forceinline__ void multiply_scores(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Query& query,
+                                                const SharedAddress (&keys)[Tile::kTerms], int lane) {
+  constexpr bool kExact = Tile::kTerms == 3;
+  constexpr int kFirst = kExact ? kFirstOf3 : Tile::kTerms == 2 ? kFirstOf2 : kFirstOf1;
   // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 0, keys 8-15 chunk 1.
-  const SharedAddress row = keys + (lane % 8 + lane / 16 * 8) * Tile::kRowBytes;
+  const int key = lane % 8 + lane / 16 * 8;
   const int chunk = lane / 8 % 2;
-  constexpr int kStepsTogether = kExact ? 4 : Tile::kSteps;
+  float small[Tile::kRowTiles][Tile::kKeys / 8][4] = {};
 #pragma unroll
-  for (int first = 0; first < Tile::kSteps; first += kStepsTogether) {
-    float sum[Tile::kKeys / 8][4] = {};
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
-    for (int step = first; step < first + kStepsTogether; ++step) {
-      if constexpr (kExact) {  // split again for every tile: both halves of all queries do not fit in registers
+    for (int i = 0; i < Tile::kKeys / 2; ++i) s[m][i / 4][i % 4] = 0.0f;
+  }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) opaque(query[step][i]);
-      }
-      const MmaWords<4, kExact> a = mma_words<Element, kExact>(query[step]);
+  for (int step = 0; step < Tile::kSteps; ++step) {
+    uint32_t b[Tile::kTerms][Tile::kKeys / 16][4];
+#pragma unroll
+    for (int t = 0; t < Tile::kTerms; ++t) {
 #pragma unroll
       for (int j = 0; j < Tile::kKeys / 16; ++j) {
-        uint32_t raw[4];
-        ldmatrix_x4(raw, row + 16 * j * Tile::kRowBytes + ((2 * step + chunk) ^ (lane % 8)) * 16);
-        const MmaWords<4, kExact> b = mma_words<Element, kExact>(raw);
-        multiply<Element, kExact>(sum[2 * j], a, b, 0);
-        multiply<Element, kExact>(sum[2 * j + 1], a, b, 2);
+        ldmatrix_x4(b[t][j], keys[t] + (16 * j + key) * Tile::kRowBytes + chunk_offset(2 * step + chunk, key, t));
       }
     }
 #pragma unroll
-    for (int j = 0; j < Tile::kKeys / 8; ++j) {
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[j][i] = first == 0 ? sum[j][i] : s[j][i] + sum[j][i];
+      for (int product = kFirst; product < kProducts; ++product) {
+        uint32_t a[4];
+        query(a, product_term(product, 0), m, step);
+#pragma unroll
+        for (int j = 0; j < Tile::kKeys / 8; ++j) {
+          const auto& raw = b[product_term(product, 1)][j / 2];
+          auto& to = kExact && product < kProducts - 1 ? small[m][j] : s[m][j];
+          mma(typename Tile::Operand{}, to, a, raw[j % 2 * 2], raw[j % 2 * 2 + 1]);
+        }
+      }
     }
   }
+#pragma unroll
+  for (int i = 0; kExact && i < Tile::kKeys / 2; ++i) s[0][i / 4][i % 4] += small[0][i / 4][i % 4];
 }
 
-// o [16, kWarpColumns] += P K, 16-bit: the packed accumulators of two adjacent 8-key tiles of S already are an A
-// operand, and ldmatrix.trans makes the B operand from the rows that S read.
-template <typename Element, typename Tile>
-__device__ __forceinline__ void multiply_keys_packed(float (&o)[Tile::kWarpColumns / 8][4],
-                                                     const float (&p)[Tile::kKeys / 8][4], SharedAddress keys,
-                                                     int lane) {
-  const Element type{};
+// o [kWarpRows, kWarpColumns] += P K. The packed accumulators of two adjacent 8-key tiles of S already are an A
+// operand, and ldmatrix.trans makes the B operand from the rows that S read. kTerms: of P and K.
+template <typename Tile, int kTerms>
+__device__ __forceinline__ void multiply_keys(float (&o)[Tile::kRowTiles][Tile::kWarpColumns / 8][4],
+                                              const float (&p)[Tile::kRowTiles][Tile::kKeys / 8][4],
+                                              const SharedAddress (&keys)[Tile::kTerms], int lane) {
+  constexpr bool kExact = Tile::kTerms == 3;
+  uint32_t a[kTerms][Tile::kRowTiles][Tile::kKeys / 16][4];
+#pragma unroll
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < Tile::kKeys / 4; ++i) {
+      uint32_t words[kTerms];
+      split<typename Tile::Operand>(p[m][i / 2][i % 2 * 2], p[m][i / 2][i % 2 * 2 + 1], words);
+#pragma unroll
+      for (int t = 0; t < kTerms; ++t) a[t][m][i / 4][i % 4] = words[t];
+    }
+  }
   // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 8-15 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 1.
-  const SharedAddress row = keys + lane % 16 * Tile::kRowBytes;
+  const int key = lane % 16;
   const int chunk = lane / 16;
 #pragma unroll
-  for (int j = 0; j < Tile::kKeys / 16; ++j) {
-    const uint32_t a[4] = {pack(p[2 * j][0], p[2 * j][1], type), pack(p[2 * j][2], p[2 * j][3], type),
-                           pack(p[2 * j + 1][0], p[2 * j + 1][1], type), pack(p[2 * j + 1][2], p[2 * j + 1][3], type)};
+  for (int i = 0; i < Tile::kWarpColumns / 16; ++i) {
+    uint32_t b[kTerms][Tile::kKeys / 16][4];
 #pragma unroll
-    for (int i = 0; i < Tile::kWarpColumns / 16; ++i) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, row + 16 * j * Tile::kRowBytes + ((2 * i + chunk) ^ (lane % 8)) * 16);
-      mma(type, o[2 * i], a, b[0], b[1]);
-      mma(type, o[2 * i + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// The same for float. The contraction may be in any order, so its index t stands for key 2t, and t + 4 for key 2t + 1:
-// the accumulators of S then already are the A operand. Within 32 columns, column 4g + u is column g of output tile u,
-// so that a lane loads its B words of four tiles with one 16-byte load, and its eight outputs are adjacent.
-template <bool kExact, typename Tile>
-__device__ __forceinline__ void multiply_keys_tf32(float (&o)[Tile::kWarpColumns / 8][4],
-                                                   const float (&p)[Tile::kKeys / 8][4], SharedAddress keys, int lane) {
-  const int even_key = lane % 4 * 2;
-  const SharedAddress even_row = keys + even_key * Tile::kRowBytes;
+    for (int t = 0; t < kTerms; ++t) {
 #pragma unroll
-  for (int i = 0; i < Tile::kWarpColumns / 32; ++i) {
-    float tile[4][4] = {};
-    float (*sum)[4] = kExact ? tile : &o[4 * i];
-#pragma unroll
-    for (int j = 0; j < Tile::kKeys / 8; ++j) {
-      const uint32_t raw_a[4] = {__float_as_uint(p[j][0]), __float_as_uint(p[j][2]), __float_as_uint(p[j][1]),
-                                 __float_as_uint(p[j][3])};
-      const MmaWords<4, kExact> a = mma_words<float, kExact>(raw_a);
-      uint32_t even[4];
-      uint32_t odd[4];
-      const SharedAddress row = even_row + 8 * j * Tile::kRowBytes;
-      load_shared_16(even, row + ((8 * i + lane / 4) ^ even_key) * 16);
-      load_shared_16(odd, row + Tile::kRowBytes + ((8 * i + lane / 4) ^ (even_key + 1)) * 16);
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const uint32_t raw_b[2] = {even[u], odd[u]};
-        multiply<float, kExact>(sum[u], a, mma_words<float, kExact>(raw_b), 0);
+      for (int j = 0; j < Tile::kKeys / 16; ++j) {
+        ldmatrix_x4_trans(b[t][j], keys[t] + (16 * j + key) * Tile::kRowBytes + chunk_offset(2 * i + chunk, key, t));
       }
     }
-    if constexpr (kExact) {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) o[4 * i + u][r] += tile[u][r];
+      for (int h = 0; h < 2; ++h) {
+        float sum[4] = {};
+        float (&to)[4] = kExact ? sum : o[m][2 * i + h];
+#pragma unroll
+        for (int product = kTerms == 2 ? kFirstOf2 : kFirstOf1; product < kProducts; ++product) {
+#pragma unroll
+          for (int j = 0; j < Tile::kKeys / 16; ++j) {
+            const auto& raw = b[product_term(product, 1)][j];
+            mma(typename Tile::Operand{}, to, a[product_term(product, 0)][m][j], raw[2 * h], raw[2 * h + 1]);
+          }
+        }
+        if constexpr (kExact) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) o[m][2 * i + h][r] += sum[r];
+        }
       }
     }
   }
@@ -242,160 +255,230 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
   }
 }
 
-template <typename Element, bool kExact, int columns, MmaPass kPass>
-__global__ void __launch_bounds__(MmaTile<Element, kExact, columns>::kThreads)
-    info_nce_mma_kernel(const MmaArguments<Element> arguments) {
+// kMasked: some keys may not be negatives of all rows.
+template <typename Tile, int columns, MmaPass kPass, bool kMasked>
+__global__ void __launch_bounds__(Tile::kThreads)
+    info_nce_mma_kernel(const MmaArguments<typename Tile::Element> arguments) {
+  using Element = typename Tile::Element;
   let_next_kernel_start();
   constexpr bool kGradient = kPass != MmaPass::kLoss;
-  using Tile = MmaTile<Element, kExact, columns>;
+  constexpr bool kFloat = std::is_same_v<Element, float>;
+  constexpr int kTerms = Tile::kTerms;
   MOCO_DYNAMIC_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
-  const int warp = thread / 32;
-  const int column_group = warp / Tile::kRowWarps;
+  const int column_group = thread / 32 / Tile::kRowWarps;
   const int64_t n = arguments.n;
   const int64_t k = arguments.count.value();
-  const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
-  const int first_tile = static_cast<int>(all_tiles * blockIdx.y / gridDim.y);
-  const int tiles = static_cast<int>(all_tiles * (blockIdx.y + 1) / gridDim.y) - first_tile;
-  const int split_keys = static_cast<int>(
-      min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
-  const auto valid_keys = [&](int tile) {  // in this split's tile; only the last one of the queue may not be full
-    return min(split_keys - tile * Tile::kKeys, Tile::kKeys);
+  const auto all_tiles = static_cast<unsigned>((k + Tile::kKeys - 1) / Tile::kKeys);
+  const unsigned more = all_tiles % gridDim.y;  // splits with one tile more than the others
+  const int first_tile = static_cast<int>(all_tiles / gridDim.y * blockIdx.y + min(blockIdx.y, more));
+  const int end_tile = static_cast<int>(first_tile + all_tiles / gridDim.y + (blockIdx.y < more));
+  const int last_keys =
+      static_cast<int>(min(k - static_cast<int64_t>(end_tile - 1) * Tile::kKeys, int64_t{Tile::kKeys}));
+  const auto valid_keys = [&](int tile) { return tile < end_tile - 1 ? Tile::kKeys : last_keys; };
+  // The first of a thread's rows: its others are 8, 16 and 24 further.
+  const auto first_row = [](int thread) {
+    return static_cast<int64_t>(blockIdx.x) * Tile::kRows + thread / 32 % Tile::kRowWarps * Tile::kWarpRows +
+           thread % 32 / 4;
   };
-  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * Tile::kRows;
-  const int64_t row = block_row + warp % Tile::kRowWarps * 16 + lane / 4;  // and row + 8
+  const int64_t row = first_row(thread);
+  const bool idle = row - lane / 4 >= n;  // the warp only loads and splits keys
 
   // Each thread loads one chunk of every kRowsAtOnce-th key of a tile.
-  constexpr int kRowsAtOnce = Tile::kThreads / Tile::kRowChunks;
-  const int load_key = thread / Tile::kRowChunks;
-  const int load_chunk = thread % Tile::kRowChunks;
-  const SharedAddress ring = shared_address(shared);
-  const char* const source = reinterpret_cast<const char*>(arguments.queue) +
-                             (static_cast<int64_t>(first_tile) * Tile::kKeys + load_key) * Tile::kRowBytes +
-                             load_chunk * 16;
+  constexpr int kRowsAtOnce = Tile::kThreads / Tile::kSourceChunks;
+  const auto stage = [&](int tile) { return shared + tile % Tile::kStages * Tile::kStageBytes; };
+  const auto third = [&](int tile) {
+    return shared + Tile::kStages * Tile::kStageBytes + (Tile::kThirds == 2 ? tile % 2 * Tile::kTileBytes : 0);
+  };
   const auto load_tile = [&](int tile) {
-    if (tile < tiles) {
-      const SharedAddress stage = ring + tile % Tile::kStages * Tile::kTileBytes;
+    if (tile < end_tile) {
+      const int at = opaque(thread);  // computing addresses again for every tile saves registers
+      const int load_key = at / Tile::kSourceChunks;
+      const int load_chunk = at % Tile::kSourceChunks;
+      const char* const source =
+          reinterpret_cast<const char*>(arguments.queue) + static_cast<int64_t>(tile) * Tile::kStageBytes + at * 16;
+      const int term = kFloat ? load_chunk % 2 : 0;  // the one whose tile the chunk is loaded to
+      const SharedAddress to = shared_address(stage(tile)) + term * Tile::kTileBytes;
       const int valid = valid_keys(tile);
-#pragma unroll
+#pragma unroll 4
       for (int i = 0; i < Tile::kKeys; i += kRowsAtOnce) {
         const int key = load_key + i;
-        const char* const row = source + static_cast<int64_t>(tile) * Tile::kTileBytes + i * Tile::kRowBytes;
-        cp_async_16(stage + key * Tile::kRowBytes + (load_chunk ^ (key % 8)) * 16,
-                    key < valid ? row : reinterpret_cast<const char*>(arguments.queue), key < valid);
+        cp_async_16(to + key * Tile::kRowBytes + chunk_offset(kFloat ? load_chunk / 2 : load_chunk, key, term),
+                    source + i * Tile::kSourceBytes, key < valid);
       }
     }
     cp_async_commit();  // also an empty group, because the wait below counts groups
   };
+  // Replaces eight adjacent floats, a chunk in each of the two tiles, by their terms. A warp splits what it has loaded.
+  const auto split_tile = [&](int tile) {
+    __syncwarp();  // after each lane has waited for its own loads
+    const int at = opaque(thread);
+    const int pair = at / 32 * 16 + at % 16;
+#pragma unroll 1
+    for (int i = 0; i < Tile::kKeys; i += 2 * kRowsAtOnce) {
+      const int key = i + at / 16 % 2 * kRowsAtOnce + pair / (Tile::kSourceChunks / 2);
+      const int chunk = pair % (Tile::kSourceChunks / 2);
+      uint4* terms[3];
 #pragma unroll
-  for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(i);
+      for (int t = 0; t < 3; ++t) {
+        unsigned char* const to = t < 2 ? stage(tile) + t * Tile::kTileBytes : third(tile);
+        terms[t] = reinterpret_cast<uint4*>(to + key * Tile::kRowBytes + chunk_offset(chunk, key, t));
+      }
+      const float4 x = *reinterpret_cast<const float4*>(terms[0]);
+      const float4 y = *reinterpret_cast<const float4*>(terms[1]);
+      uint32_t words[4][kTerms];
+      split<__nv_bfloat16>(x.x, x.y, words[0]);
+      split<__nv_bfloat16>(x.z, x.w, words[1]);
+      split<__nv_bfloat16>(y.x, y.y, words[2]);
+      split<__nv_bfloat16>(y.z, y.w, words[3]);
+#pragma unroll
+      for (int t = 0; t < kTerms; ++t) *terms[t] = make_uint4(words[0][t], words[1][t], words[2][t], words[3][t]);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(first_tile + i);
   wait_for_previous_kernel();  // it writes the query, but not the keys: see InfoNceMask::of_batch
 
-  uint32_t query[Tile::kSteps][4];
-  {
-    constexpr int kRowWords = Tile::kRowBytes / 4;
-    const uint32_t* words = arguments.query + row * kRowWords + column_group * (Tile::kWarpBytes / 4) + lane % 4;
+  uint32_t queries[kTerms][Tile::kRowTiles][Tile::kSteps][4];
+  unsigned char* const own_queries = shared + Tile::kSharedBytes - Tile::kQueryBytes + 16 * thread;
+#pragma unroll
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
     for (int step = 0; step < Tile::kSteps; ++step) {
+      uint32_t words[4][kTerms];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) query[step][i] = words[i % 2 * 8 * kRowWords + step * 8 + i / 2 * 4];
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = (row + 16 * m + i % 2 * 8) * columns + column_group * Tile::kWarpColumns + step * 16 +
+                           i / 2 * 8 + lane % 4 * 2;
+        if constexpr (kFloat) {
+          const float2 pair = *reinterpret_cast<const float2*>(arguments.query + at);
+          split<__nv_bfloat16>(pair.x, pair.y, words[i]);
+        } else {
+          words[i][0] = arguments.query[at / 2];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * Tile::kRegisterTerms; ++i) queries[i / 4][m][step][i % 4] = words[i % 4][i / 4];
+      if constexpr (Tile::kRegisterTerms < kTerms) {
+        *reinterpret_cast<uint4*>(own_queries + (m * Tile::kSteps + step) * Tile::kThreads * 16) =
+            make_uint4(words[0][kTerms - 1], words[1][kTerms - 1], words[2][kTerms - 1], words[3][kTerms - 1]);
+      }
     }
   }
+  const auto query = [&](uint32_t (&a)[4], int t, int m, int step) {
+    if (t < Tile::kRegisterTerms) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = queries[t][m][step][i];
+    } else {
+      load_shared_16(a, shared_address(own_queries) + (m * Tile::kSteps + step) * Tile::kThreads * 16);
+    }
+  };
   constexpr int kBias =
       std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
-  SoftmaxRows rows;
+  SoftmaxRows rows[Tile::kRowTiles];
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
+  for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
     if constexpr (kPass == MmaPass::kKeys) break;
-    const float row_scale = arguments.row_scale[row + 8 * r];
-    rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
-    rows.scale[r] = row_scale * log2_scale;
-    rows.max[r] = -INFINITY;
-    rows.sum[r] = 0.0f;
-    rows.rank[r] = 0;
+    SoftmaxRows& of = rows[i / 2];
+    const float row_scale = arguments.row_scale[row + 8 * i];
+    of.positive[i % 2] = arguments.positive[row + 8 * i] / row_scale;
+    of.scale[i % 2] = row_scale * log2_scale;
+    of.max[i % 2] = -INFINITY;
+    of.sum[i % 2] = 0.0f;
+    of.rank[i % 2] = 0;
   }
   constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
-  float o[kOutputs][4] = {};
+  float o[Tile::kRowTiles][kOutputs][4] = {};
 
-  for (int tile = 0; tile < tiles; ++tile) {
-    cp_async_wait<Tile::kStages - 2>();
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    if constexpr (Tile::kStages == 1) {
+      __syncthreads();  // no thread still reads the only stage
+      load_tile(tile);
+    }
+    cp_async_wait<Tile::kStages == 1 ? 0 : Tile::kStages - 2>();
+    if constexpr (kFloat) split_tile(tile);
     __syncthreads();  // the whole tile is there, and no thread still reads the stage that the next load overwrites
-    load_tile(tile + Tile::kStages - 1);
-    const SharedAddress keys = ring + tile % Tile::kStages * Tile::kTileBytes + column_group * Tile::kWarpBytes;
-
-    float s[Tile::kKeys / 8][4];
-    multiply_scores<Element, kExact, Tile>(s, query, keys, lane);
-    if constexpr (Tile::kColumnGroups > 1) {
-      float4* exchange = reinterpret_cast<float4*>(shared + Tile::kStages * Tile::kTileBytes) + lane;
+    if constexpr (Tile::kStages > 1) load_tile(tile + Tile::kStages - 1);
+    const int at = opaque(thread);
+    const int lane = at % 32;
+    const int row_warp = at / 32 % Tile::kRowWarps;
+    const int column_group = at / 32 / Tile::kRowWarps;
+    SharedAddress keys[kTerms];
 #pragma unroll
-      for (int j = 0; j < Tile::kKeys / 8; ++j) {
-        exchange[(warp * (Tile::kKeys / 8) + j) * 32] = make_float4(s[j][0], s[j][1], s[j][2], s[j][3]);
+    for (int t = 0; t < kTerms; ++t) {
+      keys[t] = shared_address(t < 2 ? stage(tile) + t * Tile::kTileBytes : third(tile)) +
+                column_group * Tile::kWarpColumns * 2;
+    }
+
+    float s[Tile::kRowTiles][Tile::kKeys / 8][4];
+    if (!idle) multiply_scores<Tile>(s, query, keys, lane);
+    if constexpr (Tile::kColumnGroups > 1) {
+      constexpr int kParts = Tile::kRowTiles * Tile::kKeys / 8;
+      float4* exchange =
+          reinterpret_cast<float4*>(shared + Tile::kSharedBytes - Tile::kQueryBytes - Tile::kExchangeBytes) + lane;
+#pragma unroll
+      for (int i = 0; i < kParts && !idle; ++i) {
+        const auto& part = s[i % Tile::kRowTiles][i / Tile::kRowTiles];
+        exchange[(at / 32 * kParts + i) * 32] = make_float4(part[0], part[1], part[2], part[3]);
       }
       __syncthreads();
 #pragma unroll
-      for (int j = 0; j < Tile::kKeys / 8; ++j) {
+      for (int i = 0; i < kParts; ++i) {
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
+#pragma unroll 2
         for (int group = 0; group < Tile::kColumnGroups; ++group) {  // in the same order in all warps, for equal bits
-          const int other = group * Tile::kRowWarps + warp % Tile::kRowWarps;
-          const float4 part = exchange[(other * (Tile::kKeys / 8) + j) * 32];
+          const float4 part = exchange[((group * Tile::kRowWarps + row_warp) * kParts + i) * 32];
           sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
         }
-        s[j][0] = sum.x, s[j][1] = sum.y, s[j][2] = sum.z, s[j][3] = sum.w;
+        auto& to = s[i % Tile::kRowTiles][i / Tile::kRowTiles];
+        to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
       }
     }
-    const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
-    if constexpr (kPass == MmaPass::kKeys) {
-      weigh_columns<Tile::kKeys / 8>(s, arguments.columns, log2_scale, arguments.mask, row, n, first_key,
-                                     valid_keys(tile), lane);
-      if constexpr (std::is_same_v<Element, float>) {
-        multiply_keys_tf32<kExact, Tile>(o, s, keys, lane);
+    if (idle) continue;
+    const int64_t row = first_row(at);
+    const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
+    const int valid = valid_keys(tile);
+#pragma unroll
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
+      if constexpr (kPass == MmaPass::kKeys) {
+        weigh_columns(s[m], arguments.columns, log2_scale, arguments.mask, row + 16 * m, n, first_key, valid, lane);
       } else {
-        multiply_keys_packed<Element, Tile>(o, s, keys, lane);
+        if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
+        if (kMasked && (!Tile::kAlwaysMasked || arguments.mask.any())) {
+          mask_scores(s[m], rows[m], arguments.mask, row + 16 * m, n, first_key, valid, lane);
+        }
+        online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);
       }
-      continue;
     }
-    if (const int valid = valid_keys(tile); valid < Tile::kKeys) drop_scores(s, valid, lane);
-    if (arguments.mask.any()) {
-      mask_scores<Tile::kKeys / 8>(s, rows, arguments.mask, row, n, first_key, valid_keys(tile), lane);
-    }
-    online_softmax<Tile::kKeys / 8, kBias>(s, o, rows);
-    if constexpr (kGradient && std::is_same_v<Element, float>) {
-      multiply_keys_tf32<kExact, Tile>(o, s, keys, lane);
-    } else if constexpr (kGradient) {
-      multiply_keys_packed<Element, Tile>(o, s, keys, lane);
+    // Weights of kKeys have any sign, and differences of their sums count: two terms already for two of S.
+    if constexpr (kGradient) {
+      multiply_keys<Tile, kTerms == 3 || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1>(o, s, keys, lane);
     }
   }
 
   constexpr float kUnbias = 1.0f / (1 << kBias);
-  join_lanes(rows);
+  const int at = opaque(thread);
+  const int first_column = at / 32 / Tile::kRowWarps * Tile::kWarpColumns + at % 4 * 2;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (row + 8 * r >= n) continue;
-    const int64_t slot = blockIdx.y * n + row + 8 * r;
-    if (kPass != MmaPass::kKeys && column_group == 0 && lane % 4 == 0) {
-      arguments.partials.max[slot] = rows.max[r];
-      arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
-      arguments.partials.rank[slot] = rows.rank[r];
-    }
-    if constexpr (kGradient) {
-      float* out = arguments.partials.keys + slot * columns + column_group * Tile::kWarpColumns;
-      if constexpr (std::is_same_v<Element, float>) {
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
+    join_lanes(rows[m]);
 #pragma unroll
-        for (int i = 0; i < kOutputs; i += 4) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            *reinterpret_cast<float4*>(out + 8 * i + lane % 4 * 8 + 4 * h) =
-                make_float4(o[i][2 * r + h], o[i + 1][2 * r + h], o[i + 2][2 * r + h], o[i + 3][2 * r + h]);
-          }
-        }
-      } else {
+    for (int r = 0; r < 2; ++r) {
+      const int64_t this_row = first_row(at) + 16 * m + 8 * r;
+      if (this_row >= n) continue;
+      const int64_t slot = blockIdx.y * n + this_row;
+      if (kPass != MmaPass::kKeys && first_column == 0) {
+        arguments.partials.max[slot] = rows[m].max[r];
+        arguments.partials.sum[slot] = rows[m].sum[r] * kUnbias;
+        arguments.partials.rank[slot] = rows[m].rank[r];
+      }
+      if constexpr (kGradient) {
+        float* out = arguments.partials.keys + slot * columns + first_column;
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
-          *reinterpret_cast<float2*>(out + 8 * i + lane % 4 * 2) =
-              make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
+          *reinterpret_cast<float2*>(out + 8 * i) = make_float2(o[m][i][2 * r] * kUnbias, o[m][i][2 * r + 1] * kUnbias);
         }
       }
     }

@@ -33,30 +33,34 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_b
   return resident;
 }
 
-template <typename Queue, bool kExact, int columns, MmaPass kPass>
+template <typename Queue, int terms, int columns, MmaPass kPass>
 InfoNcePass<Queue> mma_pass() {
-  using Tile = MmaTile<Queue, kExact, columns>;
+  using Tile = MmaTile<Queue, terms, columns>;
   static std::atomic<int> cache[kMaxDevices];
-  void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Queue, kExact, columns, kPass>;
+  // The gradient of keys always has a mask, because each query has a positive among them.
+  constexpr bool kMasked = kPass == MmaPass::kKeys || (kPass == MmaPass::kGradient && Tile::kAlwaysMasked);
+  void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, kMasked>;
+  void (*const masked_kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, true>;
   return {kernel,         Tile::kRows,        Tile::kKeys,
-          Tile::kThreads, Tile::kSharedBytes, resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes, cache)};
+          Tile::kThreads, Tile::kSharedBytes, resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes, cache),
+          sizeof(Queue),  masked_kernel};
 }
 
-template <typename Queue, bool kExact, MmaPass kPass>
+template <typename Queue, int terms, MmaPass kPass>
 InfoNcePass<Queue> mma_pass(int64_t columns) {
   switch (columns) {
     case 64:
-      return mma_pass<Queue, kExact, 64, kPass>();
+      return mma_pass<Queue, terms, 64, kPass>();
     case 128:
-      return mma_pass<Queue, kExact, 128, kPass>();
+      return mma_pass<Queue, terms, 128, kPass>();
     case 256:
-      return mma_pass<Queue, kExact, 256, kPass>();
+      return mma_pass<Queue, terms, 256, kPass>();
     case 512:
-      return mma_pass<Queue, kExact, 512, kPass>();
+      return mma_pass<Queue, terms, 512, kPass>();
     case 768:
-      return mma_pass<Queue, kExact, 768, kPass>();
+      return mma_pass<Queue, terms, 768, kPass>();
     case 1024:
-      return mma_pass<Queue, kExact, 1024, kPass>();
+      return mma_pass<Queue, terms, 1024, kPass>();
     default:
       return {};
   }
@@ -65,9 +69,10 @@ InfoNcePass<Queue> mma_pass(int64_t columns) {
 template <typename Queue, MmaPass kPass>
 InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options) {
   if constexpr (std::is_same_v<Queue, float>) {
-    if (options.terms == 3) return mma_pass<Queue, true, kPass>(shape.c);
+    if (options.terms == 3) return mma_pass<Queue, 3, kPass>(shape.c);
+    if (options.terms == 2) return mma_pass<Queue, 2, kPass>(shape.c);
   }
-  return mma_pass<Queue, false, kPass>(shape.c);
+  return mma_pass<Queue, 1, kPass>(shape.c);
 }
 
 template <typename Queue>

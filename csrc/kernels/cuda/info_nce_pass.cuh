@@ -21,6 +21,7 @@ struct InfoNcePass {
   int shared_bytes;
   int64_t resident;  // blocks that run at the same time on the device
   size_t operand_bytes = sizeof(Queue);
+  void (*masked_kernel)(MmaArguments<Queue>) = nullptr;  // for keys that are not negatives of all rows
   PassKind kind = PassKind::kGeneric;
 };
 

@@ -1,12 +1,10 @@
 // Thin wrappers around the PTX that the tensor-core kernels use, and for MOCO_EMULATE a host model of each, written
 // from the fragment layouts in the PTX ISA.
 //
-// Fragments, with g = lane / 4 and t = lane % 4; a 32-bit register holds two 16-bit elements or one tf32 element:
-//   A [16, 16] 16-bit: a0 (g, 2t..)  a1 (g+8, 2t..)  a2 (g, 2t+8..)  a3 (g+8, 2t+8..)
-//   B [16, 8]  16-bit: b0 (2t.., g)  b1 (2t+8.., g)
-//   A [16, 8]  tf32:   a0 (g, t)  a1 (g+8, t)  a2 (g, t+4)  a3 (g+8, t+4)
-//   B [8, 8]   tf32:   b0 (t, g)  b1 (t+4, g)
-//   D [16, 8]  float:  d0 (g, 2t)  d1 (g, 2t+1)  d2 (g+8, 2t)  d3 (g+8, 2t+1)
+// Fragments, with g = lane / 4 and t = lane % 4; a 32-bit register of A or B holds two adjacent 16-bit elements:
+//   A [16, 16]: a0 (g, 2t..)  a1 (g+8, 2t..)  a2 (g, 2t+8..)  a3 (g+8, 2t+8..)
+//   B [16, 8]:  b0 (2t.., g)  b1 (2t+8.., g)
+//   D [16, 8]:  d0 (g, 2t)  d1 (g, 2t+1)  d2 (g+8, 2t)  d3 (g+8, 2t+1), float
 #pragma once
 
 #include <cuda_bf16.h>
@@ -74,21 +72,11 @@ __device__ __forceinline__ void mma(__half, float (&d)[4], const uint32_t (&a)[4
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void mma(float, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 
 // Hides the value of x from the optimizer.
-__device__ __forceinline__ void opaque(uint32_t& x) { asm volatile("" : "+r"(x)); }
-
-// Rounds to nearest. mma ignores the low 13 bits of a tf32 operand, which alone would round towards zero.
-__device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(rounded) : "f"(__uint_as_float(bits)));
-  return rounded;
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -156,7 +144,6 @@ inline double emulated_element(__half, uint32_t word, int i) {
   if (exponent == 31) return fraction != 0 ? std::numeric_limits<double>::quiet_NaN() : sign * HUGE_VAL;
   return sign * (exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(fraction + 1024, exponent - 25));
 }
-inline double emulated_element(float, uint32_t word, int) { return std::bit_cast<float>(word & 0xffffe000u); }
 
 template <typename Element>
 void mma(Element type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -164,29 +151,23 @@ void mma(Element type, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint3
     uint32_t a[4], b[2];
   };
   const Operands* all = emu::warp_exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  constexpr int kPacked = 4 / sizeof(Element);  // elements in a register
   for (int i = 0; i < 4; ++i) {
     const int row = emu::lane() / 4 + (i >= 2 ? 8 : 0);
     const int column = 2 * (emu::lane() % 4) + i % 2;
     double sum = d[i];
-    for (int k = 0; k < 8 * kPacked; ++k) {
-      const int t = k / kPacked % 4;       // the lane of four that holds element k
-      const int half = k / (4 * kPacked);  // 0 if in its first register, 1 if in its second
+    for (int k = 0; k < 16; ++k) {
+      const int t = k / 2 % 4;  // the lane of four that holds element k
+      const int half = k / 8;   // 0 if in its first register, 1 if in its second
       const Operands& row_lane = all[row % 8 * 4 + t];
       const Operands& column_lane = all[column * 4 + t];
-      sum += emulated_element(type, row_lane.a[row / 8 + 2 * half], k % kPacked) *
-             emulated_element(type, column_lane.b[half], k % kPacked);
+      sum += emulated_element(type, row_lane.a[row / 8 + 2 * half], k % 2) *
+             emulated_element(type, column_lane.b[half], k % 2);
     }
     d[i] = emulated_truncate(sum);
   }
 }
 
-inline void opaque(uint32_t&) {}
-
-inline uint32_t round_to_tf32(uint32_t bits) {  // to nearest, ties away from zero
-  if ((bits & 0x7f800000u) == 0x7f800000u) return bits;
-  return (bits + 0x1000u) & 0xffffe000u;
-}
+inline int opaque(int x) { return x; }
 
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
