@@ -29,13 +29,13 @@ struct MmaTile {
   // Each warp reads every key, so 32 rows per warp halve these reads. Their queries do not fit in registers, and more
   // terms or columns do not fit in shared memory.
   static constexpr int kRowTiles = terms == 1 && kSourceBytes <= 512 ? 2 : 1;  // of 16 rows
+  static constexpr int kWarpColumns = columns == 64 || (terms == 3 && columns == 512) ? 64 : 128;
   // Of a query; a further term is in shared memory, each thread's fragments for itself.
-  static constexpr int kRegisterTerms = kRowTiles == 2 ? 0 : terms == 3 && columns != 64 && columns != 512 ? 2 : terms;
-  static constexpr int kWarpColumns = columns == 64 ? 64 : 128;
+  static constexpr int kRegisterTerms = kRowTiles == 2 ? 0 : terms == 3 && kWarpColumns == 128 ? 2 : terms;
   static constexpr int kColumnGroups = columns / kWarpColumns;
-  static constexpr int kRowWarps = kColumnGroups < (kRowTiles == 1 ? 4 : 2) ? 4
-                                   : columns <= 512 || kSourceBytes <= 1536 ? 2
-                                                                            : 1;
+  static constexpr int kRowWarps = kColumnGroups < (kRowTiles == 1 ? 4 : 2)     ? 4
+                                   : kColumnGroups <= 4 || kSourceBytes <= 1536 ? 2
+                                                                                : 1;
   static constexpr int kSteps = kWarpColumns / 16;  // of the contraction in S
   static constexpr int kWarps = kRowWarps * kColumnGroups;
   static constexpr int kThreads = 32 * kWarps;
@@ -57,8 +57,6 @@ struct MmaTile {
                                  : 2 * kStageBytes + kOtherBytes <= 163 * 1024 ? 2
                                                                                : 1;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
-  // With gradient: kernels without masks would spill a few registers.
-  static constexpr bool kAlwaysMasked = (terms == 1 && columns == 128) || (terms == 3 && columns == 512);
   static_assert(columns % kWarpColumns == 0 && kThreads % kSourceChunks == 0);
   static_assert(kSharedBytes <= (kSourceBytes <= 2048 ? 99 : 163) * 1024);
 };
@@ -257,7 +255,7 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
 
 // kMasked: some keys may not be negatives of all rows.
 template <typename Tile, int columns, MmaPass kPass, bool kMasked>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     info_nce_mma_kernel(const MmaArguments<typename Tile::Element> arguments) {
   using Element = typename Tile::Element;
   let_next_kernel_start();
@@ -446,7 +444,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
         weigh_columns(s[m], arguments.columns, log2_scale, arguments.mask, row + 16 * m, n, first_key, valid, lane);
       } else {
         if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
-        if (kMasked && (!Tile::kAlwaysMasked || arguments.mask.any())) {
+        if constexpr (kMasked) {
           mask_scores(s[m], rows[m], arguments.mask, row + 16 * m, n, first_key, valid, lane);
         }
         online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);

@@ -38,7 +38,7 @@ InfoNcePass<Queue> mma_pass() {
   using Tile = MmaTile<Queue, terms, columns>;
   static std::atomic<int> cache[kMaxDevices];
   // The gradient of keys always has a mask, because each query has a positive among them.
-  constexpr bool kMasked = kPass == MmaPass::kKeys || (kPass == MmaPass::kGradient && Tile::kAlwaysMasked);
+  constexpr bool kMasked = kPass == MmaPass::kKeys;
   void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, kMasked>;
   void (*const masked_kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, true>;
   return {kernel,         Tile::kRows,        Tile::kKeys,
