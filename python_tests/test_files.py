@@ -38,7 +38,8 @@ def names_of(split, root):
 def test_without_classes(tmp_path, names):
     data = mdata.load(str(images(tmp_path, *names)))
     assert sorted(names_of(data.train, tmp_path)) == sorted(names)
-    assert data.classes == () and data.test is None
+    assert data.classes == ()
+    assert data.test is None
     assert data.train.labels.tolist() == [-1] * len(names)
     assert len(next(mdata.eval_batches(data, data.train))[0]) == len(names)
     with pytest.raises(ValueError, match=r"data: expected labeled training and test images, but .* has no val/ folder"):

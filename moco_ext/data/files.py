@@ -42,41 +42,52 @@ def _of_folder(root: Path) -> ImageFiles:
     more of them."""
     if not root.is_dir():
         raise ValueError(f"data: expected a folder of images, got {root}, which is none")
-    depth = len(root.parts)
-    found = [(Path(folder).parts[depth : depth + 1], folder, names) for folder, names in _walk(root).items() if names]
-    if not found:
+    loose, folders = _scan(str(root))
+    files = {folder: _below(Path(root, folder)) for folder in sorted(folders)}
+    files = {folder: found for folder, found in files.items() if found}
+    paths = [path for found in files.values() for path in found]
+    if not (loose or paths):
         raise ValueError(f"data: expected images in {root}, got none")
-    found.sort()
-    paths = [os.path.join(folder, name) for _, folder, names in found for name in names]
-    if all(top for top, *_ in found) and len({top for top, *_ in found}) > 1:
-        return ImageFiles(paths, [top[0] for top, _, names in found for _ in names])
-    return ImageFiles(paths, None)
+    if loose or len(files) == 1:
+        return ImageFiles([os.path.join(root, name) for name in loose] + paths, None)
+    return ImageFiles(paths, [folder for folder, found in files.items() for _ in found])
 
 
-def _walk(root: Path) -> dict[str, list[str]]:
-    """Sorted names of the image files in each folder below ``root``; links are followed, to each folder once.
+def _below(folder: Path) -> list[str]:
+    """Image files below ``folder``, by folder and name; links are followed, to each folder once.
 
-    ``ImageFolder`` follows a link to a folder around it until the system refuses, and lists its images each time. It
-    lists FIFOs and devices too. A dangling link is listed: it counts as an unreadable image, not as none.
+    ``ImageFolder`` follows a link to a folder around it until the system refuses, and lists its images each time.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     files: dict[str, list[str]] = {}
-    seen = {root.resolve(), *root.resolve().parents}
-    pending = [str(root)]
+    seen = {path for start in (folder.parent.resolve(), folder.resolve()) for path in (start, *start.parents)}
+    pending = [str(folder)]
     while pending:
         current = pending.pop()
-        files[current] = names = []
-        for entry in os.scandir(current):
-            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-                real = Path(entry.path).resolve()
-                if real not in seen:
-                    seen.add(real)
-                    pending.append(entry.path)
-            elif entry.name.lower().endswith(IMG_EXTENSIONS) and (entry.is_symlink() or entry.is_file()):
-                names.append(entry.name)
-        names.sort()
-    return files
+        names, folders = _scan(current)
+        files[current] = [os.path.join(current, name) for name in names]
+        for path in (os.path.join(current, name) for name in folders):
+            real = Path(path).resolve()
+            if real not in seen:
+                seen.add(real)
+                pending.append(path)
+    return [path for _, paths in sorted(files.items()) for path in paths]
+
+
+def _scan(folder: str) -> tuple[list[str], list[str]]:
+    """Sorted names of the image files in a folder, and of its folders.
+
+    ``ImageFolder`` lists FIFOs and devices too. A dangling link is listed: it counts as an unreadable image, not as
+    none.
+    """
+    from torchvision.datasets.folder import is_image_file
+
+    images, folders = [], []
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+            folders.append(entry.name)
+        elif is_image_file(entry.name) and (entry.is_symlink() or entry.is_file()):
+            images.append(entry.name)
+    return sorted(images), sorted(folders)
 
 
 def _of_list(path: Path) -> ImageFiles:
