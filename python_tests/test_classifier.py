@@ -51,7 +51,7 @@ def few_digits(images: int = 150, test: int = 61) -> mdata.ImageData:
     data = mdata.load("digits")
     parts = ((data.train, images), (data.test, test))
     return dataclasses.replace(
-        data, **{name: take(split, 0, n) for name, (split, n) in zip(("train", "test"), parts, strict=True)}
+        data, **{name: take(split, range(n)) for name, (split, n) in zip(("train", "test"), parts, strict=True)}
     )
 
 
@@ -274,7 +274,7 @@ WORLD = 2
 def results_of(folder, data: mdata.ImageData) -> dict:
     """What must be equal in one process and in two: of each rank, when there is a group."""
     encoder = encoder_of_seed(data)
-    single = dataclasses.replace(data, test=take(data.test, 0, 1))  # the second rank has no share of it
+    single = dataclasses.replace(data, test=take(data.test, [0]))  # the second rank has no share of it
     features = [encoder_features(encoder, data, split, batch_size=16) for split in (*data.splits, single.test)]
     labels = data.train.labels, data.test.labels
     grouped = dist.is_initialized()

@@ -80,8 +80,12 @@ def test_image_folder_without_val(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "moco-ext: warning: moco_k: 8 keys but only 4 images" in err
     assert "no val/ folder" in err
-    assert json.loads((output / "summary.json").read_text()).keys() == {"data", "seconds"}
-    assert "Not evaluated" in (output / "report.html").read_text()
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary.keys() == {"data", "seconds", "label_free"}
+    page = (output / "report.html").read_text()
+    assert "<h2>Without labels" in page
+    assert f"<td>{summary['label_free']['trained']['contrast_top1']:.1f}</td>" in page
+    assert "Not evaluated" not in page
 
 
 @pytest.mark.parametrize(

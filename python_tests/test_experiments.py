@@ -48,8 +48,8 @@ def test_a_run_prints_its_accuracies(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("images", "reason", "how"),
     [
-        (None, "digits has no val/ folder: not evaluated", " --data DATA\n"),
-        (100, "digits has more than 100 images: not evaluated", "\n"),
+        (None, "digits has no val/ folder and val_fraction is 0: accuracy not measured", " --data DATA\n"),
+        (100, "digits has more than 100 images: accuracy not measured", "\n"),
     ],
 )
 def test_a_run_that_is_not_evaluated_says_how_to(tmp_path, monkeypatch, images, reason, how):
@@ -61,11 +61,10 @@ def test_a_run_that_is_not_evaluated_says_how_to(tmp_path, monkeypatch, images, 
     with pytest.warns(UserWarning, match=f"data: {reason}"):
         text = output_of(tiny(epochs=1), data, run_in(tmp_path))
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary.keys() == {"data", "seconds"}
+    assert summary.keys() == {"data", "seconds"} | ({"label_free"} if images is None else set())
     assert f"trained in {summary['seconds']:.0f} s; to evaluate: moco-ext linear {tmp_path}{how}" in text
     assert f"{tmp_path}/: checkpoint.pth, metrics.jsonl, summary.json, report.html" in text
-    assert "│" not in text  # no table
-    assert "Not evaluated" in (tmp_path / "report.html").read_text()
+    assert ("│" in text) == ("Without labels" in (tmp_path / "report.html").read_text()) == (images is None)
 
 
 def test_an_encoder_that_diverged_at_the_end_is_an_error(tmp_path, monkeypatch):

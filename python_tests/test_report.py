@@ -379,7 +379,7 @@ def test_photographs(tmp_path, monkeypatch):
 def few(monkeypatch):
     """Fewer images under the name "digits", quick to encode."""
     data = few_digits()
-    monkeypatch.setattr("moco_ext.report.read.load", lambda *arguments: data)
+    monkeypatch.setattr("moco_ext.report.read.load", lambda *arguments, **keywords: data)
     return data
 
 

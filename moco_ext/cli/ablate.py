@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     base = resolve_config(args.data or "digits", explicit, trainer.recipe)
     grid = make_grid(base, axes, args.seeds, groups=args.groups, full=args.grid == "full")
     options = options_of(argparse.Namespace(**{"keep": 1} | vars(trainer) | vars(args)), Path(args.output))
-    data = load(base.data, args.data_root)
+    data = load(base.data, args.data_root, val_fraction=base.val_fraction, image_size=base.image_size)
     if args.images is not None:
         data = subset(data, args.images)
     results = run_grid(grid, base, data, options)

@@ -53,6 +53,13 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("-a", "--arch", metavar="ARCH", help="architecture of the encoder, if the weights do not name it")
     add_data_flags(parser, "that of the run")
+    add(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="share of the images to hold out, if there is no val/ (default: that of the run)",
+    )
+    add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: that of the run, or 224)")
     add("--output", metavar="DIR", help="where results go (default: the run directory, else runs/COMMAND-DATA)")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add_settings(parser, settings(RunOptions, "workers") | settings(launch.LaunchOptions))
@@ -90,7 +97,20 @@ def load_inputs(inputs: Inputs, args: argparse.Namespace) -> tuple[nn.Module, st
     """Encoder, its architecture, and data; the encoder first, as data may have to be downloaded."""
     assert inputs.weights is not None
     encoder, arch = load_pretrained(inputs.weights, args.arch)
-    return encoder, arch, load(inputs.data, args.data_root)
+    return encoder, arch, load_labeled(inputs, args)
+
+
+def load_labeled(inputs: Inputs, args: argparse.Namespace) -> ImageData:
+    """The data; a ValueError, before anything is computed, if it has no labeled test images."""
+    run = inputs.config
+    data = load(
+        inputs.data,
+        args.data_root,
+        val_fraction=run.get("val_fraction", 0.0) if args.val_fraction is None else args.val_fraction,
+        image_size=run.get("image_size") if args.image_size is None else args.image_size,
+    )
+    assert data.splits
+    return data
 
 
 def percent(value: float) -> float:

@@ -7,7 +7,6 @@ import dataclasses
 
 import torch
 
-from ..data import load
 from ..encoders import build
 from ..runs.options import RunOptions
 from ..runs.settings import settings
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
     if inputs.weights is None:
-        arch, data = args.arch, load(inputs.data, args.data_root)
+        arch, data = args.arch, evaluate.load_labeled(inputs, args)
     else:
         encoder, arch, data = load_inputs(inputs, args)
     config = classify.configuration(args, data, _DEFAULTS)

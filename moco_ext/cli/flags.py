@@ -66,8 +66,8 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--data",
         metavar="NAME|DIR",
-        help="digits, fashion-mnist, cifar10, cifar100, or an image folder with class folders, directly or in train/ "
-        f"and val/ (default: {default})",
+        help="digits, fashion-mnist, cifar10, cifar100, a folder of images, with or without class folders, train/ and "
+        f"val/, or a list of them: .txt, .csv, .tsv, .parquet (default: {default})",
     )
     add_data_root(parser)
 

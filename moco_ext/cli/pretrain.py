@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "small data sets have presets for settings that are not given."
     )
     add = parser.add_argument
-    add("dir", nargs="?", metavar="DIR", help="image folder; the same as --data DIR")
+    add("dir", nargs="*", metavar="DIR", help="folders of images or lists of them; the same as --data DIR")
     add_data_flags(parser, "digits")
     add("--output", metavar="DIR", help="run directory: checkpoints, metrics, report (default: runs/DATA)")
     add_recipe(parser)
@@ -40,11 +40,8 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.dir and args.data not in (None, args.dir):
-        raise ValueError(f"data: expected DIR or --data, got both: {args.dir} and {args.data}")
-    data = args.dir or args.data or "digits"
-    config = resolve_config(data, given(args, PretrainConfig), args.recipe)
-    output = Path(args.output or f"runs/{Path(data).name}")
+    config = _config(args)
+    output = Path(args.output or f"runs/{Path(config.data.split(os.pathsep)[0]).stem}")
     start = getattr(args, "start_epoch", 0)
     if not config.steps and start >= config.epochs:
         raise ValueError(f"start_epoch: expected less than the {config.epochs} epochs, got {start}")
@@ -53,10 +50,17 @@ def run(args: argparse.Namespace) -> int:
     return launch.run(_work, args, output)
 
 
+def _config(args: argparse.Namespace) -> PretrainConfig:
+    folders = os.pathsep.join(args.dir)
+    if folders and args.data not in (None, folders):
+        raise ValueError(f"data: expected DIR or --data, got both: {folders} and {args.data}")
+    return resolve_config(folders or args.data or "digits", given(args, PretrainConfig), args.recipe)
+
+
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
-    config = resolve_config(args.dir or args.data or "digits", given(args, PretrainConfig), args.recipe)
+    config = _config(args)
     check_memory(config, options.device)
-    data = load(config.data, args.data_root)
+    data = load(config.data, args.data_root, val_fraction=config.val_fraction, image_size=config.image_size)
     print_ = options.console.print
     if options.device.type == "cpu" and not hasattr(args, "device"):
         print_("no GPU that torch can use: training on the CPU", highlight=False)

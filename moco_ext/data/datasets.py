@@ -6,14 +6,16 @@ import dataclasses
 import gzip
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
+from .files import ImageFiles, few, find_images
 from .images import read_image
 from .workers import leave_signals_to_parent, sigterm_held
 
@@ -37,7 +39,7 @@ class TensorSplit:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSplit:
-    """Images on disk: ``paths`` of the N files, ``labels`` int64 [N]."""
+    """Images on disk: ``paths`` of the N files, ``labels`` int64 [N], -1 where there are no classes."""
 
     paths: list[str]
     labels: Tensor
@@ -54,14 +56,14 @@ class ImageData:
     """A dataset for training and evaluation.
 
     Attributes:
-        name: a built-in name, or the folder's path.
-        classes: class names; a label is an index into them.
+        name: a built-in name, or the path of a folder or list.
+        classes: class names; a label is an index into them. Empty without classes.
         size: side of the square images the encoder takes, in pixels.
         mean: per channel, of pixel values in [0, 1]; one or three entries.
         std: standard deviation per channel, likewise.
         flip: whether a mirrored image keeps its meaning (a digit does not).
         train: training images.
-        test: test images; None for an image folder without ``val/``, which cannot be evaluated.
+        test: test images, or None.
     """
 
     name: str
@@ -74,35 +76,58 @@ class ImageData:
     test: Split | None
 
     @property
-    def splits(self) -> tuple[Split, Split]:
-        """(train, test), for evaluation; raises ValueError without a test split."""
+    def why_not_scored(self) -> str:
+        """Why accuracy cannot be measured on this data; empty if it can."""
         if self.test is None:
-            raise ValueError(f"data: expected train/ and val/ in {self.name} to evaluate on, got no val/")
+            return f"{self.name} has no val/ folder and val_fraction is 0"
+        return "" if self.classes else f"{self.name} has no labels"
+
+    @property
+    def splits(self) -> tuple[Split, Split]:
+        """(train, test), for evaluation; raises ValueError without a test split or without labels."""
+        if self.why_not_scored:
+            raise ValueError(f"data: expected labeled training and test images, but {self.why_not_scored}")
+        assert self.test is not None
         return self.train, self.test
 
 
-def load(name: str, data_root: str | Path = "data") -> ImageData:
-    """Load a built-in dataset by name, or an image folder by path.
+def load(
+    name: str, data_root: str | Path = "data", *, val_fraction: float = 0.0, image_size: int | None = None
+) -> ImageData:
+    """Load a built-in dataset by name, or images by path.
 
     Args:
         name: ``"digits"`` (1,797 images of 8x8, included in scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
-            ``"cifar100"``, or the path of an image folder: ``train/CLASS/IMAGE`` and ``val/CLASS/IMAGE``, or
-            ``CLASS/IMAGE``, as for torchvision's ``ImageFolder``.
+            ``"cifar100"``, or a path: a folder of images at any depth, or a list of them (``.txt`` with a path per
+            line; ``.csv``, ``.tsv`` or ``.parquet`` with a column ``path`` and perhaps ``label``). Several paths are
+            separated by ``os.pathsep``. Training and test images may be in ``train/`` and ``val/``. Folders are
+            classes, as for torchvision's ``ImageFolder``, if all images are in two or more of them.
         data_root: torchvision's download folder.
+        val_fraction: share of the images, of each class if there are classes, to hold out as test images; not used if
+            the data has test images.
+        image_size: side of the images that the encoder takes, in pixels; by default 224, or that of the built-in set.
 
     Raises:
-        ValueError: neither a built-in name nor a folder of class folders with images in each.
+        ValueError: an unknown name, no images, or a list that cannot be read.
     """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction: expected a share of the images in [0, 1), got {val_fraction}")
+    data = _load(name, Path(data_root), val_fraction)
+    return data if image_size is None else dataclasses.replace(data, size=image_size)
+
+
+def _load(name: str, data_root: Path, val_fraction: float) -> ImageData:
     match name:
         case "digits":
             return _digits()
         case "fashion-mnist":
-            return _fashion_mnist(Path(data_root))
+            return _fashion_mnist(data_root)
         case "cifar10" | "cifar100":
-            return _cifar(name, Path(data_root))
-    if not Path(name).is_dir():
-        raise ValueError(f"data: expected one of {', '.join(BUILT_IN)} or an image folder, got {name!r}")
-    return _folder(Path(name))
+            return _cifar(name, data_root)
+    sources = [Path(name)] if os.path.exists(name) else [Path(part) for part in name.split(os.pathsep) if part]
+    if not (sources and all(source.exists() for source in sources)):
+        raise ValueError(f"data: expected one of {', '.join(BUILT_IN)}, or a folder or list of images, got {name!r}")
+    return _files(name, sources, val_fraction)
 
 
 class Normalize:
@@ -136,7 +161,7 @@ def eval_batches(
     normalize = Normalize(data)
     if isinstance(split, TensorSplit):
         for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-            yield normalize(images), labels
+            yield _resized(normalize(images), data.size), labels
         return
     batches = BatchSampler(SequentialSampler(split.paths), batch_size, drop_last=False)
     dataset, start = _EvalImages(split, data.size), leave_signals_to_parent
@@ -144,6 +169,12 @@ def eval_batches(
         loader = iter(DataLoader(dataset, None, sampler=batches, num_workers=workers, worker_init_fn=start))
     for images, labels in loader:
         yield normalize(images), labels
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
 
 
 class _EvalImages(Dataset):
@@ -247,63 +278,31 @@ def _cifar(name: str, data_root: Path) -> ImageData:
     return _in_memory(name, parts[0].classes, *splits, flip=True)
 
 
-def _folder(root: Path) -> ImageData:
-    train_folder, val = (root / "train", root / "val") if (root / "train").is_dir() else (root, None)
-    classes, train = _read_folder(train_folder)
-    test = None
-    if val is not None and val.is_dir():
-        test_classes, test = _read_folder(val)
-        if test_classes != classes:
-            raise ValueError(
-                f"data: expected the same class folders in {train_folder} and {val}, got "
-                f"{_few(set(classes) ^ set(test_classes))} in only one of them"
-            )
-    return ImageData(str(root), classes, 224, _IMAGENET_MEAN, _IMAGENET_STD, True, train, test)
-
-
-def _read_folder(root: Path) -> tuple[tuple[str, ...], FolderSplit]:
-    """Class names, and the images of all classes, in the order of torchvision's ``ImageFolder``."""
-    classes = tuple(sorted(entry.name for entry in os.scandir(root) if _is_folder(entry)))
-    files = [_image_files(root / name) for name in classes]
-    empty = [name for name, found in zip(classes, files, strict=True) if not found]
-    if empty or not classes:
-        got = f"no image in {_few(empty)}" if empty else "no class folder"
-        raise ValueError(f"data: expected images in class folders, {root}/CLASS/IMAGE; got {got}")
-    labels = [label for label, found in enumerate(files) for _ in found]
-    return classes, FolderSplit([path for found in files for path in found], torch.tensor(labels))
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Image files below ``folder``, by folder and name; links are followed, to each folder once.
-
-    ``ImageFolder`` follows a link to a folder around it until the system refuses, and lists its images each time. It
-    lists FIFOs and devices too. A dangling link is listed: it counts as an unreadable image, not as none.
-    """
-    from torchvision.datasets.folder import is_image_file
-
-    files: dict[str, list[str]] = {}
-    seen = {path for start in (folder.parent.resolve(), folder.resolve()) for path in (start, *start.parents)}
-    pending = [str(folder)]
-    while pending:
-        current = pending.pop()
-        entries = sorted(os.scandir(current), key=lambda entry: entry.name)
-        files[current] = [
-            entry.path
-            for entry in entries
-            if is_image_file(entry.name) and not _is_folder(entry) and (entry.is_symlink() or entry.is_file())
+def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
+    """Images on disk. The labels of training and test images are known only if both have classes."""
+    root = sources[0] / "train"
+    train, test = find_images([root] if len(sources) == 1 and root.is_dir() else sources), None
+    if len(sources) == 1 and root.is_dir() and (sources[0] / "val").is_dir():
+        test = find_images([sources[0] / "val"])
+    classes = train.names
+    if test is not None and test.names and classes and classes != test.names:
+        raise ValueError(
+            f"data: expected the same class folders in {root} and {sources[0] / 'val'}, got "
+            f"{few(set(classes) ^ set(test.names))} in only one of them"
+        )
+    if test is not None and not test.names:
+        classes = ()
+    parts = [None if part is None else _folder_split(part, classes) for part in (train, test)]
+    assert parts[0] is not None
+    if test is None and val_fraction > 0:
+        kept, held_out = stratified_split(parts[0].labels, val_fraction, at_least=1)
+        parts = [
+            FolderSplit([train.paths[i] for i in rows.tolist()], parts[0].labels[rows]) for rows in (kept, held_out)
         ]
-        for entry in filter(_is_folder, entries):
-            real = Path(entry.path).resolve()
-            if real not in seen:
-                seen.add(real)
-                pending.append(entry.path)
-    return [path for _, paths in sorted(files.items()) for path in paths]
+    return ImageData(name, classes, 224, _IMAGENET_MEAN, _IMAGENET_STD, True, *parts)
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
-
-
-def _few(names: Collection[str]) -> str:
-    """The first of many names, for a message."""
-    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+def _folder_split(files: ImageFiles, classes: tuple[str, ...]) -> FolderSplit:
+    index = {name: label for label, name in enumerate(classes)}
+    labels = [index[name] for name in files.classes] if classes and files.classes else [-1] * len(files.paths)
+    return FolderSplit(files.paths, torch.tensor(labels))

@@ -127,8 +127,13 @@ class TrainLoader:
 
     @property
     def skipped(self) -> int:
-        """Number of images that could not be decoded so far."""
+        """Number of images that could not be decoded so far, once for each time."""
         return self._loader.skipped
+
+    @property
+    def unreadable(self) -> set[int]:
+        """Positions in ``data.train`` of the images of this rank that could not be decoded so far."""
+        return self._loader.unreadable
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Iterate over the batches of 0-based ``epoch``; after ``load_state_dict``, over the rest of its epoch."""
@@ -274,7 +279,7 @@ class _ViewLoader:
     def __init__(self, dataset: ViewDataset, sampler: EpochBatchSampler, workers: int, device: torch.device) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected 0 or more processes, got {workers}")
-        self.skipped, self._warned = 0, False
+        self.skipped, self.unreadable, self._warned = 0, set[int](), False
         self._sampler = sampler
         self._loader = DataLoader(
             dataset,
@@ -300,7 +305,9 @@ class _ViewLoader:
                     stacklevel=3,
                 )
             # Only this rank's queries: its keys may be those of other ranks.
-            self.skipped += len(set(views.unreadable) & set(views.micro.index.tolist()))
+            mine = set(views.unreadable) & set(views.micro.index.tolist())
+            self.skipped += len(mine)
+            self.unreadable |= mine
             yield views
 
 

@@ -2,6 +2,7 @@
 
 from .features import encoder_features, estimate_batchnorm_, pixel_features
 from .knn import knn_predict, knn_top1, nearest
+from .label_free import label_free_scores
 from .linear import linear_top1
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "estimate_batchnorm_",
     "knn_predict",
     "knn_top1",
+    "label_free_scores",
     "linear_top1",
     "nearest",
     "pixel_features",

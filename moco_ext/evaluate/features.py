@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,21 +48,22 @@ def to_device(images: Tensor, device: torch.device | str) -> Tensor:
 def rank_share(split: Split) -> Split:
     """This rank's part of a split: ceil(N / world) consecutive images, fewer or none on the last ranks."""
     size = _share_size(len(split))
-    return take(split, min(rank() * size, len(split)), min((rank() + 1) * size, len(split)))
+    return take(split, range(min(rank() * size, len(split)), min((rank() + 1) * size, len(split))))
 
 
 def _some_share(split: Split) -> Split:
     """This rank's share; one image if it is empty, because every rank must know the width of the gathered rows."""
-    return rank_share(split) or take(split, len(split) - 1, len(split))
+    return rank_share(split) or take(split, [len(split) - 1])
 
 
-def take(split: Split, start: int, stop: int) -> Split:
-    """Images ``start`` to ``stop`` - 1."""
-    if (start, stop) == (0, len(split)):
+def take(split: Split, rows: Sequence[int]) -> Split:
+    """The images at these positions."""
+    if rows == range(len(split)):
         return split
+    index = torch.tensor(rows, dtype=torch.int64)
     if isinstance(split, TensorSplit):
-        return TensorSplit(split.images[start:stop], split.labels[start:stop])
-    return FolderSplit(split.paths[start:stop], split.labels[start:stop])
+        return TensorSplit(split.images[index], split.labels[index])
+    return FolderSplit([split.paths[i] for i in rows], split.labels[index])
 
 
 def collective_device(device: torch.device | str | None) -> torch.device:

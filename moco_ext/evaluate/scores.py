@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..data import ImageData
+from ..data import ImageData, Split
 from ..runs.options import RunOptions
 from .features import check_finite, encoder_features, estimate_batchnorm_, pixel_features
 from .knn import knn_top1
@@ -19,7 +19,8 @@ LABELS = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "
 
 
 def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | None, name: str = "encoder") -> Rows:
-    """Features of both splits: of an encoder, or the raw pixels if it is None.
+    """Features of both splits: of an encoder, or the raw pixels if it is None. Without a test split, those of the
+    training split take its place.
 
     In a process group every rank must call it and gets all rows.
 
@@ -28,16 +29,16 @@ def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | No
 
     Raises:
         FloatingPointError: features are not finite, as training has diverged.
-        ValueError: the data has no test split.
     """
-    if encoder is None:
-        train, test = (pixel_features(data, split, workers=options.workers) for split in data.splits)
-    else:
+
+    def features(split: Split) -> Tensor:
+        if encoder is None:
+            return pixel_features(data, split, workers=options.workers)
         encoder.to(options.device)
-        train, test = (
-            encoder_features(encoder, data, split, device=options.device, workers=options.workers)
-            for split in data.splits
-        )
+        return encoder_features(encoder, data, split, device=options.device, workers=options.workers)
+
+    train = features(data.train)
+    test = train if data.test is None else features(data.test)
     for part, rows in (("training", train), ("test", test)):
         check_finite(f"features of {LABELS.get(name, name)} ({part} images)", rows, FloatingPointError)
     return train, test

@@ -7,10 +7,12 @@ import dataclasses
 import warnings
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from .. import distributed
 from ..data import ImageData
+from ..evaluate.label_free import SAMPLE, label_free_scores
 from ..evaluate.scores import LABELS, Features, all_features, top1
 from ..mechanism import Mechanism
 from ..report import write_report
@@ -29,7 +31,10 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
 
     The summary is ``{"data", "seconds", "knn_top1", "linear_top1"}``: training time, and top-1 accuracy in percent of
     ``"pixels"``, ``"untrained"`` (the encoder at its random start, with BatchNorm statistics of the training images)
-    and ``"trained"``. It has no accuracies for an image folder without ``val/`` or with more than 200,000 images.
+    and ``"trained"``. It has no accuracies without labeled test images or with more than 200,000 images; without
+    labeled test images it has ``"label_free"``, :func:`moco_ext.evaluate.label_free_scores` of both encoders.
+
+    Files that could not be decoded are listed in ``unreadable.txt`` and left out of the evaluation.
     """
     model = build_model(config, len(data.train))  # before the directory is created, as it may not fit in memory
     with claim(options):
@@ -48,16 +53,19 @@ def _pretrain_and_evaluate(
 
     summary: dict[str, Any] = {"data": config.data}
     features: Features = {}
-    if data.test is None:
-        reason = f"{data.name} has no val/ folder: not evaluated"
-    elif len(data.train) > _EVALUATED:
-        reason = f"{data.name} has more than {_EVALUATED:,} images: not evaluated"
-    else:
-        reason = ""
-        with options.console.status("evaluating"):
+    data, unreadable = trainer.readable()
+    if first and unreadable:
+        (options.output / "unreadable.txt").write_text("\n".join(unreadable) + "\n", encoding="utf-8")
+    reason = data.why_not_scored
+    with options.console.status("evaluating"):
+        if len(data.train) > _EVALUATED:
+            reason = f"{data.name} has more than {_EVALUATED:,} images"
+        else:
             features = all_features(data, options, untrained=untrained, trained=model.encoder_q)
-            if first:
-                summary |= top1(data, features, config.knn_k)
+        if first and not reason:
+            summary |= top1(data, features, config.knn_k)
+        elif first and data.why_not_scored:
+            summary["label_free"] = _label_free(config, data, options, untrained=untrained, trained=model.encoder_q)
     if not first:
         return summary
     summary["seconds"] = records[-1]["seconds"]
@@ -65,18 +73,50 @@ def _pretrain_and_evaluate(
 
     with options.console.status("writing the report"):
         write_report(options.output / "report.html", config, data, records, summary, features)
-    if reason:
-        warnings.warn(f"data: {reason}", stacklevel=2)
+    if reason and data.classes:
+        warnings.warn(f"data: {reason}: accuracy not measured", stacklevel=2)
     if "knn_top1" in summary:
         options.console.print(summary_table(summary))
     else:
-        elsewhere = " --data DATA" if data.test is None else ""
+        if "label_free" in summary:
+            options.console.print(_label_free_table(summary))
+        elsewhere = " --data DATA" if data.why_not_scored else ""
         line = f"trained in {summary['seconds']:.0f} s; to evaluate: moco-ext linear {options.output}{elsewhere}"
         options.console.print(line, highlight=False, soft_wrap=True)
     options.console.print(
         f"{options.output}/: checkpoint.pth, metrics.jsonl, summary.json, report.html", highlight=False
     )
     return summary
+
+
+def _label_free(
+    config: PretrainConfig, data: ImageData, options: RunOptions, **encoders: torch.nn.Module
+) -> dict[str, Any]:
+    scores = {
+        name: label_free_scores(
+            encoder.to(options.device),
+            data,
+            config.augmentation(data),
+            device=options.device,
+            workers=options.workers,
+        )
+        for name, encoder in encoders.items()
+    }
+    split = data.test or data.train
+    return scores | {"images": min(SAMPLE, len(split)), "split": "training" if data.test is None else "held-out"}
+
+
+def _label_free_table(summary: dict[str, Any]) -> Table:
+    scores = summary["label_free"]
+    title = f"{summary['data']}: two views of {scores['images']:,} {scores['split']} images"
+    table = Table("encoder", title=title)
+    for column in ("contrast top-1, %", "alignment", "uniformity", "effective rank"):
+        table.add_column(column, justify="right")
+    for name in ("untrained", "trained"):
+        s = scores[name]
+        cells = f"{s['contrast_top1']:.1f}", f"{s['alignment']:.3f}", f"{s['uniformity']:.2f}", f"{s['rankme']:.1f}"
+        table.add_row(LABELS[name], *cells, style="bold" if name == "trained" else None)
+    return table
 
 
 def summary_table(summary: dict[str, Any]) -> Table:

@@ -66,6 +66,7 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
         switches=[run.name for run in runs] if several else [],
         run_colors=RUN_COLORS,
         results=[_results(runs, name) for name in sets],
+        label_free=[(run.name, *_label_free(run)) for run in runs if run.summary.get("label_free")],
         differing=[(name, [_setting(run, name) for run in runs]) for name in differing],
         unrecorded=_unrecorded(runs),
         training=_training(runs),
@@ -80,8 +81,8 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
 def _lead(run: ReportedRun, galleries: Sequence[Gallery]) -> str:
     parts = [run.config["arch"]]
     if galleries:
-        train, test = galleries[0].data.splits
-        parts.append(f"{len(train):,} training images, {len(test):,} test images")
+        data = galleries[0].data
+        parts.append(f"{len(data.train):,} training images, {len(data.test or ()):,} test images")
     parts.append(f"{_progress(run)} in {_duration(run.records[-1]['seconds'])}")
     return " · ".join([*parts, _mechanism(run.config)])
 
@@ -178,6 +179,12 @@ def _supervised(run: ReportedRun) -> dict[str, str]:
     if "top1" in finetune:
         scores[f"fine-tuned, {100 * finetune['fraction']:g} % of labels"] = finetune["top1"]
     return {name: f"{score:.1f}" for name, score in scores.items()}
+
+
+def _label_free(run: ReportedRun) -> tuple[list[tuple[str, dict[str, float]]], str]:
+    scores = run.summary["label_free"]
+    rows = [(LABELS[name], values) for name, values in scores.items() if name in LABELS]
+    return rows, f"{scores['images']:,} {scores['split']} images"
 
 
 # --- curves -------------------------------------------------------------------------------------------------

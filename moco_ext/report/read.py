@@ -98,9 +98,8 @@ def galleries(
     options = RunOptions(Path(), device, workers=workers)
     found = []
     for name in dict.fromkeys(run.config["data"] for run in runs):
-        data = load(name, data_root)
-        if data.test is None:
-            continue
+        first = next(run.config for run in runs if run.config["data"] == name)
+        data = load(name, data_root, val_fraction=first.get("val_fraction", 0.0), image_size=first.get("image_size"))
         members = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.config["data"] == name]
         encoders = {run.name: load_pretrained(folder)[0] for run, folder in members[:GALLERY_RUNS]}
         if len(runs) == 1:

@@ -33,7 +33,7 @@ class PretrainConfig:
     """Settings of a pre-training run; the defaults are those of the published ImageNet training (MoCo v1).
 
     Attributes:
-        data: name or folder.
+        data: name, folder or list, as for :func:`moco_ext.data.load`, as are ``val_fraction`` and ``image_size``.
         steps: number of optimizer steps, instead of ``epochs``; 0: train by epochs.
         batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
         lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
@@ -60,6 +60,12 @@ class PretrainConfig:
     """
 
     data: str
+    val_fraction: float = setting(
+        0.0, metavar="F", valid=BELOW_1, help="share of the images to hold out for evaluation, if there is no val/"
+    )
+    image_size: int | None = setting(
+        None, valid=at_least(1), shown="224, or that of the small data sets", help="side of the views in pixels"
+    )
     arch: str = setting(
         "resnet50",
         flags=("-a", "--arch"),

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from .. import distributed
 from ..encoders import encode, restored_modes
+from ..evaluate.label_free import effective_rank
 from ..mechanism import Mechanism
 
 _QUERIES = 32  # for the effective negatives: [32, K] logits cost little compared with a step
@@ -132,7 +133,7 @@ class Diagnostics:
         gram = rows @ rows.T if len(rows) < rows.shape[1] else rows.T @ rows
         values = torch.cat([gram.flatten(), torch.stack(list(on_device.values())).double()]).cpu()
         metrics = dict(zip(on_device, values[gram.numel() :].tolist(), strict=True))
-        metrics["effective_rank"] = _effective_rank(values[: gram.numel()].view(gram.shape))
+        metrics["effective_rank"] = effective_rank(values[: gram.numel()].view(gram.shape))
         if age is not None:
             metrics["key_age"] = float(age)
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -175,11 +176,3 @@ class Diagnostics:
 def _effective_negatives(unit: Tensor, queue: Tensor, temperature: float) -> Tensor:
     log_p = torch.log_softmax(unit @ queue.to(unit.dtype).T / temperature, dim=1)  # [<= 32, K]
     return (-(log_p.exp() * log_p).sum(1)).exp().mean()
-
-
-def _effective_rank(gram: Tensor) -> float:
-    """exp of the entropy of the normalized singular values of a matrix, from its Gram matrix; NaN if that has any."""
-    if not bool(gram.isfinite().all()):
-        return math.nan
-    singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    return torch.special.entr(singular / singular.sum()).sum().exp().item()

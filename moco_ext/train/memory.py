@@ -61,7 +61,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
 
 def print_plan(config: PretrainConfig, data_root: str, device: torch.device) -> int:
     """Print the resolved configuration, the number of steps, and :func:`estimate` for this machine (``--dry-run``)."""
-    data = load(config.data, data_root)
+    data = load(config.data, data_root, val_fraction=config.val_fraction, image_size=config.image_size)
     console = Console()
     settings = Table("setting", "value", title=f"pretrain on {data.name}", title_justify="left")
     for name, value in dataclasses.asdict(config).items():

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from .. import distributed
 from ..checkpoints.training import check_finite, load_checkpoint, load_into, load_newest, save_rotating
-from ..data import Batch, ImageData, TrainLoader
+from ..data import Batch, FolderSplit, ImageData, TrainLoader
+from ..evaluate.features import take
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
 from ..runs.directory import claim, clear
@@ -197,12 +198,25 @@ class Trainer:
         }
         counts = {"skipped_images": self.loader.skipped, "skipped_steps": self.skipped_steps}
         record |= {name: count for name, count in counts.items() if count}
-        if self.data.test is not None and self._evaluation_is_due():
+        if not self.data.why_not_scored and self._evaluation_is_due():
             record["knn_top1"] = self._knn()
         log.record(record)
         self.averages.clear()
         self.health_averages.clear()
         self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0
+
+    def readable(self) -> tuple[ImageData, list[str]]:
+        """The data without the training images that could not be decoded so far on any rank, and their paths."""
+        positions = self.loader.unreadable
+        if self.world > 1:
+            found: list[Any] = [None] * self.world
+            dist.all_gather_object(found, positions)
+            positions = set().union(*found)
+        split = self.data.train
+        if not positions or not isinstance(split, FolderSplit):
+            return self.data, []
+        kept = [position for position in range(len(split)) if position not in positions]
+        return dataclasses.replace(self.data, train=take(split, kept)), [split.paths[i] for i in sorted(positions)]
 
     def _evaluation_is_due(self) -> bool:
         if self.step == self.total:
@@ -214,8 +228,9 @@ class Trainer:
         if self.world > 1:  # BatchNorm statistics differ between ranks in training; rank 0's are used
             for buffer in self.model.encoder_q.buffers():
                 dist.broadcast(buffer, 0)
-        rows = split_features(self.data, self.options, self.model.encoder_q, "trained")
-        return knn_score(self.data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
+        data, _ = self.readable()
+        rows = split_features(data, self.options, self.model.encoder_q, "trained")
+        return knn_score(data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
 
     def _save(self, last: bool) -> None:
         """Write a checkpoint, on rank 0. A failed write, as on a full disk, is an error only for the last one."""

@@ -1,0 +1,172 @@
+"""Finding images: folders with and without classes, lists, several sources."""
+
+import csv
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from moco_ext import data as mdata
+
+
+def images(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 5)).save(path)
+    return root
+
+
+def names_of(split, root):
+    return [os.path.relpath(path, root) for path in split.paths]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.png", "b.JPG", "c.webp"],  # flat
+        ["2021/05/a.png", "2021/06/b.png"],  # nested, one folder at the top
+        ["a.png", "cats/b.png", "dogs/c.png"],  # some beside the folders
+        ["émile/ü n.png", "émile/b.tif"],
+    ],
+)
+def test_without_classes(tmp_path, names):
+    data = mdata.load(str(images(tmp_path, *names)))
+    assert sorted(names_of(data.train, tmp_path)) == sorted(names)
+    assert data.classes == ()
+    assert data.test is None
+    assert data.train.labels.tolist() == [-1] * len(names)
+    assert len(next(mdata.eval_batches(data, data.train))[0]) == len(names)
+    with pytest.raises(ValueError, match=r"data: expected labeled training and test images, but .* has no val/ folder"):
+        assert data.splits
+
+
+def test_class_folders_are_in_the_order_of_imagefolder(tmp_path):
+    images(tmp_path, "a/x.png", "a/z/y.png", "a-b/x.png", "b/1.png", "b/0/9.png", "a/b.png")
+    data, theirs = mdata.load(str(tmp_path)), ImageFolder(str(tmp_path))
+    assert list(zip(data.train.paths, data.train.labels.tolist(), strict=True)) == theirs.samples
+    assert list(data.classes) == theirs.classes
+
+
+def test_empty_folders_and_other_files_are_no_classes(tmp_path):
+    images(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme.txt").touch()
+    (tmp_path / "list.csv").touch()
+    assert mdata.load(str(tmp_path)).classes == ("a", "b")
+
+
+def test_several_sources(tmp_path):
+    one, two = images(tmp_path / "one", "1.png", "2.png"), images(tmp_path / "two", "a/3.png", "b/4.png")
+    data = mdata.load(f"{one}{os.pathsep}{two}")
+    assert names_of(data.train, tmp_path) == ["one/1.png", "one/2.png", "two/a/3.png", "two/b/4.png"]
+    assert data.classes == ()
+    again = images(tmp_path / "three", "c/5.png", "a/6.png")
+    data = mdata.load(f"{two}{os.pathsep}{again}")
+    assert data.classes == ("a", "b", "c")
+    assert data.train.labels.tolist() == [0, 1, 0, 2]
+
+
+def test_a_text_list_of_files_and_folders(tmp_path):
+    images(tmp_path, "a/1.png", "a/2.png", "3.png")
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{tmp_path}/3.png\n\na\n")
+    assert names_of(mdata.load(str(listed)).train, tmp_path) == ["3.png", "a/1.png", "a/2.png"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_table(tmp_path, suffix, labeled):
+    images(tmp_path, "x/1, one.png", "2.png", "3.png")
+    rows = {"id": [7, 8, 9], "Path": ["x/1, one.png", "2.png", "3.png"], "label": ["dog", "cat", "dog"]}
+    if not labeled:
+        del rows["label"]
+    table = tmp_path / f"list{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow.parquet") and pytest.importorskip("pyarrow")
+        pyarrow.parquet.write_table(pyarrow.table(rows), table)
+    else:
+        with table.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writerows([list(rows), *zip(*rows.values(), strict=True)])
+    data = mdata.load(str(table))
+    assert names_of(data.train, tmp_path) == rows["Path"]
+    assert data.classes == (("cat", "dog") if labeled else ())
+    assert data.train.labels.tolist() == ([1, 0, 1] if labeled else [-1] * 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("", "expected a column of paths"),
+        ("name,label\n1.png,a\n", "named path or file or .*, got label, name"),
+        ("path\n", "expected image files in .*list.csv, got none"),
+        (b"path\n\xff\xfe", "expected a list of image files in .*list.csv, got 'utf-8' codec"),
+    ],
+)
+def test_a_table_that_cannot_be_used(tmp_path, content, error):
+    table = tmp_path / "list.csv"
+    table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"data: .*{error}"):
+        mdata.load(str(table))
+
+
+@pytest.mark.parametrize("labeled", [True, False])
+def test_val_fraction(tmp_path, labeled):
+    names = [f"{'ab'[i % 2] + '/' if labeled else ''}{i}.png" for i in range(20)]
+    data = mdata.load(str(images(tmp_path, *names)), val_fraction=0.2)
+    assert (len(data.train), len(data.test)) == (16, 4)
+    assert set(data.train.paths).isdisjoint(data.test.paths)
+    if labeled:
+        assert data.test.labels.bincount().tolist() == [2, 2]
+    assert mdata.load(str(tmp_path), val_fraction=0.2).test.paths == data.test.paths
+
+
+def test_labels_need_classes_on_both_sides(tmp_path):
+    images(tmp_path, "train/a/1.png", "train/b/2.png", "val/3.png")
+    data = mdata.load(str(tmp_path))
+    assert data.classes == ()
+    assert data.train.labels.tolist() == [-1, -1]
+    assert names_of(data.test, tmp_path) == ["val/3.png"]
+    assert data.why_not_scored == f"{tmp_path} has no labels"
+
+
+def test_image_size(tmp_path):
+    data = mdata.load(str(images(tmp_path, "1.png", "2.png")), image_size=8)
+    assert next(mdata.eval_batches(data, data.train))[0].shape == (2, 3, 8, 8)
+    digits = mdata.load("digits", image_size=16)
+    assert next(mdata.eval_batches(digits, digits.train, 5))[0].shape == (5, 3, 16, 16)
+
+
+def test_no_images(tmp_path):
+    with pytest.raises(ValueError, match=f"data: expected images in {tmp_path}, got none$"):
+        mdata.load(str(tmp_path))
+
+
+def test_label_free_scores_are_those_of_their_definitions(tmp_path):
+    import dataclasses
+
+    from moco_ext.evaluate import label_free_scores
+
+    digits = mdata.load("digits")
+    some = dataclasses.replace(digits, train=mdata.TensorSplit(digits.train.images[:40], digits.train.labels[:40]))
+    some = dataclasses.replace(some, test=None)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 12))
+    encoder.fc = torch.nn.Identity()
+    identity = mdata.Augmentation(8, scale=(1, 1), ratio=(1, 1), jitter_p=0, gray_p=0, flip_p=0)
+    scores = label_free_scores(encoder, some, identity)
+    assert scores["contrast_top1"] == 100  # both views are the image
+    assert scores["alignment"] == pytest.approx(0, abs=1e-4)
+    rows = encoder(next(mdata.eval_batches(some, some.train))[0]).double().detach()
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    pairs = [(unit[i] - unit[j]).square().sum() for i in range(40) for j in range(i)]
+    assert scores["uniformity"] == pytest.approx(torch.stack(pairs).mul(-2).exp().mean().log().item(), abs=2e-3)
+    singular = torch.linalg.svdvals(rows)
+    p = singular / singular.sum()
+    assert scores["rankme"] == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-3)
