@@ -292,14 +292,14 @@ def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
         )
     if test is not None and not test.names:
         classes = ()
-    parts = [None if part is None else _folder_split(part, classes) for part in (train, test)]
-    assert parts[0] is not None
-    if test is None and val_fraction > 0:
-        kept, held_out = stratified_split(parts[0].labels, val_fraction, at_least=1)
-        parts = [
-            FolderSplit([train.paths[i] for i in rows.tolist()], parts[0].labels[rows]) for rows in (kept, held_out)
-        ]
-    return ImageData(name, classes, 224, _IMAGENET_MEAN, _IMAGENET_STD, True, *parts)
+    images = _folder_split(train, classes)
+    held_out = None if test is None else _folder_split(test, classes)
+    if held_out is None and val_fraction > 0:
+        images, held_out = (
+            FolderSplit([images.paths[i] for i in rows.tolist()], images.labels[rows])
+            for rows in stratified_split(images.labels, val_fraction, at_least=1)
+        )
+    return ImageData(name, classes, 224, _IMAGENET_MEAN, _IMAGENET_STD, True, images, held_out)
 
 
 def _folder_split(files: ImageFiles, classes: tuple[str, ...]) -> FolderSplit:

@@ -410,8 +410,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
           sm90::products_wait<1>();
           sm90::pin(s);
           const bool grew = take_softmax(tile + 1);
-          // Without a branch here, the compiler would move the exponentials behind the wait for the outputs. Two streams
-          // may lack the stages to hold this tile until the tile after next has arrived.
+          // Without a branch here, the compiler would move the exponentials behind the wait for the outputs. Two
+          // streams may lack the stages to hold this tile until the tile after next has arrived.
           if (streams == 1 && tile + 2 < tiles) wait_for(tile + 2);
           wait_for_outputs();
           release(tile);
