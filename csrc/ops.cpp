@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(moco_ext, m) {
   // losses [N] are the rows'. grad_* are the gradient of loss (of loss[n], one row each, without a reduction); empty
   // where not asked for. grad_temperature is [], [N] without a reduction. A temperature tensor overrides the number, as
   // one of num_valid does (the keys of the queue that count; None: all). terms: bfloat16 terms that float32 rows are
-  // split into for the products on CUDA, 3 (float32 accuracy), 2 (at least tf32's and float16's) or 1. in_batch: the
+  // split into for the products on CUDA, 3 (float32 accuracy), 2 (scores of 16 bits) or 1 (bfloat16). in_batch: the
   // rows of key [M, C] are each other's negatives, and key key_offset + n is the positive of query n. query_ids [N],
   // [M] if in_batch, and queue_ids [K]: keys of equal ids are masked out, or positives.
   m.def(

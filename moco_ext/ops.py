@@ -191,10 +191,11 @@ def info_nce(
         ``torch.nn.functional.cross_entropy``.
 
     Precision: accumulation is float32. On CUDA, a bfloat16 or float16 queue is multiplied in its own dtype. A float32
-    queue is multiplied with float32 accuracy; with at least tf32's if ``torch.backends.cuda.matmul.allow_tf32`` is set;
-    and under autocast in bfloat16, or with at least float16's accuracy, as the matrix products of the published
-    formulation are. The loss and the gradients remain float32. On a CPU the products are float32, also under autocast,
-    where 16 bits would not be faster.
+    queue is multiplied with float32 accuracy by default, and in bfloat16 under bfloat16 autocast, as the matrix
+    products of the published formulation are. In between, if ``torch.backends.cuda.matmul.allow_tf32`` is set or under
+    float16 autocast, the scores keep 16 bits (tf32 and float16: 11), and the gradient's sum of keys has bfloat16
+    operands (relative error of the gradient up to 4e-4). On a CPU the products are float32, also under autocast, where
+    16 bits would not be faster.
 
     Reproducibility: on a CPU, equal inputs and an equal number of threads give equal bits. The keys are divided among
     the threads, so another number of threads changes the order of summation, and with it the last bits.
