@@ -25,7 +25,7 @@ struct InfoNceOptions {
   const float* temperature_ptr;  // [1] on the device, or null
   float eps;                     // floor of a row's norm
   bool normalize;                // false: query and key rows are taken as they are, logits are unbounded
-  int terms;  // of the products with float32 keys: 3 for float32 accuracy, 2 for scores of at least tf32's, 1 for bfloat16
+  int terms;  // of float32 rows in the products: 3 (float32 accuracy), 2 (scores of 16 bits), 1 (bfloat16)
 };
 
 // What goes beyond one positive a row against a queue of negatives. By default nothing does.
