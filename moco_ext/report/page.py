@@ -82,7 +82,8 @@ def _lead(run: ReportedRun, galleries: Sequence[Gallery]) -> str:
     parts = [run.config["arch"]]
     if galleries:
         data = galleries[0].data
-        parts.append(f"{len(data.train):,} training images, {len(data.test or ()):,} test images")
+        test = f", {len(data.test):,} test images" if data.test else ""
+        parts.append(f"{len(data.train):,} training images{test}")
     parts.append(f"{_progress(run)} in {_duration(run.records[-1]['seconds'])}")
     return " · ".join([*parts, _mechanism(run.config)])
 
