@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
 
