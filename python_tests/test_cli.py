@@ -40,6 +40,7 @@ def test_pretrain_trains_evaluates_and_reports(finished):
     assert (config["epochs"], config["moco_k"], config["cos"], config["arch"]) == (2, 100, False, "resnet8-small")
 
 
+@pytest.mark.slow
 def test_resume_adds_epochs(finished, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("moco_ext.experiments.pretrain.top1", lambda *features: {})  # tested elsewhere
     monkeypatch.setattr("moco_ext.experiments.pretrain.write_report", lambda *content: None)

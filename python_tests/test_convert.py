@@ -353,6 +353,7 @@ def test_the_command(tmp_path, capsys):
     assert not other.exists()
 
 
+@pytest.mark.slow
 def test_any_format_can_be_evaluated(tmp_path):
     from moco_ext.checkpoints.pretrained import load_pretrained
 

@@ -107,6 +107,7 @@ def test_temporary_files_of_a_killed_run_are_removed(tmp_path):
         assert sorted(listing(tmp_path)) == sorted(others)
 
 
+@pytest.mark.slow
 def test_every_rank_learns_of_the_refusal(tmp_path):
     program = tmp_path / "two.py"
     program.write_text(
