@@ -21,14 +21,15 @@ from ..evaluate.scores import Rows, representations, split_features, top1
 from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
+from ..train.mechanisms import MECHANISMS, has_setting, own_momentum
 from ..train.model import build_model
 from ..train.trainer import pretrain
 
-# The axes that apply to each mechanism: others would only repeat a run.
+_AXES = ("moco_m", "moco_k", "moco_t", "shuffle_bn", "key_encoder")
+# The axes that apply to each mechanism: others would only repeat a run, or mean something else.
 AXES = {
-    "queue": ("dictionary", "moco_m", "moco_k", "moco_t", "shuffle_bn", "key_encoder"),
-    "end-to-end": ("dictionary", "moco_t", "shuffle_bn", "key_encoder"),
-    "memory-bank": ("dictionary", "moco_k", "moco_t"),
+    name: ("dictionary", *(axis for axis in _AXES if has_setting(name, axis) and axis not in own_momentum(name)))
+    for name in MECHANISMS
 }
 Setting = dict[str, Any]  # axis -> value, where a run differs from the base
 
@@ -174,8 +175,7 @@ def _configure(base: PretrainConfig, setting: Setting, groups: int) -> PretrainC
         default: Setting = {"queue_dtype": None}
         if base == dataclasses.replace(base, **default):  # it depends on the mechanism
             changes |= default
-        if changes["dictionary"] == "memory-bank":
-            changes["moco_m"] = 0.5  # of the features, as in the paper's comparison
+        changes |= own_momentum(changes["dictionary"])
     return dataclasses.replace(base, **changes)
 
 

@@ -16,7 +16,7 @@ from ..data import ImageData
 from ..evaluate.scores import LABELS
 from ..runs.files import write_atomically
 from ..train.config import PretrainConfig
-from ..train.model import mechanism_has
+from ..train.mechanisms import has_setting
 from .gallery import feature_map, neighbors
 from .plots import RUN_COLORS, Axes, Line, curves
 from .read import Gallery, ReportedRun
@@ -100,7 +100,7 @@ def _mechanism(config: dict[str, Any]) -> str:
 def _chance_losses(runs: Sequence[ReportedRun]) -> dict[str, float]:
     """log(K + 1) of each K, by label; the end-to-end mechanism has no K."""
     configs = (run.config for run in runs)
-    sizes = {config["moco_k"] for config in configs if mechanism_has(config.get("dictionary", "queue"), "K")}
+    sizes = {config["moco_k"] for config in configs if has_setting(config.get("dictionary", "queue"), "moco_k")}
     return {f"chance loss: log(K + 1) = {math.log(K + 1):.2f}": math.log(K + 1) for K in sorted(sizes)}
 
 

@@ -22,6 +22,7 @@ from ..runs.settings import (
     settings,
 )
 from ..shuffle_bn import MODES
+from .mechanisms import MECHANISMS, has_setting, has_two_views, own_momentum
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPTIMIZATION, _CONTRAST, _VIEWS = "optimization", "momentum contrast", "views"
@@ -127,9 +128,7 @@ class PretrainConfig:
         "constant", valid=one_of("constant", "cosine"), help="cosine: m rises to 1", group=_CONTRAST
     )
     mlp: bool = setting(False, help="MoCo v2's projection head", group=_CONTRAST)
-    dictionary: str = setting(
-        "queue", valid=one_of("queue", "end-to-end", "memory-bank"), help="mechanism", group=_CONTRAST
-    )
+    dictionary: str = setting("queue", valid=one_of(*MECHANISMS), help="mechanism", group=_CONTRAST)
     key_encoder: str | None = setting(
         None,
         metavar="KIND",
@@ -195,21 +194,23 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         if self.queue_dtype is None:  # what runs save and compare is the dtype itself
-            object.__setattr__(self, "queue_dtype", self.precision if self.dictionary == "queue" else "fp32")
-        if self.symmetric and self.dictionary == "memory-bank":
-            raise ValueError("symmetric: expected a mechanism with two views, got dictionary memory-bank")
+            object.__setattr__(
+                self, "queue_dtype", self.precision if has_setting(self.dictionary, "queue_dtype") else "fp32"
+            )
+        if self.symmetric and not has_two_views(self.dictionary):
+            raise ValueError(f"symmetric: expected a mechanism with two views, got dictionary {self.dictionary}")
         if self.symmetric and self.shuffle_bn == "loader":
             raise ValueError(
                 "symmetric: expected both views on the same rank, got shuffle_bn loader, which sends keys elsewhere"
             )
         for name, declared in settings(PretrainConfig).items():
             value = getattr(self, name)
-            if declared.group == _QUEUE and self.dictionary != "queue" and value != declared.default:
+            if (name != "key_encoder" and declared.group != _QUEUE) or has_setting(self.dictionary, name):
+                continue
+            if value != declared.default:
                 raise ValueError(
                     f"{name}: expected {declared.default!r} with dictionary {self.dictionary}, got {value!r}"
                 )
-        if self.key_encoder and self.dictionary == "memory-bank":
-            raise ValueError("key_encoder: expected none with dictionary memory-bank, whose keys are stored features")
 
     def augmentation(self, data: ImageData) -> Augmentation:
         """Views of MoCo v1 or, with ``aug_plus``, of v2, at the size of the data; flipped only if ``data.flip``."""
@@ -289,6 +290,6 @@ def resolve_config(data: str, explicit: dict[str, Any], recipe: str | None = Non
     preset = _PRESETS.get(data, {})
     if recipe is not None:
         preset = {name: preset[name] for name in ("arch", "crop_min") if name in preset} | RECIPES[recipe]
-    if explicit.get("dictionary") == "memory-bank" and "moco_m" not in explicit:
-        preset = preset | {"moco_m": 0.5}  # momentum of the features, as in the paper's comparison
+    if explicit.get("dictionary") in MECHANISMS:
+        preset = preset | own_momentum(explicit["dictionary"])
     return PretrainConfig(**({"data": data} | preset | explicit))
