@@ -1,5 +1,6 @@
 """Signals: a run saves before it ends, and a group with a stopped rank ends."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -101,6 +102,19 @@ def test_ctrl_c_is_one_line(tmp_path):
     _, err = run.communicate(timeout=60)
     assert run.returncode == 130
     assert err == "moco-ext: interrupted\n"
+
+
+def test_an_interrupt_that_a_library_clears_is_raised_again():
+    from moco_ext.train.preemption import Preemption
+
+    before = signal.getsignal(signal.SIGINT)
+    with Preemption() as preemption:
+        assert not preemption.agreed(True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            preemption.agreed(True)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 STOPPED = """

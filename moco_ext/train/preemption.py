@@ -1,4 +1,4 @@
-"""SIGTERM: finish the current step, save, stop."""
+"""SIGTERM: finish the current step, save, stop. SIGINT: stop."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ class Preemption:
 
     In a process group the step may never finish, if a collective waits for a rank that is stopped. A process that makes
     no progress for :attr:`GRACE` seconds after SIGTERM therefore ends without saving, with status 143.
+
+    SIGINT raises KeyboardInterrupt as usual, and once more after the step: libraries clear exceptions that are raised
+    while they look up an attribute, and the first one may be lost there.
     """
 
     name = "SIGTERM"
@@ -28,6 +31,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._received = False
+        self._interrupted = False
         self._steps = 0
 
     def __enter__(self) -> Preemption:
@@ -36,6 +40,8 @@ class Preemption:
             return self
         before = signal.signal(signal.SIGTERM, self._note)
         self._undo.callback(signal.signal, signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
         if distributed.world_size() > 1:
             self._watch()
         return self
@@ -45,6 +51,8 @@ class Preemption:
 
     def agreed(self, ask: bool) -> bool:
         """Whether to stop after this step. Several ranks agree on it, at steps where all of them ``ask``."""
+        if self._interrupted:
+            raise KeyboardInterrupt
         self._steps += 1
         if distributed.world_size() == 1:
             return self._received
@@ -55,6 +63,10 @@ class Preemption:
 
     def _note(self, *_: Any) -> None:
         self._received = True
+
+    def _interrupt(self, *_: Any) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def _watch(self) -> None:
         """Start a thread that learns of signals through a pipe: while a collective waits, no Python handler runs."""
