@@ -107,6 +107,9 @@ def test_a_table(tmp_path, suffix, labeled):
         ("", "expected a column of paths"),
         ("name,label\n1.png,a\n", "named path or file or .*, got label, name"),
         ("path\n", "expected image files in .*list.csv, got none"),
+        ("path,label\n1.png,a\n2.png,\n", "expected a path and a class in row 2"),
+        ("path,label\n1.png,a\n,b\n", "expected a path and a class in row 2"),
+        ("id,path\n1\n", "expected a path in row 1"),
         (b"path\n\xff\xfe", "expected a list of image files in .*list.csv, got 'utf-8' codec"),
     ],
 )
@@ -142,6 +145,26 @@ def test_image_size(tmp_path):
     assert next(mdata.eval_batches(data, data.train))[0].shape == (2, 3, 8, 8)
     digits = mdata.load("digits", image_size=16)
     assert next(mdata.eval_batches(digits, digits.train, 5))[0].shape == (5, 3, 16, 16)
+
+
+def test_a_class_that_only_training_images_have_is_an_error(tmp_path):
+    images(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png")
+    with pytest.raises(ValueError, match=r"expected the same class folders in .*got b in only one of them"):
+        mdata.load(str(tmp_path))
+
+
+def test_a_folder_with_the_name_of_a_list(tmp_path):
+    images(tmp_path / "photos.csv", "1.png", "2.png")
+    assert len(mdata.load(str(tmp_path / "photos.csv")).train) == 2
+    with pytest.raises(ValueError, match=r"expected a folder of images or a list \(.txt, .*got .*1.png"):
+        mdata.load(str(tmp_path / "photos.csv" / "1.png"))
+
+
+@pytest.mark.parametrize(("option", "value"), [("val_fraction", 0.01), ("val_fraction", 1.0), ("image_size", 0)])
+def test_options_out_of_range(tmp_path, option, value):
+    images(tmp_path, "1.png", "2.png")
+    with pytest.raises(ValueError, match=f"{option}: expected"):
+        mdata.load(str(tmp_path), **{option: value})
 
 
 def test_no_images(tmp_path):

@@ -41,7 +41,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = _config(args)
-    output = Path(args.output or f"runs/{Path(config.data.split(os.pathsep)[0]).stem}")
+    output = Path(args.output or f"runs/{Path(args.dir[0] if args.dir else config.data).name}")
     start = getattr(args, "start_epoch", 0)
     if not config.steps and start >= config.epochs:
         raise ValueError(f"start_epoch: expected less than the {config.epochs} epochs, got {start}")

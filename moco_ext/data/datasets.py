@@ -110,6 +110,8 @@ def load(
     Raises:
         ValueError: an unknown name, no images, or a list that cannot be read.
     """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size: expected a number of pixels of at least 1, got {image_size}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction: expected a share of the images in [0, 1), got {val_fraction}")
     data = _load(name, Path(data_root), val_fraction)
@@ -290,15 +292,19 @@ def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
             f"data: expected the same class folders in {root} and {sources[0] / 'val'}, got "
             f"{few(set(classes) ^ set(test.names))} in only one of them"
         )
-    if test is not None and not test.names:
+    if len(classes) < 2 or (test is not None and not test.names):  # one class says nothing
         classes = ()
     images = _folder_split(train, classes)
     held_out = None if test is None else _folder_split(test, classes)
     if held_out is None and val_fraction > 0:
         images, held_out = (
             FolderSplit([images.paths[i] for i in rows.tolist()], images.labels[rows])
-            for rows in stratified_split(images.labels, val_fraction, at_least=1)
+            for rows in stratified_split(images.labels, val_fraction)
         )
+        if not len(held_out):
+            raise ValueError(
+                f"val_fraction: expected a share that holds out an image of {len(images):,}, got {val_fraction}"
+            )
     return ImageData(name, classes, 224, _IMAGENET_MEAN, _IMAGENET_STD, True, images, held_out)
 
 

@@ -30,7 +30,7 @@ def find_images(sources: Sequence[Path]) -> ImageFiles:
     Raises:
         ValueError: a source does not exist, holds no image, or is a list that cannot be read.
     """
-    found = [_of_list(source) if source.suffix.lower() in LISTS else _of_folder(source) for source in sources]
+    found = [_of_folder(source) if source.is_dir() else _of_list(source) for source in sources]
     paths = [path for files in found for path in files.paths]
     if any(files.classes is None for files in found):
         return ImageFiles(paths, None)
@@ -38,17 +38,14 @@ def find_images(sources: Sequence[Path]) -> ImageFiles:
 
 
 def _of_folder(root: Path) -> ImageFiles:
-    """In the order of torchvision's ``ImageFolder``. Classes are the folders in ``root``, if all images are in two or
-    more of them."""
-    if not root.is_dir():
-        raise ValueError(f"data: expected a folder of images, got {root}, which is none")
+    """In the order of torchvision's ``ImageFolder``. Classes are the folders in ``root``, if all images are in them."""
     loose, folders = _scan(str(root))
     files = {folder: _below(Path(root, folder)) for folder in sorted(folders)}
     files = {folder: found for folder, found in files.items() if found}
     paths = [path for found in files.values() for path in found]
     if not (loose or paths):
         raise ValueError(f"data: expected images in {root}, got none")
-    if loose or len(files) == 1:
+    if loose:
         return ImageFiles([os.path.join(root, name) for name in loose] + paths, None)
     return ImageFiles(paths, [folder for folder, found in files.items() for _ in found])
 
@@ -95,29 +92,31 @@ def _of_list(path: Path) -> ImageFiles:
 
     Relative paths are relative to the list. A path may be a folder: its images take its place.
     """
-    if not path.is_file():
-        raise ValueError(f"data: expected a list of image files, got {path}, which is none")
+    if not path.is_file() or path.suffix.lower() not in LISTS:
+        raise ValueError(f"data: expected a folder of images or a list ({', '.join(LISTS)}), got {path}")
     try:
         rows, names = _read_list(path)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"data: expected a list of image files in {path}, got {error}") from None
     paths: list[str] = []
     classes: list[str] = []
-    for row, name in zip(rows, names or [""] * len(rows), strict=True):
+    for number, (row, name) in enumerate(zip(rows, names or [""] * len(rows), strict=True), 1):
+        if not row or (names and not name):
+            raise ValueError(f"data: expected a path{' and a class' if names else ''} in row {number} of {path}")
         item = path.parent / row
         found = find_images([item]).paths if item.is_dir() else [str(item)]
         paths += found
         classes += [name] * len(found)
     if not paths:
         raise ValueError(f"data: expected image files in {path}, got none")
-    return ImageFiles(paths, classes if names and all(classes) else None)
+    return ImageFiles(paths, classes if names else None)
 
 
 def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
     """The paths in a list, and its classes if it has them."""
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
         return [line.strip() for line in lines if line.strip()], None
     if suffix == ".parquet":
         try:
@@ -128,12 +127,16 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
         place, label = _columns(path, names)
         columns = [place] if label is None else [place, label]
         table = parquet.read_table(path, columns=columns).to_pydict()
-        return table[place], None if label is None else [str(value) for value in table[label]]
+        return table[place], None if label is None else [_text(value) for value in table[label]]
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
         place, label = _columns(path, table.fieldnames or [])
         rows = list(table)
-    return [row[place] for row in rows], None if label is None else [row[label] or "" for row in rows]
+    return [row[place] for row in rows], None if label is None else [_text(row[label]) for row in rows]
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def _columns(path: Path, names: Sequence[str]) -> tuple[str, str | None]:
