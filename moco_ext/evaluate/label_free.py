@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..data import Augmentation, ImageData, TrainLoader
+from ..data import Augmentation, ImageData, Split, TrainLoader
 from ..encoders import backbone, restored_modes
 from .features import take, to_device
 
@@ -23,6 +23,11 @@ def effective_rank(gram: Tensor) -> float:
     return torch.special.entr(singular / singular.sum()).sum().exp().item()
 
 
+def scored_split(data: ImageData) -> Split:
+    """The test split if it has two images to tell apart, else the training split."""
+    return data.test if data.test is not None and len(data.test) > 1 else data.train
+
+
 @torch.no_grad()
 def label_free_scores(
     encoder: nn.Module,
@@ -32,8 +37,7 @@ def label_free_scores(
     device: torch.device | str = "cpu",
     workers: int = 0,
 ) -> dict[str, float]:
-    """Scores of the pooled features of two views of up to 2,048 images: of the test split if there is one, else of the
-    training split.
+    """Scores of the pooled features of two views of up to 2,048 images of :func:`scored_split`.
 
     - ``contrast_top1``: share of images, in percent, whose other view is nearest among all other views.
     - ``alignment``: mean squared distance of the unit features of two views; 0 is best.
@@ -43,7 +47,7 @@ def label_free_scores(
 
     The encoder runs in eval mode; the mode of every layer is restored. The views are the same in every call.
     """
-    split = data.test or data.train
+    split = scored_split(data)
     rows = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).long().unique().tolist()
     sample = dataclasses.replace(data, train=take(split, rows), test=None)
     loader = TrainLoader(sample, augmentation, min(64, len(rows)), workers=workers, device=device)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .. import distributed
 from ..data import ImageData
-from ..evaluate.label_free import SAMPLE, label_free_scores
+from ..evaluate.label_free import SAMPLE, label_free_scores, scored_split
 from ..evaluate.scores import LABELS, Features, all_features, top1
 from ..mechanism import Mechanism
 from ..report import write_report
@@ -102,8 +102,8 @@ def _label_free(
         )
         for name, encoder in encoders.items()
     }
-    split = data.test or data.train
-    return scores | {"images": min(SAMPLE, len(split)), "split": "training" if data.test is None else "held-out"}
+    split = scored_split(data)
+    return scores | {"images": min(SAMPLE, len(split)), "split": "training" if split is data.train else "held-out"}
 
 
 def _label_free_table(summary: dict[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
 from ..train.model import build_model
 
+_ENCODED = 200_000  # images without labeled test images; encoding more, only for pictures, takes too long
 GALLERY_RUNS = 3  # per data set, whose neighbors and maps fit side by side
 _EVALUATIONS = ("knn", "linear", "finetune")
 
@@ -100,6 +101,8 @@ def galleries(
     for name in dict.fromkeys(run.config["data"] for run in runs):
         first = next(run.config for run in runs if run.config["data"] == name)
         data = load(name, data_root, val_fraction=first.get("val_fraction", 0.0), image_size=first.get("image_size"))
+        if data.why_not_scored and len(data.train) > _ENCODED:
+            continue
         members = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.config["data"] == name]
         encoders = {run.name: load_pretrained(folder)[0] for run, folder in members[:GALLERY_RUNS]}
         if len(runs) == 1:
