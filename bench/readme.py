@@ -7,11 +7,9 @@ python bench/readme.py --record NAME RUN   saves a run's summary, made on this c
 
 import argparse
 import json
-import platform
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -40,19 +38,10 @@ RUNS = {"demo": "digits", "fashion": "fashion-mnist"}  # marker in README.md -> 
 
 
 def record(name: str, run: Path) -> None:
-    import torch
-
-    summary = json.loads((run / "summary.json").read_text())
-    summary["machine"] = f"{_processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    summary["commit"] = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    summary, made = (json.loads((run / f"{part}.json").read_text()) for part in ("summary", "environment"))
+    summary["machine"] = f"{made['device']}, {made['threads']} threads, torch {made['torch']}"
+    summary["commit"] = made["commit"]
     (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-
-def _processor() -> str:
-    names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return names[0].strip() if names else platform.processor()
 
 
 def run_section(summary: dict) -> str:

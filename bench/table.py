@@ -11,7 +11,7 @@ HEAD = "| | ms | 10 to 90 % | time / ours | GFLOP | MB | over limit | extra MB |
 def heading(report: dict) -> str:
     """The machine, the versions and the commit that a report is of."""
     machine, commit = report["machine_info"], report["commit_info"]
-    name = machine["gpu"] or machine["cpu"].get("brand_raw", machine["machine"])
+    name = machine["gpu"] or f"{machine['cpu'].get('brand_raw', machine['machine'])} ({machine['cpu_capability']})"
     commit = f"{commit['id'][:10]}{'+' if commit['dirty'] else ''}"
     threads = f"{machine['threads']} CPU threads"
     return f"{name}, {threads}, torch {machine['torch']}, commit {commit}, {report['datetime'][:10]}"

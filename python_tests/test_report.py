@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from moco_ext.data import FolderSplit, ImageData
 from moco_ext.evaluate import encoder_features
 from moco_ext.report import Gallery, ReportedRun, compose, galleries, read_run, write_report
 from moco_ext.report import gallery as pictures
+from moco_ext.runs.environment import environment
 from moco_ext.train import build_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +145,75 @@ def test_every_color_is_defined_for_many_runs():
     assert set(re.findall(r"var\((--\w+)\)", page)) <= set(re.findall(r"(--\w+):", page))
 
 
+# --- the answers at the top ---------------------------------------------------------------------------------
+
+
+def answers(page):
+    """[(class, verdict, reason)] of the two questions."""
+    return re.findall(r'<b class="(\w+)">([\w ]+)</b><p>(.*?)</p>', page)
+
+
+def scored(untrained, trained, images=1000):
+    names = ("untrained", "trained")
+    return SUMMARY | {
+        "knn_top1": dict(zip(names, (untrained, trained), strict=True)),
+        "linear_top1": dict.fromkeys(names, 90.0),
+        "test_images": images,
+    }
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize(
+    ("summary", "verdict"),
+    [
+        (scored(91.0, 97.6), "Yes"),
+        (scored(97.6, 91.0), "No"),
+        (scored(91.0, 92.0), "Unclear"),  # the standard error of the difference is 1.25
+        (scored(91.0, 92.0, images=100_000), "Yes"),
+        (scored(90.0, 90.0), "Unclear"),
+        (scored(91.0, 97.6) | {"linear_top1": {"untrained": 95.0, "trained": 80.0}}, "Unclear"),  # one rose, one fell
+        ({"data": "d", "seconds": 1.0}, "Not measured"),
+    ],
+)
+def test_did_it_learn(summary, verdict):
+    (_, found, reason), _ = answers(compose([reported(summary=summary)], []))
+    assert found == verdict
+    if "knn_top1" in summary:
+        assert f"kNN {summary['knn_top1']['trained']:.1f} %" in reason
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_did_it_learn_without_labels():
+    scores = {name: {"contrast_top1": top1, "alignment": 0.5, "uniformity": -2.0, "rankme": 9.0}
+              for name, top1 in (("untrained", 40.0), ("trained", 85.0))}  # fmt: skip
+    summary = {"data": "photos", "seconds": 1.0, "label_free": scores | {"images": 300, "split": "held-out"}}
+    learned, _ = answers(compose([reported(summary=summary)], []))
+    assert learned == ("good", "Yes", "Contrast accuracy 85.0 % (untrained 40.0 %).")
+
+
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize(("spread", "rank", "verdict"), [(0.9, 30.0, "No"), (0.05, 30.0, "Yes"), (0.9, 1.4, "Yes")])
+def test_has_it_collapsed(spread, rank, verdict):
+    records = [record(1, feature_std=0.9, effective_rank=30.0), record(2, feature_std=spread, effective_rank=rank)]
+    runs = [reported("a", records=[*records, record(3)])]  # the last record has none
+    _, collapsed = answers(compose(runs, []))
+    assert collapsed[1] == verdict
+    table = compose([*runs, reported("b")], [])
+    assert f">{verdict}</b><small>Spread of the queries {spread:.2f}" in table
+    assert ">Not measured</b><small>The run has recorded no diagnostics." in table
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_the_command_and_the_versions(tmp_path):
+    folder = directory(tmp_path / "run")
+    assert "<h2>Command</h2>" not in compose([read_run(folder, "run")], [])
+    made = environment(torch.device("cpu")) | {"command": "moco-ext pretrain 'a b' --mlp", "commit": "c0ffee"}
+    (folder / "environment.json").write_text(json.dumps(made))
+    page = compose([read_run(folder, "run")], [])
+    assert "<pre>moco-ext pretrain &#39;a b&#39; --mlp</pre>" in page
+    assert f"(commit c0ffee{', with changes' if made['changed'] else ''}), torch {torch.__version__}" in page
+
+
 # --- scores -------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +233,7 @@ def test_scores_of_one_run():
 def test_scores_of_several_runs():
     better = SUMMARY | {"knn_top1": SUMMARY["knn_top1"] | {"trained": 99.0}}
     page = compose([reported("a"), reported("b", better)], [])
+    page = page[page.index("<h2>kNN and linear accuracy") :]
     assert cells(page, "raw pixels") == ["92.5", "93.2"]  # once: the runs agree
     assert cells(page, "a") == ["97.6", "98.8"]
     assert cells(page, "b") == ["99.0", "98.8"]
@@ -269,9 +342,10 @@ def test_empty_sections_say_so_or_are_absent():
     page = compose([run], [])
     assert "<h2>Training</h2>\n<p>No metrics are recorded yet.</p>" in page
     assert "<p>Not evaluated" in page
+    assert page.count(">Not measured</b>") == 2
     assert "<h2>Diagnostics" not in page
-    for element in ("figure", "table", "nav", "div"):
-        assert f"<{element}" not in page.replace("<div><dt>", "")
+    for element in ("figure", "table", "nav"):
+        assert f"<{element}" not in page
     other = ReportedRun("other", {"data": "mnist", "arch": "resnet10", "moco_k": 50}, [empty], {})
     assert "Common settings" not in compose([run, other], [])  # there are none
 
@@ -347,7 +421,7 @@ def test_switches_hide_every_run():
 @pytest.mark.usefixtures("no_curves")
 def test_pictures(with_pictures):
     page = compose([reported()], [with_pictures])
-    assert page.count("data:image/png;base64,") == 10 * (1 + 3 * 7)
+    assert page.count("data:image/png;base64,") == 10 * (1 + 3 * 7) + 1 + 5  # the last in the answers at the top
     assert {"pixels", "untrained", "trained"} <= charts(page).keys()
     # the percentage, by brute force
     (train, test), (train_split, test_split) = with_pictures.features["trained"], with_pictures.data.splits
@@ -371,7 +445,7 @@ def test_photographs(tmp_path, monkeypatch):
     data = ImageData(str(tmp_path), ("blue", "red"), 224, (0.5,) * 3, (0.2,) * 3, True, split, split)
     page = compose([reported(data=str(tmp_path))], [Gallery(data, {"raw pixels": (torch.eye(6), torch.eye(6))})])
     thumbnails = re.findall(r"data:image/jpeg;base64,([^\"]*)", page)
-    assert len(thumbnails) == 2 * (1 + 6)
+    assert len(thumbnails) == 2 * (1 + 6) + 1 + 5
     assert max(map(len, thumbnails)) < 8000  # no photograph is there in full
 
 
@@ -413,6 +487,61 @@ def test_features_of_one_run(tmp_path, few):
     untrained = build_model(tiny()).encoder_q
     estimate_batchnorm_(untrained, few, few.train)
     torch.testing.assert_close(gallery.features["untrained encoder"][1], encoder_features(untrained, few, few.test))
+
+
+# --- in a browser -------------------------------------------------------------------------------------------
+
+# Written to the document by the page itself: what is wider than the window, not drawn, or drawn in the paper's color.
+_MEASURE = """<script>addEventListener("load", () => {
+  const faults = [], root = document.documentElement;
+  if (root.scrollWidth > innerWidth) faults.push(`page ${root.scrollWidth} wide in ${innerWidth}`);
+  for (const image of document.images) if (!image.naturalWidth) faults.push("image not decoded");
+  for (const box of document.querySelectorAll("section, svg, figure, td b, h2")) {
+    const { width, height } = box.getBoundingClientRect();
+    if (width < 8 || height < 8) faults.push(`${box.tagName} of ${width} x ${height}`);
+  }
+  const paper = getComputedStyle(document.body).backgroundColor;
+  for (const text of document.querySelectorAll("h1, h2, p, b, th, svg text")) {
+    const style = getComputedStyle(text);
+    if ((text.closest("svg") ? style.fill : style.color) === paper) faults.push(`${text.tagName} is invisible`);
+  }
+  document.title = JSON.stringify({ faults, paper, width: innerWidth });
+})</script>"""
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
+def test_in_a_browser(tmp_path, with_pictures, runs, width, scheme):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs Chromium")
+    records = [record(e, feature_std=0.9, effective_rank=30.0, knn_top1=90.0 + e) for e in (1, 2, 3)]
+    page = compose([reported(f"run {i}" * 8, records=records) for i in range(runs)], [with_pictures])
+    frame = tmp_path / "frame.html"  # a headless window is at least 500 pixels wide; a frame is not
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{_MEASURE}</body>"))
+    frame.write_text(
+        f'<style>iframe {{ border: 0; color-scheme: {scheme} }}</style><iframe src="page.html" width="{width}" '
+        'height="900"></iframe><script>addEventListener("load", () => { document.body.textContent = '
+        "frames[0].document.title })</script>"
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    done = subprocess.run(
+        [browser, *flags, *dark, "--virtual-time-budget=5000", "--dump-dom", f"file://{frame}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    measured = json.loads(re.search(r"<body>(.*?)</body>", done.stdout, re.DOTALL)[1])
+    assert measured == {
+        "faults": [],
+        "paper": "rgb(251, 251, 250)" if scheme == "light" else "rgb(18, 22, 28)",
+        "width": width,
+    }
 
 
 # --- as it is called ----------------------------------------------------------------------------------------

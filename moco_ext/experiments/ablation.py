@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import platform
-import re
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__
 from ..data import ImageData, TensorSplit
 from ..evaluate.scores import Rows, representations, split_features, top1
+from ..runs.environment import environment
 from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
@@ -224,7 +221,7 @@ def _claim(folder: Path, config: PretrainConfig, images: int) -> None:
 def _train(run: AblationRun, data: ImageData, options: RunOptions) -> dict[str, Any]:
     config = run.config
     result: dict[str, Any] = {"name": run.name, "setting": run.setting, "seed": config.seed}
-    result |= {"made_with": _made_with(options.device)}
+    result |= {"made_with": environment(options.device)}
     model = build_model(config, len(data.train))
     # The last evaluation is done here, from the features that the linear classifier uses too.
     training_data = data if config.online_knn else dataclasses.replace(data, test=None)
@@ -249,7 +246,7 @@ def _evaluate_untrained(config: PretrainConfig, data: ImageData, options: RunOpt
     for key, rows in representations(data, options, untrained=untrained):
         if paths[key].is_file():
             continue
-        result = {"name": names[key], "status": "untrained", "made_with": _made_with(options.device)}
+        result = {"name": names[key], "status": "untrained", "made_with": environment(options.device)}
         paths[key].parent.mkdir(exist_ok=True)
         write_json(paths[key], result | _scores(data, config, rows))
 
@@ -270,29 +267,3 @@ def _curves(folder: Path) -> dict[str, list[float]]:
         curves["step"] = [point.step for point in points]
         curves[metric] = [round(point.value, 4) for point in points]
     return curves
-
-
-def _made_with(device: torch.device) -> dict[str, Any]:
-    """Device, versions and, in a git work tree, the commit."""
-    source = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.run(["git", *arguments], cwd=source, capture_output=True, text=True).stdout.strip()
-        except OSError:  # no git here
-            return ""
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-        name = found[1].strip() if found else platform.processor()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "moco_ext": __version__,
-        "commit": git("rev-parse", "--short=10", "HEAD") or None,
-        "changed": bool(git("status", "--porcelain", "--", ".")),
-    }

@@ -17,6 +17,7 @@ from ..evaluate.scores import LABELS, Features, all_features, top1
 from ..mechanism import Mechanism
 from ..report import write_report
 from ..runs.directory import claim
+from ..runs.environment import environment
 from ..runs.files import write_json
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
@@ -49,6 +50,7 @@ def _pretrain_and_evaluate(
     trainer = Trainer(config, data, options, model)
     if first:
         write_json(options.output / "config.json", dataclasses.asdict(config))
+        write_json(options.output / "environment.json", environment(options.device))
     records = trainer.train()
 
     summary: dict[str, Any] = {"data": config.data}
@@ -63,7 +65,7 @@ def _pretrain_and_evaluate(
         else:
             features = all_features(data, options, untrained=untrained, trained=model.encoder_q)
         if first and not reason:
-            summary |= top1(data, features, config.knn_k)
+            summary |= top1(data, features, config.knn_k) | {"test_images": len(data.splits[1])}
         elif first and data.why_not_scored:
             summary["label_free"] = _label_free(config, data, options, untrained=untrained, trained=model.encoder_q)
     if not first:

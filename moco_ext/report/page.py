@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ..data import ImageData
 from ..evaluate.scores import LABELS
-from ..runs.files import write_atomically
+from ..runs.files import read_json, write_atomically
 from ..train.config import PretrainConfig
 from ..train.mechanisms import has_setting
 from .gallery import feature_map, neighbors
 from .plots import RUN_COLORS, Axes, Line, curves
 from .read import Gallery, ReportedRun
+from .verdict import collapsed, learned
 
 _PROTOCOLS = ("knn", "linear")
 # Losses and contrast accuracies of runs that differ in one of these cannot be compared.
@@ -41,7 +42,9 @@ def write_report(
         summary: the content of ``summary.json``; without scores, the page has no evaluation.
         features: rows [N, D] of the training and the test split by representation; may be empty.
     """
-    run = ReportedRun(Path(path).parent.name, dataclasses.asdict(config), records, summary)
+    folder = Path(path).parent
+    made = read_json(folder / "environment.json")
+    run = ReportedRun(folder.name, dataclasses.asdict(config), records, summary, environment=made)
     shown = {LABELS.get(name, name): rows for name, rows in features.items()}
     page = compose([run], [Gallery(data, shown)] if features else [])
     write_atomically(path, lambda file: file.write(page.encode()))
@@ -60,10 +63,12 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
     sets = list(dict.fromkeys(run.config["data"] for run in runs))
     on = ", ".join(Path(name).name for name in sets)
     differing = _differing(runs)
+    shown = [{"data": g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries]
     return environment.get_template("report.html.j2").render(
         title=f"{len(runs)} runs on {on}" if several else f"MoCo on {on}",
         lead=_lead_of_several(differing) if several else _lead(runs[0], galleries),
         switches=[run.name for run in runs] if several else [],
+        answers=[(run.name, learned(run), collapsed(run)) for run in runs],
         run_colors=RUN_COLORS,
         results=[_results(runs, name) for name in sets],
         label_free=[(run.name, *_label_free(run)) for run in runs if run.summary.get("label_free")],
@@ -73,7 +78,8 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
         ends=[_End(run.name, _last_metrics(run)) for run in runs] if several else [],
         incomparable=", ".join(name for name in differing if name in _TASK_SETTINGS),
         diagnostics=_diagnostics(runs),
-        galleries=[{"data": g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries],
+        galleries=shown,
+        made_with=[(run.name, made) for run in runs if (made := _made_with(run))],
         common=[(name, _plain(value)) for name, value in _settings(runs).items() if name not in differing],
     )
 
@@ -95,6 +101,16 @@ def _lead_of_several(differing: Sequence[str]) -> str:
 def _mechanism(config: dict[str, Any]) -> str:
     dictionary = config.get("dictionary", "queue")
     return f"queue of {config['moco_k']:,} keys" if dictionary == "queue" else dictionary
+
+
+def _made_with(run: ReportedRun) -> tuple[str, str] | None:
+    """The command, and what it ran on; None for a run that has not recorded them."""
+    made = run.environment
+    if not made:
+        return None
+    commit = f" (commit {made['commit']}{', with changes' if made['changed'] else ''})" if made["commit"] else ""
+    versions = f"moco_ext {made['moco_ext']}{commit}, torch {made['torch']}, Python {made['python']}"
+    return made["command"], f"{versions}; {made['device']}, {made['threads']} CPU threads; {made['started']}"
 
 
 def _chance_losses(runs: Sequence[ReportedRun]) -> dict[str, float]:

@@ -98,7 +98,7 @@ def curves(name: str, lines: Sequence[Line], axes: Axes) -> str:
         if axes.floor is not None:
             plot.set_ylim(bottom=axes.floor)
         right = max(max(line.x) for line in lines)
-        plot.xaxis.set_major_locator(MaxNLocator(6, integer=right > 4))
+        plot.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if right >= 10_000:
             plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,.0f}k" if value else "0"))
         plot.set_xlabel(axes.x)

@@ -33,6 +33,7 @@ class ReportedRun:
         records: ``metrics.jsonl``.
         summary: ``summary.json``; empty while the run is under way.
         evaluations: results of ``moco-ext knn``, ``linear`` and ``finetune``, by command.
+        environment: ``environment.json``; empty for runs of earlier versions.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ReportedRun:
     records: list[dict[str, Any]]
     summary: dict[str, Any]
     evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def top1(self, protocol: str) -> dict[str, float]:
         """Top-1 of ``"knn"`` or ``"linear"`` by representation (pixels, untrained, trained); empty if unknown."""
@@ -77,7 +79,8 @@ def read_run(folder: str | Path, name: str) -> ReportedRun:
     if not config or not records:
         raise ValueError(f"run: expected a run directory, with config.json and a line in metrics.jsonl, got {folder}")
     evaluations = {command: read_json(folder / f"{command}.json") for command in _EVALUATIONS}
-    return ReportedRun(name, config, records, read_json(folder / "summary.json"), evaluations)
+    summary, environment = read_json(folder / "summary.json"), read_json(folder / "environment.json")
+    return ReportedRun(name, config, records, summary, evaluations, environment)
 
 
 def galleries(

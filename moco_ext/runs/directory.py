@@ -21,7 +21,10 @@ from .options import RunOptions
 _LOCK = ".lock"
 # Any of these marks a directory as used; the last also matches the files of the official trainer.
 _MARKS = ("metrics.jsonl", "config.json", "checkpoint*.pth*")
-_WRITTEN = ("config.json", "metrics.jsonl", "checkpoint*.pth", "nonfinite.pth", "summary.json", "report.html")
+_WRITTEN = (
+    *("config.json", "environment.json", "metrics.jsonl", "checkpoint*.pth", "nonfinite.pth"),
+    *("unreadable.txt", "summary.json", "report.html"),
+)
 _EVALUATIONS = ("knn", "linear", "finetune", "scratch")
 
 

@@ -16,7 +16,7 @@ from ..evaluate.label_free import effective_rank
 from ..mechanism import Mechanism
 
 _QUERIES = 32  # for the effective negatives: [32, K] logits cost little compared with a step
-_COLLAPSED_STD, _COLLAPSED_RANK = 0.1, 2.0
+COLLAPSED_STD, COLLAPSED_RANK = 0.1, 2.0
 
 
 class Diagnostics:
@@ -163,7 +163,7 @@ class Diagnostics:
 
     def _warn_of_collapse(self, metrics: dict[str, float], step: int) -> None:
         spread, rank = metrics.get("feature_std", math.inf), metrics.get("effective_rank", math.inf)
-        if self._warned or (spread >= _COLLAPSED_STD and rank >= _COLLAPSED_RANK):
+        if self._warned or (spread >= COLLAPSED_STD and rank >= COLLAPSED_RANK):
             return
         self._warned = True
         warnings.warn(
