@@ -1,11 +1,13 @@
 """Datasets, image files and evaluation batches."""
 
+import dataclasses
 import gzip
 import os
 import shutil
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,8 +63,8 @@ def test_split_indices_are_a_partition():
 
 
 def test_eval_batches_are_normalized_and_in_order(digits):
-    images, labels = map(torch.cat, zip(*mdata.eval_batches(digits, digits.train, 100), strict=True))
-    assert torch.equal(labels, digits.train.labels)
+    images, index = map(torch.cat, zip(*mdata.eval_batches(digits, digits.train, 100), strict=True))
+    assert torch.equal(index, torch.arange(len(digits.train)))
     assert images.shape == (len(digits.train), 3, 8, 8)
     assert torch.equal(images[:, 0], images[:, 2])
     assert abs(images.mean()) < 1e-5
@@ -87,10 +89,10 @@ def test_image_folder(folder):
     images = mdata.load(str(folder))
     assert images.classes == ("blue", "red")
     assert (len(images.train), len(images.test), images.size) == (6, 2, 224)
-    batch, labels = next(mdata.eval_batches(images, images.test))
+    batch, index = next(mdata.eval_batches(images, images.test))
     blue = (torch.tensor([0.0, 0.0, 1.0]) - torch.tensor(images.mean)) / torch.tensor(images.std)
     torch.testing.assert_close(batch[0, :, 112, 112], blue)
-    assert labels.tolist() == [0, 1]
+    assert images.test.labels[index].tolist() == [0, 1]
     assert mdata.load(str(folder / "train")).test is None
 
 
@@ -140,14 +142,21 @@ def test_a_damaged_idx_file_is_named(tmp_path, monkeypatch, content, message):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_test_image_is_an_error_that_names_it(tmp_path, folder, workers):
+def test_an_unreadable_image_is_left_out_and_noted(tmp_path, folder, workers):
     shutil.copytree(folder, tmp_path / "copy")
-    broken = tmp_path / "copy" / "val" / "red" / "0.png"
-    broken.write_bytes(broken.read_bytes()[:40])
     data = mdata.load(str(tmp_path / "copy"))
-    with pytest.raises(ValueError, match=f"^data: expected an image, got .* in {broken}") as caught:
-        list(mdata.eval_batches(data, data.test, workers=workers))
-    assert "\n" not in str(caught.value)
+    broken = [path for path in data.train.paths if path.endswith("1.png")]
+    Path(broken[0]).write_bytes(Path(broken[0]).read_bytes()[:40])
+    Path(broken[1]).unlink()
+    with pytest.warns(UserWarning, match=f"^data: expected an image, got .* in {broken[0]}: .*; it is skipped"):
+        batches = list(mdata.eval_batches(data, data.train, 1, workers))
+    assert [index.tolist() for _, index in batches] == [[0], [2], [3], [5]]  # no empty batches
+    assert data.unreadable == set(broken)
+    assert dataclasses.replace(data, test=None).unreadable is data.unreadable
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = torch.cat([images for images, _ in mdata.eval_batches(data, data.train, 6, workers)])
+    assert torch.equal(again, torch.cat([images for images, _ in batches]))
 
 
 def test_eval_batches_of_an_extremely_long_image_stay_small(tmp_path):

@@ -30,6 +30,12 @@ class UnreadableImageError(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
+def check_readable(unreadable: int, files: int) -> None:
+    """Raise an UnreadableImageError if more than half of the files could not be decoded."""
+    if unreadable > files / 2:
+        raise UnreadableImageError(f"data: expected images, got {files:,} files of which {unreadable:,} are unreadable")
+
+
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as uint8 [3, H, W].
 
