@@ -171,7 +171,7 @@ def eval_batches(
     """
     normalize = Normalize(data)
     if isinstance(split, TensorSplit):
-        for index in torch.arange(len(split)).split(batch_size):
+        for index in torch.arange(len(split)).split(batch_size) if len(split) else ():
             yield _resized(normalize(split.images[index]), data.size), index
         return
     batches = BatchSampler(SequentialSampler(split.paths), batch_size, drop_last=False)
