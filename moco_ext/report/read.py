@@ -156,5 +156,7 @@ def _untrained(run: ReportedRun, images: int) -> torch.nn.Module:
     """The encoder of a run before its first step."""
     # A run of another version may have unknown settings; arch, dim, head and seed suffice for the encoder.
     known = {field.name for field in dataclasses.fields(PretrainConfig)}
-    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items() if name in known}
+    settings: dict[str, Any] = {  # JSON has no tuples
+        name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items() if name in known
+    }
     return build_model(PretrainConfig(**settings), images).encoder_q
