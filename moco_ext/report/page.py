@@ -60,7 +60,7 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
     sets = titles(runs)
     on = ", ".join(dict.fromkeys(Path(images.data).name for images in sets))
     differing = _differing(runs)
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         title=f"{len(runs)} runs on {on}" if several else f"MoCo on {on}",
         lead=_lead_of_several(differing) if several else _lead(runs[0], galleries),
         switches=[run.name for run in runs] if several else [],
@@ -78,6 +78,7 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
         ],
         common=[(name, _plain(value)) for name, value in _settings(runs).items() if name not in differing],
     )
+    return page.encode(errors="replace").decode()  # names of files may be no text
 
 
 def _lead(run: ReportedRun, galleries: Sequence[Gallery]) -> str:

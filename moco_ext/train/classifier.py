@@ -27,6 +27,7 @@ from ..runs.files import remove_temporaries, write_atomically
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
 from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, check_settings, setting
+from .preemption import Interrupts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,9 +244,10 @@ def train_classifier(
             print_freq=options.print_freq,
             enabled=rank() == 0,
         ) as log,
+        Interrupts() as interrupts,
     ):
         seconds = log.records[-1]["seconds"] if log.records else 0.0
-        train_epoch = _Epochs(model, loader, optimizer, config, options, log)
+        train_epoch = _Epochs(model, loader, optimizer, config, options, log, interrupts)
         for epoch in range(done, config.epochs):
             started = time.perf_counter()
             record = train_epoch(epoch)
@@ -298,8 +300,10 @@ class _Epochs:
         config: ClassifierConfig,
         options: RunOptions,
         log: RunLog,
+        interrupts: Interrupts,
     ) -> None:
         self.loader, self.optimizer, self.config, self.options, self.log = loader, optimizer, config, options, log
+        self.interrupts = interrupts
         self.rates = [group["lr"] for group in _optimizer(model, config).param_groups]
         self.model: nn.Module = model
         if world_size() > 1:
@@ -333,6 +337,7 @@ class _Epochs:
                 metrics |= self._finite(_means(recent), epoch, step)
                 recent.zero_()
             self.log.step(first + step, metrics)
+            self.interrupts.check()
             before = time.perf_counter()
         seconds = time.perf_counter() - started
         total = all_reduce(sums)
