@@ -6,7 +6,7 @@ With one process, or without a process group, each collective is the identity.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,15 @@ def all_reduce(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def unite(values: set[str]) -> set[str]:
+    """Add the elements of all ranks' sets to this rank's, and return it."""
+    if world_size() > 1:
+        parts: list[Any] = [None] * world_size()
+        dist.all_gather_object(parts, values)
+        values.update(*parts)
+    return values
 
 
 def _result_of(work: dist.Work, out: Tensor, source: Tensor) -> Callable[[], Tensor]:

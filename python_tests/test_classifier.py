@@ -1,9 +1,11 @@
 """The linear protocol and fine-tuning: one supervised loop, in one process and in two."""
 
+import contextlib
 import copy
 import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -264,6 +266,21 @@ def test_a_fraction_of_the_labels(digits, tmp_path):
     records = train_classifier(model, digits, protocol, options_in(tmp_path), name="linear", arch=ARCH)
     kept = sum(max(1, round(0.2 * n)) for n in digits.train.labels.bincount().tolist())
     assert records[0]["step"] == kept // 10 + (kept % 10 >= 2)
+
+
+def test_an_interrupt_that_a_library_clears_ends_training(digits, tmp_path, monkeypatch):
+    def clearing(images, device):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return images
+
+    monkeypatch.setattr("moco_ext.train.classifier.to_device", clearing)
+    handler = signal.getsignal(signal.SIGINT)
+    model = Classifier(encoder_of(digits), 10, 8)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(model, digits, FINETUNE, options_in(tmp_path), name="x", arch=ARCH)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not (tmp_path / "x.pth").exists()
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import moco_ext
 from moco_ext import cli
@@ -69,8 +70,6 @@ def test_knn_of_a_bare_checkpoint_needs_data(finished, tmp_path, capsys):
 
 
 def test_image_folder_without_val(tmp_path, capsys):
-    from PIL import Image
-
     for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(2):
@@ -94,6 +93,11 @@ def test_image_folder_without_val(tmp_path, capsys):
     [
         (["pretrain", "--data", "digit"], "data: expected one of digits"),
         (["pretrain", "some", "--data", "digits"], "data: expected DIR or --data, got both: some and digits"),
+        (
+            ["pretrain", "a", "--lr", "1", "b"],
+            "data: expected one of digits, fashion-mnist, cifar10, cifar100, or a folder or list of images, got 'a:b'",
+        ),
+        (["pretrain", ""], "data: expected folders of images or lists of them, got ['']"),
         (["pretrain", "-a", "resnet19"], "arch: expected a torchvision model"),
         (["pretrain", "--lr", "-1"], "lr: expected a positive number, got -1.0"),
         (["pretrain", "--resume", "none.pth"], "checkpoint: no such file: none.pth"),
@@ -108,6 +112,31 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     err = capsys.readouterr().err.strip()
     assert err.startswith(f"moco-ext: error: {message}")
     assert "\n" not in err
+
+
+def test_folders_may_be_between_flags(tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert cli.main(["pretrain", a, "--epochs", "3", b, "--mlp", c, "--dry-run"]) == 0
+    assert ":".join([a, b, c]) in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [(0, "expected images in "), (1, "expected at least two training images")]
+)
+def test_too_few_images_are_one_line_and_leave_nothing(tmp_path, capsys, monkeypatch, images, message):
+    monkeypatch.delenv("MOCO_EXT_DEBUG", raising=False)
+    (tmp_path / "photos").mkdir()
+    for i in range(images):
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / f"{i}.png")
+    flags = ["-a", "resnet8-small", "--moco-k", "8", "-b", "4", "-j", "0"]
+    assert cli.main(["pretrain", str(tmp_path / "photos"), "--output", str(tmp_path / "run"), *flags]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"moco-ext: error: data: {message}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import csv
 import os
+import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -110,7 +112,9 @@ def test_a_table(tmp_path, suffix, labeled):
         ("path,label\n1.png,a\n2.png,\n", "expected a path and a class in row 2"),
         ("path,label\n1.png,a\n,b\n", "expected a path and a class in row 2"),
         ("id,path\n1\n", "expected a path in row 1"),
-        (b"path\n\xff\xfe", "expected a list of image files in .*list.csv, got 'utf-8' codec"),
+        ("path\n1.png\n".encode("utf-16"), "expected a list in UTF-8, got UTF-16 in .*list.csv"),
+        ('path\n"1.png' + 2**18 * "x", "expected a list of image files in .*list.csv, got field larger"),
+        ("path,label\n1.png,a\n1.png,b\n", "expected one class for .*1.png, got a and b"),
     ],
 )
 def test_a_table_that_cannot_be_used(tmp_path, content, error):
@@ -118,6 +122,93 @@ def test_a_table_that_cannot_be_used(tmp_path, content, error):
     table.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"data: .*{error}"):
         mdata.load(str(table))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfPath,label\r\na/1.png,x\r\n\r\n2.png,y\r\n",  # as Excel writes it
+        b"id,file,class\n7,a/1.png,x,more\n8,2.png,y",
+        b"path,label\na/1.png,x\n2.png,y\na/1.png,x\n",  # one image twice
+    ],
+)
+def test_forms_of_a_table(tmp_path, content):
+    images(tmp_path, "a/1.png", "2.png")
+    (tmp_path / "list.csv").write_bytes(content)
+    data = mdata.load(str(tmp_path / "list.csv"))
+    assert names_of(data.train, tmp_path) == ["a/1.png", "2.png"]
+    assert data.train.labels.tolist() == [0, 1]
+
+
+def test_a_table_is_read_a_row_at_a_time(tmp_path):
+    """Only paths and classes are kept: not the other columns, 100 MB here."""
+    table = tmp_path / "list.csv"
+    with table.open("w") as file:
+        file.write("path,text,label\n")
+        file.writelines(f"{i}.jpg,{'x' * 50_000},{i % 7}\n" for i in range(2000))
+    tracemalloc.start()
+    data = mdata.load(str(table))
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+    assert (len(data.train), len(data.classes)) == (2000, 7)
+
+
+def test_a_parquet_list_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "list.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match=r"^data: reading .*list.parquet needs pyarrow: pip install pyarrow$"):
+        mdata.load(str(tmp_path / "list.parquet"))
+
+
+def test_a_parquet_column_of_other_things_than_paths(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"image": [{"bytes": b"", "path": "1.png"}]}), tmp_path / "list.parquet")
+    with pytest.raises(ValueError, match=r"^data: expected a path in row 1 of .*list.parquet$"):
+        mdata.load(str(tmp_path / "list.parquet"))
+
+
+ODD = ["two words.png", " spaces .png", "line\nfeed.png", "b\xff\xfe.png", "sep\u2028.png", "ü.png", "e\u0301.png"]
+
+
+def odd_images(root) -> list[str]:
+    """Files whose names are odd, one of them no UTF-8."""
+    names = [os.fsdecode(name.encode("latin-1")) if "\xff" in name else name for name in ODD]
+    images(root, *names)
+    return names
+
+
+def test_odd_names_in_a_folder(tmp_path):
+    names = odd_images(tmp_path)
+    data = mdata.load(str(tmp_path))
+    assert set(names_of(data.train, tmp_path)) == set(names)
+    assert len(next(mdata.eval_batches(data, data.train))[0]) == len(names)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv"])
+def test_odd_names_in_a_list(tmp_path, suffix):
+    names = [name for name in odd_images(tmp_path) if suffix == ".csv" or "\n" not in name]
+    with (tmp_path / f"list{suffix}").open("w", newline="", errors="surrogateescape") as file:
+        if suffix == ".csv":
+            csv.writer(file).writerows([["path"], *([name] for name in names)])
+        else:
+            file.write("".join(f"{name}\r\n" for name in names))
+    data = mdata.load(str(tmp_path / f"list{suffix}"))
+    assert names_of(data.train, tmp_path) == names
+    assert len(next(mdata.eval_batches(data, data.train))[0]) == len(names)
+
+
+def test_a_list_in_the_current_directory(tmp_path, monkeypatch):
+    images(tmp_path, "a/1.png", "2.png")
+    (tmp_path / "list.txt").write_text("a\n2.png")
+    monkeypatch.chdir(tmp_path)
+    assert mdata.load("list.txt").train.paths == ["a/1.png", "2.png"]
+
+
+def test_overlapping_sources_give_each_image_once(tmp_path):
+    images(tmp_path, "a/1.png", "2.png")
+    data = mdata.load(f"{tmp_path}{os.pathsep}{tmp_path}/a")
+    assert names_of(data.train, tmp_path) == ["2.png", "a/1.png"]
 
 
 @pytest.mark.parametrize("labeled", [True, False])

@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,7 +317,7 @@ def test_a_state_of_another_run_is_refused(options, name):
         loader(**options).load_state_dict(loader().state_dict())
 
 
-@pytest.mark.parametrize(("name", "value"), [("epoch", -1), ("step", 5), ("step", "1"), ("skipped", None)])
+@pytest.mark.parametrize(("name", "value"), [("epoch", -1), ("step", 5), ("step", "1"), ("step", None)])
 def test_a_state_without_a_valid_position_is_refused(name, value):
     state = loader().state_dict() | {name: value}
     with pytest.raises(ValueError, match=f"state: expected {name} .*got {value}"):
@@ -350,14 +351,14 @@ def damaged(folder, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_are_replaced_counted_and_warned_of_once(damaged, workers):
-    train = TrainLoader(load(damaged), Augmentation.v2(64), 7, workers=workers)
-    with pytest.warns(UserWarning, match=r"data: expected an image, got .*\.jpg.*another image takes its place"):
+    data = load(damaged)
+    train = TrainLoader(data, Augmentation.v2(64), 7, workers=workers)
+    with pytest.warns(UserWarning, match=r"data: expected an image, got .*\.jpg.*; it is skipped"):
         batches = list(train.epoch(0))
-    assert train.skipped == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(train.epoch(1))
-    assert train.skipped == train.state_dict()["skipped"] == 4
+    assert data.unreadable == {str(damaged / "train" / name) for name in ("a/2.jpg", "b/5.jpg")}
     assert sorted(torch.cat([batch.index for batch in batches]).tolist()) == list(range(14))
     assert views(batches).isfinite().all()
 
@@ -375,14 +376,6 @@ def test_query_and_key_of_an_unreadable_image_show_the_same_other_one(damaged):
     assert len(queries.flatten(1).unique(dim=0)) == 12
 
 
-def test_each_rank_counts_its_own_queries(damaged):
-    ranks = [TrainLoader(load(damaged), Augmentation.v1(64), 7, rank=r, world=2, shuffled_keys=True) for r in range(2)]
-    for rank in ranks:
-        with pytest.warns(UserWarning, match="takes its place"):
-            list(rank.epoch(0))
-    assert sum(rank.skipped for rank in ranks) == 2
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bomb_a_fifo_and_a_folder_are_replaced_and_counted(folder, tmp_path, monkeypatch, workers):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
@@ -397,19 +390,36 @@ def test_a_bomb_a_fifo_and_a_folder_are_replaced_and_counted(folder, tmp_path, m
     train = TrainLoader(data, Augmentation.v2(64), 7, workers=workers)
     with pytest.warns(UserWarning, match=r"^data: expected an image, got ValueError in .*train/a/[012]\.jpg"):
         batches = list(train.epoch(0))
-    assert train.skipped == 3
+    assert data.unreadable == {str(bomb), str(fifo), str(a_folder)}
     assert views(batches).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:data. expected an image")
+@pytest.mark.parametrize("loader_of", [lambda *a: TrainLoader(a[0], Augmentation.v1(64), *a[1:]), SupervisedLoader])
+@pytest.mark.parametrize(("enough", "batches"), [(64, 4), (6, 1)])
+def test_a_mostly_unreadable_data_set_is_an_error(damaged, monkeypatch, loader_of, enough, batches):
+    """At the end of an epoch of few images, else as soon as there are enough to judge by."""
+    monkeypatch.setattr(mdata.loader, "_ENOUGH", enough)
+    data = load(damaged)
+    for path in data.train.paths[:11]:
+        Path(path).write_bytes(b"nothing")
+    epoch = loader_of(data, 4).epoch(0)
+    for _ in range(batches):
+        next(epoch)
+    with pytest.raises(ValueError, match=r"^data: expected images, got (14|8) files of which \d+ are unreadable$"):
+        next(epoch)
+
+
+@pytest.mark.filterwarnings("ignore:data. expected an image")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_mostly_unreadable_is_an_error(damaged, workers):
-    train = TrainLoader(load(damaged), Augmentation.v1(64), 14, workers=workers)
-    for path in (damaged / "train" / "a").iterdir():
-        path.write_bytes(b"nothing")
-    (damaged / "train" / "b" / "0.jpg").unlink()
-    message = r"^data: expected images, got a batch of 14 of which more than half are unreadable; the first: .*\.jpg"
-    with pytest.raises(ValueError, match=message) as caught:
-        list(train.epoch(0))
+def test_unreadable_files_only_are_an_error(damaged, workers):
+    data = load(damaged)
+    for path in data.train.paths:
+        Path(path).unlink()
+    with pytest.raises(
+        ValueError, match=r"^data: expected images, got 100 unreadable files in a row; .*No such"
+    ) as caught:
+        next(TrainLoader(data, Augmentation.v1(64), 4, workers=workers).epoch(0))
     assert "\n" not in str(caught.value)  # not the worker's traceback
 
 
@@ -452,7 +462,7 @@ def test_an_unreadable_supervised_image_is_replaced_with_its_label(damaged):
     for position, (path, label) in enumerate(zip(data.train.paths, data.train.labels.tolist(), strict=True)):
         if position not in (2, 12):  # not the damaged ones; the others get a color per class
             Image.new("RGB", (64, 64), (255 * label, 0, 0)).save(path)
-    with pytest.warns(UserWarning, match="takes its place"):
+    with pytest.warns(UserWarning, match="it is skipped"):
         batches = list(SupervisedLoader(data, 14).epoch(0))
     (images, labels), mean, std = batches[0], torch.tensor(data.mean), torch.tensor(data.std)
     red = images.mean((2, 3))[:, 0] * std[0] + mean[0]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
@@ -433,8 +435,6 @@ def test_pictures(with_pictures):
 
 @pytest.mark.usefixtures("no_curves")
 def test_photographs(tmp_path, monkeypatch):
-    from PIL import Image
-
     paths = []
     for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
         (tmp_path / name).mkdir()
@@ -447,6 +447,41 @@ def test_photographs(tmp_path, monkeypatch):
     thumbnails = re.findall(r"data:image/jpeg;base64,([^\"]*)", page)
     assert len(thumbnails) == 2 * (1 + 6) + 1 + 5
     assert max(map(len, thumbnails)) < 8000  # no photograph is there in full
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_names_that_are_no_text(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    split = FolderSplit([str(tmp_path / f"{name}.png")] * 3, torch.full((3,), -1))
+    data = ImageData(name, (), 8, (0.5,) * 3, (0.2,) * 3, True, split, None)
+    page = compose([reported(data=name)], [Gallery(data, {"raw pixels": (torch.eye(3), torch.eye(3))})])
+    assert "MoCo on caf?" in page
+    assert 'alt="caf?"' in page
+    page.encode()
+
+
+@pytest.mark.parametrize(("one", "other"), [({"image_size": 16}, {"image_size": 32}), ({}, {"val_fraction": 0.25})])
+def test_runs_on_other_images_of_the_same_data_are_not_compared(tmp_path, one, other):
+    """Nor are the features of one run computed from the images of the other."""
+    for i in range(8):
+        (tmp_path / "data" / str(i % 2)).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (30 * i, 0, 0)).save(tmp_path / "data" / str(i % 2) / f"{i}.png")
+    settings = ({"data": str(tmp_path / "data"), "val_fraction": 0.5} | changes for changes in (one, other))
+    folders = [directory(tmp_path / f"run{i}", **changes) for i, changes in enumerate(settings)]
+    for folder in folders:
+        checkpoint(folder, 0)
+    runs = [read_run(folder, folder.name) for folder in folders]
+    found = galleries(runs, folders, data_root=tmp_path, device=torch.device("cpu"), workers=0)
+    assert [list(gallery.features) for gallery in found] == [["raw pixels", "run0"], ["raw pixels", "run1"]]
+    assert [(gallery.data.size, len(gallery.data.test)) for gallery in found] == [
+        (changes.get("image_size", 224), 8 * changes.get("val_fraction", 0.5)) for changes in (one, other)
+    ]
+    page = compose(runs, [])
+    for changes in (one, other):
+        size, fraction = changes.get("image_size", "default"), changes.get("val_fraction", 0.5)
+        assert f"{tmp_path / 'data'}, val_fraction {fraction:g}, image_size {size}" in page
+    assert page.count("<h2>kNN and linear accuracy") == 2
 
 
 @pytest.fixture

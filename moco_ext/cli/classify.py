@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data import ImageData, TensorSplit
 from ..distributed import rank
+from ..runs.directory import report_unreadable
 from ..runs.options import RunOptions
 from ..runs.settings import Setting, settings
 from ..train.classifier import Classifier, ClassifierConfig, check_unchanged, evaluate, restore, train_classifier
@@ -78,6 +79,7 @@ def train(
         if frozen is not None:
             check_unchanged(model.backbone, frozen)
         scores = evaluate(model.to(options.device), data, device=options.device, workers=options.workers)
+        report_unreadable(options, data.unreadable)
         if rank() == 0:
             result |= {"epochs": epoch, "top1": percent(scores["acc1"]), "top5": percent(scores["acc5"])}
             show(result, title, columns, [(f"epoch {epoch}", scores["acc1"], scores["acc5"])], as_json=args.json)
@@ -89,11 +91,12 @@ def train(
         highlight=False,
     )
     records = train_classifier(model, data, config, options, name=name, arch=arch, reference=frozen)
+    report_unreadable(options, data.unreadable)
     if rank() == 0:
         last, best = records[-1], max(records, key=lambda record: record["val_acc1"])
         result |= {"top1": percent(last["val_acc1"]), "top5": percent(last["val_acc5"])}
         result |= {"best_top1": percent(last["best_acc1"]), "seconds": last["seconds"]}
-        write_result(options.output, name, result)
+        write_result(options, name, result)
         rows = [
             (f"epoch {record['epoch']}, {which}", record["val_acc1"], record["val_acc5"])
             for which, record in (("last", last), ("best", best))

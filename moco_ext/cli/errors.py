@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -17,6 +18,9 @@ def guarded(command: Callable[[], int]) -> int:
     With MOCO_EXT_DEBUG=1 the error is raised instead.
     """
     warnings.showwarning = lambda message, *rest, **more: print(f"moco-ext: warning: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     try:
         return command()
     except KeyboardInterrupt:

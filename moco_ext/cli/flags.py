@@ -12,10 +12,18 @@ from ..runs.settings import Setting, settings
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and whose positional arguments may be between flags."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"moco-ext: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        found, rest = super().parse_known_args(args, namespace)
+        several = next((action.dest for action in self._positionals._group_actions if action.nargs in ("*", "+")), None)
+        if several and not any(word.startswith("-") for word in rest):  # argparse has taken only the first group
+            setattr(found, several, getattr(found, several) + rest)
+            rest = []
+        return found, rest
 
 
 def add_settings(

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..distributed import rank
 from ..evaluate.scores import knn_score, representations
+from ..runs.directory import report_unreadable
 from ..runs.options import RunOptions
 from . import evaluate
 from .evaluate import Inputs, load_inputs, percent, show, write_result
@@ -36,9 +37,10 @@ def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
         name: percent(knn_score(data, rows, **voting, device=options.device, sharded=True))
         for name, rows in representations(data, options, trained=encoder)
     }
+    report_unreadable(options, data.unreadable)
     if rank() == 0:
         result = {"data": inputs.data, **voting, "knn_top1": scores}
-        write_result(options.output, "knn", result)
+        write_result(options, "knn", result)
         rows = [("raw pixels", scores["pixels"]), ("encoder", scores["trained"])]
         show(result, f"{data.name}: kNN top-1, %", ("features", "kNN"), rows, as_json=args.json)
     return 0

@@ -10,6 +10,7 @@ from ..checkpoints.pretrained import load_pretrained
 from ..data import ImageData, TensorSplit
 from ..distributed import rank
 from ..evaluate.scores import all_features, linear_score
+from ..runs.directory import report_unreadable
 from ..runs.options import RunOptions
 from ..runs.settings import settings
 from ..train.classifier import ClassifierConfig
@@ -69,10 +70,11 @@ def _solve(
 ) -> int:
     C = 1.0 if args.C is None else args.C
     features = all_features(data, options, trained=encoder)
+    report_unreadable(options, data.unreadable)
     if rank() == 0:  # the problem has one solution: the other ranks need not find it too
         scores = {name: percent(linear_score(data, rows, C=C)) for name, rows in features.items()}
         result = {"data": inputs.data, "arch": arch, "solver": "lbfgs", "C": C, "linear_top1": scores}
-        write_result(options.output, "linear", result)
+        write_result(options, "linear", result)
         rows = [("raw pixels", scores["pixels"]), ("encoder", scores["trained"])]
         show(result, f"{data.name}: linear top-1, %", ("features", "linear"), rows, as_json=args.json)
     return 0

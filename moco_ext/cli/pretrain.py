@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> PretrainConfig:
+    if "" in args.dir:  # an empty variable of a script
+        raise ValueError(f"data: expected folders of images or lists of them, got {args.dir}")
     folders = os.pathsep.join(args.dir)
     if folders and args.data not in (None, folders):
         raise ValueError(f"data: expected DIR or --data, got both: {folders} and {args.data}")

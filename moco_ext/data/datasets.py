@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import os
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from .files import ImageFiles, few, find_images
-from .images import read_image
+from .images import UnreadableImageError, read_image
 from .workers import leave_signals_to_parent, sigterm_held
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
@@ -64,6 +65,7 @@ class ImageData:
         flip: whether a mirrored image keeps its meaning (a digit does not).
         train: training images.
         test: test images, or None.
+        unreadable: paths of the files that could not be decoded so far; copies by ``dataclasses.replace`` share it.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ImageData:
     flip: bool
     train: Split
     test: Split | None
+    unreadable: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)
 
     @property
     def why_not_scored(self) -> str:
@@ -89,6 +92,13 @@ class ImageData:
             raise ValueError(f"data: expected labeled training and test images, but {self.why_not_scored}")
         assert self.test is not None
         return self.train, self.test
+
+    def skip(self, unreadable: Mapping[str, str]) -> None:
+        """Note files that could not be decoded, and why, by path; the first causes a warning."""
+        if unreadable and not self.unreadable:
+            reason = next(iter(unreadable.values()))
+            warnings.warn(f"{reason}; it is skipped (further ones are counted, not named)", stacklevel=3)
+        self.unreadable.update(unreadable)
 
 
 def load(
@@ -154,23 +164,24 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterate over a split in order, without augmentation: resized and center-cropped to ``data.size``.
 
-    Yields:
-        Normalized images float32 [B, 3, size, size] and labels int64 [B].
+    Files that cannot be decoded are left out and added to ``data.unreadable``.
 
-    Raises:
-        UnreadableImageError: a file cannot be decoded. It is not replaced, which would change the result.
+    Yields:
+        Normalized images float32 [B, 3, size, size] and their positions in the split, int64 [B], B at least 1.
     """
     normalize = Normalize(data)
     if isinstance(split, TensorSplit):
-        for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True):
-            yield _resized(normalize(images), data.size), labels
+        for index in torch.arange(len(split)).split(batch_size) if len(split) else ():
+            yield _resized(normalize(split.images[index]), data.size), index
         return
     batches = BatchSampler(SequentialSampler(split.paths), batch_size, drop_last=False)
     dataset, start = _EvalImages(split, data.size), leave_signals_to_parent
     with sigterm_held():
         loader = iter(DataLoader(dataset, None, sampler=batches, num_workers=workers, worker_init_fn=start))
-    for images, labels in loader:
-        yield normalize(images), labels
+    for images, index, unreadable in loader:
+        data.skip(unreadable)
+        if len(index):
+            yield normalize(images), index
 
 
 def _resized(images: Tensor, size: int) -> Tensor:
@@ -180,13 +191,26 @@ def _resized(images: Tensor, size: int) -> Tensor:
 
 
 class _EvalImages(Dataset):
-    """Resized center crops of image files, a batch at a time: uint8 [B, 3, size, size] and labels [B]."""
+    """Resized center crops of image files, a batch at a time.
+
+    An item is uint8 [B, 3, size, size], the positions [B] of these images, and why the others are unreadable, by path.
+    """
 
     def __init__(self, split: FolderSplit, size: int) -> None:
         self.split, self.size = split, size
 
-    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
-        return torch.stack([self._image(self.split.paths[i]) for i in index]), self.split.labels[index]
+    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, dict[str, str]]:
+        images = torch.empty(len(index), 3, self.size, self.size, dtype=torch.uint8)
+        read: list[int] = []
+        unreadable: dict[str, str] = {}
+        for position in index:
+            path = self.split.paths[position]
+            try:
+                images[len(read)] = self._image(path)
+                read.append(position)
+            except UnreadableImageError as error:
+                unreadable[path] = str(error)
+        return images[: len(read)], torch.tensor(read, dtype=torch.int64), unreadable
 
     def _image(self, path: str) -> Tensor:
         from torchvision.transforms.v2 import functional

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import itertools
 import os
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
+_IMAGES = (
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 _LABEL_COLUMNS = ("label", "class", "target")
 
@@ -27,14 +34,20 @@ class ImageFiles(NamedTuple):
 def find_images(sources: Sequence[Path]) -> ImageFiles:
     """The images of folders and lists, in the given order; without classes if one of them has none.
 
+    A path that is there twice is one image: its second copy would be among its negatives, or in both splits.
+
     Raises:
-        ValueError: a source does not exist, holds no image, or is a list that cannot be read.
+        ValueError: a source does not exist, holds no image, or is a list that cannot be read; or an image has two
+            classes.
     """
     found = [_of_folder(source) if source.is_dir() else _of_list(source) for source in sources]
-    paths = [path for files in found for path in files.paths]
-    if any(files.classes is None for files in found):
-        return ImageFiles(paths, None)
-    return ImageFiles(paths, [name for files in found for name in files.classes or ()])
+    labeled = all(files.classes is not None for files in found)
+    class_of: dict[str, str] = {}
+    for files in found:
+        for path, name in zip(files.paths, (labeled and files.classes) or itertools.repeat("")):  # noqa: B905
+            if class_of.setdefault(path, name) != name:
+                raise ValueError(f"data: expected one class for {path}, got {class_of[path]} and {name}")
+    return ImageFiles(list(class_of), list(class_of.values()) if labeled else None)
 
 
 def _of_folder(root: Path) -> ImageFiles:
@@ -76,14 +89,13 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
     ``ImageFolder`` lists FIFOs and devices too. A dangling link is listed: it counts as an unreadable image, not as
     none.
     """
-    from torchvision.datasets.folder import is_image_file
-
     images, folders = [], []
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
-            folders.append(entry.name)
-        elif is_image_file(entry.name) and (entry.is_symlink() or entry.is_file()):
-            images.append(entry.name)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
+                folders.append(entry.name)
+            elif entry.name.lower().endswith(_IMAGES) and (entry.is_symlink() or entry.is_file()):
+                images.append(entry.name)
     return sorted(images), sorted(folders)
 
 
@@ -96,15 +108,18 @@ def _of_list(path: Path) -> ImageFiles:
         raise ValueError(f"data: expected a folder of images or a list ({', '.join(LISTS)}), got {path}")
     try:
         rows, names = _read_list(path)
-    except (UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise ValueError(f"data: expected a list of image files in {path}, got {error}") from None
     paths: list[str] = []
     classes: list[str] = []
+    folder = "" if path.parent == Path() else str(path.parent)
     for number, (row, name) in enumerate(zip(rows, names or [""] * len(rows), strict=True), 1):
-        if not row or (names and not name):
+        if not row or not isinstance(row, str) or (names and not name):
             raise ValueError(f"data: expected a path{' and a class' if names else ''} in row {number} of {path}")
-        item = path.parent / row
-        found = find_images([item]).paths if item.is_dir() else [str(item)]
+        item = os.path.join(folder, row)
+        # Of 10^6 files on a network disk, to ask if each is a folder would take minutes.
+        is_folder = not row.lower().endswith(_IMAGES) and os.path.isdir(item)
+        found = find_images([Path(item)]).paths if is_folder else [item]
         paths += found
         classes += [name] * len(found)
     if not paths:
@@ -115,9 +130,6 @@ def _of_list(path: Path) -> ImageFiles:
 def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
     """The paths in a list, and its classes if it has them."""
     suffix = path.suffix.lower()
-    if suffix == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [line.strip() for line in lines if line.strip()], None
     if suffix == ".parquet":
         try:
             import pyarrow.parquet as parquet
@@ -125,27 +137,38 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
             raise ValueError(f"data: reading {path} needs pyarrow: pip install pyarrow") from None
         names = parquet.read_schema(path).names
         place, label = _columns(path, names)
-        columns = [place] if label is None else [place, label]
+        columns = [names[place]] if label is None else [names[place], names[label]]
         table = parquet.read_table(path, columns=columns).to_pydict()
-        return table[place], None if label is None else [_text(value) for value in table[label]]
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ",")
-        place, label = _columns(path, table.fieldnames or [])
-        rows = list(table)
-    return [row[place] for row in rows], None if label is None else [_text(row[label]) for row in rows]
+        return table[columns[0]], None if label is None else [_text(value) for value in table[columns[1]]]
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"data: expected a list in UTF-8, got UTF-16 in {path}")
+    # A name may be any bytes; a line of a text file ends at a line feed only.
+    with path.open(newline="\n" if suffix == ".txt" else "", encoding="utf-8-sig", errors="surrogateescape") as file:
+        if suffix == ".txt":
+            return [line.rstrip("\r\n") for line in file if line.strip()], None
+        rows = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
+        place, label = _columns(path, next(rows, []))
+        paths, classes = [], []
+        for row in filter(None, rows):  # one at a time: other columns may be large
+            paths.append(row[place] if place < len(row) else "")
+            classes.append("" if label is None or label >= len(row) else sys.intern(row[label]))
+    return paths, None if label is None else classes
 
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _columns(path: Path, names: Sequence[str]) -> tuple[str, str | None]:
-    place = next((name for name in names if name.lower() in _PATH_COLUMNS), None)
+def _columns(path: Path, names: Sequence[str]) -> tuple[int, int | None]:
+    """Numbers of the column of paths and, if there is one, the column of classes."""
+    lower = [name.lower() for name in names]
+    place = next((number for number, name in enumerate(lower) if name in _PATH_COLUMNS), None)
     if place is None:
         raise ValueError(
             f"data: expected a column of paths in {path}, named {' or '.join(_PATH_COLUMNS)}, got {few(names)}"
         )
-    return place, next((name for name in names if name.lower() in _LABEL_COLUMNS), None)
+    return place, next((number for number, name in enumerate(lower) if name in _LABEL_COLUMNS), None)
 
 
 def few(names: Collection[str]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import stat
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,42 +33,68 @@ class UnreadableImageError(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
+def check_readable(unreadable: int, files: int) -> None:
+    """Raise an UnreadableImageError if more than half of the files could not be decoded."""
+    if unreadable > files / 2:
+        raise UnreadableImageError(f"data: expected images, got {files:,} files of which {unreadable:,} are unreadable")
+
+
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as uint8 [3, H, W].
 
-    Grayscale is repeated to three channels, transparency is dropped, 16-bit channels keep their upper 8 bits, and an
-    animation gives its first frame. The EXIF orientation is not applied, as in the official training code.
+    The image is turned as its EXIF orientation says, unlike in the official training code. Grayscale is repeated to
+    three channels, transparency is dropped, 16-bit channels keep their upper 8 bits, and an animation gives its first
+    frame.
 
     Raises:
         UnreadableImageError: not a regular file, missing, empty, truncated, not an image, of more than ``MAX_PIXELS``
             pixels, or of floating-point values, whose range is unknown.
     """
-    from PIL import Image
     from torchvision.io import ImageReadMode, decode_image
 
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block
             raise ValueError("not a regular file")
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb") as file, _pil().open(file) as image:
             if image.width * image.height > MAX_PIXELS:  # PIL has read no more than the header
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            if image.format not in _TORCHVISION_FORMATS:
-                return _from_pil(image)
+            if image.format not in _TORCHVISION_FORMATS or (image.format == "WEBP" and image.info.get("exif")):
+                return _from_pil(image)  # torchvision turns JPEG and PNG only
             after_header = file.tell()
             file.seek(0)
             try:
-                pixels = decode_image(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8), ImageReadMode.RGB)
+                content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+                pixels = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
             except RuntimeError:  # a variant that torchvision does not support, or a damaged file: PIL says why
                 file.seek(after_header)
                 return _from_pil(image)
             return pixels if pixels.dtype == torch.uint8 else (pixels.int() >> 8).to(torch.uint8)
     except Exception as error:  # decoders raise anything on damaged files, which must not end a long run
-        raise UnreadableImageError(f"data: expected an image, got {type(error).__name__} in {path}: {error}") from None
+        reason = str(error).partition(" <_io.")[0]  # PIL shows the file object
+        if os.fsdecode(path).lower().endswith((".heic", ".heif")) and "pillow_heif" not in sys.modules:
+            reason = "needs pillow-heif: pip install pillow-heif"
+        raise UnreadableImageError(f"data: expected an image, got {type(error).__name__} in {path}: {reason}") from None
+
+
+@functools.cache
+def _pil() -> Any:
+    """PIL's module Image, with a plugin for HEIC, the photos of iPhones, if it is installed."""
+    from PIL import Image
+
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return Image
 
 
 def _from_pil(image: Image.Image) -> Tensor:
+    from PIL import ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data, of an image that can be read
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8

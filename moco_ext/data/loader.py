@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,10 +13,13 @@ from torch.utils.data import DataLoader
 
 from .augment import Augmentation, augment_batch, color_transform
 from .datasets import ImageData, Normalize, TensorSplit, stratified_split
+from .images import check_readable
 from .sampler import EpochBatchSampler
 from .seeds import hash_seeds
 from .views import ViewDataset, Views
 from .workers import leave_signals_to_parent, sigterm_held
+
+_ENOUGH = 64  # images, to judge by: a small batch may be unreadable by chance
 
 
 class Batch(NamedTuple):
@@ -51,8 +53,8 @@ class TrainLoader:
     one process sees with ``world * batch_size``. Only an epoch's last batch differs: every rank gets the same number of
     images.
 
-    An image that cannot be decoded is replaced by another and counted in ``skipped`` (by the rank whose query it is),
-    with one warning for the first.
+    An image that cannot be decoded is replaced by another and added to ``data.unreadable``, with one warning for the
+    first.
 
     Args:
         data: the dataset; its ``train`` split is used.
@@ -74,7 +76,7 @@ class TrainLoader:
 
     Raises:
         ValueError: an argument out of range, or too few images for one step.
-        UnreadableImageError: while iterating, more than half of a batch cannot be decoded.
+        UnreadableImageError: while iterating, more than half of the images cannot be decoded.
     """
 
     def __init__(
@@ -117,23 +119,13 @@ class TrainLoader:
         self._whole_images = isinstance(data.train, TensorSplit)  # workers crop files only, if the device augments
         self._device, self._channels_last, self._normalize = device, channels_last, Normalize(data, device)
         dataset = ViewDataset(data.train, augmentation, color=augment_on == "loader")
-        self._loader = _ViewLoader(dataset, self._sampler, workers, device)
+        self._loader = _ViewLoader(data, dataset, self._sampler, workers, device)
         self._epoch, self._step, self._resuming = 0, 0, False
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of optimizer steps in an epoch."""
         return self._sampler.steps_per_epoch
-
-    @property
-    def skipped(self) -> int:
-        """Number of images that could not be decoded so far, once for each time."""
-        return self._loader.skipped
-
-    @property
-    def unreadable(self) -> set[int]:
-        """Positions in ``data.train`` of the images of this rank that could not be decoded so far."""
-        return self._loader.unreadable
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Iterate over the batches of 0-based ``epoch``; after ``load_state_dict``, over the rest of its epoch."""
@@ -151,7 +143,7 @@ class TrainLoader:
 
         Micro-batches of an unfinished step are yielded again after resuming: no checkpoint has their gradients.
         """
-        return {"epoch": self._epoch, "step": self._step, "skipped": self.skipped} | self._identity()
+        return {"epoch": self._epoch, "step": self._step} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from ``state``: ``epoch(state["epoch"])`` yields the rest of that epoch.
@@ -163,13 +155,12 @@ class TrainLoader:
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise ValueError(f"state: expected {name} = {mine} as in this loader, got {state.get(name)}")
-        for name in ("epoch", "step", "skipped"):
+        for name in ("epoch", "step"):
             if not isinstance(state.get(name), int) or state[name] < 0:
                 raise ValueError(f"state: expected {name} as an integer of at least 0, got {state.get(name)}")
         if state["step"] > self.steps_per_epoch:
             raise ValueError(f"state: expected step of at most {self.steps_per_epoch}, got {state['step']}")
         self._epoch, self._step, self._resuming = state["epoch"], state["step"], True
-        self._loader.skipped = state["skipped"]
 
     def _identity(self) -> dict[str, int]:
         sampler = self._sampler
@@ -219,7 +210,7 @@ class SupervisedLoader:
 
     Raises:
         ValueError: an argument out of range, or fewer than two images a rank.
-        UnreadableImageError: while iterating, more than half of a batch cannot be decoded.
+        UnreadableImageError: while iterating, more than half of the images cannot be decoded.
     """
 
     def __init__(
@@ -249,17 +240,12 @@ class SupervisedLoader:
         self._labels, self._device, self._normalize = data.train.labels, device, Normalize(data, device)
         augmentation = Augmentation.supervised(data.size, crop_min=crop_min, flip_p=0.5 if data.flip else 0.0)
         dataset = ViewDataset(data.train, augmentation, color=True, members=members)
-        self._loader = _ViewLoader(dataset, self._sampler, workers, device)
+        self._loader = _ViewLoader(data, dataset, self._sampler, workers, device)
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of batches in an epoch."""
         return self._sampler.steps_per_epoch
-
-    @property
-    def skipped(self) -> int:
-        """Number of images that could not be decoded so far."""
-        return self._loader.skipped
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterate over 0-based ``epoch``: normalized images float32 [n, 3, s, s], labels int64 [n], on the device."""
@@ -270,17 +256,18 @@ class SupervisedLoader:
 
 
 class _ViewLoader:
-    """A DataLoader of the sampler's micro-batches that counts the images that could not be read.
+    """A DataLoader of the sampler's micro-batches that notes the images that could not be read.
 
     Two numbers say where the sampler is, so resuming needs no loader state (torchdata's StatefulDataLoader cannot load
     its own with another number of workers).
     """
 
-    def __init__(self, dataset: ViewDataset, sampler: EpochBatchSampler, workers: int, device: torch.device) -> None:
+    def __init__(
+        self, data: ImageData, dataset: ViewDataset, sampler: EpochBatchSampler, workers: int, device: torch.device
+    ) -> None:
         if workers < 0:
             raise ValueError(f"workers: expected 0 or more processes, got {workers}")
-        self.skipped, self.unreadable, self._warned = 0, set[int](), False
-        self._sampler = sampler
+        self._data, self._sampler = data, sampler
         self._loader = DataLoader(
             dataset,
             batch_size=None,  # the sampler's items are batches
@@ -297,18 +284,16 @@ class _ViewLoader:
         self._sampler.set_epoch(epoch, first_step)
         with sigterm_held():
             batches = iter(self._loader)
+        seen = unread = 0
         for views in batches:
-            if views.unreadable and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{views.reason}; another image takes its place (further ones are counted, not named)",
-                    stacklevel=3,
-                )
-            # Only this rank's queries: its keys may be those of other ranks.
-            mine = set(views.unreadable) & set(views.micro.index.tolist())
-            self.skipped += len(mine)
-            self.unreadable |= mine
+            self._data.skip(views.unreadable)
+            queries = views.micro.index
+            seen += len(queries)
+            unread += int((views.index[: len(queries)].numpy() != queries).sum())
+            if seen >= _ENOUGH:
+                check_readable(unread, seen)
             yield views
+        check_readable(unread, seen)
 
 
 def _as_is(batch: Any) -> Any:

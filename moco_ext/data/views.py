@@ -24,15 +24,13 @@ class Views(NamedTuple):
         images: [n or 2n, C, H, W] views of the queries, then of the keys: uint8, or float32 in [0, 1]; not normalized,
             since bytes are cheaper to transfer.
         index: [n or 2n] int64 position of the image that each row shows.
-        unreadable: positions of the files that could not be decoded.
-        reason: why the first of them could not, or empty.
+        unreadable: the files that could not be decoded, in whose place others are shown: why, by path.
     """
 
     micro: MicroBatch
     images: Tensor
     index: Tensor  # type: ignore[assignment]  # tuple has a method of that name
-    unreadable: list[int]
-    reason: str
+    unreadable: dict[str, str]
 
 
 class ViewDataset(Dataset):
@@ -53,7 +51,7 @@ class ViewDataset(Dataset):
         """Make the views.
 
         Raises:
-            UnreadableImageError: more than half of the batch's files, or 100 files in a row.
+            UnreadableImageError: 100 files in a row.
         """
         index = torch.from_numpy(np.concatenate([micro.index, micro.key_index]))
         seeds = torch.from_numpy(np.concatenate([micro.seeds, micro.key_seeds]))
@@ -61,34 +59,30 @@ class ViewDataset(Dataset):
             images = self.split.images[index]
             if self.color:
                 images = augment_batch(images, self.augmentation, seeds)
-            return Views(micro, images, index, [], "")
-        images, index, unreadable, reason = self._crops(self.split, index, seeds)
+            return Views(micro, images, index, {})
+        images, index, unreadable = self._crops(self.split, index, seeds)
         if self.color:
             images = color_transform(images, self.augmentation, seeds)
-        return Views(micro, images, index, unreadable, reason)
+        return Views(micro, images, index, unreadable)
 
-    def _crops(self, split: FolderSplit, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, list[int], str]:
+    def _crops(self, split: FolderSplit, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, dict[str, str]]:
         rows_of: dict[int, list[int]] = {}
         for row, position in enumerate(index.tolist()):
             rows_of.setdefault(position, []).append(row)
         size = self.augmentation.size
         images = torch.empty(len(index), 3, size, size, dtype=torch.uint8)
-        shown, unreadable, reason = index.clone(), [], ""
+        shown = index.clone()
+        unreadable: dict[str, str] = {}
         for position, rows in rows_of.items():
+            path = split.paths[position]
             try:
-                image = read_image(split.paths[position])
+                image = read_image(path)
             except UnreadableImageError as error:
-                unreadable.append(position)
-                reason = reason or str(error)
-                if len(unreadable) > len(rows_of) / 2:
-                    raise UnreadableImageError(
-                        f"data: expected images, got a batch of {len(rows_of)} of which more than half are unreadable; "
-                        f"the first: {reason}"
-                    ) from None
+                unreadable[path] = str(error)
                 image, shown[rows] = self._replacement(split, position)
             for row, view in zip(rows, file_crops(image, self.augmentation, seeds[rows]), strict=True):
                 images[row] = view
-        return images, shown, unreadable, reason
+        return images, shown, unreadable
 
     def _replacement(self, split: FolderSplit, position: int) -> tuple[Tensor, int]:
         members = range(len(split)) if self.members is None else self.members

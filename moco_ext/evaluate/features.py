@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..data import FolderSplit, ImageData, Split, TensorSplit, eval_batches
+from ..data.images import check_readable
 from ..distributed import all_gather, rank, world_size
 from ..encoders import backbone, restored_modes
 
@@ -29,14 +31,26 @@ def encoder_features(
 
     Runs in eval mode and restores the mode of every layer. In a process group every rank must call it: each encodes
     its share of the images and gets all rows.
+
+    The row of an image that cannot be decoded is NaN (see :func:`is_missing`), and its path is in ``data.unreadable``.
+    NaN that the encoder computes becomes infinity.
+
+    Raises:
+        UnreadableImageError: more than half of the images, on all ranks.
     """
     with restored_modes(encoder):
         model = backbone(encoder.eval())
-        rows = [
-            model(to_device(images, device)).flatten(1).float().cpu()
-            for images, _ in eval_batches(data, _some_share(split), batch_size, workers)
-        ]
-    return _gather(torch.cat(rows), len(split), device)
+
+        def features(images: Tensor) -> Tensor:
+            rows = model(to_device(images, device)).flatten(1).float().cpu()
+            return rows.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+
+        return _all_rows(features, data, split, batch_size, workers, device)
+
+
+def is_missing(rows: Tensor) -> Tensor:
+    """Bool [N]: which rows of features [N, D] are those of images that could not be decoded."""
+    return rows[:, 0].isnan()
 
 
 def to_device(images: Tensor, device: torch.device | str) -> Tensor:
@@ -49,11 +63,6 @@ def rank_share(split: Split) -> Split:
     """This rank's part of a split: ceil(N / world) consecutive images, fewer or none on the last ranks."""
     size = _share_size(len(split))
     return take(split, range(min(rank() * size, len(split)), min((rank() + 1) * size, len(split))))
-
-
-def _some_share(split: Split) -> Split:
-    """This rank's share; one image if it is empty, because every rank must know the width of the gathered rows."""
-    return rank_share(split) or take(split, [len(split) - 1])
 
 
 def take(split: Split, rows: Sequence[int]) -> Split:
@@ -74,6 +83,29 @@ def collective_device(device: torch.device | str | None) -> torch.device:
 
 def _share_size(n: int) -> int:
     return -(-n // world_size())
+
+
+def _all_rows(
+    features: Callable[[Tensor], Tensor],
+    data: ImageData,
+    split: Split,
+    batch_size: int,
+    workers: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The features [N, D] of all images, each rank's share gathered; NaN for images that cannot be decoded."""
+    share, rows = rank_share(split), None
+    for images, index in eval_batches(data, share, batch_size, workers):
+        found = features(images)
+        if rows is None:
+            rows = found.new_full((len(share), found.shape[1]), math.nan)
+        rows[index] = found
+    if rows is None:  # every rank must know D
+        width = features(torch.zeros(1, 3, data.size, data.size)).shape[1]
+        rows = torch.full((len(share), width), math.nan)
+    rows = _gather(rows, len(split), device)
+    check_readable(int(is_missing(rows).sum()), len(rows))
+    return rows
 
 
 def _gather(rows: Tensor, n: int, device: torch.device | str | None = None) -> Tensor:
@@ -122,15 +154,16 @@ def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: in
     """The pixels of each image as a row, float32 [N, D]: the baseline for any encoder.
 
     Images of a set that is held in memory keep all pixels and channels, in [0, 1]. Images on disk are averaged down to
-    ``size`` x ``size`` pixels; in a process group every rank must call this and averages its share.
+    ``size`` x ``size`` pixels, and missing rows are as in :func:`encoder_features`; in a process group every rank must
+    call this and averages its share.
     """
     if isinstance(split, TensorSplit):
         return split.images.flatten(1).float() / 255
-    rows = [
-        nn.functional.adaptive_avg_pool2d(images, size).flatten(1)
-        for images, _ in eval_batches(data, _some_share(split), 256, workers)
-    ]
-    return _gather(torch.cat(rows), len(split))
+
+    def averages(images: Tensor) -> Tensor:
+        return nn.functional.adaptive_avg_pool2d(images, size).flatten(1)
+
+    return _all_rows(averages, data, split, 256, workers)
 
 
 def check_finite(name: str, rows: Tensor, error: type[Exception] = ValueError) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..data import Augmentation, ImageData, Split, TrainLoader
+from ..data import Augmentation, FolderSplit, ImageData, Split, TrainLoader
 from ..encoders import backbone, restored_modes
 from .features import take, to_device
 
@@ -44,6 +44,7 @@ def label_free_scores(
     - ``uniformity``: log of the mean of exp(-2 d²), d the distance of the unit features of two images; 0 if all are the
       same, lower is better (both: Wang & Isola, arXiv 2005.10242).
     - ``rankme``: effective rank of the features (Garrido et al., arXiv 2210.02885): from 1 to min(N, D).
+    - ``images``: their number, without unreadable ones.
 
     The encoder runs in eval mode; the mode of every layer is restored. The views are the same in every call.
     """
@@ -52,13 +53,18 @@ def label_free_scores(
     sample = dataclasses.replace(data, train=take(split, rows), test=None)
     loader = TrainLoader(sample, augmentation, min(64, len(rows)), workers=workers, device=device)
     views: list[tuple[Tensor, Tensor]] = []
+    index: list[int] = []
     with restored_modes(encoder):
         model = backbone(encoder.eval())
         for batch in loader.epoch(0):
             one, other = (model(to_device(images, device)).flatten(1).float().cpu() for images in batch[:2])
             views.append((one, other))
-    raw = torch.cat([one for one, _ in views]).double()
-    one, other = normalize(raw, dim=1), normalize(torch.cat([other for _, other in views]).double(), dim=1)
+            index += batch.index.tolist()
+    raw, other = (torch.cat(part).double() for part in zip(*views, strict=True))
+    if isinstance(sample.train, FolderSplit):  # other images take the place of unreadable ones
+        kept = torch.tensor([sample.train.paths[position] not in data.unreadable for position in index])
+        raw, other = raw[kept], other[kept]
+    one, other = normalize(raw, dim=1), normalize(other, dim=1)
     nearest = (one @ other.T).argmax(1)
     distances = torch.pdist(one).square_()
     gram = raw @ raw.T if len(raw) < raw.shape[1] else raw.T @ raw
@@ -67,5 +73,6 @@ def label_free_scores(
         "alignment": (one - other).square().sum(1).mean().item(),
         "uniformity": distances.mul_(-2).exp_().mean().log_().item(),
         "rankme": effective_rank(gram),
+        "images": len(one),
     }
     return {name: round(score, 4) for name, score in scores.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..data import ImageData, Split
 from ..runs.options import RunOptions
-from .features import check_finite, encoder_features, estimate_batchnorm_, pixel_features
+from .features import check_finite, encoder_features, estimate_batchnorm_, is_missing, pixel_features
 from .knn import knn_top1
 from .linear import linear_top1
 
@@ -22,7 +22,7 @@ def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | No
     """Features of both splits: of an encoder, or the raw pixels if it is None. Without a test split, those of the
     training split take its place.
 
-    In a process group every rank must call it and gets all rows.
+    In a process group every rank must call it and gets all rows. Those of unreadable images are NaN.
 
     Args:
         name: what error messages call the representation.
@@ -40,7 +40,8 @@ def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | No
     train = features(data.train)
     test = train if data.test is None else features(data.test)
     for part, rows in (("training", train), ("test", test)):
-        check_finite(f"features of {LABELS.get(name, name)} ({part} images)", rows, FloatingPointError)
+        found, _ = _readable(rows, rows)
+        check_finite(f"features of {LABELS.get(name, name)} ({part} images)", found, FloatingPointError)
     return train, test
 
 
@@ -69,14 +70,23 @@ def all_features(data: ImageData, options: RunOptions, **encoders: nn.Module) ->
 
 def knn_score(data: ImageData, rows: Rows, **voting: Any) -> float:
     """:func:`knn_top1`, with its options, of a representation of ``data``."""
-    train, test = data.splits
-    return knn_top1(rows[0], train.labels, rows[1], test.labels, **voting)
+    return knn_top1(*_labeled(data, rows), **voting)
 
 
 def linear_score(data: ImageData, rows: Rows, *, C: float = 1.0) -> float:
     """:func:`linear_top1` of a representation of ``data``."""
+    return linear_top1(*_labeled(data, rows), C=C)
+
+
+def _labeled(data: ImageData, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features and labels of the readable training images, and of the test images."""
     train, test = data.splits
-    return linear_top1(rows[0], train.labels, rows[1], test.labels, C=C)
+    return *_readable(rows[0], train.labels), *_readable(rows[1], test.labels)
+
+
+def _readable(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    missing = is_missing(rows)
+    return (rows[~missing], labels[~missing]) if missing.any() else (rows, labels)
 
 
 def top1(data: ImageData, features: Features, knn_k: int) -> dict[str, dict[str, float]]:

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from .. import distributed
 from ..data import ImageData
-from ..evaluate.label_free import SAMPLE, label_free_scores, scored_split
+from ..evaluate.label_free import label_free_scores, scored_split
 from ..evaluate.scores import LABELS, Features, all_features, top1
 from ..mechanism import Mechanism
 from ..report import write_report
-from ..runs.directory import claim
+from ..runs.directory import claim, report_unreadable
 from ..runs.environment import environment
 from ..runs.files import write_json
 from ..runs.options import RunOptions
@@ -35,8 +35,10 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
     and ``"trained"``. It has no accuracies without labeled test images or with more than 200,000 images; without
     labeled test images it has ``"label_free"``, :func:`moco_ext.evaluate.label_free_scores` of both encoders.
 
-    Files that could not be decoded are listed in ``unreadable.txt`` and left out of the evaluation.
+    Files that cannot be decoded are listed in ``unreadable.txt`` and left out of the evaluation.
     """
+    if len(data.train) < 2:
+        raise ValueError(f"data: expected at least two training images in {data.name}, got {len(data.train)}")
     model = build_model(config, len(data.train))  # before the directory is created, as it may not fit in memory
     with claim(options):
         return _pretrain_and_evaluate(config, data, options, model)
@@ -55,15 +57,13 @@ def _pretrain_and_evaluate(
 
     summary: dict[str, Any] = {"data": config.data}
     features: Features = {}
-    data, unreadable = trainer.readable()
-    if first and unreadable:
-        (options.output / "unreadable.txt").write_text("\n".join(unreadable) + "\n", encoding="utf-8")
     reason = data.why_not_scored
     with options.console.status("evaluating"):
         if len(data.train) > _EVALUATED:
             reason = f"{data.name} has more than {_EVALUATED:,} images"
         else:
             features = all_features(data, options, untrained=untrained, trained=model.encoder_q)
+        report_unreadable(options, data.unreadable)
         if first and not reason:
             summary |= top1(data, features, config.knn_k) | {"test_images": len(data.splits[1])}
         elif first and data.why_not_scored:
@@ -104,8 +104,8 @@ def _label_free(
         )
         for name, encoder in encoders.items()
     }
-    split = scored_split(data)
-    return scores | {"images": min(SAMPLE, len(split)), "split": "training" if split is data.train else "held-out"}
+    images = [score.pop("images") for score in scores.values()][-1]
+    return scores | {"images": images, "split": "training" if scored_split(data) is data.train else "held-out"}
 
 
 def _label_free_table(summary: dict[str, Any]) -> Table:

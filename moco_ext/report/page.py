@@ -19,7 +19,7 @@ from ..train.config import PretrainConfig
 from ..train.mechanisms import has_setting
 from .gallery import feature_map, neighbors
 from .plots import RUN_COLORS, Axes, Line, curves
-from .read import Gallery, ReportedRun
+from .read import Gallery, ImageSet, ReportedRun, titles
 from .verdict import collapsed, learned
 
 _PROTOCOLS = ("knn", "linear")
@@ -46,7 +46,7 @@ def write_report(
     made = read_json(folder / "environment.json")
     run = ReportedRun(folder.name, dataclasses.asdict(config), records, summary, environment=made)
     shown = {LABELS.get(name, name): rows for name, rows in features.items()}
-    page = compose([run], [Gallery(data, shown)] if features else [])
+    page = compose([run], [Gallery.of(data, shown)] if features else [])
     write_atomically(path, lambda file: file.write(page.encode()))
 
 
@@ -60,17 +60,17 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
         undefined=StrictUndefined,
     )
     several = len(runs) > 1
-    sets = list(dict.fromkeys(run.config["data"] for run in runs))
-    on = ", ".join(Path(name).name for name in sets)
+    sets = titles(runs)
+    on = ", ".join(dict.fromkeys(Path(images.data).name for images in sets))
     differing = _differing(runs)
-    shown = [{"data": g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries]
-    return environment.get_template("report.html.j2").render(
+    shown = [{"data": g.title or g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries]
+    page = environment.get_template("report.html.j2").render(
         title=f"{len(runs)} runs on {on}" if several else f"MoCo on {on}",
         lead=_lead_of_several(differing) if several else _lead(runs[0], galleries),
         switches=[run.name for run in runs] if several else [],
         answers=[(run.name, learned(run), collapsed(run)) for run in runs],
         run_colors=RUN_COLORS,
-        results=[_results(runs, name) for name in sets],
+        results=[_results(runs, images, title) for images, title in sets.items()],
         label_free=[(run.name, *_label_free(run)) for run in runs if run.summary.get("label_free")],
         differing=[(name, [_setting(run, name) for run in runs]) for name in differing],
         unrecorded=_unrecorded(runs),
@@ -82,6 +82,7 @@ def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
         made_with=[(run.name, made) for run in runs if (made := _made_with(run))],
         common=[(name, _plain(value)) for name, value in _settings(runs).items() if name not in differing],
     )
+    return page.encode(errors="replace").decode()  # names of files may be no text
 
 
 def _lead(run: ReportedRun, galleries: Sequence[Gallery]) -> str:
@@ -142,8 +143,8 @@ class _Row(NamedTuple):
     others: dict[str, str] = {}  # noqa: RUF012
 
 
-def _results(runs: Sequence[ReportedRun], data: str) -> dict[str, Any]:
-    numbered = [(i, run) for i, run in enumerate(runs) if run.config["data"] == data]
+def _results(runs: Sequence[ReportedRun], images: ImageSet, title: str) -> dict[str, Any]:
+    numbered = [(i, run) for i, run in enumerate(runs) if run.images == images]
     rows = _rows_of_one(runs[0]) if len(runs) == 1 else _rows_of_several(numbered)
     # Bars start at the round number below the lowest score, so that differences near 100 % are visible.
     lowest = min((score for row in rows for score in [*row.scores.values(), *row.start.values()]), default=0)
@@ -154,7 +155,7 @@ def _results(runs: Sequence[ReportedRun], data: str) -> dict[str, Any]:
     elif any(row.color == "untrained" for row in rows):
         baseline = "The untrained encoder"
     return {
-        "data": data,
+        "data": title,
         "rows": rows if any(row.scores or row.others for row in rows) else [],
         "others": list(dict.fromkeys(name for row in rows for name in row.others)),
         "floor": max(0, math.floor(lowest / 10 - 1e-9) * 10),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ..checkpoints.pretrained import load_pretrained
 from ..data import ImageData, load
-from ..evaluate.scores import LABELS, representations, split_features
+from ..evaluate.features import is_missing, take
+from ..evaluate.scores import LABELS, Features, representations, split_features
 from ..runs.files import read_json
 from ..runs.metrics import read_metrics
 from ..runs.options import RunOptions
@@ -22,6 +22,14 @@ from ..train.model import build_model
 _ENCODED = 200_000  # images without labeled test images; encoding more, only for pictures, takes too long
 GALLERY_RUNS = 3  # per data set, whose neighbors and maps fit side by side
 _EVALUATIONS = ("knn", "linear", "finetune")
+
+
+class ImageSet(NamedTuple):
+    """The images of a run."""
+
+    data: str
+    val_fraction: float
+    image_size: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,11 @@ class ReportedRun:
     summary: dict[str, Any]
     evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     environment: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def images(self) -> ImageSet:
+        """What :func:`moco_ext.data.load` makes its images from."""
+        return ImageSet(self.config["data"], self.config.get("val_fraction", 0.0), self.config.get("image_size"))
 
     def top1(self, protocol: str) -> dict[str, float]:
         """Top-1 of ``"knn"`` or ``"linear"`` by representation (pixels, untrained, trained); empty if unknown."""
@@ -64,7 +77,19 @@ class Gallery:
     """Features to show: by label, rows [N, D] of the training and of the test split of a data set."""
 
     data: ImageData
-    features: dict[str, tuple[Tensor, Tensor]]
+    features: Features
+    title: str = ""
+
+    @staticmethod
+    def of(data: ImageData, features: Features, title: str = "") -> Gallery:
+        """Without the images that could not be read for one of the representations."""
+        parts = zip(*features.values(), strict=True)  # training and test rows of each representation
+        kept = [~torch.stack([is_missing(rows) for rows in part]).any(0) for part in parts]
+        if all(part.all() for part in kept):
+            return Gallery(data, features, title)
+        rows = [part.nonzero().flatten().tolist() for part in kept]
+        data = dataclasses.replace(data, train=take(data.train, rows[0]), test=data.test and take(data.test, rows[1]))
+        return Gallery(data, {name: (train[kept[0]], test[kept[1]]) for name, (train, test) in features.items()}, title)
 
 
 def read_run(folder: str | Path, name: str) -> ReportedRun:
@@ -91,7 +116,7 @@ def galleries(
     device: torch.device,
     workers: int,
 ) -> list[Gallery]:
-    """Features of raw pixels and of the first few runs on each data set, from their checkpoints.
+    """Features of raw pixels and of the first few runs on each set of images, from their checkpoints.
 
     For a single run, also those of the untrained encoder.
 
@@ -101,12 +126,11 @@ def galleries(
     """
     options = RunOptions(Path(), device, workers=workers)
     found = []
-    for name in dict.fromkeys(run.config["data"] for run in runs):
-        first = next(run.config for run in runs if run.config["data"] == name)
-        data = load(name, data_root, val_fraction=first.get("val_fraction", 0.0), image_size=first.get("image_size"))
+    for images, title in titles(runs).items():
+        data = load(images.data, data_root, val_fraction=images.val_fraction, image_size=images.image_size)
         if data.why_not_scored and len(data.train) > _ENCODED:
             continue
-        members = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.config["data"] == name]
+        members = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.images == images]
         encoders = {run.name: load_pretrained(folder)[0] for run, folder in members[:GALLERY_RUNS]}
         if len(runs) == 1:
             untrained, trained = _untrained(runs[0], len(data.train)), encoders[runs[0].name]
@@ -115,13 +139,27 @@ def galleries(
         else:
             features = {LABELS["pixels"]: split_features(data, options, None)}
             features |= {key: split_features(data, options, encoder, key) for key, encoder in encoders.items()}
-        found.append(Gallery(data, features))
+        found.append(Gallery.of(data, features, title))
     return found
+
+
+def titles(runs: Sequence[ReportedRun]) -> dict[ImageSet, str]:
+    """A title for each of the sets of images: the name of the data, and the other settings if sets share it."""
+    sets = dict.fromkeys(run.images for run in runs)
+    names = [images.data for images in sets]
+    return {
+        images: images.data
+        if names.count(images.data) == 1
+        else f"{images.data}, val_fraction {images.val_fraction:g}, image_size {images.image_size or 'default'}"
+        for images in sets
+    }
 
 
 def _untrained(run: ReportedRun, images: int) -> torch.nn.Module:
     """The encoder of a run before its first step."""
     # A run of another version may have unknown settings; arch, dim, head and seed suffice for the encoder.
     known = {field.name for field in dataclasses.fields(PretrainConfig)}
-    settings = {name: value for name, value in run.config.items() if name in known}
+    settings: dict[str, Any] = {  # JSON has no tuples
+        name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items() if name in known
+    }
     return build_model(PretrainConfig(**settings), images).encoder_q

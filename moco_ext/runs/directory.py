@@ -9,22 +9,21 @@ import os
 import shutil
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ..distributed import rank, world_size
-from .files import remove_temporaries
+from ..distributed import rank, unite, world_size
+from .files import remove_temporaries, write_atomically
 from .options import RunOptions
 
 _LOCK = ".lock"
+_UNREADABLE = "unreadable.txt"
 # Any of these marks a directory as used; the last also matches the files of the official trainer.
 _MARKS = ("metrics.jsonl", "config.json", "checkpoint*.pth*")
-_WRITTEN = (
-    *("config.json", "environment.json", "metrics.jsonl", "checkpoint*.pth", "nonfinite.pth"),
-    *("unreadable.txt", "summary.json", "report.html"),
-)
+_FILES = ("config.json", "environment.json", "metrics.jsonl", "nonfinite.pth", "summary.json", "report.html")
+_WRITTEN = (*_FILES, "checkpoint*.pth", _UNREADABLE)
 _EVALUATIONS = ("knn", "linear", "finetune", "scratch")
 
 
@@ -76,6 +75,24 @@ def clear(folder: Path) -> None:
         path.unlink(missing_ok=True)
     for name in ("tensorboard", *_EVALUATIONS):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def list_unreadable(folder: Path, paths: Collection[str]) -> None:
+    """Add paths to ``unreadable.txt``, one a line."""
+    file = folder / _UNREADABLE
+    known = set(file.read_bytes().split(b"\n")[:-1]) if file.is_file() else set()
+    lines = known.union(os.fsencode(path).replace(b"\n", b"\\n") for path in paths)
+    if lines != known:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda out: out.writelines(line + b"\n" for line in sorted(lines)))
+
+
+def report_unreadable(options: RunOptions, paths: set[str]) -> None:
+    """List the files that any rank could not read, and print their number. Every rank must call it."""
+    if unite(paths) and rank() == 0:
+        list_unreadable(options.output, paths)
+        line = f"{len(paths):,} files could not be read: {options.output / _UNREADABLE}"
+        options.console.print(line, highlight=False, soft_wrap=True)
 
 
 def _prepare(options: RunOptions) -> None:

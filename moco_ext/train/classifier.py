@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..checkpoints.training import check_finite, load_checkpoint, load_into, save_checkpoint
 from ..data import ImageData, SupervisedLoader, eval_batches
+from ..data.images import check_readable
 from ..data.seeds import hash_seeds
-from ..distributed import all_reduce, rank, world_size
+from ..distributed import all_reduce, rank, unite, world_size
 from ..encoders import backbone
 from ..evaluate.features import rank_share, to_device
 from ..runs.directory import exclusive
@@ -26,6 +27,7 @@ from ..runs.files import remove_temporaries, write_atomically
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
 from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, check_settings, setting
+from .preemption import Interrupts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,10 @@ def evaluate(
     """Mean cross-entropy ``loss`` and accuracies ``acc1``, ``acc5`` in percent on the test split.
 
     In a process group every rank must call it: each classifies its share, and all return the metrics of the whole
-    split. The model's mode is restored.
+    split. Unreadable images are left out. The model's mode is restored.
+
+    Raises:
+        UnreadableImageError: more than half of the images cannot be decoded.
     """
     training = model.training
     model.eval()
@@ -158,12 +163,15 @@ def evaluate(
     share = rank_share(data.splits[1])
     try:
         with torch.no_grad():
-            for images, labels in eval_batches(data, share, batch_size, workers) if len(share) else ():
-                labels = labels.to(device, non_blocking=True)
+            for images, index in eval_batches(data, share, batch_size, workers):
+                labels = share.labels[index].to(device, non_blocking=True)
                 sums += _sums(model(to_device(images, device)), labels)
     finally:
         model.train(training)
-    return _means(all_reduce(sums))
+    total = all_reduce(sums)
+    expected = len(data.splits[1])
+    check_readable(expected - int(total[3]), expected)
+    return _means(total)
 
 
 def train_classifier(
@@ -236,9 +244,10 @@ def train_classifier(
             print_freq=options.print_freq,
             enabled=rank() == 0,
         ) as log,
+        Interrupts() as interrupts,
     ):
         seconds = log.records[-1]["seconds"] if log.records else 0.0
-        train_epoch = _Epochs(model, loader, optimizer, config, options, log)
+        train_epoch = _Epochs(model, loader, optimizer, config, options, log, interrupts)
         for epoch in range(done, config.epochs):
             started = time.perf_counter()
             record = train_epoch(epoch)
@@ -252,7 +261,8 @@ def train_classifier(
                 check_unchanged(model.backbone, reference)
             is_best = val["acc1"] > best
             best = max(best, val["acc1"])
-            log.record(record | {"best_acc1": best})
+            unreadable = len(unite(data.unreadable))
+            log.record(record | {"best_acc1": best} | ({"skipped_images": unreadable} if unreadable else {}))
             check_finite(model, optimizer)
             if rank() == 0:
                 save_checkpoint(
@@ -290,8 +300,10 @@ class _Epochs:
         config: ClassifierConfig,
         options: RunOptions,
         log: RunLog,
+        interrupts: Interrupts,
     ) -> None:
         self.loader, self.optimizer, self.config, self.options, self.log = loader, optimizer, config, options, log
+        self.interrupts = interrupts
         self.rates = [group["lr"] for group in _optimizer(model, config).param_groups]
         self.model: nn.Module = model
         if world_size() > 1:
@@ -325,13 +337,13 @@ class _Epochs:
                 metrics |= self._finite(_means(recent), epoch, step)
                 recent.zero_()
             self.log.step(first + step, metrics)
+            self.interrupts.check()
             before = time.perf_counter()
         seconds = time.perf_counter() - started
         total = all_reduce(sums)
         means = self._finite(_means(total), epoch, step)
         speed = total[3].item() / seconds
-        record = {"epoch": epoch + 1, "step": first + step, "lr": lr, **means, "images_per_second": speed}
-        return record | ({"skipped_images": self.loader.skipped} if self.loader.skipped else {})
+        return {"epoch": epoch + 1, "step": first + step, "lr": lr, **means, "images_per_second": speed}
 
     def _finite(self, means: dict[str, float], epoch: int, step: int) -> dict[str, float]:
         if not math.isfinite(means["loss"]):

@@ -16,14 +16,42 @@ import torch.distributed as dist
 from .. import distributed
 
 
+class Interrupts:
+    """SIGINT raises KeyboardInterrupt as usual, and once more in :meth:`check`.
+
+    Libraries clear exceptions that are raised while they look up an attribute, and the first one may be lost there.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> Interrupts:
+        in_main = threading.current_thread() is threading.main_thread()  # Python handles signals there only
+        if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.close()
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if SIGINT has been received."""
+        if self._received:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, *_: Any) -> None:
+        self._received = True
+        raise KeyboardInterrupt
+
+
 class Preemption:
     """Notes SIGTERM, so that the current step is finished and saved.
 
     In a process group the step may never finish, if a collective waits for a rank that is stopped. A process that makes
     no progress for :attr:`GRACE` seconds after SIGTERM therefore ends without saving, with status 143.
 
-    SIGINT raises KeyboardInterrupt as usual, and once more after the step: libraries clear exceptions that are raised
-    while they look up an attribute, and the first one may be lost there.
+    Of SIGINT, see :class:`Interrupts`.
     """
 
     name = "SIGTERM"
@@ -31,17 +59,15 @@ class Preemption:
 
     def __init__(self) -> None:
         self._received = False
-        self._interrupted = False
         self._steps = 0
 
     def __enter__(self) -> Preemption:
         self._undo = contextlib.ExitStack()
-        if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+        self._interrupts = self._undo.enter_context(Interrupts())
+        if threading.current_thread() is not threading.main_thread():
             return self
         before = signal.signal(signal.SIGTERM, self._note)
         self._undo.callback(signal.signal, signal.SIGTERM, before)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._undo.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
         if distributed.world_size() > 1:
             self._watch()
         return self
@@ -51,8 +77,7 @@ class Preemption:
 
     def agreed(self, ask: bool) -> bool:
         """Whether to stop after this step. Several ranks agree on it, at steps where all of them ``ask``."""
-        if self._interrupted:
-            raise KeyboardInterrupt
+        self._interrupts.check()
         self._steps += 1
         if distributed.world_size() == 1:
             return self._received
@@ -63,10 +88,6 @@ class Preemption:
 
     def _note(self, *_: Any) -> None:
         self._received = True
-
-    def _interrupt(self, *_: Any) -> None:
-        self._interrupted = True
-        raise KeyboardInterrupt
 
     def _watch(self) -> None:
         """Start a thread that learns of signals through a pipe: while a collective waits, no Python handler runs."""

@@ -15,11 +15,10 @@ import torch.distributed as dist
 
 from .. import distributed
 from ..checkpoints.training import check_finite, load_checkpoint, load_into, load_newest, save_rotating
-from ..data import Batch, FolderSplit, ImageData, TrainLoader
-from ..evaluate.features import take
+from ..data import Batch, ImageData, TrainLoader
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
-from ..runs.directory import claim, clear
+from ..runs.directory import claim, clear, list_unreadable
 from ..runs.files import write_atomically
 from ..runs.metrics import Averages, RunLog, read_metrics
 from ..runs.options import RunOptions
@@ -196,27 +195,15 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             **self.health_averages.means(),
         }
-        counts = {"skipped_images": self.loader.skipped, "skipped_steps": self.skipped_steps}
-        record |= {name: count for name, count in counts.items() if count}
         if not self.data.why_not_scored and self._evaluation_is_due():
             record["knn_top1"] = self._knn()
+        unreadable = len(distributed.unite(self.data.unreadable))
+        counts = {"skipped_images": unreadable, "skipped_steps": self.skipped_steps}
+        record |= {name: count for name, count in counts.items() if count}
         log.record(record)
         self.averages.clear()
         self.health_averages.clear()
         self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0
-
-    def readable(self) -> tuple[ImageData, list[str]]:
-        """The data without the training images that could not be decoded so far on any rank, and their paths."""
-        positions = self.loader.unreadable
-        if self.world > 1:
-            found: list[Any] = [None] * self.world
-            dist.all_gather_object(found, positions)
-            positions = set().union(*found)
-        split = self.data.train
-        if not positions or not isinstance(split, FolderSplit):
-            return self.data, []
-        kept = [position for position in range(len(split)) if position not in positions]
-        return dataclasses.replace(self.data, train=take(split, kept)), [split.paths[i] for i in sorted(positions)]
 
     def _evaluation_is_due(self) -> bool:
         if self.step == self.total:
@@ -228,13 +215,13 @@ class Trainer:
         if self.world > 1:  # BatchNorm statistics differ between ranks in training; rank 0's are used
             for buffer in self.model.encoder_q.buffers():
                 dist.broadcast(buffer, 0)
-        data, _ = self.readable()
-        rows = split_features(data, self.options, self.model.encoder_q, "trained")
-        return knn_score(data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
+        rows = split_features(self.data, self.options, self.model.encoder_q, "trained")
+        return knn_score(self.data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
 
     def _save(self, last: bool) -> None:
         """Write a checkpoint, on rank 0. A failed write, as on a full disk, is an error only for the last one."""
         check_finite(self.model, self.optimizer)
+        unreadable = sorted(distributed.unite(self.data.unreadable))
         random = {"cpu": _of_all_ranks(torch.get_rng_state())}
         if self.options.device.type == "cuda":
             random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
@@ -250,10 +237,12 @@ class Trainer:
             "seconds": [self.seconds, self.epoch_seconds, self.waited],
             "images": self.images,
             "skipped_steps": self.skipped_steps,
+            "unreadable": unreadable,
             "updates": self.model.updates,
             "config": dataclasses.asdict(self.config),
         }
         try:
+            list_unreadable(self.options.output, unreadable)
             save_rotating(
                 self.options.output,
                 self.step,
@@ -301,7 +290,7 @@ class Trainer:
 
     def _restore(self, trainer: dict[str, Any]) -> None:
         counts = {name: trainer[name] for name in ("step", "images", "skipped_steps", "updates")}
-        counts |= {f"loader {name}": trainer["loader"][name] for name in ("epoch", "step", "skipped")}
+        counts |= {f"loader {name}": trainer["loader"][name] for name in ("epoch", "step")}
         for name, count in counts.items():
             if not isinstance(count, int) or count < 0:
                 raise ValueError(f"{name}: expected a count, got {count}")
@@ -312,6 +301,7 @@ class Trainer:
         self.health_averages.load_state_dict(trainer["health_averages"])
         self.seconds, self.epoch_seconds, self.waited = trainer["seconds"]
         self.skipped_steps, self.images = trainer["skipped_steps"], trainer["images"]
+        self.data.unreadable.update(trainer.get("unreadable", ()))
         self.model.updates = trainer["updates"]
         random = trainer["random"]
         if len(random["cpu"]) != self.world:
