@@ -22,8 +22,8 @@ _LOCK = ".lock"
 # Any of these marks a directory as used; the last also matches the files of the official trainer.
 _MARKS = ("metrics.jsonl", "config.json", "checkpoint*.pth*")
 _WRITTEN = (
-    *("config.json", "environment.json", "metrics.jsonl", "checkpoint*.pth", "nonfinite.pth"),
-    *("unreadable.txt", "summary.json", "report.html"),
+    *("config.json", "environment.json", "loggers.json", "metrics.jsonl", "metrics.csv", "checkpoint*.pth"),
+    *("nonfinite.pth", "unreadable.txt", "summary.json", "report.html"),
 )
 _EVALUATIONS = ("knn", "linear", "finetune", "scratch")
 
@@ -74,7 +74,7 @@ def clear(folder: Path) -> None:
     written = [*_WRITTEN, *(f"{name}{suffix}" for name in _EVALUATIONS for suffix in (".json", ".pth", "_best.pth"))]
     for path in _matching(folder, written):
         path.unlink(missing_ok=True)
-    for name in ("tensorboard", *_EVALUATIONS):
+    for name in ("tensorboard", "wandb", *_EVALUATIONS):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -228,12 +228,12 @@ def train_classifier(
         exclusive(folder, lambda: remove_temporaries(options.output, f"{name}*")),
         RunLog(
             folder,
-            options.console,
+            options,
             total_steps=config.epochs * loader.steps_per_epoch,
             steps_per_epoch=loader.steps_per_epoch,
             done_steps=done * loader.steps_per_epoch,
             chance_loss=math.log(len(data.classes)),
-            print_freq=options.print_freq,
+            config=dataclasses.asdict(config) | {"arch": arch},
             enabled=rank() == 0,
         ) as log,
     ):
