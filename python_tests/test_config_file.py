@@ -240,11 +240,8 @@ def test_dry_run_names_sources_and_writes_nothing(photos, written, capsys, monke
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["pretrain", str(photos), "--config", path, "--moco-m", "0.9", "--dry-run", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    rows = {
-        cells[1].strip(): [c.strip() for c in cells[2:4]]
-        for cells in (line.split("│") for line in out.splitlines())
-        if len(cells) == 5
-    }
+    table = [[cell.strip() for cell in line.split("│")] for line in out.splitlines()]
+    rows = {cells[1]: cells[2:4] for cells in table if len(cells) == 5}
     assert rows["moco_t"] == ["0.5", "config file"]
     assert rows["epochs"] == ["30", "config file"]
     assert rows["moco_m"] == ["0.9", "flag"]

@@ -1,5 +1,6 @@
 """The size guide: what it chooses for images and devices."""
 
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ def test_choices_are_valid(images, machine):
 @pytest.mark.parametrize("machine", [GPU, CPU], ids=["gpu", "cpu"])
 def test_choices_change_one_way_with_the_number_of_images(machine):
     configs = [resolved(images, machine) for images in SIZES]
-    for smaller, larger in zip(configs, configs[1:], strict=False):
+    for smaller, larger in itertools.pairwise(configs):
         assert larger.batch_size >= smaller.batch_size
         assert larger.moco_k >= smaller.moco_k
         assert larger.epochs <= smaller.epochs

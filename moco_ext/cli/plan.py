@@ -73,6 +73,8 @@ def make_plan(args: argparse.Namespace, options: RunOptions) -> Plan:
         guided = _of_resumed_run(options, explicit)
         if not guided:
             choices = _choose(first, data, explicit, options)
+            if data.why_not_scored:
+                choices.pop("knn_k", None)
             guided = {name: choice.value for name, choice in choices.items()}
     config = configuration(args, guided)
     if config.image_size is not None:

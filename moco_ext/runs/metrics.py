@@ -100,7 +100,8 @@ class RunLog:
         self._averages, self._line_averages = Averages(), Averages()
         self._window: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=_WINDOW)
         self._last = self._started = self._shown = time.perf_counter()
-        self._done_before, self._first_step = done_steps, 0.0
+        self._done_before = done_steps
+        self._first_step: float | None = None  # its seconds
         self._knn = next((r["knn_top1"] for r in reversed(self.records) if "knn_top1" in r), None)
         self._bar = _Bar(
             TextColumn("{task.fields[position]}"),
@@ -147,12 +148,12 @@ class RunLog:
         if step % self._options.print_freq == 0 or step == self._total:
             self._loggers.log(step, _named("train", self._averages.means() | self._speed()))
             self._averages.clear()
-        self._show(step, now)
+        self._show(step, now, metrics.get("wait", 0.0))
 
-    def _show(self, step: int, now: float) -> None:
-        first = not self._first_step
-        if first:
-            self._first_step, self._started = now - self._started, now
+    def _show(self, step: int, now: float, waited: float) -> None:
+        first = self._first_step is None
+        if first:  # it waits for loader processes to start
+            self._first_step, self._started = now - self._started - waited, now
         terminal, seconds = self._console.is_terminal, self._options.log_seconds
         position = self._position(step)
         if terminal:
@@ -200,9 +201,9 @@ class RunLog:
 
     def _remaining(self, step: int, now: float) -> str:
         """Estimated time to the last step, and its time of day; evaluations so far included."""
-        if step >= self._total or not self._first_step:
+        if step >= self._total or self._first_step is None:
             return ""
-        later = step - self._done_before - 1  # the first step starts loader processes, and libraries
+        later = step - self._done_before - 1  # the first step also starts libraries
         seconds = (self._total - step) * ((now - self._started) / later if later > 0 else self._first_step)
         return f"  eta {duration(seconds)} ({clock(time.time() + seconds)})"
 
