@@ -247,3 +247,16 @@ def test_loggers_are_checked_before_the_run(photos, tmp_path, capsys, monkeypatc
     assert cli.main(["pretrain", str(photos), "--output", str(output), "--logger", "csv,wandb"]) == 1
     assert "logger: wandb needs wandb, which is not installed: pip install wandb" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_every_rank_has_the_choices_of_rank_0(photos, monkeypatch):
+    """The devices of the ranks may differ."""
+    from moco_ext.cli import plan
+
+    chosen_by_0 = plan_of(photos).choices | {"batch_size": plan.Choice(4, "rank 0 has little memory")}
+    monkeypatch.setattr(plan.distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(plan.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(plan.dist, "broadcast_object_list", lambda shared: shared.__setitem__(0, chosen_by_0))
+    config = plan_of(photos).config
+    assert config.batch_size == 4
+    assert config.image_size == 96
