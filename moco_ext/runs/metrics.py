@@ -114,7 +114,8 @@ class RunLog:
             expand=True,
             speed_estimate_period=300,  # a step may take longer than rich's 30 s
         )
-        position = self._position(done_steps)
+        self._bar.metrics = Text("first step", style="dim")  # it may take a while
+        position = self._position(min(done_steps + 1, total_steps))
         self._task = self._bar.add_task("train", total=total_steps, completed=done_steps, position=position)
 
     def __enter__(self) -> RunLog:
