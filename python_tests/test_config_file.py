@@ -87,6 +87,11 @@ def test_flags_win(written):
     assert parse("pretrain", "--data", "cifar10", "--config", path).data == "cifar10"
 
 
+def test_an_empty_folder_name_does_not_mean_the_default():
+    with pytest.raises(ValueError, match=r"^data: expected folders of images or lists of them, got \['a', ''\]"):
+        configuration(parse("pretrain", "a", ""))
+
+
 def test_a_schedule_turns_off_the_cosine_of_a_file(written):
     path = written("cos: true\nepochs: 9")
     assert configuration(parse("pretrain", "--config", path)).cos

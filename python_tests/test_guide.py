@@ -131,6 +131,8 @@ def test_what_is_given_counts_in_what_is_chosen():
     assert resolved(10_000, batch_size=64, accumulate=8).lr == pytest.approx(0.06)
     assert resolved(100, batch_size=128).moco_k == 128
     assert "lr" not in chosen(10_000, optimizer="adamw")
+    assert "lr" not in chosen(10_000, lr_base=0.3)
+    assert "aug_plus" not in chosen(10_000, aug_byol=True)  # they exclude each other
     assert resolved(10_000, mlp=False).moco_t == 0.07
     assert not resolved(10_000, schedule=(3,)).cos
     assert not resolved(IMAGENET, epochs=100).cos  # a command of the official trainer

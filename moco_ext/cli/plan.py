@@ -47,6 +47,8 @@ def configuration(args: argparse.Namespace, guided: dict[str, Any] | None = None
 
 def data_of(args: argparse.Namespace) -> str:
     """The data that DIR or --data names; a ValueError if both do. DIR wins over a configuration file."""
+    if "" in args.dir:  # an empty variable of a script
+        raise ValueError(f"data: expected folders of images or lists of them, got {args.dir}")
     folders = os.pathsep.join(args.dir)
     named = None if folders and "data" in _from_file(args) else args.data
     if folders and named not in (None, folders):

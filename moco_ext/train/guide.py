@@ -92,7 +92,8 @@ def choose(
     if images < _MANY:
         if mlp and has("mlp"):
             add("mlp", True, "MoCo v2")
-        add("aug_plus", True, "MoCo v2")
+        if "aug_byol" not in explicit:
+            add("aug_plus", True, "MoCo v2")
     if images < _MANY and value_of("mlp", False):
         add("moco_t", 0.2, "MoCo v2, with its head")
 
@@ -100,7 +101,7 @@ def choose(
     if "batch_size" not in explicit:
         chosen["batch_size"] = _batch_size(images, machine, lambda n: memory(settings, n))
     batch = value_of("batch_size", _BATCH) * machine.nodes * explicit.get("accumulate", 1)
-    if "optimizer" not in explicit:  # the published rate is for SGD
+    if not {"optimizer", "lr_base"} & explicit.keys():  # the published rate is for SGD
         add("lr", _LR * batch / _BATCH, f"published: {_LR:g} for a batch of {_BATCH}")
     queue = _power_of_two(images / 4)
     reason = "published" if queue >= _K else f"at most a quarter of the {images:,} images"
