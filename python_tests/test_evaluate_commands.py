@@ -80,13 +80,15 @@ def test_a_resumed_classifier_of_other_features_is_noticed(run, tmp_path, capsys
 
 
 def test_finetune_and_the_comparison_from_scratch(run, tmp_path, capsys):
-    flags = ("--epochs", 1, "--fraction", 0.1, "-b", 32, "--output", tmp_path, "--threads", 1)
+    flags = ("--epochs", 1, "--fraction", 0.1, "-b", 32, "--output", tmp_path, "--threads", 1, "--logger", "csv")
     tuned = answer(capsys, "finetune", run, *flags)
     scratch = answer(capsys, "finetune", run, "--scratch", *flags)
     assert (tuned["fraction"], tuned["lr"], tuned["lr_head"], tuned["weight_decay"]) == (0.1, 0.01, 0.1, 1e-4)
     assert tuned["top1"] != scratch["top1"]
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"finetune.json", "finetune.pth", "finetune_best.pth", "finetune", "scratch.json", "scratch.pth"}
+    assert {path.name for path in (tmp_path / "finetune").iterdir()} >= {"metrics.jsonl", "metrics.csv"}
+    assert not (tmp_path / "finetune" / "tensorboard").exists()
     assert load_pretrained(tmp_path / "finetune.pth")[1] == ARCH
     assert "fc.0.running_mean" in {
         n.removeprefix("module.") for n in torch.load(tmp_path / "finetune.pth")["state_dict"]

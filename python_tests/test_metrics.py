@@ -12,14 +12,17 @@ pytest.importorskip("tensorboard")
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moco_ext.runs.console import duration, make_console, phase
 from moco_ext.runs.metrics import Averages, RunLog, read_metrics
+from moco_ext.runs.options import RunOptions
 
 
-def open_log(folder, *, terminal=False, width=200, **options):
+def open_log(folder, *, terminal=False, width=200, print_freq=10, log_seconds=30.0, logger="tensorboard", **arguments):
     """A log over 3 epochs of 10 steps that writes to a buffer, and the buffer."""
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None)
-    options = {"total_steps": 30, "steps_per_epoch": 10, "chance_loss": 4.615} | options
-    return RunLog(folder, console, **options), console.file
+    options = RunOptions(folder, print_freq=print_freq, log_seconds=log_seconds, logger=logger, console=console)
+    arguments = {"total_steps": 30, "steps_per_epoch": 10, "chance_loss": 4.615} | arguments
+    return RunLog(folder, options, **arguments), console.file
 
 
 def scalars(folder):
@@ -152,7 +155,7 @@ def test_speed_and_wait(tmp_path, monkeypatch):
 
 
 def test_a_line_a_record_where_there_is_no_terminal(tmp_path):
-    log, out = open_log(tmp_path)
+    log, out = open_log(tmp_path, log_seconds=0)
     with log:
         for step in range(1, 11):
             log.step(step, figures())
@@ -161,8 +164,75 @@ def test_a_line_a_record_where_there_is_no_terminal(tmp_path):
         log.record({"step": 20, "epoch": 2, "loss": 1.0, "knn_top1": 81.25})
     first, second = out.getvalue().splitlines()
     line = r"\d\d:\d\d:\d\d  epoch 1/3  loss 2\.000 \(chance 4\.62\)  acc@1 50\.0  acc@5 75\.0  1,234 images/s"
-    assert re.fullmatch(line, first)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d  epoch 2/3  loss 1\.000 \(chance 4\.62\)  kNN 81\.2 %", second)
+    eta = r"  eta \d+ s \(\d\d:\d\d\)"
+    assert re.fullmatch(line + eta, first)
+    assert re.fullmatch(rf"\d\d:\d\d:\d\d  epoch 2/3  loss 1\.000 \(chance 4\.62\)  kNN 81\.2 %{eta}", second)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, in a list, as the log sees it: it starts on 2026-11-26, 12:00."""
+    now = [0.0]
+    noon = time.mktime((2026, 11, 26, 12, 0, 0, 0, 0, -1))
+    local = time.localtime
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: noon + now[0])
+    monkeypatch.setattr(time, "localtime", lambda seconds=None: local(noon + now[0] if seconds is None else seconds))
+    return now
+
+
+def test_lines_by_time_where_there_is_no_terminal(tmp_path, clock):
+    """Steps of 12 s after a first one of 20 s: a line after it, then one at every third step, with means since then."""
+    log, out = open_log(tmp_path, total_steps=1000, steps_per_epoch=100)
+    with log:
+        for step in range(1, 9):
+            clock[0] += 20 if step == 1 else 12
+            log.step(step, figures(loss=float(step)))
+    first, *others = (line.split("  ", 1)[1] for line in out.getvalue().splitlines())
+    assert first == (
+        "epoch 1/10  step 1/1,000  loss 1.000 (chance 4.62)  acc@1 50.0  acc@5 75.0  1.60 images/s  wait 0 %  "
+        "20.00 s/step  eta 5 h 33 min (17:33)"
+    )
+    assert [line.split("  ")[1:3] for line in others] == [
+        ["step 4/1,000", "loss 3.000 (chance 4.62)"],
+        ["step 7/1,000", "loss 6.000 (chance 4.62)"],
+    ]
+    assert others[-1].endswith("  eta 3 h 19 min (15:20)")  # 993 steps of 12 s; the first one tells little
+
+
+def test_the_estimate_has_evaluations_and_a_date(tmp_path, clock):
+    log, out = open_log(tmp_path, total_steps=4000, steps_per_epoch=100, done_steps=1000)
+    with log:
+        for step in range(1001, 1101):
+            clock[0] += 30
+            log.step(step, figures())
+        clock[0] += 99 * 30  # an evaluation
+        log.record({"step": 1100, "epoch": 11, "loss": 1.0})
+    assert (
+        out.getvalue().splitlines()[-1].endswith("  epoch 11/40  loss 1.000 (chance 4.62)  eta 2 d 0 h (Nov 28, 13:59)")
+    )
+
+
+def test_long_lines_are_not_wrapped(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    make_console().print("word " * 60)
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setenv("COLUMNS", "40")
+    make_console().print("word " * 60)
+    assert capsys.readouterr().out.count("\n") > 5
+
+
+def test_phases_are_lines_where_there_is_no_terminal(capsys):
+    with phase(make_console(), "evaluating"):
+        assert re.fullmatch(r"\d\d:\d\d:\d\d  evaluating\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89, "89 s"), (91, "2 min"), (5399, "1 h 30 min"), (3 * 3600 + 300, "3 h 05 min"), (2e5, "2 d 7 h")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
 
 
 def test_steps_are_counted_where_they_make_no_whole_epochs(tmp_path):

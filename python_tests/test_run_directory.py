@@ -46,6 +46,7 @@ def test_a_run_resumed_in_its_own_directory_is_not_refused(tmp_path, resume):
 def test_overwriting_deletes_the_run_and_its_evaluations(tmp_path):
     data = few_digits(64)
     old = ("checkpoint_00000900.pth", "linear.json", "linear.pth", "summary.json", "report.html")
+    old += ("metrics.csv", "loggers.json")
     for name in (*old, "notes.txt"):
         (tmp_path / name).write_bytes(b"old")
     (tmp_path / "checkpoint.pth").symlink_to("checkpoint_00000900.pth")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from .config_file import with_file
 from .errors import guarded
 from .flags import Parser
 
@@ -23,7 +23,7 @@ COMMANDS = {
 }
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+def build_parser(command: str | None = None) -> Parser:
     """The parser of ``moco-ext``, with the flags of one command."""
     parser = Parser(prog="moco-ext", description="Momentum Contrast: train and evaluate encoders.")
     parser.add_argument("--version", action="version", version=f"moco-ext {__version__}")
@@ -33,7 +33,8 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         if name == command:
             module = importlib.import_module(f".{name}", __package__)
             module.add_flags(subparser)
-            subparser.set_defaults(run=module.run)
+            subparser.set_defaults(run=module.run, command=name)
+            parser.of_command = subparser
     return parser
 
 
@@ -49,4 +50,6 @@ def _run(argv: Sequence[str]) -> int:
     if args.command is None:
         parser.print_help()
         return 0
+    if parser.of_command is not None and hasattr(args, "config"):
+        args = with_file(parser.of_command, argv[1:], args)
     return args.run(args)

@@ -22,7 +22,7 @@ from .flags import add_settings, given
 
 RUN_SETTINGS = {
     name: setting._replace(group="")
-    for name, setting in settings(RunOptions, "start_epoch", "print_freq", "resume").items()
+    for name, setting in settings(RunOptions, "start_epoch", "print_freq", "log_seconds", "logger", "resume").items()
 }
 
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where it is not the module's name
+_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}  # where it is not the module's name
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's RuntimeErrors
 
 

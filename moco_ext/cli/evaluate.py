@@ -9,16 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from ..checkpoints.pretrained import load_pretrained
 from ..data import ImageData, load
+from ..runs.console import make_console
 from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
 from ..runs.settings import settings
 from . import launch
+from .config_file import add_config_flag
 from .flags import add_data_flags, add_settings
 
 
@@ -61,6 +62,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: that of the run, or 224)")
     add("--output", metavar="DIR", help="where results go (default: the run directory, else runs/COMMAND-DATA)")
+    add_config_flag(parser)
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add_settings(parser, settings(RunOptions, "workers") | settings(launch.LaunchOptions))
 
@@ -135,4 +137,4 @@ def show(
         table.add_column(column, justify="right")
     for label, *numbers in rows:
         table.add_row(label, *(f"{number:.2f}" for number in numbers))
-    Console().print(table)
+    make_console().print(table)

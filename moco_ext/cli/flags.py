@@ -12,7 +12,13 @@ from ..runs.settings import Setting, settings
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose positional arguments may be between flags."""
+    """A parser whose errors are one line, and whose positional arguments may be between flags.
+
+    Attributes:
+        of_command: the parser of the flags of one command.
+    """
+
+    of_command: Parser | None = None
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"moco-ext: error: {message} (see {self.prog} --help)\n")

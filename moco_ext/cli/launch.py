@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
 
 from ..distributed import rank
+from ..runs.console import make_console
 from ..runs.options import RunOptions
 from ..runs.settings import NOT_NEGATIVE, POSITIVE, at_least, check_settings, one_of, setting
 from .errors import guarded
@@ -125,8 +125,7 @@ def run(work: Work, args: argparse.Namespace, output: Path) -> int:
         url = launch.dist_url or (f"tcp://127.0.0.1:{_free_port()}" if nodes == 1 else None)
         if url is None:
             raise ValueError(f"dist_url: expected where the {nodes} nodes find each other, tcp://HOST:PORT, got none")
-        cuda = torch.cuda.is_available() and not (launch.device or "cuda").startswith("cpu")
-        per_node = torch.cuda.device_count() if cuda else 1
+        per_node = local_processes(args)
         group = _Group(url, (launch.rank or 0) * per_node, nodes * per_node, 0, per_node)
         return _spawn(work, args, output, group)
     if nodes > 1:
@@ -135,6 +134,16 @@ def run(work: Work, args: argparse.Namespace, output: Path) -> int:
             raise ValueError(f"rank, dist_url: expected both with --world-size {nodes}, got {got}")
         return _in_group(work, args, output, _Group(launch.dist_url, launch.rank, nodes, launch.gpu or 0, 1))
     return work(args, options_of(args, output))
+
+
+def local_processes(args: argparse.Namespace) -> int:
+    """How many processes :func:`run` starts, or torchrun has started, on this node."""
+    launch = LaunchOptions(**given(args, LaunchOptions))
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if launch.multiprocessing_distributed and torch.cuda.is_available():
+        return 1 if (launch.device or "cuda").startswith("cpu") else torch.cuda.device_count()
+    return 1
 
 
 def options_of(
@@ -152,7 +161,7 @@ def options_of(
         output,
         _device(launch, local_rank),
         local_world=local_world,
-        console=Console(quiet=rank() > 0, stderr=getattr(args, "json", False)),
+        console=make_console(quiet=rank() > 0, stderr=getattr(args, "json", False)),
         **given(args, RunOptions) | {"workers": -(-workers // local_world)},
     )
 

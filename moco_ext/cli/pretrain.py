@@ -9,27 +9,31 @@ from pathlib import Path
 import torch
 
 from .. import distributed
-from ..data import load
 from ..experiments.pretrain import pretrain_and_evaluate
 from ..runs.options import RunOptions
 from ..runs.settings import settings
-from ..train.config import DTYPES, RECIPES, PretrainConfig, resolve_config
-from ..train.memory import print_plan
+from ..train.config import DTYPES, RECIPES, PretrainConfig
+from ..train.memory import device_memory
 from . import launch
-from .flags import add_data_flags, add_settings, given
+from .config_file import add_config_flag
+from .flags import add_data_flags, add_settings
+from .plan import Plan, configuration, make_plan, print_dry_run, show_choices
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train an encoder with momentum contrast. Flags have the names, meanings and defaults of main_moco.py; the "
-        "small data sets have presets for settings that are not given."
+        "Train an encoder with momentum contrast. Flags have the names, meanings and defaults of main_moco.py. The "
+        "small data sets have presets for settings that are not given; for other images without --recipe they are "
+        "chosen by the number of images and the device."
     )
     add = parser.add_argument
     add("dir", nargs="*", metavar="DIR", help="folders of images or lists of them; the same as --data DIR")
     add_data_flags(parser, "digits")
     add("--output", metavar="DIR", help="run directory: checkpoints, metrics, report (default: runs/DATA)")
     add_recipe(parser)
-    add("--dry-run", action="store_true", help="print the resolved configuration and the memory it needs, and stop")
+    add_config_flag(parser)
+    dry = "print each setting and its source, the number of steps and the memory, and stop; nothing is written"
+    add("--dry-run", action="store_true", help=dry)
     add_settings(parser, settings(PretrainConfig) | settings(RunOptions) | settings(launch.LaunchOptions))
 
 
@@ -40,32 +44,34 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = _config(args)
-    output = Path(args.output or f"runs/{Path(args.dir[0] if args.dir else config.data).name}")
-    start = getattr(args, "start_epoch", 0)
-    if not config.steps and start >= config.epochs:
-        raise ValueError(f"start_epoch: expected less than the {config.epochs} epochs, got {start}")
+    config = configuration(args)  # errors in flags are reported before processes are started or data is read
+    output = Path(args.output or f"runs/{Path(config.data.split(os.pathsep)[0]).name}")
     if args.dry_run:
-        return print_plan(config, args.data_root, launch.options_of(args, output).device)
+        return _dry_run(args, output)
     return launch.run(_work, args, output)
 
 
-def _config(args: argparse.Namespace) -> PretrainConfig:
-    if "" in args.dir:  # an empty variable of a script
-        raise ValueError(f"data: expected folders of images or lists of them, got {args.dir}")
-    folders = os.pathsep.join(args.dir)
-    if folders and args.data not in (None, folders):
-        raise ValueError(f"data: expected DIR or --data, got both: {folders} and {args.data}")
-    return resolve_config(folders or args.data or "digits", given(args, PretrainConfig), args.recipe)
+def _dry_run(args: argparse.Namespace, output: Path) -> int:
+    options = launch.options_of(args, output, local_world=launch.local_processes(args))
+    print_dry_run(_plan(args, options), options)
+    return 0
+
+
+def _plan(args: argparse.Namespace, options: RunOptions) -> Plan:
+    check_memory(configuration(args), options.device)
+    plan = make_plan(args, options)
+    if not plan.config.steps and options.start_epoch >= plan.config.epochs:
+        raise ValueError(f"start_epoch: expected less than the {plan.config.epochs} epochs, got {options.start_epoch}")
+    return plan
 
 
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
-    config = _config(args)
-    check_memory(config, options.device)
-    data = load(config.data, args.data_root, val_fraction=config.val_fraction, image_size=config.image_size)
     print_ = options.console.print
     if options.device.type == "cpu" and not hasattr(args, "device"):
         print_("no GPU that torch can use: training on the CPU", highlight=False)
+    plan = _plan(args, options)
+    config, data = plan.config, plan.data
+    show_choices(plan, options)
     length = f"{config.steps:,} steps" if config.steps else f"{config.epochs} epochs"
     world = distributed.world_size()
     print_(
@@ -83,10 +89,7 @@ def check_memory(config: PretrainConfig, device: torch.device) -> None:
 
     Beyond its memory, a machine may end the process without a message rather than refuse to allocate.
     """
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = device_memory(device)
     needed = config.moco_k * config.moco_dim * DTYPES[config.queue_dtype].itemsize
     if needed > memory:
         raise ValueError(

@@ -16,6 +16,7 @@ from ..evaluate.label_free import label_free_scores, scored_split
 from ..evaluate.scores import LABELS, Features, all_features, top1
 from ..mechanism import Mechanism
 from ..report import write_report
+from ..runs.console import phase
 from ..runs.directory import claim, report_unreadable
 from ..runs.environment import environment
 from ..runs.files import write_json
@@ -58,7 +59,7 @@ def _pretrain_and_evaluate(
     summary: dict[str, Any] = {"data": config.data}
     features: Features = {}
     reason = data.why_not_scored
-    with options.console.status("evaluating"):
+    with phase(options.console, "evaluating"):
         if len(data.train) > _EVALUATED:
             reason = f"{data.name} has more than {_EVALUATED:,} images"
         else:
@@ -73,7 +74,7 @@ def _pretrain_and_evaluate(
     summary["seconds"] = records[-1]["seconds"]
     write_json(options.output / "summary.json", summary)
 
-    with options.console.status("writing the report"):
+    with phase(options.console, "writing the report"):
         write_report(options.output / "report.html", config, data, records, summary, features)
     if reason and data.classes:
         warnings.warn(f"data: {reason}: accuracy not measured", stacklevel=2)

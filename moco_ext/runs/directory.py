@@ -22,8 +22,10 @@ _LOCK = ".lock"
 _UNREADABLE = "unreadable.txt"
 # Any of these marks a directory as used; the last also matches the files of the official trainer.
 _MARKS = ("metrics.jsonl", "config.json", "checkpoint*.pth*")
-_FILES = ("config.json", "environment.json", "metrics.jsonl", "nonfinite.pth", "summary.json", "report.html")
-_WRITTEN = (*_FILES, "checkpoint*.pth", _UNREADABLE)
+_WRITTEN = (
+    *("config.json", "environment.json", "loggers.json", "metrics.jsonl", "metrics.csv", "checkpoint*.pth"),
+    *("nonfinite.pth", _UNREADABLE, "summary.json", "report.html"),
+)
 _EVALUATIONS = ("knn", "linear", "finetune", "scratch")
 
 
@@ -73,7 +75,7 @@ def clear(folder: Path) -> None:
     written = [*_WRITTEN, *(f"{name}{suffix}" for name in _EVALUATIONS for suffix in (".json", ".pth", "_best.pth"))]
     for path in _matching(folder, written):
         path.unlink(missing_ok=True)
-    for name in ("tensorboard", *_EVALUATIONS):
+    for name in ("tensorboard", "wandb", *_EVALUATIONS):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

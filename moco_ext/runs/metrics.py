@@ -1,4 +1,4 @@
-"""Metrics of a run: a progress bar, ``metrics.jsonl`` and TensorBoard."""
+"""Metrics of a run: progress on the console, ``metrics.jsonl`` and loggers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from .console import clock, duration
 from .files import write_atomically
+from .loggers import Loggers, logger_names
+from .options import RunOptions
 
+_REFRESH = 2.0  # seconds between metrics in a terminal, if steps take long
 _WINDOW = 50  # steps over which throughput and data loading time are averaged
 
 
@@ -50,19 +53,21 @@ class Averages:
 
 
 class RunLog:
-    """Logs a run to ``metrics.jsonl``, TensorBoard and the console; a context manager.
+    """Logs a run to ``metrics.jsonl``, loggers and the console; a context manager.
 
-    A terminal shows a progress bar with the current metrics below it; a log file or a pipe gets one line per record.
+    A terminal shows a progress bar with the current metrics below it. A log file or a pipe gets a line after the first
+    step, then one every ``options.log_seconds`` and one per record, with an estimate of the end.
 
     Args:
-        output: run directory, for ``metrics.jsonl`` and ``tensorboard/``.
+        output: run directory, for ``metrics.jsonl`` and the files of loggers.
+        options: console, loggers, and how often metrics are logged.
         total_steps: steps of the whole run. Progress is shown in epochs if this is a whole number of them, else in
             steps.
         done_steps: steps completed before a resumed run starts. Earlier records are kept, later ones dropped, since the
             run writes them again.
         chance_loss: loss of a model that cannot tell the positive from the negatives, log(K + 1); shown next to the
             loss.
-        print_freq: steps between metrics in the terminal and in TensorBoard.
+        config: settings of the run, which some loggers show.
         enabled: False on ranks other than 0, which show, read and write nothing.
 
     Attributes:
@@ -72,31 +77,31 @@ class RunLog:
     def __init__(
         self,
         output: Path,
-        console: Console,
+        options: RunOptions,
         *,
         total_steps: int,
         steps_per_epoch: int,
         done_steps: int = 0,
         chance_loss: float | None = None,
-        print_freq: int = 10,
+        config: Mapping[str, Any] | None = None,
         enabled: bool = True,
     ) -> None:
         self.records: list[dict[str, Any]] = []
-        self._enabled, self._console, self._chance_loss, self._print_freq = enabled, console, chance_loss, print_freq
-        self._total, self._per_epoch = total_steps, steps_per_epoch
+        self._enabled, self._options, self._console = enabled, options, options.console
+        self._chance_loss, self._total, self._per_epoch = chance_loss, total_steps, steps_per_epoch
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = output / "metrics.jsonl"
         self.records = [r for r in read_metrics(self._path) if self._step_of(r) <= done_steps]
         kept = "".join(json.dumps(record) + "\n" for record in self.records)
         write_atomically(self._path, lambda file: file.write(kept.encode()))
-        self._board = SummaryWriter(output / "tensorboard", purge_step=done_steps + 1)
+        self._loggers = Loggers(logger_names(options.logger), output, config or {}, done_steps)
 
-        self._averages = Averages()
+        self._averages, self._line_averages = Averages(), Averages()
         self._window: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=_WINDOW)
-        self._last = time.perf_counter()
+        self._last = self._started = self._shown = time.perf_counter()
+        self._done_before = done_steps
+        self._first_step: float | None = None  # its seconds
         self._knn = next((r["knn_top1"] for r in reversed(self.records) if "knn_top1" in r), None)
         self._bar = _Bar(
             TextColumn("{task.fields[position]}"),
@@ -104,24 +109,25 @@ class RunLog:
             TextColumn("{task.percentage:3.0f} %"),
             TextColumn("eta"),
             TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
+            console=self._console,
+            disable=not self._console.is_terminal,
             expand=True,
             speed_estimate_period=300,  # a step may take longer than rich's 30 s
         )
-        position = self._position(done_steps)
+        self._bar.metrics = Text("first step", style="dim")  # it may take a while
+        position = self._position(min(done_steps + 1, total_steps))
         self._task = self._bar.add_task("train", total=total_steps, completed=done_steps, position=position)
 
     def __enter__(self) -> RunLog:
         if self._enabled:
             self._bar.start()
-            self._last = time.perf_counter()
+            self._last = self._started = self._shown = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._enabled:
             self._bar.stop()
-            self._board.close()
+            self._loggers.close(failed=exception[0] is not None)
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Log a step.
@@ -137,16 +143,37 @@ class RunLog:
         images = int(metrics["images"])
         self._window.append((now - self._last, images, metrics.get("wait", 0.0)))
         self._last = now
-        self._averages.add(images, **{name: v for name, v in metrics.items() if name not in ("images", "wait")})
-        if step % self._print_freq and step != self._total:
-            self._bar.update(self._task, completed=step)
+        means = {name: value for name, value in metrics.items() if name not in ("images", "wait")}
+        self._averages.add(images, **means)
+        self._line_averages.add(images, **means)
+        if step % self._options.print_freq == 0 or step == self._total:
+            self._loggers.log(step, _named("train", self._averages.means() | self._speed()))
+            self._averages.clear()
+        self._show(step, now, metrics.get("wait", 0.0))
+
+    def _show(self, step: int, now: float, waited: float) -> None:
+        first = self._first_step is None
+        if first:  # it waits for loader processes to start
+            self._first_step, self._started = now - self._started - waited, now
+        terminal, seconds = self._console.is_terminal, self._options.log_seconds
+        position = self._position(step)
+        if terminal:
+            self._bar.update(self._task, completed=step, position=position)
+            due = first or step % self._options.print_freq == 0 or step == self._total or now - self._shown >= _REFRESH
+        else:
+            due = seconds > 0 and (first or now - self._shown >= seconds)
+        if not due:
             return
-        shown = self._averages.means() | self._speed()
-        self._averages.clear()
-        for name, value in shown.items():
-            self._board.add_scalar(f"train/{name}", value, step)
-        self._bar.metrics = Text(self._line(shown | {"knn_top1": self._knn}), style="dim")
-        self._bar.update(self._task, completed=step, position=self._position(step))
+        line = self._line(self._line_averages.means() | self._speed() | {"knn_top1": self._knn})
+        if terminal:
+            self._bar.metrics = Text(line, style="dim")
+        else:
+            if self._total % self._per_epoch == 0:
+                position += f"  step {step:,}/{self._total:,}"
+            per_step = sum(seconds for seconds, *_ in self._window) / len(self._window)
+            self._print(f"{position}  {line}  {per_step:.2f} s/step{self._remaining(step, now)}")
+        self._line_averages.clear()
+        self._shown = now
 
     def record(self, record: dict[str, Any]) -> None:
         """Write a record: ``epoch`` (from 1; a fraction within an epoch), ``step``, and means since the last record.
@@ -159,16 +186,27 @@ class RunLog:
         self.records.append(record)
         with open(self._path, "a") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "epoch") and value is not None:
-                self._board.add_scalar(f"epoch/{name}", value, self._step_of(record))
-        self._board.flush()
+        step = self._step_of(record)
+        values = {name: v for name, v in record.items() if name not in ("step", "epoch") and v is not None}
+        self._loggers.log(step, _named("epoch", values))
+        self._loggers.flush()
         self._knn = record.get("knn_top1", self._knn)
-        if not self._console.is_terminal:
-            position = self._position(self._step_of(record))
-            line = f"{time.strftime('%H:%M:%S')}  {position}  {self._line(record)}"
-            self._console.print(line, soft_wrap=True, highlight=False)
         self._last = time.perf_counter()  # an evaluation before the record does not count as time of the next step
+        if not self._console.is_terminal:
+            self._print(f"{self._position(step)}  {self._line(record)}{self._remaining(step, self._last)}")
+            self._line_averages.clear()
+            self._shown = self._last
+
+    def _print(self, line: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')}  {line}", soft_wrap=True, highlight=False)
+
+    def _remaining(self, step: int, now: float) -> str:
+        """Estimated time to the last step, and its time of day; evaluations so far included."""
+        if step >= self._total or self._first_step is None:
+            return ""
+        later = step - self._done_before - 1  # the first step also starts libraries
+        seconds = (self._total - step) * ((now - self._started) / later if later > 0 else self._first_step)
+        return f"  eta {duration(seconds)} ({clock(time.time() + seconds)})"
 
     def _step_of(self, record: dict[str, Any]) -> int:
         return record.get("step", round(record["epoch"] * self._per_epoch))
@@ -195,6 +233,10 @@ class RunLog:
             "knn_top1": lambda v: f"kNN {v:.1f} %",
         }
         return "  ".join(text(metrics[name]) for name, text in formats.items() if metrics.get(name) is not None)
+
+
+def _named(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

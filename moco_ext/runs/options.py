@@ -8,9 +8,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .settings import NOT_NEGATIVE, at_least, check_settings, setting
+from .console import make_console
+from .loggers import LOGGERS, check_installed, logger_names
+from .settings import NOT_NEGATIVE, Valid, at_least, check_settings, setting
 
 GROUP = "logging and checkpoints"
+_NAMES = Valid(
+    f"none, or names separated by commas: {', '.join(LOGGERS)}",
+    lambda text: all(name in LOGGERS for name in logger_names(text)),
+)
 
 
 @dataclasses.dataclass
@@ -25,7 +31,9 @@ class RunOptions:
         start_epoch: number of the first epoch when not resuming; sets its learning rate and its images.
         workers: data loading processes of this process.
         local_world: processes on this node, which share its batch.
-        print_freq: steps between printed metrics.
+        print_freq: steps between metrics in a terminal and in the loggers.
+        log_seconds: seconds between progress lines, if the console is not a terminal; 0: only a line per record.
+        logger: names of :data:`moco_ext.runs.loggers.LOGGERS`, separated by commas, or ``"none"``.
         save_every: steps between checkpoints, in addition to one at the end of each epoch; 0: only those.
         keep: number of checkpoints to keep.
         overwrite: start a new run in a used directory; what the previous run wrote there, evaluations included, is
@@ -48,7 +56,20 @@ class RunOptions:
     )
     local_world: int = 1
     print_freq: int = setting(
-        10, flags=("-p", "--print-freq"), valid=at_least(1), help="steps between printed metrics", group=GROUP
+        10, flags=("-p", "--print-freq"), valid=at_least(1), help="steps between logged metrics", group=GROUP
+    )
+    log_seconds: float = setting(
+        30.0,
+        valid=NOT_NEGATIVE,
+        help="outside a terminal: seconds between progress lines; 0: one per epoch",
+        group=GROUP,
+    )
+    logger: str = setting(
+        "tensorboard",
+        metavar="NAME,...",
+        valid=_NAMES,
+        help=f"where metrics go besides metrics.jsonl: {', '.join(LOGGERS)}, or none",
+        group=GROUP,
     )
     save_every: int = setting(
         0, valid=NOT_NEGATIVE, help="steps between checkpoints, in addition to those of each record", group=GROUP
@@ -57,7 +78,9 @@ class RunOptions:
     overwrite: bool = setting(
         False, negatable=False, help="start a new run in an output directory that holds another one", group=GROUP
     )
-    console: Console = dataclasses.field(default_factory=Console)
+    console: Console = dataclasses.field(default_factory=make_console)
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.logger != "tensorboard":  # which is part of [train]
+            check_installed(self.logger)

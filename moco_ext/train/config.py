@@ -274,22 +274,43 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve_config(data: str, explicit: dict[str, Any], recipe: str | None = None) -> PretrainConfig:
-    """The configuration of a run on ``data``: explicit settings, then the recipe, then the data set's preset, then the
-    published defaults. With a recipe, the preset only supplies what depends on the data: ``arch`` and ``crop_min``.
+def resolve_config(
+    data: str, explicit: dict[str, Any], recipe: str | None = None, guided: dict[str, Any] | None = None
+) -> PretrainConfig:
+    """The configuration of a run on ``data``: explicit settings, then the recipe, then the data set's preset, then
+    ``guided``, then the published defaults. With a recipe, the preset only supplies what depends on the data: ``arch``
+    and ``crop_min``.
 
     An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off.
+
+    Args:
+        guided: what :mod:`moco_ext.train.guide` chose for the images and the device.
 
     Raises:
         ValueError: an unknown recipe, or settings that :class:`PretrainConfig` does not take.
     """
+    settings: dict[str, Any] = {"data": data}
+    for layer in layers(data, explicit, recipe, guided).values():
+        settings |= layer
+    return PretrainConfig(**settings)
+
+
+def layers(
+    data: str, explicit: dict[str, Any], recipe: str | None = None, guided: dict[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
+    """The settings of :func:`resolve_config` by their source; a later source wins over an earlier one."""
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     if "schedule" in explicit and "cos" not in explicit:
         explicit = explicit | {"cos": False}
     preset = _PRESETS.get(data, {})
     if recipe is not None:
-        preset = {name: preset[name] for name in ("arch", "crop_min") if name in preset} | RECIPES[recipe]
-    if explicit.get("dictionary") in MECHANISMS:
-        preset = preset | own_momentum(explicit["dictionary"])
-    return PretrainConfig(**({"data": data} | preset | explicit))
+        preset = {name: preset[name] for name in ("arch", "crop_min") if name in preset}
+    mechanism = explicit.get("dictionary")
+    return {
+        "guide": guided or {},
+        "preset": preset,
+        "recipe": RECIPES[recipe] if recipe is not None else {},
+        "mechanism": own_momentum(mechanism) if mechanism in MECHANISMS else {},
+        "given": explicit,
+    }

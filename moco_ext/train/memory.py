@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from ..data import load
 from ..encoders import encode
 from .config import DTYPES, PretrainConfig
 from .model import build_model
@@ -59,22 +56,8 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
     }
 
 
-def print_plan(config: PretrainConfig, data_root: str, device: torch.device) -> int:
-    """Print the resolved configuration, the number of steps, and :func:`estimate` for this machine (``--dry-run``)."""
-    data = load(config.data, data_root, val_fraction=config.val_fraction, image_size=config.image_size)
-    console = Console()
-    settings = Table("setting", "value", title=f"pretrain on {data.name}", title_justify="left")
-    for name, value in dataclasses.asdict(config).items():
-        settings.add_row(name, str(value))
-    console.print(settings)
-    steps = config.total_steps(max(1, len(data.train) // (config.batch_size * config.accumulate)))
-    console.print(f"{len(data.train):,} training images of {data.size} pixels, about {steps:,} steps", highlight=False)
-    gpus = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
-    parts = estimate(config, data.size, len(data.train), config.batch_size // gpus)
-    table = Table("memory", "MB", title=f"per device, {config.batch_size // gpus} images each", title_justify="left")
-    table.columns[1].justify = "right"
-    for name, size in parts.items():
-        table.add_row(name, f"{size / 1e6:,.1f}")
-    table.add_row("all", f"{sum(parts.values()) / 1e6:,.1f}", style="bold")
-    console.print(table)
-    return 0
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -129,12 +129,12 @@ class Trainer:
         config, options = self.config, self.options
         log = RunLog(
             options.output,
-            options.console,
+            options,
             total_steps=self.total,
             steps_per_epoch=self.per_epoch,
             done_steps=self.step,
             chance_loss=self.model.chance_loss,
-            print_freq=options.print_freq,
+            config=dataclasses.asdict(config),
             enabled=self.rank == 0,
         )
         with log, Preemption() as preemption:
