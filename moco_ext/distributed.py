@@ -5,6 +5,7 @@ With one process, or without a process group, each collective is the identity.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,6 +25,15 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process has called this with the name: for a day, unlike a collective."""
+    if world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{name}/{rank()}", "")
+    store.wait([f"{name}/{other}" for other in range(world_size())], datetime.timedelta(days=1))
 
 
 def exclude_queues_from_ddp(module: M) -> M:

@@ -44,11 +44,12 @@ def read(path: Path) -> Any:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path)
 
 
-def read_saved(path: str | Path, *, inert: bool = False) -> Any:
+def read_saved(path: str | Path, *, inert: bool = False, mmap: bool = False) -> Any:
     """Content of a file that ``torch.save`` wrote, on the CPU. Only tensors and plain containers are unpickled.
 
     Args:
         inert: replace objects of other classes by :class:`Inert`, instead of raising an error.
+        mmap: read tensors when they are used, without a check of the file; only for a file that was read before.
 
     Raises:
         FileNotFoundError: no such file.
@@ -57,10 +58,12 @@ def read_saved(path: str | Path, *, inert: bool = False) -> Any:
     path = Path(path)
     _check_exists(path)
     try:
-        _check_archive(path)
+        mmap = mmap and _is_archive(path)
+        if not mmap:
+            _check_archive(path)
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if inert and _is_archive(path) else []
         with torch.serialization.safe_globals([(Inert, name) for name in others]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # bytes of an arbitrary file are interpreted as instructions, which can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not a checkpoint?): {reason}") from None

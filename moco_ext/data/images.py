@@ -50,20 +50,21 @@ def read_image(path: str | Path) -> Tensor:
             if image.width * image.height > MAX_PIXELS:  # PIL has read no more than the header
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             if image.format not in _TORCHVISION_FORMATS:
-                return _from_pil(image)
+                return from_pil(image)
             after_header = file.tell()
             file.seek(0)
             try:
                 pixels = decode_image(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8), ImageReadMode.RGB)
             except RuntimeError:  # a variant that torchvision does not support, or a damaged file: PIL says why
                 file.seek(after_header)
-                return _from_pil(image)
+                return from_pil(image)
             return pixels if pixels.dtype == torch.uint8 else (pixels.int() >> 8).to(torch.uint8)
     except Exception as error:  # decoders raise anything on damaged files, which must not end a long run
         raise UnreadableImageError(f"data: expected an image, got {type(error).__name__} in {path}: {error}") from None
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def from_pil(image: Image.Image) -> Tensor:
+    """A PIL image as uint8 [3, H, W], like :func:`read_image`."""
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     if image.mode == "F":

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .. import distributed
 from ..checkpoints.training import check_finite, load_checkpoint, load_into, load_newest, save_rotating
-from ..data import Batch, FolderSplit, ImageData, TrainLoader
+from ..data import Batch, EvalTransform, FolderSplit, ImageData, TrainLoader
 from ..evaluate.features import take
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
@@ -263,6 +263,7 @@ class Trainer:
                 model=self.model,
                 optimizer=self.optimizer,
                 trainer=trainer,
+                transform=EvalTransform.of(self.data).as_dict(),
             )
         except (OSError, RuntimeError) as error:
             if last:
