@@ -110,15 +110,15 @@ def without_prefix(prefix: str, named: Mapping[str, _Value]) -> dict[str, _Value
     return {name.removeprefix(prefix): value for name, value in named.items()}
 
 
-def write(path: Path, content: Any) -> None:
-    """Write a file in the format of its suffix, atomically."""
+def write(path: Path, content: Any, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file in the format of its suffix, atomically; ``metadata`` goes into the header of ``.safetensors``."""
     if path.suffix == ".pkl":
         write_atomically(path, lambda file: pickle.dump(content, file))
     elif path.suffix == ".safetensors":
         from safetensors.torch import save
 
         whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
-        write_atomically(path, lambda file: file.write(save(whole, {"format": "pt"})))
+        write_atomically(path, lambda file: file.write(save(whole, {"format": "pt", **(metadata or {})})))
     else:
         write_atomically(path, lambda file: torch.save(content, file))
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
-_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where it is not the module's name
+_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "faiss": "faiss-cpu"}  # where it is not the module's name
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's RuntimeErrors
 
 

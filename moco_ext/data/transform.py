@@ -83,24 +83,25 @@ class EvalTransform:
 
     def view(self, image: str | Path | Image.Image | Tensor) -> Tensor:
         """The resized center crop, [..., size, size], uint8 or floating-point in [0, 1], before normalization."""
-        if isinstance(image, (str, Path)):
-            image = read_image(image)
-        elif not isinstance(image, Tensor):
-            image = from_pil(image)
-        if image.ndim not in (3, 4) or image.shape[-3] not in (1, 3):
-            raise ValueError(f"image: expected shape [1 or 3, H, W] or a batch of these, got {list(image.shape)}")
+        pixels = image if isinstance(image, Tensor) else _decoded(image)
+        if pixels.ndim not in (3, 4) or pixels.shape[-3] not in (1, 3):
+            raise ValueError(f"image: expected shape [1 or 3, H, W] or a batch of these, got {list(pixels.shape)}")
         if self.crop_pct < 1:
-            return eval_crop(image, self.size)
+            return eval_crop(pixels, self.size)
         from torchvision.transforms.v2.functional import center_crop
 
-        image = center_crop(image, [min(image.shape[-2:])] * 2)
-        if image.shape[-1] == self.size:
-            return image
-        batch = image if image.ndim == 4 else image[None]
-        batch = batch.float() / 255 if batch.dtype == torch.uint8 else batch
+        pixels = center_crop(pixels, [min(pixels.shape[-2:])] * 2)
+        if pixels.shape[-1] == self.size:
+            return pixels
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        batch = pixels if pixels.ndim == 4 else pixels[None]
         resized = F.interpolate(batch, size=(self.size, self.size), mode="bilinear", antialias=True)
-        return resized if image.ndim == 4 else resized[0]
+        return resized if pixels.ndim == 4 else resized[0]
 
     def normalize(self, views: Tensor) -> Tensor:
         """Normalized float32 [N, 3, size, size] of a batch of :meth:`view`, on its device."""
         return Normalize(self, views.device)(views)
+
+
+def _decoded(image: str | Path | Image.Image) -> Tensor:
+    return read_image(image) if isinstance(image, (str, Path)) else from_pil(image)

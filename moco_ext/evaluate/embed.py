@@ -119,7 +119,7 @@ def embed(
             )
         parts: list[Any] = [(shard, kept, unreadable, dim)]
         if world_size() > 1:
-            wait_for_all(f"embed {output}")
+            wait_for_all()
             parts = [None] * world_size()
             dist.all_gather_object(parts, (shard, kept, unreadable, dim))
         rows = np.concatenate([part[1] for part in parts])
@@ -130,7 +130,7 @@ def embed(
         if rank() == 0:
             metadata = {
                 "moco_ext": __version__,
-                "weights": encoder.source if encoder.source.partition(":")[1] else str(Path(encoder.source).resolve()),
+                "weights": _resolved(encoder.source),
                 "arch": encoder.arch,
                 "fingerprint": encoder.fingerprint(),
                 "head": encoder.head,
@@ -145,11 +145,14 @@ def embed(
             paths = [images.name(row) for row in rows.tolist()]
             write_table(output, Table(blocks, (len(rows), dim), dtype, paths, labels, metadata))
             _list_unreadable(output, unreadable)
-        if world_size() > 1:
-            wait_for_all(f"embedded {output}")  # the shards are read
+        wait_for_all()  # rank 0 has read the shards
     finally:
         shard.unlink(missing_ok=True)
     return Embedded(output, len(rows), dim, unreadable, time.monotonic() - started)
+
+
+def _resolved(source: str) -> str:
+    return str(Path(source).resolve()) if source and Path(source).exists() else source
 
 
 class _Everything:
@@ -226,10 +229,11 @@ def encoded_batches(
     with torch.inference_mode(), restored_modes(encoder):
         encoder.eval()
         for kept, views, unreadable in loader:
-            if views is None:
-                yield kept, None, unreadable
-            else:
-                yield kept, encoder(to_device(normalize(views.to(device, non_blocking=True)), device)).float(), unreadable
+            features = None
+            if views is not None:
+                inputs = normalize(views.to(device, non_blocking=True))
+                features = encoder(to_device(inputs, device)).float()
+            yield kept, features, unreadable
 
 
 def _write_shard(

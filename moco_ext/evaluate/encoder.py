@@ -80,7 +80,8 @@ class Encoder(nn.Module):
             FileExistsError: the folder has a ``README.md`` of another kind.
         """
         classes = self.num_features if self.head else 0
-        hub.write(Path(folder), self.tensors(), self.arch, self.num_features, self.transform, classes, card or self.card())
+        card = card or self.card()
+        hub.write(Path(folder), self.tensors(), self.arch, self.num_features, self.transform, classes, card)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, **options: Any) -> Encoder:
@@ -100,9 +101,7 @@ class Encoder(nn.Module):
         return model_card(self.arch, self.num_features, self.transform.as_dict(), name, training)
 
 
-def load_encoder(
-    source: str | Path, arch: str | None = None, *, head: bool = False
-) -> tuple[Encoder, EvalTransform]:
+def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = False) -> tuple[Encoder, EvalTransform]:
     """A trained encoder in eval mode, without its head, and the transform from an image to its input.
 
     ::

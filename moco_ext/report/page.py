@@ -49,32 +49,40 @@ def write_report(
 
 def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
     """The page about one run, or comparing several, as HTML."""
-    environment = Environment(
+    several = len(runs) > 1
+    sets = list(dict.fromkeys(run.config["data"] for run in runs))
+    on = ", ".join(Path(name).name for name in sets)
+    differing = _differing(runs)
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=f"{len(runs)} runs on {on}" if several else f"MoCo on {on}",
+            lead=_lead_of_several(differing) if several else _lead(runs[0], galleries),
+            switches=[run.name for run in runs] if several else [],
+            run_colors=RUN_COLORS,
+            results=[_results(runs, name) for name in sets],
+            label_free=[(run.name, *_label_free(run)) for run in runs if run.summary.get("label_free")],
+            differing=[(name, [_setting(run, name) for run in runs]) for name in differing],
+            unrecorded=_unrecorded(runs),
+            training=_training(runs),
+            ends=[_End(run.name, _last_metrics(run)) for run in runs] if several else [],
+            incomparable=", ".join(name for name in differing if name in _TASK_SETTINGS),
+            diagnostics=_diagnostics(runs),
+            galleries=[{"data": g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries],
+            common=[(name, _plain(value)) for name, value in _settings(runs).items() if name not in differing],
+        )
+    )
+
+
+def environment() -> Environment:
+    """Of the templates of all pages."""
+    return Environment(
         loader=PackageLoader("moco_ext.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
-    )
-    several = len(runs) > 1
-    sets = list(dict.fromkeys(run.config["data"] for run in runs))
-    on = ", ".join(Path(name).name for name in sets)
-    differing = _differing(runs)
-    return environment.get_template("report.html.j2").render(
-        title=f"{len(runs)} runs on {on}" if several else f"MoCo on {on}",
-        lead=_lead_of_several(differing) if several else _lead(runs[0], galleries),
-        switches=[run.name for run in runs] if several else [],
-        run_colors=RUN_COLORS,
-        results=[_results(runs, name) for name in sets],
-        label_free=[(run.name, *_label_free(run)) for run in runs if run.summary.get("label_free")],
-        differing=[(name, [_setting(run, name) for run in runs]) for name in differing],
-        unrecorded=_unrecorded(runs),
-        training=_training(runs),
-        ends=[_End(run.name, _last_metrics(run)) for run in runs] if several else [],
-        incomparable=", ".join(name for name in differing if name in _TASK_SETTINGS),
-        diagnostics=_diagnostics(runs),
-        galleries=[{"data": g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries],
-        common=[(name, _plain(value)) for name, value in _settings(runs).items() if name not in differing],
     )
 
 
