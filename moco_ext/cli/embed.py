@@ -24,8 +24,8 @@ from .flags import add_data_root, add_settings
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the features of all images of folders or lists to a file: .parquet (columns path, features, label), "
-        ".npy with the paths in OUTPUT.json, .npz or .safetensors. Images that cannot be decoded are skipped and listed in "
-        "OUTPUT.unreadable.txt."
+        ".npy with the paths in OUTPUT.json, .npz or .safetensors. Images that cannot be decoded are skipped and "
+        "listed in OUTPUT.unreadable.txt."
     )
     add = parser.add_argument
     add_encoder_flags(parser)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
 import time
@@ -97,7 +98,8 @@ def embed(
     images = _Everything(data)
     started = time.monotonic()
     if rank() == 0:
-        remove_temporaries(output.parent, output.name, f"{output.name}.*")
+        name = glob.escape(output.name)
+        remove_temporaries(output.parent, name, f"{name}.*")
     if world_size() > 1:
         dist.barrier()
     shard = output.with_name(f".{output.name}.rank{rank()}.{os.getpid()}.tmp")

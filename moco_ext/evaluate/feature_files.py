@@ -254,7 +254,8 @@ def _read_safetensors(path: Path) -> _Read:
     def blocks(rows: int) -> Iterator[np.ndarray]:
         with safe_open(path, "np") as file:
             features = file.get_slice("features")
-            for start in range(0, len(texts["paths"]), rows):
-                yield features[start : start + rows]
+            count = len(texts["paths"])
+            for start in range(0, count, rows):
+                yield features[start : min(start + rows, count)]
 
     return metadata, texts["paths"], texts.get("labels"), blocks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -166,12 +165,12 @@ def _write_onnx(encoder: Encoder, output: Path) -> None:
     )
     assert program is not None
     program.model.metadata_props.update(_metadata(encoder))
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, output.name)
         program.save(path)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         _check(encoder, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), output)
-        os.replace(path, output)
+        write_atomically(output, lambda file: file.write(path.read_bytes()))
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class _Pictures:
         self._data: ImageData | None = load(name, data_root) if name in BUILT_IN else None
 
     def of(self, path: str, similarity: str = "", label: str | None = None) -> _Picture:
-        name = Path(path).name if label is None else label
+        name = Path(path).stem if label is None else label
         try:
             return _Picture(self._source(path), name, path, similarity)
         except UnreadableImageError as error:
