@@ -45,6 +45,10 @@ _MODULE_OF = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULE_OF]
+
+
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from moco_ext import data as mdata
 from moco_ext.checkpoints.pretrained import load_pretrained
 from moco_ext.evaluate import encoder_features
 from moco_ext.evaluate.embed import embed
-from moco_ext.evaluate.feature_files import FeatureFile
+from moco_ext.evaluate.feature_files import FeatureFile, Table, write_table
 from moco_ext.evaluate.neighbors import neighbors, write_faiss_index
 
 pytest.importorskip("torchvision")
@@ -78,6 +79,30 @@ def test_rows_are_the_features_in_order(suffix, dtype, run, photos, tmp_path):
     assert found.metadata["transform"] == TRANSFORM.as_dict()
     assert {"arch": ARCH, "head": False, "normalized": False, "images": 11}.items() <= found.metadata.items()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_writing_and_reading_need_memory_for_a_block(suffix, tmp_path):
+    """Of 67 MB of features; what pyarrow allocates counts too."""
+    import pyarrow as pa
+
+    shape, output = (32_000, 512), tmp_path / f"f.{suffix}"
+    blocks = (np.full((1000, 512), i, np.float32) for i in range(32))
+    table = Table(blocks, shape, "float32", [""] * shape[0], None, {"images": shape[0], "dim": 512})
+    pool = pa.system_memory_pool()
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        write_table(output, table)
+        for i, block in enumerate(FeatureFile(output).blocks(1000)):
+            assert bool((block == i).all())
+        peak = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert i == 31
+    assert peak < 40e6
 
 
 def test_other_packages_read_the_files(run, photos, tmp_path):

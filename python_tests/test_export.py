@@ -76,7 +76,7 @@ def test_torch_export(head, run, tmp_path):
     program = torch.export.load(tmp_path / "x.pt2", extra_files=extra)
     assert_same(program.module(), moco_ext.load_encoder(run, head=head)[0])
     assert json.loads(extra["transform"]) == TRANSFORM.as_dict()
-    assert (extra["arch"], extra["num_features"]) == (ARCH, "8" if head else "256")
+    assert (json.loads(extra["arch"]), extra["num_features"]) == (ARCH, "8" if head else "256")
 
 
 def test_onnx(run, tmp_path):
@@ -97,7 +97,10 @@ def test_safetensors_with_a_model_card(run, tmp_path, capsys):
     assert cli.main(["export", str(run), "-o", str(tmp_path / "encoder.safetensors")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "encoder.safetensors")
     encoder, _ = moco_ext.load_encoder(run)
-    again, _ = moco_ext.load_encoder(tmp_path / "encoder.safetensors", ARCH)
+    again, transform = moco_ext.load_encoder(tmp_path / "encoder.safetensors")
+    assert (again.arch, transform) == (ARCH, TRANSFORM)
+    with pytest.raises(ValueError, match=f"arch: expected {ARCH}, which .* holds, got resnet18"):
+        moco_ext.load_encoder(tmp_path / "encoder.safetensors", "resnet18")
     assert again.fingerprint() == encoder.fingerprint()
     with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
         assert json.loads(file.metadata()["transform"]) == TRANSFORM.as_dict()

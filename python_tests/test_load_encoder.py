@@ -242,5 +242,5 @@ def test_folders_of_another_kind(tmp_path):
     assert [path.name for path in (tmp_path / "project").iterdir()] == ["README.md"]
     encoder.save_pretrained(tmp_path / "hub")
     (tmp_path / "hub" / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ValueError, match=r"source: expected a config.json with architecture .* got model_type"):
+    with pytest.raises(ValueError, match=r"source: expected a config.json with arch .* got model_type"):
         moco_ext.load_encoder(tmp_path / "hub")

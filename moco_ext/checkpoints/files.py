@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..runs.files import write_atomically
 
 _Value = TypeVar("_Value")
+_OURS = "moco_ext"  # in the metadata of our files: the version
 DDP_PREFIX = "module."  # of the names in a DistributedDataParallel's state dict, and so of the official checkpoints
 
 
@@ -137,6 +139,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not safetensors?): {error}") from None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What the header of a ``.safetensors`` file of this package says of the encoder; empty for any other file."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError:  # what reads the weights says so
+        return {}
+    if _OURS not in metadata:
+        return {}
+    return {name: json.loads(metadata[name]) for name in ("arch", "transform") if name in metadata}
 
 
 class _Arrays(pickle.Unpickler):

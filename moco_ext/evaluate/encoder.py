@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints import files
 from ..checkpoints.convert import query_encoder, read_checkpoint
-from ..checkpoints.files import read_saved, without_prefix
 from ..checkpoints.fit import backbone_tensors, head_prefixes
 from ..checkpoints.pretrained import load_pretrained
 from ..data import EvalTransform
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by the names in the architecture's own code, without a head that is not used."""
-        named = without_prefix("encoder.", self.model.state_dict())  # of timm's models, see encoders.backbone
+        named = files.without_prefix("encoder.", self.model.state_dict())  # of timm's models, see encoders.backbone
         return {name: tensor for name, tensor in named.items() if self.head or not name.startswith(self._heads)}
 
     def fingerprint(self) -> str:
@@ -71,7 +71,7 @@ class Encoder(nn.Module):
     def save_pretrained(self, folder: str | Path, *, card: str | None = None) -> None:
         """Write ``config.json``, ``model.safetensors`` and ``README.md``, in the layout of the Hugging Face hub.
 
-        timm reads the folder too, if it has the architecture under the same name.
+        timm reads the folder too, if it has the architecture under the same name, with the same names of layers.
 
         Args:
             card: content of ``README.md``; by default a description of the encoder.
@@ -128,28 +128,27 @@ def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = Fa
     folder = hub.find(source)
     if folder is None:
         weights = str(Path(source, "checkpoint.pth")) if Path(source).is_dir() else source
-        transform = None
+        recorded = files.read_metadata(Path(weights))
     else:
-        config = hub.read_config(folder)
-        weights, transform = str(folder / hub.WEIGHTS), EvalTransform.from_dict(config["transform"])
-        if arch not in (None, config["architecture"]):
-            raise ValueError(f"arch: expected {config['architecture']}, which {source} holds, got {arch}")
-        arch = config["architecture"]
-    module, arch = load_pretrained(weights, arch)
+        weights, recorded = str(folder / hub.WEIGHTS), hub.read_config(folder)
+    said = recorded.get("arch")
+    if said is not None and arch not in (None, said):
+        raise ValueError(f"arch: expected {said}, which {source} holds, got {arch}")
+    module, arch = load_pretrained(weights, arch or said)
     if head:
         module = _with_head(weights, arch)
-    encoder = Encoder(module, arch, transform or _recorded_transform(Path(weights)), head=head, source=source)
-    return encoder.eval(), encoder.transform
+    transform = _transform_of(recorded, Path(weights))
+    return Encoder(module, arch, transform, head=head, source=source).eval(), transform
 
 
-def _recorded_transform(path: Path) -> EvalTransform:
-    """The preprocessing that a run has recorded in a checkpoint; ImageNet's if there is none."""
-    recorded = None
-    if path.is_file() and path.suffix not in (".safetensors", ".pkl"):
-        content = read_saved(path, inert=True, mmap=True)
-        recorded = content.get("transform") if isinstance(content, dict) else None
-    if isinstance(recorded, dict):
-        return EvalTransform.from_dict(recorded)
+def _transform_of(recorded: dict[str, Any], path: Path) -> EvalTransform:
+    """The preprocessing that an export or a run has recorded; ImageNet's if there is none."""
+    found = recorded.get("transform")
+    if found is None and path.is_file() and path.suffix not in (".safetensors", ".pkl"):
+        content = files.read_saved(path, inert=True, mmap=True)
+        found = content.get("transform") if isinstance(content, dict) else None
+    if isinstance(found, dict):
+        return EvalTransform.from_dict(found)
     return EvalTransform(read_json(path.parent / "config.json").get("image_size") or EvalTransform.size)
 
 

@@ -211,7 +211,7 @@ def _read_parquet(path: Path) -> _Read:
     texts = file.read(columns=columns).to_pydict()
 
     def blocks(rows: int) -> Iterator[np.ndarray]:
-        for batch in parquet.ParquetFile(path).iter_batches(rows, columns=["features"]):
+        for batch in parquet.ParquetFile(path, pre_buffer=False).iter_batches(rows, columns=["features"]):
             values = batch.column(0)
             yield values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
 

@@ -35,9 +35,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         ValueError: it is missing, or of another package.
     """
     config = read_json(folder / "config.json")
-    if not isinstance(config.get("architecture"), str) or not isinstance(config.get("transform"), dict):
+    if not isinstance(config.get("arch"), str) or not isinstance(config.get("transform"), dict):
         raise ValueError(
-            f"source: expected a config.json with architecture and transform, as moco-ext export writes it, in "
+            f"source: expected a config.json with arch and transform, as moco-ext export writes it, in "
             f"{folder}, got {', '.join(config) or 'none'}"
         )
     return config
@@ -57,11 +57,13 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     size, channels = transform.size, 3 // len(transform.mean)
     config = {
-        "architecture": arch,
+        "arch": arch,
+        "transform": transform.as_dict(),
+        # What timm reads:
+        "architecture": arch.removeprefix("timm:"),
         "num_features": num_features,
         "num_classes": num_classes,
-        "transform": transform.as_dict(),
-        "pretrained_cfg": {  # what timm reads
+        "pretrained_cfg": {
             "input_size": [3, size, size],
             "mean": list(transform.mean) * channels,
             "std": list(transform.std) * channels,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,8 +125,9 @@ def _write_safetensors(encoder: Encoder, output: Path) -> None:
 
 
 def _metadata(encoder: Encoder) -> dict[str, str]:
-    about = {"arch": encoder.arch, "transform": json.dumps(encoder.transform.as_dict()), "moco_ext": __version__}
-    return {**about, "num_features": str(encoder.num_features)}
+    """All values are JSON."""
+    about = {"arch": encoder.arch, "transform": encoder.transform.as_dict(), "num_features": encoder.num_features}
+    return {name: json.dumps(value) for name, value in about.items()} | {"moco_ext": __version__}
 
 
 def _card(encoder: Encoder, output: Path) -> str:
@@ -154,15 +156,17 @@ def _write_program(encoder: Encoder, output: Path) -> None:
 def _write_onnx(encoder: Encoder, output: Path) -> None:
     import onnxruntime
 
-    program = torch.onnx.export(
-        encoder,
-        (_example(encoder, 2),),
-        input_names=["images"],
-        output_names=["features"],
-        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-        dynamo=True,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter about torch
+        program = torch.onnx.export(
+            encoder,
+            (_example(encoder, 2),),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     program.model.metadata_props.update(_metadata(encoder))
     with tempfile.TemporaryDirectory() as folder:
