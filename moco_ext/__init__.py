@@ -1,5 +1,8 @@
 """Momentum Contrast for PyTorch with fused C++/CUDA kernels."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .end_to_end import EndToEnd
 from .memory_bank import MemoryBank, MemoryBankOutput
 from .moco import MoCo, MoCoOutput
@@ -7,6 +10,13 @@ from .momentum import flatten_parameters_
 from .ops import enqueue_, info_nce, l2_normalize, momentum_update_
 from .queue import KeyQueue
 from .stats import InfoNCEStats
+
+if TYPE_CHECKING:
+    from .evaluate.embed import embed as embed
+    from .evaluate.encoder import Encoder as Encoder
+    from .evaluate.encoder import load_encoder as load_encoder
+    from .evaluate.neighbors import neighbors as neighbors
+    from .experiments.export import export as export
 
 __version__ = "0.1.0"
 
@@ -24,3 +34,22 @@ __all__ = [
     "l2_normalize",
     "momentum_update_",
 ]
+
+# Not in __all__: they need torchvision, and are imported when they are used.
+_MODULE_OF = {
+    "Encoder": ".evaluate.encoder",
+    "embed": ".evaluate.embed",
+    "export": ".experiments.export",
+    "load_encoder": ".evaluate.encoder",
+    "neighbors": ".evaluate.neighbors",
+}
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name], __name__), name)

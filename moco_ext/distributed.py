@@ -5,6 +5,8 @@ With one process, or without a process group, each collective is the identity.
 
 from __future__ import annotations
 
+import datetime
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 M = TypeVar("M", bound=nn.Module)
+_waits = itertools.count()
 
 
 def world_size() -> int:
@@ -24,6 +27,15 @@ def world_size() -> int:
 def rank() -> int:
     """The number of this process, from 0."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def wait_for_all() -> None:
+    """Wait until every process has called this as often: for a day, unlike a collective."""
+    if world_size() == 1:
+        return
+    store, name = dist.distributed_c10d._get_default_store(), f"wait for all {next(_waits)}"
+    store.set(f"{name}/{rank()}", "")
+    store.wait([f"{name}/{other}" for other in range(world_size())], datetime.timedelta(days=1))
 
 
 def exclude_queues_from_ddp(module: M) -> M:

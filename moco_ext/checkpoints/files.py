@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..runs.files import write_atomically
 
 _Value = TypeVar("_Value")
+_OURS = "moco_ext"  # in the metadata of our files: the version
 DDP_PREFIX = "module."  # of the names in a DistributedDataParallel's state dict, and so of the official checkpoints
 
 
@@ -44,11 +46,12 @@ def read(path: Path) -> Any:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path)
 
 
-def read_saved(path: str | Path, *, inert: bool = False) -> Any:
+def read_saved(path: str | Path, *, inert: bool = False, mmap: bool = False) -> Any:
     """Content of a file that ``torch.save`` wrote, on the CPU. Only tensors and plain containers are unpickled.
 
     Args:
         inert: replace objects of other classes by :class:`Inert`, instead of raising an error.
+        mmap: read tensors when they are used, without a check of the file; only for a file that was read before.
 
     Raises:
         FileNotFoundError: no such file.
@@ -57,10 +60,12 @@ def read_saved(path: str | Path, *, inert: bool = False) -> Any:
     path = Path(path)
     _check_exists(path)
     try:
-        _check_archive(path)
+        mmap = mmap and _is_archive(path)
+        if not mmap:
+            _check_archive(path)
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if inert and _is_archive(path) else []
         with torch.serialization.safe_globals([(Inert, name) for name in others]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # bytes of an arbitrary file are interpreted as instructions, which can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not a checkpoint?): {reason}") from None
@@ -107,15 +112,15 @@ def without_prefix(prefix: str, named: Mapping[str, _Value]) -> dict[str, _Value
     return {name.removeprefix(prefix): value for name, value in named.items()}
 
 
-def write(path: Path, content: Any) -> None:
-    """Write a file in the format of its suffix, atomically."""
+def write(path: Path, content: Any, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file in the format of its suffix, atomically; ``metadata`` goes into the header of ``.safetensors``."""
     if path.suffix == ".pkl":
         write_atomically(path, lambda file: pickle.dump(content, file))
     elif path.suffix == ".safetensors":
         from safetensors.torch import save
 
         whole = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
-        write_atomically(path, lambda file: file.write(save(whole, {"format": "pt"})))
+        write_atomically(path, lambda file: file.write(save(whole, {"format": "pt", **(metadata or {})})))
     else:
         write_atomically(path, lambda file: torch.save(content, file))
 
@@ -134,6 +139,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not safetensors?): {error}") from None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What the header of a ``.safetensors`` file of this package says of the encoder; empty for any other file."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError:  # what reads the weights says so
+        return {}
+    if _OURS not in metadata:
+        return {}
+    return {name: json.loads(metadata[name]) for name in ("arch", "transform") if name in metadata}
 
 
 class _Arrays(pickle.Unpickler):

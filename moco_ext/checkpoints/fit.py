@@ -22,7 +22,7 @@ def backbone_tensors(encoder: nn.Module, found: Mapping[str, Tensor], arch: str,
     Raises:
         ValueError: a layer is missing or has another shape, or ``found`` has layers that the encoder lacks.
     """
-    heads = _head_prefixes(encoder)
+    heads = head_prefixes(encoder)
     wanted = {name: value for name, value in encoder.state_dict().items() if not name.startswith(heads)}
     fitting = {
         name: found[name] for name, value in wanted.items() if name in found and found[name].shape == value.shape
@@ -43,7 +43,8 @@ def backbone_tensors(encoder: nn.Module, found: Mapping[str, Tensor], arch: str,
     return fitting
 
 
-def _head_prefixes(encoder: nn.Module) -> tuple[str, ...]:
+def head_prefixes(encoder: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the names of an encoder's head."""
     classifier = getattr(encoder, "pretrained_cfg", {}).get("classifier")  # timm: `head` may contain a norm to keep
     if classifier is None:
         return _prefixes(HEADS)

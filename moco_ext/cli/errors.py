@@ -8,7 +8,8 @@ import sys
 import warnings
 from collections.abc import Callable
 
-_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}  # where it is not the module's name
+# Where the name is not that of the module.
+_PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "faiss": "faiss-cpu"}
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's RuntimeErrors
 
 

@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
 _FASHION_CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,16 @@ def _load(name: str, data_root: Path, val_fraction: float) -> ImageData:
     return _files(name, sources, val_fraction)
 
 
+class Normalization(Protocol):
+    """Per-channel constants: an :class:`ImageData` or a transform."""
+
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
 class Normalize:
     """Normalize images with the dataset's mean and standard deviation, and repeat grayscale to three channels.
 
@@ -149,7 +160,7 @@ class Normalize:
     kept on ``device``: creating them at every call would make a GPU wait.
     """
 
-    def __init__(self, data: ImageData, device: torch.device | str = "cpu") -> None:
+    def __init__(self, data: Normalization, device: torch.device | str = "cpu") -> None:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
         self.shift, self.scale = (-mean / std).to(device), (1 / std).to(device)
         self.byte_scale = self.scale / 255
@@ -213,13 +224,17 @@ class _EvalImages(Dataset):
         return images[: len(read)], torch.tensor(read, dtype=torch.int64), unreadable
 
     def _image(self, path: str) -> Tensor:
-        from torchvision.transforms.v2 import functional
+        return eval_crop(read_image(path), self.size)
 
-        image = read_image(path)
-        height, width = image.shape[-2:]
-        image = functional.center_crop(image, [min(height, 16 * width), min(width, 16 * height)])  # bounds the next
-        image = functional.resize(image, [round(self.size * 256 / 224)], antialias=True)
-        return functional.center_crop(image, [self.size, self.size])
+
+def eval_crop(image: Tensor, size: int) -> Tensor:
+    """The center of an image [..., H, W]: resized to a shorter side of ``size`` * 256 / 224, cropped to ``size``."""
+    from torchvision.transforms.v2 import functional
+
+    height, width = image.shape[-2:]
+    image = functional.center_crop(image, [min(height, 16 * width), min(width, 16 * height)])  # bounds the next
+    image = functional.resize(image, [round(size * 256 / 224)], antialias=True)
+    return functional.center_crop(image, [size, size])
 
 
 def stratified_split(labels: Tensor, test_fraction: float, seed: int = 0, at_least: int = 0) -> tuple[Tensor, Tensor]:
@@ -329,7 +344,7 @@ def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
             raise ValueError(
                 f"val_fraction: expected a share that holds out an image of {len(images):,}, got {val_fraction}"
             )
-    return ImageData(name, classes, 224, _IMAGENET_MEAN, _IMAGENET_STD, True, images, held_out)
+    return ImageData(name, classes, 224, IMAGENET_MEAN, IMAGENET_STD, True, images, held_out)
 
 
 def _folder_split(files: ImageFiles, classes: tuple[str, ...]) -> FolderSplit:

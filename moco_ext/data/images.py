@@ -59,7 +59,7 @@ def read_image(path: str | Path) -> Tensor:
             if image.width * image.height > MAX_PIXELS:  # PIL has read no more than the header
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             if image.format not in _TORCHVISION_FORMATS or (image.format == "WEBP" and image.info.get("exif")):
-                return _from_pil(image)  # torchvision turns JPEG and PNG only
+                return from_pil(image)  # torchvision turns JPEG and PNG only
             after_header = file.tell()
             file.seek(0)
             try:
@@ -67,7 +67,7 @@ def read_image(path: str | Path) -> Tensor:
                 pixels = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
             except RuntimeError:  # a variant that torchvision does not support, or a damaged file: PIL says why
                 file.seek(after_header)
-                return _from_pil(image)
+                return from_pil(image)
             return pixels if pixels.dtype == torch.uint8 else (pixels.int() >> 8).to(torch.uint8)
     except Exception as error:  # decoders raise anything on damaged files, which must not end a long run
         reason = str(error).partition(" <_io.")[0]  # PIL shows the file object
@@ -88,7 +88,8 @@ def _pil() -> Any:
     return Image
 
 
-def _from_pil(image: Image.Image) -> Tensor:
+def from_pil(image: Image.Image) -> Tensor:
+    """A PIL image as uint8 [3, H, W], like :func:`read_image`."""
     from PIL import ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +56,7 @@ def knn_predict(
     labels = train_labels.to(device)
     predictions = []
     for rows in test_features.split(chunk):
-        similarity, index = _nearest(rows.to(device), train_features, min(k, len(train_features)), chunk)
+        similarity, index = nearest_in(rows.to(device), _chunks(train_features, chunk, k), k)
         # exp(s/T) divided by the row's largest vote, so that small temperatures do not overflow
         votes = torch.exp((similarity - similarity[:, :1]) / temperature)
         scores = votes.new_zeros(len(rows), n_classes).scatter_add_(1, labels[index], votes)
@@ -90,20 +92,27 @@ def knn_top1(
 
 def nearest(bank_features: Tensor, features: Tensor, k: int, chunk: int = 4096) -> Tensor:
     """Indices int64 [M, k] of the k rows of ``bank_features`` with the highest cosine, nearest first."""
-    return _nearest(features, bank_features, min(k, len(bank_features)), chunk)[1]
+    return nearest_in(features, _chunks(bank_features, chunk, k), k)[1]
 
 
-def _nearest(rows: Tensor, bank: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """Cosines and indices [M, k] of the k nearest, nearest first, merged over chunks of ``bank``.
+def _chunks(bank: Tensor, chunk: int, k: int) -> Iterable[Tensor]:
+    return bank.split(max(chunk, min(k, len(bank))))
 
-    Computes in float32 on the device of ``rows``, to which one chunk of the bank is copied at a time.
+
+def nearest_in(rows: Tensor, chunks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and indices [M, k] of the k nearest rows of a bank, nearest first, merged over its chunks [n, D].
+
+    Computes in float32 on the device of ``rows``, to which one chunk of the bank is copied at a time. A bank of fewer
+    than k rows gives all of them.
     """
     rows = F.normalize(rows.float(), dim=1)
     best, where = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-    for start in range(0, len(bank), max(chunk, k)):
-        part = F.normalize(bank[start : start + max(chunk, k)].to(rows.device).float(), dim=1)
+    start = 0
+    for chunk in chunks:
+        part = F.normalize(chunk.to(rows.device).float(), dim=1)
         similarity, index = (rows @ part.T).topk(min(k, len(part)), dim=1)
         merged, indices = torch.cat([best, similarity], 1), torch.cat([where, index + start], 1)
         best, order = merged.topk(min(k, merged.shape[1]), dim=1)
         where = indices.gather(1, order)
+        start += len(part)
     return best, where

@@ -63,7 +63,7 @@ def neighbors(gallery: Gallery) -> _Neighbors:
     def thumbnail(split: Split, index: int, query: int) -> _Thumbnail:
         label = int(split.labels[index])
         caption = data.classes[label] if labeled else _name(split, index)
-        return _Thumbnail(_image(split, index), caption, wrong=label != int(test_labels[query]))
+        return _Thumbnail(image_source(split, index), caption, wrong=label != int(test_labels[query]))
 
     found: dict[str, Tensor] = {}
     same_class: dict[str, float | None] = {}
@@ -104,7 +104,7 @@ def _name(split: Split, index: int) -> str:
     return Path(split.paths[index]).stem if isinstance(split, FolderSplit) else str(index)
 
 
-def _image(split: Split, index: int) -> str:
+def image_source(split: Split, index: int) -> str:
     """A data URI: a small JPEG of a photograph, a PNG of an image held in memory."""
     buffer = io.BytesIO()
     if isinstance(split, FolderSplit):

@@ -52,37 +52,45 @@ def write_report(
 
 def compose(runs: Sequence[ReportedRun], galleries: Sequence[Gallery]) -> str:
     """The page about one run, or comparing several, as HTML."""
-    environment = Environment(
+    several = len(runs) > 1
+    sets = titles(runs)
+    on = ", ".join(dict.fromkeys(Path(images.data).name for images in sets))
+    differing = _differing(runs)
+    shown = [{"data": g.title or g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries]
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=f"{len(runs)} runs on {on}" if several else f"MoCo on {on}",
+            lead=_lead_of_several(differing) if several else _lead(runs[0], galleries),
+            switches=[run.name for run in runs] if several else [],
+            answers=[(run.name, learned(run), collapsed(run)) for run in runs],
+            run_colors=RUN_COLORS,
+            results=[_results(runs, images, title) for images, title in sets.items()],
+            label_free=[(run.name, *_label_free(run)) for run in runs if run.summary.get("label_free")],
+            differing=[(name, [_setting(run, name) for run in runs]) for name in differing],
+            unrecorded=_unrecorded(runs),
+            training=_training(runs),
+            ends=[_End(run.name, _last_metrics(run)) for run in runs] if several else [],
+            incomparable=", ".join(name for name in differing if name in _TASK_SETTINGS),
+            diagnostics=_diagnostics(runs),
+            galleries=shown,
+            made_with=[(run.name, made) for run in runs if (made := _made_with(run))],
+            common=[(name, _plain(value)) for name, value in _settings(runs).items() if name not in differing],
+        )
+    )
+    return page.encode(errors="replace").decode()  # names of files may be no text
+
+
+def environment() -> Environment:
+    """Of the templates of all pages."""
+    return Environment(
         loader=PackageLoader("moco_ext.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    several = len(runs) > 1
-    sets = titles(runs)
-    on = ", ".join(dict.fromkeys(Path(images.data).name for images in sets))
-    differing = _differing(runs)
-    shown = [{"data": g.title or g.data.name, "neighbors": neighbors(g), "map": feature_map(g)} for g in galleries]
-    page = environment.get_template("report.html.j2").render(
-        title=f"{len(runs)} runs on {on}" if several else f"MoCo on {on}",
-        lead=_lead_of_several(differing) if several else _lead(runs[0], galleries),
-        switches=[run.name for run in runs] if several else [],
-        answers=[(run.name, learned(run), collapsed(run)) for run in runs],
-        run_colors=RUN_COLORS,
-        results=[_results(runs, images, title) for images, title in sets.items()],
-        label_free=[(run.name, *_label_free(run)) for run in runs if run.summary.get("label_free")],
-        differing=[(name, [_setting(run, name) for run in runs]) for name in differing],
-        unrecorded=_unrecorded(runs),
-        training=_training(runs),
-        ends=[_End(run.name, _last_metrics(run)) for run in runs] if several else [],
-        incomparable=", ".join(name for name in differing if name in _TASK_SETTINGS),
-        diagnostics=_diagnostics(runs),
-        galleries=shown,
-        made_with=[(run.name, made) for run in runs if (made := _made_with(run))],
-        common=[(name, _plain(value)) for name, value in _settings(runs).items() if name not in differing],
-    )
-    return page.encode(errors="replace").decode()  # names of files may be no text
 
 
 def _lead(run: ReportedRun, galleries: Sequence[Gallery]) -> str:

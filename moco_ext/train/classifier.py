@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoints.training import check_finite, load_checkpoint, load_into, save_checkpoint
-from ..data import ImageData, SupervisedLoader, eval_batches
+from ..data import EvalTransform, ImageData, SupervisedLoader, eval_batches
 from ..data.images import check_readable
 from ..data.seeds import hash_seeds
 from ..distributed import all_reduce, rank, unite, world_size
@@ -266,7 +266,13 @@ def train_classifier(
             check_finite(model, optimizer)
             if rank() == 0:
                 save_checkpoint(
-                    checkpoint, epoch=epoch + 1, arch=arch, model=model, optimizer=optimizer, best_acc1=best
+                    checkpoint,
+                    epoch=epoch + 1,
+                    arch=arch,
+                    model=model,
+                    optimizer=optimizer,
+                    best_acc1=best,
+                    transform=EvalTransform.of(data).as_dict(),
                 )
                 if is_best:
                     write_atomically(best_checkpoint, lambda file: file.write(checkpoint.read_bytes()))

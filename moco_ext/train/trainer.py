@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .. import distributed
 from ..checkpoints.training import check_finite, load_checkpoint, load_into, load_newest, save_rotating
-from ..data import Batch, ImageData, TrainLoader
+from ..data import Batch, EvalTransform, ImageData, TrainLoader
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
 from ..runs.directory import claim, clear, list_unreadable
@@ -252,6 +252,7 @@ class Trainer:
                 model=self.model,
                 optimizer=self.optimizer,
                 trainer=trainer,
+                transform=EvalTransform.of(self.data).as_dict(),
             )
         except (OSError, RuntimeError) as error:
             if last:

@@ -1,0 +1,92 @@
+"""``moco-ext embed``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from rich.markup import escape
+
+from ..data import load
+from ..distributed import rank
+from ..evaluate.embed import Embedded, embed
+from ..evaluate.encoder import load_encoder
+from ..evaluate.feature_files import DTYPES, SUFFIXES, check_output
+from ..runs.options import RunOptions
+from ..runs.settings import settings
+from . import launch
+from .flags import add_data_root, add_settings
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write the features of all images of folders or lists to a file: .parquet (columns path, features, label), "
+        ".npy with the paths in OUTPUT.json, .npz or .safetensors. Images that cannot be decoded are skipped and "
+        "listed in OUTPUT.unreadable.txt."
+    )
+    add = parser.add_argument
+    add_encoder_flags(parser)
+    add("data", nargs="+", metavar="DATA", help="folders of images, lists of them, or a built-in name such as digits")
+    add("-o", "--output", required=True, metavar="FILE", help=f"the file to write: {', '.join(SUFFIXES)}")
+    add("--head", action="store_true", help="keep the head: the output of the contrastive training")
+    add("--normalize", action="store_true", help="divide each row by its L2 norm")
+    add("--dtype", default="float32", metavar="DTYPE", help=f"{' or '.join(DTYPES)} (default: float32)")
+    add("-b", "--batch-size", type=int, default=256, metavar="N", help="images per process and pass (default: 256)")
+    add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: that of the training)")
+    add("--overwrite", action="store_true", help="replace an existing file")
+    add("--json", action="store_true", help="print one JSON object")
+    add_data_root(parser)
+    add_settings(parser, settings(RunOptions, "workers") | settings(launch.LaunchOptions))
+
+
+def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="RUN|WEIGHTS",
+        help="run directory, checkpoint of any known format, state dict, exported folder, torchvision:NAME, or "
+        "hf:USER/NAME",
+    )
+    parser.add_argument("-a", "--arch", metavar="ARCH", help="architecture, if the weights do not name it")
+
+
+def run(args: argparse.Namespace) -> int:
+    output = Path(args.output)
+    check_output(output)
+    if output.exists() and not args.overwrite:
+        raise FileExistsError(f"output: {output} exists; --overwrite replaces it")
+    return launch.run(_work, args, output)
+
+
+def _work(args: argparse.Namespace, options: RunOptions) -> int:
+    encoder, transform = load_encoder(args.source, args.arch, head=args.head)
+    if args.image_size is not None:
+        encoder.transform = dataclasses.replace(transform, size=args.image_size)
+    data = load(os.pathsep.join(args.data), args.data_root)
+    done = embed(
+        encoder,
+        data,
+        options.output,
+        normalize=args.normalize,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        device=options.device,
+        workers=options.workers,
+        overwrite=args.overwrite,
+        console=options.console,
+    )
+    if rank() == 0:
+        _tell(done, args, options)
+    return 0
+
+
+def _tell(done: Embedded, args: argparse.Namespace, options: RunOptions) -> None:
+    if args.json:
+        print(json.dumps(done._asdict() | {"output": str(done.output)}))
+        return
+    line = f"{done.output}: {done.images:,} images, {done.dim:,} features, {done.images / done.seconds:,.0f} images/s"
+    if done.unreadable:
+        line += f"; {len(done.unreadable):,} unreadable files are listed in {done.output.name}.unreadable.txt"
+    options.console.print(escape(line), highlight=False, soft_wrap=True)

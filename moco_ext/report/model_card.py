@@ -1,0 +1,57 @@
+"""What a model card says about the run of an encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..runs.files import read_json
+from ..runs.settings import settings
+from ..train.config import PretrainConfig, resolve_config
+
+
+def training_section(source: str) -> str:
+    """Command, settings and scores of the run in Markdown; empty if ``source`` is not of a run."""
+    if not (source and Path(source).exists()):
+        return ""
+    folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    if "data" not in config:
+        return ""
+    lines = ["```bash", command_of(config), "```", "", "| setting | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in config.items()]
+    scores = [
+        (f"{protocol} top-1 on the test images, % ({features})", f"{value:.2f}")
+        for protocol in ("knn", "linear")
+        for features, value in summary.get(f"{protocol}_top1", {}).items()
+    ]
+    scores += [
+        (f"{name}, two views without labels ({features})", f"{value:.4g}")
+        for features, values in summary.get("label_free", {}).items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    ]
+    if "seconds" in summary:
+        scores.append(("seconds of training", f"{summary['seconds']:.0f}"))
+    if scores:
+        lines += ["", "| result | |", "|---|---|", *(f"| {name} | {value} |" for name, value in scores)]
+    return "\n".join(lines)
+
+
+def command_of(config: dict[str, Any]) -> str:
+    """The ``moco-ext pretrain`` command of a run's configuration: its data, and the settings that are not defaults."""
+    words = ["moco-ext", "pretrain", "--data", str(config["data"])]
+    preset = dataclasses.asdict(resolve_config(config["data"], {}))
+    for name, declared in settings(PretrainConfig).items():
+        value = config.get(name, preset[name])
+        value = tuple(value) if isinstance(value, list) else value
+        if value == preset[name] or value is None:
+            continue
+        flag = (declared.flags or (f"--{name.replace('_', '-')}",))[-1]
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
