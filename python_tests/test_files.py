@@ -231,6 +231,25 @@ def test_labels_need_classes_on_both_sides(tmp_path):
     assert data.why_not_scored == f"{tmp_path} has no labels"
 
 
+@pytest.mark.parametrize(
+    ("names", "train", "test", "classes"),
+    [
+        ("train/a/1 train/b/2 val/a/3 val/b/4", 2, 2, ("a", "b")),
+        ("train/a/1 train/b/2 valid/a/3 valid/b/4 test/5", 2, 2, ("a", "b")),
+        ("train/a/1 train/b/2 val/a/3 val/b/4 other/5", 2, 2, ("a", "b")),
+        ("train/a/1 train/b/2 test/a/3", 2, None, ("a", "b")),
+        ("train/1 bus/2 bus/3", 3, None, ("bus", "train")),  # a class
+        ("train/1 2", 2, None, ()),
+        ("val/1 val/2 a/3", 3, None, ("a", "val")),
+    ],
+)
+def test_folders_of_splits(tmp_path, names, train, test, classes):
+    data = mdata.load(str(images(tmp_path, *(f"{name}.png" for name in names.split()))))
+    assert len(data.train) == train
+    assert (data.test and len(data.test)) == test
+    assert data.classes == classes
+
+
 def test_image_size(tmp_path):
     data = mdata.load(str(images(tmp_path, "1.png", "2.png")), image_size=8)
     assert next(mdata.eval_batches(data, data.train))[0].shape == (2, 3, 8, 8)

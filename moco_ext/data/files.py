@@ -74,7 +74,8 @@ def _below(folder: Path) -> list[str]:
     while pending:
         current = pending.pop()
         names, folders = _scan(current)
-        files[current] = [os.path.join(current, name) for name in names]
+        prefix = os.path.join(current, "")
+        files[current] = [prefix + name for name in names]
         for path in (os.path.join(current, name) for name in folders):
             real = Path(path).resolve()
             if real not in seen:
