@@ -16,7 +16,7 @@ from ..runs.settings import settings
 from ..train.config import DTYPES, RECIPES, PretrainConfig, resolve_config
 from ..train.memory import print_plan
 from . import launch
-from .flags import add_data_flags, add_settings, given
+from .flags import add_data_flags, add_settings, given, name_of
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = _config(args)
-    output = Path(args.output or f"runs/{Path(args.dir[0] if args.dir else config.data).name}")
+    output = Path(args.output or f"runs/{name_of(args.dir[0] if args.dir else config.data)}")
     start = getattr(args, "start_epoch", 0)
     if not config.steps and start >= config.epochs:
         raise ValueError(f"start_epoch: expected less than the {config.epochs} epochs, got {start}")
