@@ -64,6 +64,14 @@ def test_empty_folders_and_other_files_are_no_classes(tmp_path):
     assert mdata.load(str(tmp_path)).classes == ("a", "b")
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    images(tmp_path, "a/1.png", "b/1.png", ".ipynb_checkpoints/1.png", "a/.trash/2.png", "a/._1.png")
+    data = mdata.load(str(tmp_path))
+    assert names_of(data.train, tmp_path) == ["a/1.png", "b/1.png"]
+    assert data.classes == ("a", "b")
+    assert len(mdata.load(str(tmp_path / ".ipynb_checkpoints")).train) == 1
+
+
 def test_several_sources(tmp_path):
     one, two = images(tmp_path / "one", "1.png", "2.png"), images(tmp_path / "two", "a/3.png", "b/4.png")
     data = mdata.load(f"{one}{os.pathsep}{two}")
