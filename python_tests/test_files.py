@@ -64,6 +64,14 @@ def test_empty_folders_and_other_files_are_no_classes(tmp_path):
     assert mdata.load(str(tmp_path)).classes == ("a", "b")
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    images(tmp_path, "a/1.png", "b/1.png", ".ipynb_checkpoints/1.png", "a/.trash/2.png", "a/._1.png")
+    data = mdata.load(str(tmp_path))
+    assert names_of(data.train, tmp_path) == ["a/1.png", "b/1.png"]
+    assert data.classes == ("a", "b")
+    assert len(mdata.load(str(tmp_path / ".ipynb_checkpoints")).train) == 1
+
+
 def test_several_sources(tmp_path):
     one, two = images(tmp_path / "one", "1.png", "2.png"), images(tmp_path / "two", "a/3.png", "b/4.png")
     data = mdata.load(f"{one}{os.pathsep}{two}")
@@ -229,6 +237,25 @@ def test_labels_need_classes_on_both_sides(tmp_path):
     assert data.train.labels.tolist() == [-1, -1]
     assert names_of(data.test, tmp_path) == ["val/3.png"]
     assert data.why_not_scored == f"{tmp_path} has no labels"
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "test", "classes"),
+    [
+        ("train/a/1 train/b/2 val/a/3 val/b/4", 2, 2, ("a", "b")),
+        ("train/a/1 train/b/2 valid/a/3 valid/b/4 test/5", 2, 2, ("a", "b")),
+        ("train/a/1 train/b/2 val/a/3 val/b/4 other/5", 2, 2, ("a", "b")),
+        ("train/a/1 train/b/2 test/a/3", 2, None, ("a", "b")),
+        ("train/1 bus/2 bus/3", 3, None, ("bus", "train")),  # a class
+        ("train/1 2", 2, None, ()),
+        ("val/1 val/2 a/3", 3, None, ("a", "val")),
+    ],
+)
+def test_folders_of_splits(tmp_path, names, train, test, classes):
+    data = mdata.load(str(images(tmp_path, *(f"{name}.png" for name in names.split()))))
+    assert len(data.train) == train
+    assert (data.test and len(data.test)) == test
+    assert data.classes == classes
 
 
 def test_image_size(tmp_path):

@@ -20,7 +20,7 @@ from ..runs.options import RunOptions
 from ..runs.settings import settings
 from . import launch
 from .config_file import add_config_flag
-from .flags import add_data_flags, add_settings
+from .flags import add_data_flags, add_settings, name_of
 
 
 class Inputs(NamedTuple):
@@ -83,7 +83,7 @@ def find_inputs(args: argparse.Namespace) -> Inputs:
         raise ValueError(f"data: expected DATA or --data, got both: {data} and {args.data}")
     if data is None:
         raise ValueError(f"data: expected --data, as there is no config.json next to {weights} that names it")
-    return Inputs(weights, data, config, Path(args.output or run or f"runs/{args.command}-{Path(data).name}"))
+    return Inputs(weights, data, config, Path(args.output or run or f"runs/{args.command}-{name_of(data)}"))
 
 
 def _configuration(weights: str | None) -> tuple[dict[str, Any], Path | None]:

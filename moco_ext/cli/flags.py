@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..runs.settings import Setting, settings
@@ -90,6 +91,11 @@ def add_data_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-root", metavar="DIR", default="data", help="folder of downloaded data sets (default: data)"
     )
+
+
+def name_of(data: str) -> str:
+    """The last part of the path of the data, for the name of a directory, which TensorBoard needs to be text."""
+    return Path(data).name.encode(errors="ignore").decode()
 
 
 def _shown(default: Any) -> str:

@@ -16,7 +16,7 @@ from ..train.config import DTYPES, RECIPES, PretrainConfig
 from ..train.memory import device_memory
 from . import launch
 from .config_file import add_config_flag
-from .flags import add_data_flags, add_settings
+from .flags import add_data_flags, add_settings, name_of
 from .plan import Plan, configuration, make_plan, print_dry_run, show_choices
 
 
@@ -45,7 +45,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = configuration(args)  # errors in flags are reported before processes are started or data is read
-    output = Path(args.output or f"runs/{Path(config.data.split(os.pathsep)[0]).name}")
+    output = Path(args.output or f"runs/{name_of(config.data.split(os.pathsep)[0])}")
     if args.dry_run:
         return _dry_run(args, output)
     return launch.run(_work, args, output)

@@ -111,8 +111,9 @@ def load(
         name: ``"digits"`` (1,797 images of 8x8, included in scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
             ``"cifar100"``, or a path: a folder of images at any depth, or a list of them (``.txt`` with a path per
             line; ``.csv``, ``.tsv`` or ``.parquet`` with a column ``path`` and perhaps ``label``). Several paths are
-            separated by ``os.pathsep``. Training and test images may be in ``train/`` and ``val/``. Folders are
-            classes, as for torchvision's ``ImageFolder``, if all images are in two or more of them.
+            separated by ``os.pathsep``. Training and test images may be in ``train/`` and ``val/``, ``valid/`` or
+            ``validation/``. Folders are classes, as for torchvision's ``ImageFolder``, if all images are in two or
+            more of them.
         data_root: torchvision's download folder.
         val_fraction: share of the images, of each class if there are classes, to hold out as test images; not used if
             the data has test images.
@@ -321,14 +322,13 @@ def _cifar(name: str, data_root: Path) -> ImageData:
 
 def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
     """Images on disk. The labels of training and test images are known only if both have classes."""
-    root = sources[0] / "train"
-    train, test = find_images([root] if len(sources) == 1 and root.is_dir() else sources), None
-    if len(sources) == 1 and root.is_dir() and (sources[0] / "val").is_dir():
-        test = find_images([sources[0] / "val"])
+    root, val = _split_folders(sources[0]) if len(sources) == 1 else (None, None)
+    train = find_images([root] if root else sources)
+    test = find_images([val]) if val else None
     classes = train.names
     if test is not None and test.names and classes and classes != test.names:
         raise ValueError(
-            f"data: expected the same class folders in {root} and {sources[0] / 'val'}, got "
+            f"data: expected the same class folders in {root} and {val}, got "
             f"{few(set(classes) ^ set(test.names))} in only one of them"
         )
     if len(classes) < 2 or (test is not None and not test.names):  # one class says nothing
@@ -345,6 +345,18 @@ def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
                 f"val_fraction: expected a share that holds out an image of {len(images):,}, got {val_fraction}"
             )
     return ImageData(name, classes, 224, IMAGENET_MEAN, IMAGENET_STD, True, images, held_out)
+
+
+def _split_folders(source: Path) -> tuple[Path | None, Path | None]:
+    """The folders of training and of test images in ``source``, if it has them; a class may be named train."""
+    train = source / "train"
+    if not train.is_dir():
+        return None, None
+    val = next((source / name for name in ("val", "valid", "validation") if (source / name).is_dir()), None)
+    if val is None:
+        names = {path.removeprefix(f"{source}/").split("/")[0] for path in find_images([source]).paths}
+        train = train if names <= {"train", "test"} else source
+    return train, val
 
 
 def _folder_split(files: ImageFiles, classes: tuple[str, ...]) -> FolderSplit:

@@ -74,7 +74,8 @@ def _below(folder: Path) -> list[str]:
     while pending:
         current = pending.pop()
         names, folders = _scan(current)
-        files[current] = [os.path.join(current, name) for name in names]
+        prefix = os.path.join(current, "")
+        files[current] = [prefix + name for name in names]
         for path in (os.path.join(current, name) for name in folders):
             real = Path(path).resolve()
             if real not in seen:
@@ -84,14 +85,16 @@ def _below(folder: Path) -> list[str]:
 
 
 def _scan(folder: str) -> tuple[list[str], list[str]]:
-    """Sorted names of the image files in a folder, and of its folders.
+    """Sorted names of the image files in a folder, and of its folders, without hidden ones.
 
-    ``ImageFolder`` lists FIFOs and devices too. A dangling link is listed: it counts as an unreadable image, not as
-    none.
+    Hidden are ``.ipynb_checkpoints``, and the ``._name.jpg`` of macOS, which are no images. ``ImageFolder`` lists FIFOs
+    and devices too. A dangling link is listed: it counts as an unreadable image, not as none.
     """
     images, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
+            if entry.name.startswith("."):
+                continue
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 folders.append(entry.name)
             elif entry.name.lower().endswith(_IMAGES) and (entry.is_symlink() or entry.is_file()):

@@ -51,7 +51,7 @@ class Preemption:
     In a process group the step may never finish, if a collective waits for a rank that is stopped. A process that makes
     no progress for :attr:`GRACE` seconds after SIGTERM therefore ends without saving, with status 143.
 
-    Of SIGINT, see :class:`Interrupts`.
+    For SIGINT, see :class:`Interrupts`.
     """
 
     name = "SIGTERM"
