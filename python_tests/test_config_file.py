@@ -265,3 +265,15 @@ def test_every_rank_has_the_choices_of_rank_0(photos, monkeypatch):
     config = plan_of(photos).config
     assert config.batch_size == 4
     assert config.image_size == 96
+
+
+def test_a_step_that_does_not_fit_the_memory(photos, tmp_path, monkeypatch, capsys):
+    from moco_ext.cli import plan
+
+    monkeypatch.setattr(plan, "device_memory", lambda device: 2 * 2**30)
+    flags = [str(photos), "--recipe", "moco-v2", "--device", "cpu", "--output", str(tmp_path / "run")]
+    assert cli.main(["pretrain", *flags]) == 1
+    message = r"moco-ext: error: out of memory: a step needs about 2\d\.\d GiB, and there are 2\.0 GiB; .* --batch-size"
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    plan.check_step_memory(plan_of(photos), RunOptions(Path("runs/none")))  # the guide keeps to the memory

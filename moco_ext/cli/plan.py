@@ -101,6 +101,20 @@ def show_choices(plan: Plan, options: RunOptions) -> None:
     options.console.print(table, "flags, --config and --recipe override these", highlight=False)
 
 
+def check_step_memory(plan: Plan, options: RunOptions) -> None:
+    """Raise a MemoryError if this machine has no memory for a step on the CPU.
+
+    The system would swap, and end the process without a message; a GPU refuses to allocate.
+    """
+    if options.device.type != "cpu":
+        return
+    batch = plan.config.batch_size // options.local_world
+    needed = options.local_world * sum(estimate(plan.config, plan.data.size, len(plan.data.train), batch).values())
+    memory = device_memory(options.device)
+    if needed > memory:
+        raise MemoryError(f"a step needs about {needed / 2**30:.1f} GiB, and there are {memory / 2**30:.1f} GiB")
+
+
 def print_dry_run(plan: Plan, options: RunOptions) -> None:
     """Print every setting with its source, the number of steps, and the memory of a training step."""
     config, data, console = plan.config, plan.data, options.console
