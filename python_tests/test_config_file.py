@@ -277,3 +277,21 @@ def test_a_step_that_does_not_fit_the_memory(photos, tmp_path, monkeypatch, caps
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
     plan.check_step_memory(plan_of(photos), RunOptions(Path("runs/none")))  # the guide keeps to the memory
+
+
+def test_ablations_start_from_a_run_or_the_guide(photos, tmp_path, monkeypatch):
+    from moco_ext.cli import ablate
+
+    bases = []
+    monkeypatch.setattr(ablate, "run_grid", lambda grid, base, data, options: bases.append((base, data)))
+    monkeypatch.setattr(ablate, "write_report", lambda *rest: None)
+    monkeypatch.setattr(ablate, "markdown", lambda results: "")
+    plan = plan_of(photos, "--lr", "0.5")
+    run = as_written(dataclasses.replace(plan.config, seed=7), tmp_path / "run")
+    command = ["ablate", "--output", str(tmp_path / "grid"), "--moco-m", "0.9"]
+    assert cli.main([*command, "--", "--config", str(run), "--moco-t", "0.3"]) == 0
+    assert cli.main([*command, "--data", str(photos), "--", "--lr", "0.5", "--moco-t", "0.3"]) == 0
+    for base, data in bases:
+        expected = dataclasses.replace(plan.config, moco_t=0.3, online_knn=base.online_knn)
+        assert (base, data.size, len(data.train)) == (expected, 96, 40)
+    assert [base.online_knn for base, _ in bases] == [10, 0]
