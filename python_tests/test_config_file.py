@@ -212,11 +212,12 @@ def test_the_guide_chooses_for_a_folder(photos):
 def test_a_resumed_run_keeps_its_settings(photos, tmp_path):
     """More images than before, or another device, would change the choices."""
     first = plan_of(photos)
-    as_written(dataclasses.replace(first.config, moco_k=16, lr=0.5), tmp_path / "run")
+    as_written(dataclasses.replace(first.config, moco_k=16, lr=0.5, val_fraction=0.25), tmp_path / "run")
     flags = [photos, "--output", tmp_path / "run", "--batch-size", "8"]
     resumed = plan_of(*flags, resume="auto")
     assert (resumed.config.moco_k, resumed.config.lr, resumed.config.batch_size) == (16, 0.5, 8)
-    assert resumed.config == dataclasses.replace(first.config, moco_k=16, lr=0.5, batch_size=8)
+    assert resumed.config == dataclasses.replace(first.config, moco_k=16, lr=0.5, val_fraction=0.25, batch_size=8)
+    assert len(resumed.data.train) == 30
     assert (resumed.sources["lr"], resumed.sources["batch_size"], resumed.choices) == ("resumed run", "flag", {})
     assert plan_of(*flags, resume=tmp_path / "run" / "checkpoint.pth").config == resumed.config
     assert plan_of(*flags).config.lr == pytest.approx(0.03 * 8 / 256)

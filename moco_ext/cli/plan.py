@@ -66,18 +66,16 @@ def explicit_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_plan(args: argparse.Namespace, options: RunOptions) -> Plan:
     """Load the data and resolve every setting. In a process group every rank must call it; all get the same."""
-    first = configuration(args)
-    data = load(first.data, args.data_root, val_fraction=first.val_fraction, image_size=first.image_size)
-    guided: dict[str, Any] = {}
+    explicit, guidable = explicit_settings(args), guide.applies(data_of(args), args.recipe)
+    guided = _of_resumed_run(options, explicit) if guidable else {}
     choices: dict[str, Choice] = {}
-    explicit = explicit_settings(args)
-    if guide.applies(first.data, args.recipe):
-        guided = _of_resumed_run(options, explicit)
-        if not guided:
-            choices = _choose(first, data, explicit, options)
-            if data.why_not_scored:
-                choices.pop("knn_k", None)
-            guided = {name: choice.value for name, choice in choices.items()}
+    first = configuration(args, guided)
+    data = load(first.data, args.data_root, val_fraction=first.val_fraction, image_size=first.image_size)
+    if guidable and not guided:
+        choices = _choose(first, data, explicit, options)
+        if data.why_not_scored:
+            choices.pop("knn_k", None)
+        guided = {name: choice.value for name, choice in choices.items()}
     config = configuration(args, guided)
     if config.image_size is not None:
         data = dataclasses.replace(data, size=config.image_size)
@@ -187,7 +185,7 @@ def _of_resumed_run(options: RunOptions, explicit: dict[str, Any]) -> dict[str, 
         return {}
     source = options.output if options.resume == "auto" else Path(options.resume)
     config = read_json((source if source.is_dir() else source.parent) / "config.json")
-    known = {field.name for field in dataclasses.fields(PretrainConfig)} - {"data", "val_fraction", *explicit}
+    known = {field.name for field in dataclasses.fields(PretrainConfig)} - {"data", *explicit}
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config.items()
