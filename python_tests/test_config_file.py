@@ -212,11 +212,12 @@ def test_the_guide_chooses_for_a_folder(photos):
 def test_a_resumed_run_keeps_its_settings(photos, tmp_path):
     """More images than before, or another device, would change the choices."""
     first = plan_of(photos)
-    as_written(dataclasses.replace(first.config, moco_k=16, lr=0.5), tmp_path / "run")
+    as_written(dataclasses.replace(first.config, moco_k=16, lr=0.5, val_fraction=0.25), tmp_path / "run")
     flags = [photos, "--output", tmp_path / "run", "--batch-size", "8"]
     resumed = plan_of(*flags, resume="auto")
     assert (resumed.config.moco_k, resumed.config.lr, resumed.config.batch_size) == (16, 0.5, 8)
-    assert resumed.config == dataclasses.replace(first.config, moco_k=16, lr=0.5, batch_size=8)
+    assert resumed.config == dataclasses.replace(first.config, moco_k=16, lr=0.5, val_fraction=0.25, batch_size=8)
+    assert len(resumed.data.train) == 30
     assert (resumed.sources["lr"], resumed.sources["batch_size"], resumed.choices) == ("resumed run", "flag", {})
     assert plan_of(*flags, resume=tmp_path / "run" / "checkpoint.pth").config == resumed.config
     assert plan_of(*flags).config.lr == pytest.approx(0.03 * 8 / 256)
@@ -265,3 +266,33 @@ def test_every_rank_has_the_choices_of_rank_0(photos, monkeypatch):
     config = plan_of(photos).config
     assert config.batch_size == 4
     assert config.image_size == 96
+
+
+def test_a_step_that_does_not_fit_the_memory(photos, tmp_path, monkeypatch, capsys):
+    from moco_ext.cli import plan
+
+    monkeypatch.setattr(plan, "device_memory", lambda device: 2 * 2**30)
+    flags = [str(photos), "--recipe", "moco-v2", "--device", "cpu", "--output", str(tmp_path / "run")]
+    assert cli.main(["pretrain", *flags]) == 1
+    message = r"moco-ext: error: out of memory: a step needs about 2\d\.\d GiB, and there are 2\.0 GiB; .* --batch-size"
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    plan.check_step_memory(plan_of(photos), RunOptions(Path("runs/none")))  # the guide keeps to the memory
+
+
+def test_ablations_start_from_a_run_or_the_guide(photos, tmp_path, monkeypatch):
+    from moco_ext.cli import ablate
+
+    bases = []
+    monkeypatch.setattr(ablate, "run_grid", lambda grid, base, data, options: bases.append((base, data)))
+    monkeypatch.setattr(ablate, "write_report", lambda *rest: None)
+    monkeypatch.setattr(ablate, "markdown", lambda results: "")
+    plan = plan_of(photos, "--lr", "0.5")
+    run = as_written(dataclasses.replace(plan.config, seed=7), tmp_path / "run")
+    command = ["ablate", "--output", str(tmp_path / "grid"), "--moco-m", "0.9"]
+    assert cli.main([*command, "--", "--config", str(run), "--moco-t", "0.3"]) == 0
+    assert cli.main([*command, "--data", str(photos), "--", "--lr", "0.5", "--moco-t", "0.3"]) == 0
+    for base, data in bases:
+        expected = dataclasses.replace(plan.config, moco_t=0.3, online_knn=base.online_knn)
+        assert (base, data.size, len(data.train)) == (expected, 96, 40)
+    assert [base.online_knn for base, _ in bases] == [10, 0]

@@ -97,7 +97,8 @@ def test_the_batch_fits_the_memory(gib, processes):
     assert batch == 256 or doubled > 0.8 * machine.memory  # no smaller than it has to be
 
 
-def test_every_process_gets_two_images():
+def test_every_process_gets_the_same_number_of_images_at_least_two():
+    assert resolved(IMAGENET, Machine("cuda", 80 * 2**30, processes=6)).batch_size == 252
     assert resolved(10, Machine("cuda", 80 * 2**30, processes=8)).batch_size == 16  # the loader reports too few images
 
 

@@ -200,6 +200,17 @@ def test_lines_by_time_where_there_is_no_terminal(tmp_path, clock):
     assert others[-1].endswith("  eta 3 h 19 min (15:20)")  # 993 steps of 12 s; the first one tells little
 
 
+def test_a_long_first_step_is_not_silent(tmp_path):
+    log, out = open_log(tmp_path, log_seconds=0.05)
+    with log:
+        time.sleep(0.4)
+        assert re.search(r"^\d\d:\d\d:\d\d  first step: 0 s so far\n", out.getvalue())
+        log.step(1, figures())
+    lines = out.getvalue()
+    time.sleep(0.2)
+    assert out.getvalue() == lines
+
+
 def test_the_estimate_has_evaluations_and_a_date(tmp_path, clock):
     log, out = open_log(tmp_path, total_steps=4000, steps_per_epoch=100, done_steps=1000)
     with log:

@@ -66,18 +66,16 @@ def explicit_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_plan(args: argparse.Namespace, options: RunOptions) -> Plan:
     """Load the data and resolve every setting. In a process group every rank must call it; all get the same."""
-    first = configuration(args)
-    data = load(first.data, args.data_root, val_fraction=first.val_fraction, image_size=first.image_size)
-    guided: dict[str, Any] = {}
+    explicit, guidable = explicit_settings(args), guide.applies(data_of(args), args.recipe)
+    guided = _of_resumed_run(options, explicit) if guidable else {}
     choices: dict[str, Choice] = {}
-    explicit = explicit_settings(args)
-    if guide.applies(first.data, args.recipe):
-        guided = _of_resumed_run(options, explicit)
-        if not guided:
-            choices = _choose(first, data, explicit, options)
-            if data.why_not_scored:
-                choices.pop("knn_k", None)
-            guided = {name: choice.value for name, choice in choices.items()}
+    first = configuration(args, guided)
+    data = load(first.data, args.data_root, val_fraction=first.val_fraction, image_size=first.image_size)
+    if guidable and not guided:
+        choices = _choose(first, data, explicit, options)
+        if data.why_not_scored:
+            choices.pop("knn_k", None)
+        guided = {name: choice.value for name, choice in choices.items()}
     config = configuration(args, guided)
     if config.image_size is not None:
         data = dataclasses.replace(data, size=config.image_size)
@@ -99,6 +97,20 @@ def show_choices(plan: Plan, options: RunOptions) -> None:
     for name, (value, reason) in plan.choices.items():
         table.add_row(f"--{name.replace('_', '-')}", _text(value), reason)
     options.console.print(table, "flags, --config and --recipe override these", highlight=False)
+
+
+def check_step_memory(plan: Plan, options: RunOptions) -> None:
+    """Raise a MemoryError if this machine has no memory for a step on the CPU.
+
+    The system would swap, and end the process without a message; a GPU refuses to allocate.
+    """
+    if options.device.type != "cpu":
+        return
+    batch = plan.config.batch_size // options.local_world
+    needed = options.local_world * sum(estimate(plan.config, plan.data.size, len(plan.data.train), batch).values())
+    memory = device_memory(options.device)
+    if needed > memory:
+        raise MemoryError(f"a step needs about {needed / 2**30:.1f} GiB, and there are {memory / 2**30:.1f} GiB")
 
 
 def print_dry_run(plan: Plan, options: RunOptions) -> None:
@@ -173,7 +185,7 @@ def _of_resumed_run(options: RunOptions, explicit: dict[str, Any]) -> dict[str, 
         return {}
     source = options.output if options.resume == "auto" else Path(options.resume)
     config = read_json((source if source.is_dir() else source.parent) / "config.json")
-    known = {field.name for field in dataclasses.fields(PretrainConfig)} - {"data", "val_fraction", *explicit}
+    known = {field.name for field in dataclasses.fields(PretrainConfig)} - {"data", *explicit}
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in config.items()

@@ -17,7 +17,7 @@ from ..train.memory import device_memory
 from . import launch
 from .config_file import add_config_flag
 from .flags import add_data_flags, add_settings, name_of
-from .plan import Plan, configuration, make_plan, print_dry_run, show_choices
+from .plan import Plan, check_step_memory, configuration, make_plan, print_dry_run, show_choices
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +71,7 @@ def _work(args: argparse.Namespace, options: RunOptions) -> int:
         print_("no GPU that torch can use: training on the CPU", highlight=False)
     plan = _plan(args, options)
     config, data = plan.config, plan.data
+    check_step_memory(plan, options)
     show_choices(plan, options)
     length = f"{config.steps:,} steps" if config.steps else f"{config.epochs} epochs"
     world = distributed.world_size()

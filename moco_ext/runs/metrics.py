@@ -5,12 +5,13 @@ from __future__ import annotations
 import collections
 import json
 import math
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .console import clock, duration
@@ -103,7 +104,9 @@ class RunLog:
         self._done_before = done_steps
         self._first_step: float | None = None  # its seconds
         self._knn = next((r["knn_top1"] for r in reversed(self.records) if "knn_top1" in r), None)
+        self._stepping = threading.Event()  # set once a first step is done, or the run has ended
         self._bar = _Bar(
+            SpinnerColumn(),
             TextColumn("{task.fields[position]}"),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:3.0f} %"),
@@ -122,10 +125,19 @@ class RunLog:
         if self._enabled:
             self._bar.start()
             self._last = self._started = self._shown = time.perf_counter()
+            if not self._console.is_terminal and self._options.log_seconds:
+                threading.Thread(target=self._wait_for_first_step, daemon=True).start()
         return self
+
+    def _wait_for_first_step(self) -> None:
+        """A large model can take minutes for it on a CPU."""
+        began = time.monotonic()
+        while not self._stepping.wait(self._options.log_seconds):
+            self._print(f"first step: {duration(time.monotonic() - began)} so far")
 
     def __exit__(self, *exception: object) -> None:
         if self._enabled:
+            self._stepping.set()
             self._bar.stop()
             self._loggers.close(failed=exception[0] is not None)
 
@@ -139,6 +151,7 @@ class RunLog:
         """
         if not self._enabled:
             return
+        self._stepping.set()
         now = time.perf_counter()
         images = int(metrics["images"])
         self._window.append((now - self._last, images, metrics.get("wait", 0.0)))

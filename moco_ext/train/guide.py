@@ -154,19 +154,17 @@ def _arch(small: bool, cpu: bool) -> Choice:
 
 
 def _batch_size(images: int, machine: Machine, memory: Callable[[int], int]) -> Choice:
-    """Images per node, a power of two times its processes if memory is short."""
+    """Images per node, the same number for each of its processes."""
     published = max(1, _BATCH // machine.nodes)
     wanted = min(_power_of_two(max(images / 16, 32)), published, _power_of_two(images))
-    least = 2 * machine.processes  # BatchNorm needs two samples
-    batch = max(wanted, least)
-    reason = "published" if batch == published else "more steps in an epoch"
-    per_process = batch // machine.processes
+    reason = "published" if wanted == published else "more steps in an epoch"
+    per_process = max(2, wanted // machine.processes)  # BatchNorm needs two samples
     budget = _MEMORY_SHARE[machine.device] * machine.memory
     two, four = memory(2), memory(4)  # linear in the number of images
     while per_process > 2 and two + (four - two) * (per_process - 2) / 2 > budget:
         per_process //= 2
-        batch, reason = per_process * machine.processes, f"fits in {machine.memory / 2**30:.1f} GiB"
-    return Choice(batch, reason)
+        reason = f"fits in {machine.memory / 2**30:.1f} GiB"
+    return Choice(per_process * machine.processes, reason)
 
 
 def _epochs(images: int, cpu: bool, small: bool) -> Choice:
