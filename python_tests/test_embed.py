@@ -83,11 +83,11 @@ def test_rows_are_the_features_in_order(suffix, dtype, run, photos, tmp_path):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_writing_and_reading_need_memory_for_a_block(suffix, tmp_path):
-    """Of 98 MB of features; what pyarrow allocates counts too."""
+    """Of 131 MB of features; what pyarrow allocates counts too."""
     import pyarrow as pa
 
-    shape, output = (48_000, 512), tmp_path / f"f.{suffix}"
-    blocks = (np.full((1000, 512), i, np.float32) for i in range(48))
+    shape, output = (64_000, 512), tmp_path / f"f.{suffix}"
+    blocks = (np.full((1000, 512), i, np.float32) for i in range(64))
     table = Table(blocks, shape, "float32", [""] * shape[0], None, {"images": shape[0], "dim": 512})
     pool = pa.system_memory_pool()
     before = pa.default_memory_pool()
@@ -101,7 +101,7 @@ def test_writing_and_reading_need_memory_for_a_block(suffix, tmp_path):
     finally:
         tracemalloc.stop()
         pa.set_memory_pool(before)
-    assert i == 47
+    assert i == 63
     assert peak < 60e6
 
 
@@ -411,7 +411,11 @@ def test_files_of_another_kind(suffix, embedded, tmp_path):
         (tmp_path / f"x.{suffix}").write_bytes(content)
         with pytest.raises(ValueError, match=r"features: expected a file of moco-ext embed, got .*x\."):
             FeatureFile(tmp_path / f"x.{suffix}")
-    np.save(tmp_path / "y.npy", np.zeros((3, 4)))
+    np.save(tmp_path / "y.npy", np.zeros((11, 256), np.float32))
+    (tmp_path / "y.npy.json").write_bytes((embedded / "f.npy.json").read_bytes())  # a kill between the two files
+    with pytest.raises(ValueError, match=r"got .*y\.npy: ValueError: other features than .*y\.npy\.json describes"):
+        FeatureFile(tmp_path / "y.npy")
+    (tmp_path / "y.npy.json").unlink()
     with pytest.raises(ValueError, match=r"features: expected a file of moco-ext embed, got .*y\.npy"):
         FeatureFile(tmp_path / "y.npy")
 

@@ -93,6 +93,7 @@ def test_onnx(run, tmp_path):
 
 def test_safetensors_with_a_model_card(run, tmp_path, capsys):
     from safetensors import safe_open
+    from safetensors.torch import save_file
 
     assert cli.main(["export", str(run), "-o", str(tmp_path / "encoder.safetensors")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "encoder.safetensors")
@@ -104,6 +105,9 @@ def test_safetensors_with_a_model_card(run, tmp_path, capsys):
     assert again.fingerprint() == encoder.fingerprint()
     with safe_open(tmp_path / "encoder.safetensors", "pt") as file:
         assert json.loads(file.metadata()["transform"]) == TRANSFORM.as_dict()
+    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"moco_ext": "0", "arch": "?"})
+    with pytest.raises(ValueError, match="checkpoint: expected arch and transform as JSON in the metadata of"):
+        moco_ext.load_encoder(tmp_path / "x.safetensors")
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: moco_ext\n")
     assert "\n# license: " in card

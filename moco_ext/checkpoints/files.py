@@ -154,7 +154,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
         return {}
     if _OURS not in metadata:
         return {}
-    return {name: json.loads(metadata[name]) for name in ("arch", "transform") if name in metadata}
+    try:
+        return {name: json.loads(metadata[name]) for name in ("arch", "transform")}
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"checkpoint: expected arch and transform as JSON in the metadata of {path}, got {error!r}"
+        ) from None
 
 
 class _Arrays(pickle.Unpickler):

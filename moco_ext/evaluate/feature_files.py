@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -53,8 +54,6 @@ def check_output(path: Path) -> None:
 
 def write_table(path: Path, table: Table) -> None:
     """Write a file of features in the format of its suffix, a block at a time and atomically."""
-    if path.suffix == ".npy":  # it has no place for anything else
-        write_json(_sidecar(path), {**table.metadata, "paths": list(table.paths), "labels": table.labels})
     write: Callable[[BinaryIO, Table], None] = {
         ".parquet": _write_parquet,
         ".npy": _write_npy,
@@ -62,10 +61,18 @@ def write_table(path: Path, table: Table) -> None:
         ".safetensors": _write_safetensors,
     }[path.suffix]
     write_atomically(path, lambda file: write(file, table))
+    if path.suffix == ".npy":  # it has no place for anything else
+        more = {"paths": list(table.paths), "labels": table.labels, "crc32": _crc32(np.load(path, mmap_mode="r"))}
+        write_json(_sidecar(path), table.metadata | more)
 
 
 def _sidecar(path: Path) -> Path:
     return path.with_name(path.name + ".json")
+
+
+def _crc32(features: np.ndarray) -> int:
+    """Of the first rows: tells whether two files are of the same features."""
+    return zlib.crc32(features[:100].tobytes())
 
 
 def _write_parquet(file: BinaryIO, table: Table) -> None:
@@ -222,8 +229,8 @@ def _read_npy(path: Path) -> _Read:
     metadata = read_json(_sidecar(path))
     paths, labels = metadata.pop("paths"), metadata.pop("labels")
     array = np.load(path, mmap_mode="r", allow_pickle=False)
-    if array.shape != (len(paths), metadata["dim"]):
-        raise ValueError(f"features of shape {list(array.shape)}, {len(paths)} paths")
+    if array.shape != (len(paths), metadata["dim"]) or _crc32(array) != metadata.pop("crc32"):
+        raise ValueError(f"other features than {_sidecar(path)} describes")
     return metadata, paths, labels, lambda rows: (array[i : i + rows] for i in range(0, len(array), rows))
 
 
