@@ -150,6 +150,40 @@ def backbone(encoder: nn.Module) -> nn.Module:
     return headless
 
 
+def layer_numbers(encoder: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, counted from the input, for layer-wise learning rates.
+
+    A layer is a block (an entry of an ``nn.Sequential`` or ``nn.ModuleList``) with the parameters between it and the
+    next. Layer 0 precedes the first block, and the head is a layer of its own. timm's encoders define their layers
+    themselves.
+    """
+    matcher = getattr(encoder, "group_matcher", None)
+    if matcher is not None:
+        from timm.models import group_parameters
+
+        return group_parameters(encoder, matcher(coarse=False), reverse=True)
+    head, number, block = _head_name(encoder), 0, None
+    numbers: dict[str, int] = {}
+    for name, _ in encoder.named_parameters():
+        parts = name.split(".")
+        is_head = parts[0] == head
+        at = None if is_head else _block(encoder, parts)
+        if (at is not None and at != block) or (is_head and block != head):
+            number, block = number + 1, head if is_head else at
+        numbers[name] = number
+    return numbers
+
+
+def _block(encoder: nn.Module, parts: list[str]) -> str | None:
+    """The name of the first module on a parameter's path that is an entry of a container."""
+    module = encoder
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+        module = module.get_submodule(part)
+    return None
+
+
 def _head_name(encoder: nn.Module) -> str | None:
     return next((name for name in HEADS if isinstance(getattr(encoder, name, None), nn.Module)), None)
 

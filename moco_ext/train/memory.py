@@ -13,6 +13,7 @@ from ..data import load
 from ..encoders import encode
 from .config import DTYPES, PretrainConfig
 from .model import build_model
+from .optimizer import state_size
 
 
 def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) -> dict[str, int]:
@@ -24,7 +25,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
         batch_size: images per device.
 
     Returns:
-        Bytes of the encoders' parameters, gradients, optimizer state (momentum), dictionary, images of a batch, and
+        Bytes of the encoders' parameters, gradients, optimizer state, dictionary, images of a batch, and
         activations that the query encoder saves for backward. Library overhead is not included (cuDNN workspaces,
         allocator fragmentation, the CUDA context).
     """
@@ -52,7 +53,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
     return {
         "encoders": sum(p.nbytes for p in model.parameters()),
         "gradients": trained,
-        "optimizer": trained,
+        "optimizer": round(trained * state_size(config.optimizer)),
         "dictionary": sum(b.nbytes for b in model.buffers(recurse=False)),
         "images": 2 * views.nbytes,
         "activations": sum(t.nbytes for t in kept.values()) * (1 + config.symmetric),

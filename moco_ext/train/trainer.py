@@ -26,6 +26,7 @@ from ..runs.options import RunOptions
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
 from .model import build_model
+from .optimizer import build_optimizer
 from .preemption import Preemption
 from .step import NonFiniteLoss, OptimizerStep
 
@@ -63,6 +64,7 @@ class Trainer:
     def __init__(self, config: PretrainConfig, data: ImageData, options: RunOptions, model: Mechanism | None) -> None:
         self.config, self.data, self.options = config, data, options
         self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.nodes = max(1, self.world // options.local_world)
         if config.batch_size % options.local_world and self.rank == 0:
             warnings.warn(
                 f"batch_size: {config.batch_size} does not divide by this node's {options.local_world} processes; "
@@ -98,9 +100,16 @@ class Trainer:
             device=options.device,
             channels_last=channels_last,
         )
-        # All parameters, although the key encoder's have no gradient, as in official optimizer states.
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        self.optimizer = build_optimizer(
+            self.model,
+            config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            betas=config.betas,
+            eps=config.opt_eps,
+            layer_decay=config.layer_decay,
+            no_decay_norm_bias=config.no_decay_norm_bias,
         )
         if config.compile:
             for encoder in self.model.children():  # encoder_q, encoder_k
@@ -113,7 +122,9 @@ class Trainer:
         self.seconds, self.averages, self.health_averages = 0.0, Averages(), Averages()
         self.skipped_steps = 0
         self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0  # since the last record
-        self.optimizer_step = OptimizerStep(self.model, self.optimizer, config.precision, config.symmetric)
+        self.optimizer_step = OptimizerStep(
+            self.model, self.optimizer, config.precision, config.symmetric, clip_grad=config.clip_grad
+        )
         self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
         if options.resume:
             self._resume(options.resume)
@@ -159,9 +170,9 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch], waited: float, log: RunLog) -> None:
         config, started = self.config, time.perf_counter()
-        lr = config.learning_rate(self.step, self.per_epoch)
+        lr = config.learning_rate(self.step, self.per_epoch, self.nodes)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.model.m is not None:
             self.model.m = config.key_momentum(self.step, self.per_epoch)
         health: dict[str, float] = {}
@@ -190,7 +201,7 @@ class Trainer:
         means = _mean_over_ranks(self.averages.means(), self.options.device)
         record: dict[str, Any] = {"step": self.step, "epoch": _whole(self.step / self.per_epoch), **means}
         record |= {
-            "lr": self.config.learning_rate(self.step - 1, self.per_epoch),
+            "lr": self.config.learning_rate(self.step - 1, self.per_epoch, self.nodes),
             "images_per_second": self.images / self.epoch_seconds,
             "wait": self.waited / self.epoch_seconds,
             "seconds": round(self.seconds, 3),
@@ -278,8 +289,15 @@ class Trainer:
         else:
             path = Path(source)
             checkpoint = load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
-        load_into(self.model, checkpoint, path, arch=self.config.arch, optimizer=self.optimizer)
         trainer, before = checkpoint.get("trainer"), {}
+        settings = trainer.get("config") if isinstance(trainer, dict) else None
+        saved = settings.get("optimizer", "sgd") if isinstance(settings, dict) else "sgd"
+        if saved != self.config.optimizer:
+            raise ValueError(
+                f"resume: {path} has the state of another optimizer: expected --optimizer {saved}, got "
+                f"{self.config.optimizer}"
+            )
+        load_into(self.model, checkpoint, path, arch=self.config.arch, optimizer=self.optimizer)
         if trainer is None:  # saved by the official trainer after whole epochs
             self.step = checkpoint["epoch"] * self.per_epoch
         else:
