@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..encoders import HEADS
+from ..encoders import HEADS, resolve
+
+
+def encoder_of(arch: str, found: Mapping[str, Tensor], image_size: int | None = None) -> nn.Module:
+    """An encoder of an architecture, for images of the size that it was trained on.
+
+    Args:
+        found: tensors of such an encoder, by the names in its own state dict.
+        image_size: side of the images it was trained on; None: inferred from the position embedding, if there is one.
+    """
+    if image_size is not None:
+        return resolve(arch, image_size)(num_classes=1)
+    encoder = resolve(arch)(num_classes=1)
+    for name in ("pos_embed", "encoder.pos_embedding"):
+        own, trained = encoder.state_dict().get(name), found.get(name)
+        if own is None or trained is None or own.shape == trained.shape or own.ndim != 3 or trained.ndim != 3:
+            continue
+        patches = encoder.get_parameter("patch_embed.proj.weight" if name == "pos_embed" else "conv_proj.weight")
+        extra = own.shape[1] - math.isqrt(own.shape[1]) ** 2  # class and register tokens
+        return resolve(arch, math.isqrt(trained.shape[1] - extra) * patches.shape[-1])(num_classes=1)
+    return encoder
+
 
 _AUXILIARY = ("aux1", "aux2", "AuxLogits")  # heads of GoogLeNet and Inception, which encoders lack
 

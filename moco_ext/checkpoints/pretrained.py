@@ -6,14 +6,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ..encoders import resolve
+from ..encoders import set_image_size
 from .convert import query_encoder, read_checkpoint
-from .fit import backbone_tensors
+from .fit import backbone_tensors, encoder_of
 
 _BY_NAME = "torchvision:"
 
 
-def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
+def load_pretrained(
+    source: str | Path, arch: str | None = None, image_size: int | None = None
+) -> tuple[nn.Module, str]:
     """An encoder with pretrained weights and a randomly initialized head, and the name of its architecture.
 
     :func:`moco_ext.encoders.backbone` removes the head. All layers below it are loaded from the source.
@@ -24,6 +26,7 @@ def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Mod
             torchvision's files, pickled or ``.safetensors``; or ``"torchvision:NAME"``, torchvision's weights of that
             name for ``arch`` (``"torchvision:IMAGENET1K_V2"``), which are downloaded.
         arch: a name for :func:`moco_ext.encoders.resolve`; required if the source does not contain it.
+        image_size: side of the images to encode, for encoders that are built for one size; None: that of training.
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,8 +45,11 @@ def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Mod
     name = arch or said
     if name is None:
         raise ValueError(f"arch: expected --arch, as {path} holds a state dictionary without a name, got none")
-    encoder = resolve(name)(num_classes=1)
-    encoder.load_state_dict(backbone_tensors(encoder, query_encoder(checkpoint.tensors), name, path), strict=False)
+    tensors = query_encoder(checkpoint.tensors)
+    encoder = encoder_of(name, tensors, checkpoint.about.get("image_size"))
+    encoder.load_state_dict(backbone_tensors(encoder, tensors, name, path), strict=False)
+    if image_size is not None:
+        set_image_size(encoder, image_size)
     return encoder, name
 
 

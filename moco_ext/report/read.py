@@ -106,7 +106,7 @@ def galleries(
         members = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.config["data"] == name]
         encoders = {run.name: load_pretrained(folder)[0] for run, folder in members[:GALLERY_RUNS]}
         if len(runs) == 1:
-            untrained, trained = _untrained(runs[0], len(data.train)), encoders[runs[0].name]
+            untrained, trained = _untrained(runs[0], data), encoders[runs[0].name]
             both = representations(data, options, untrained=untrained, trained=trained)
             features = {LABELS[key]: rows for key, rows in both}
         else:
@@ -116,9 +116,9 @@ def galleries(
     return found
 
 
-def _untrained(run: ReportedRun, images: int) -> torch.nn.Module:
+def _untrained(run: ReportedRun, data: ImageData) -> torch.nn.Module:
     """The encoder of a run before its first step."""
     # A run of another version may have unknown settings; arch, dim, head and seed suffice for the encoder.
     known = {field.name for field in dataclasses.fields(PretrainConfig)}
     settings = {name: value for name, value in run.config.items() if name in known}
-    return build_model(PretrainConfig(**settings), images).encoder_q
+    return build_model(PretrainConfig(**settings), len(data.train), data.size).encoder_q

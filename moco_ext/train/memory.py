@@ -30,7 +30,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
         allocator fragmentation, the CUDA context).
     """
     with torch.device("meta"):
-        model = build_model(config, images)
+        model = build_model(config, images, size)
         shape: tuple[int, ...] = (batch_size, 3, size, size)
         if config.views == "patches":
             grid = round(config.patches**0.5)

@@ -74,7 +74,7 @@ class Trainer:
         cuda = options.device.type == "cuda"
         wanted = config.channels_last
         channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
-        self.model = (model or build_model(config, len(data.train))).to(options.device)
+        self.model = (model or build_model(config, len(data.train), data.size)).to(options.device)
         queue = self.model.key_queue()
         if queue is not None and len(queue) > len(data.train) and config.same_image == "negative" and self.rank == 0:
             warnings.warn(
@@ -263,6 +263,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "updates": self.model.updates,
             "config": dataclasses.asdict(self.config),
+            "image_size": self.data.size,
         }
         try:
             save_rotating(
