@@ -3,6 +3,7 @@
 from .end_to_end import EndToEnd
 from .memory_bank import MemoryBank, MemoryBankOutput
 from .moco import MoCo, MoCoOutput
+from .moco_v3 import MoCoV3
 from .momentum import flatten_parameters_
 from .ops import enqueue_, info_nce, l2_normalize, momentum_update_
 from .queue import KeyQueue
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryBankOutput",
     "MoCo",
     "MoCoOutput",
+    "MoCoV3",
     "enqueue_",
     "flatten_parameters_",
     "info_nce",

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .vit import WIDTHS, moco_v3_vit
+
 BaseEncoder = Callable[..., nn.Module]
 
 # Block, and number of blocks per stage; "-small" means a 3x3 stem, for images of 8 to 64 pixels.
@@ -35,7 +37,8 @@ def resolve(arch: str | BaseEncoder, image_size: int | None = None) -> BaseEncod
         arch: a torchvision classification model (``"resnet50"``, ``"convnext_tiny"``, ...);
             ``"resnet{8,10,18,34,50}-small"``, a ResNet with a 3x3 stride-1 stem and no max-pool, for images of 8 to 64
             pixels (ResNet-8 has three stages and 256 features); ``"resnet10"``, with one block per stage and the usual
-            stem; ``"timm:NAME"``, or a timm name that torchvision does not have; or a callable, which is returned.
+            stem; ``"vit_small"`` and ``"vit_base"``, MoCo v3's; ``"timm:NAME"``, or a timm name that torchvision does
+            not have; or a callable, which is returned.
         image_size: side of the images in pixels, for encoders that are built for one size (vision transformers); the
             others take any. None: the encoder's default.
 
@@ -55,6 +58,8 @@ def resolve(arch: str | BaseEncoder, image_size: int | None = None) -> BaseEncod
         raise TypeError(f"arch: expected a name or a callable, got {type(arch).__name__}")
     if arch in _RESNETS:
         return functools.partial(_resnet, arch)
+    if arch in WIDTHS:
+        return _of_size(functools.partial(moco_v3_vit, arch), arch, "image_size", image_size)
     if arch.startswith("timm:"):
         return _timm_encoder(arch.removeprefix("timm:"), image_size)
 
@@ -66,10 +71,10 @@ def resolve(arch: str | BaseEncoder, image_size: int | None = None) -> BaseEncod
         return _of_size(build, arch, "image_size", image_size if arch.startswith("vit_") else None)
     if _timm_knows(arch):
         return _timm_encoder(arch, image_size)
-    close = difflib.get_close_matches(arch, [*known, *_RESNETS], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(arch, [*known, *_RESNETS, *WIDTHS], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(
-        f"arch: expected a torchvision model, one of {', '.join(_RESNETS)} or timm:NAME, got {arch!r}{hint}"
+        f"arch: expected a torchvision model, one of {', '.join([*_RESNETS, *WIDTHS])} or timm:NAME, got {arch!r}{hint}"
     )
 
 
@@ -89,6 +94,15 @@ def encode(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     # Patch by patch, not image by image: split BatchNorm's groups (row mod G) then keep an image's patches together.
     features = encoder(images.transpose(0, 1).flatten(0, 1))
     return features.view(patches, n, -1).mean(dim=0)
+
+
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm in a module with one that shares its statistics between ranks, in place (CUDA only)."""
+    try:
+        from timm.layers import convert_sync_batchnorm as convert  # knows timm's BatchNorm with activation
+    except ModuleNotFoundError:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(module)
 
 
 @contextlib.contextmanager
@@ -168,6 +182,26 @@ def backbone(encoder: nn.Module) -> nn.Module:
     headless._modules = dict(encoder._modules)  # else the next line would take the head from `encoder` too
     setattr(headless, name, nn.Identity())
     return headless
+
+
+def freeze_patch_projection(encoder: nn.Module) -> nn.Module:
+    """Keep the patch projection of a vision transformer at its random values (MoCo v3, section 4.2).
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: the encoder has none.
+    """
+    for name in ("patch_embed.proj", "conv_proj"):  # timm's, torchvision's
+        try:
+            encoder.get_submodule(name).requires_grad_(False)
+        except AttributeError:
+            continue
+        return encoder
+    raise ValueError(
+        f"stop_grad_conv1: expected a vision transformer, with a patch projection, got {type(encoder).__name__}"
+    )
 
 
 def layer_numbers(encoder: nn.Module) -> dict[str, int]:
@@ -273,7 +307,7 @@ def _of_size(build: BaseEncoder, arch: str, argument: str, image_size: int | Non
 def set_image_size(encoder: nn.Module, image_size: int) -> None:
     """Adapt a timm encoder that is built for one image size to another, in place (resampled position embedding)."""
     if hasattr(encoder, "set_input_size"):
-        encoder.set_input_size(img_size=image_size)
+        encoder.set_input_size(img_size=image_size)  # type: ignore[operator]
 
 
 def _timm_knows(name: str) -> bool:

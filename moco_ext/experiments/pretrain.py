@@ -36,9 +36,8 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
 
     Files that could not be decoded are listed in ``unreadable.txt`` and left out of the evaluation.
     """
-    model = build_model(
-        config, len(data.train), data.size
-    )  # before the directory is created, as it may not fit in memory
+    # Before the directory is created, as it may not fit in memory.
+    model = build_model(config, len(data.train), data.size)
     with claim(options):
         return _pretrain_and_evaluate(config, data, options, model)
 

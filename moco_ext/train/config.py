@@ -23,12 +23,12 @@ from ..runs.settings import (
     settings,
 )
 from ..shuffle_bn import MODES
-from .mechanisms import MECHANISMS, has_setting, has_two_views, own_momentum
+from .mechanisms import MECHANISMS, PARAMETERS, has_setting, has_two_views, own_momentum
 from .optimizer import check_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPTIMIZATION, _CONTRAST, _VIEWS = "optimization", "momentum contrast", "views"
-_QUEUE = "momentum contrast with a queue"
+_QUEUE, _BATCH = "momentum contrast with a queue", "momentum contrast without a queue (MoCo v3)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,9 @@ class PretrainConfig:
         flags=("-a", "--arch"),
         metavar="ARCH",
         help="torchvision model, resnet18-small and similar for small images, or timm:NAME",
+    )
+    stop_grad_conv1: bool = setting(
+        False, help="keep the patch projection of a vision transformer at its random values"
     )
     epochs: int = setting(200, valid=at_least(1), help="number of epochs", group=_OPTIMIZATION)
     steps: int = setting(
@@ -161,6 +164,13 @@ class PretrainConfig:
         None, metavar="NORM", valid=POSITIVE, shown="none", help="clip the gradient's norm", group=_OPTIMIZATION
     )
     moco_dim: int = setting(128, metavar="C", valid=at_least(1), help="feature dimension", group=_CONTRAST)
+    moco_mlp_dim: int = setting(
+        4096,
+        metavar="C",
+        valid=at_least(1),
+        help="width of the hidden layers of MoCo v3's projector and predictor",
+        group=_BATCH,
+    )
     moco_k: int = setting(
         65536, metavar="K", valid=at_least(1), help="queue size: number of negatives", group=_CONTRAST
     )
@@ -212,6 +222,9 @@ class PretrainConfig:
         group=_CONTRAST,
     )
     aug_plus: bool = setting(False, help="MoCo v2's augmentations", group=_VIEWS)
+    aug_byol: bool = setting(
+        False, help="BYOL's augmentations, different for the two views, as in MoCo v3", group=_VIEWS
+    )
     crop_min: float = setting(
         0.2, metavar="A", valid=FROM_0_TO_1, help="smallest share of the image's area in a view", group=_VIEWS
     )
@@ -242,6 +255,10 @@ class PretrainConfig:
         check_name(self.optimizer)
         if not self.steps and 0 < self.epochs <= self.warmup_epochs:
             raise ValueError(f"warmup_epochs: expected less than the {self.epochs} epochs, got {self.warmup_epochs}")
+        if self.aug_plus and self.aug_byol:
+            raise ValueError("aug_byol: expected False with aug_plus, got both")
+        if self.symmetric and MECHANISMS[self.dictionary].symmetric:
+            raise ValueError(f"symmetric: expected False with dictionary {self.dictionary}, which always is, got True")
         if self.symmetric and not has_two_views(self.dictionary):
             raise ValueError(f"symmetric: expected a mechanism with two views, got dictionary {self.dictionary}")
         if self.symmetric and self.shuffle_bn == "loader":
@@ -250,7 +267,9 @@ class PretrainConfig:
             )
         for name, declared in settings(PretrainConfig).items():
             value = getattr(self, name)
-            if (name != "key_encoder" and declared.group != _QUEUE) or has_setting(self.dictionary, name):
+            if name not in PARAMETERS or has_setting(self.dictionary, name):
+                continue
+            if declared.group not in (_QUEUE, _BATCH) and name not in ("key_encoder", "shuffle_bn", "split_bn"):
                 continue
             if value != declared.default:
                 raise ValueError(
@@ -258,8 +277,9 @@ class PretrainConfig:
                 )
 
     def augmentation(self, data: ImageData) -> Augmentation:
-        """Views of MoCo v1 or, with ``aug_plus``, of v2, at the size of the data; flipped only if ``data.flip``."""
-        published = Augmentation.v2 if self.aug_plus else Augmentation.v1
+        """Views of MoCo v1, with ``aug_plus`` v2 or with ``aug_byol`` v3, at the size of the data; flipped only if
+        ``data.flip``."""
+        published = Augmentation.v2 if self.aug_plus else Augmentation.byol if self.aug_byol else Augmentation.v1
         return published(data.size, scale=(self.crop_min, 1.0), flip_p=0.5 if data.flip else 0.0)
 
     def total_steps(self, steps_per_epoch: int) -> int:
@@ -292,9 +312,33 @@ class PretrainConfig:
         return 1 - (1 - self.moco_m) * (math.cos(math.pi * progress) + 1) / 2
 
 
+_V3: dict[str, Any] = {
+    "dictionary": "batch",
+    "batch_size": 4096,
+    "moco_dim": 256,
+    "moco_m": 0.99,
+    "moco_m_cos": True,
+    "aug_byol": True,
+    "cos": True,
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "moco-v1": {},
     "moco-v2": {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True},
+    # ImageNet, 100 epochs (ResNet-50) and 300 epochs (ViT-S): the commands of the official repository.
+    "moco-v3": _V3
+    | {"epochs": 100, "lr_base": 0.6, "weight_decay": 1e-6, "optimizer": "lars", "warmup_epochs": 10.0, "moco_t": 1.0},
+    "moco-v3-vit": _V3
+    | {
+        "arch": "vit_small",
+        "epochs": 300,
+        "lr_base": 1.5e-4,
+        "weight_decay": 0.1,
+        "optimizer": "adamw",
+        "warmup_epochs": 40.0,
+        "moco_t": 0.2,
+        "crop_min": 0.08,
+        "stop_grad_conv1": True,
+    },
     # Section 4 of the MoCo paper, for a billion images: 64 GPUs, about 1.4 epochs.
     "moco-v1-1b": {"batch_size": 1024, "lr": 0.12, "steps": 1_250_000, "lr_gamma": 0.9, "lr_every": 62_500},
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..encoders import resolve
+from ..encoders import freeze_patch_projection, resolve
 from ..mechanism import Mechanism
 from .config import DTYPES, PretrainConfig
 from .mechanisms import MECHANISMS, PARAMETERS
@@ -41,4 +41,7 @@ def build_model(config: PretrainConfig, images: int = 0, size: int | None = None
         settings["low_precision"] = AUTOCAST.get(config.precision)
     mechanism = MECHANISMS[config.dictionary]
     known = inspect.signature(mechanism).parameters
-    return mechanism(resolve(config.arch, size), **{name: value for name, value in settings.items() if name in known})
+    encoder = resolve(config.arch, size)
+    if config.stop_grad_conv1:
+        build, encoder = encoder, lambda num_classes: freeze_patch_projection(build(num_classes=num_classes))
+    return mechanism(encoder, **{name: value for name, value in settings.items() if name in known})

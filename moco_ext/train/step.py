@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
 from ..data import Batch
+from ..encoders import convert_sync_batchnorm
 from ..mechanism import Mechanism
 from ..stats import InfoNCEStats
 from .model import AUTOCAST
@@ -85,6 +86,8 @@ class OptimizerStep:
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self._objective: nn.Module = Objective(model, symmetric)
         if distributed.world_size() > 1:
+            if model.sync_batchnorm and self._device.type == "cuda":
+                convert_sync_batchnorm(model)
             # The queue is equal on all ranks by construction, and each rank trains with its own BatchNorm statistics
             # (rank 0's are saved, as published), so no buffer needs to be broadcast.
             self._objective = DistributedDataParallel(
