@@ -14,7 +14,7 @@ from .fit import backbone_tensors, encoder_of
 from .formats import FORMATS, Format, detect, head_name, vit_head
 
 # Keys under which packages save the state dictionary, in order of precedence.
-_HOLDERS = ("state_dict", "model", "model_state_dict")
+_HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")
 _HEADS = ("encoder_q.fc.", "encoder_k.fc.")
 
 

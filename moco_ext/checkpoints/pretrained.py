@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..encoders import set_image_size
 from .convert import query_encoder, read_checkpoint
 from .fit import backbone_tensors, encoder_of
 
-_BY_NAME = "torchvision:"
+_BY_NAME, _TIMM = "torchvision:", "timm:"
 
 
 def load_pretrained(
@@ -53,14 +55,65 @@ def load_pretrained(
     return encoder, name
 
 
+def read_weights(source: str, arch: str) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of pretrained weights to start from, and the architecture that the source names.
+
+    Args:
+        source: as for :func:`load_pretrained`; also ``"timm:NAME"``, timm's pretrained weights of that name, or
+            ``"timm:"``, the default ones of ``arch``; and torchvision's names without ``torchvision:``.
+        arch: the architecture to initialize.
+
+    Returns:
+        The tensors by their names in an encoder's own state dict, the head under ``fc``, and those of a MoCo v3
+        predictor under ``predictor``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the source cannot be read, or there are no such weights.
+    """
+    if source.startswith(_TIMM):
+        name = source.removeprefix(_TIMM) or arch.removeprefix(_TIMM)
+        return dict(_timm(name).state_dict()), f"{_TIMM}{name.partition('.')[0]}"
+    name = source.removeprefix(_BY_NAME)
+    if source.startswith(_BY_NAME) or (not Path(source).exists() and name in _torchvision_names(arch)):
+        return dict(_torchvision_weights(name, arch).get_state_dict(progress=False, check_hash=True)), arch
+    path = Path(source)
+    checkpoint = read_checkpoint(path / "checkpoint.pth" if path.is_dir() else path, otherwise="timm")
+    predictor = {name: value for name, value in checkpoint.tensors.items() if name.startswith("predictor.")}
+    return query_encoder(checkpoint.tensors) | predictor, checkpoint.about.get("arch")
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"pretrained: expected the name of a timm model with {_TIMM}, got {name!r}")
+    try:
+        return timm.create_model(name, pretrained=True)
+    except RuntimeError as error:  # no weights of that name
+        raise ValueError(f"pretrained: expected weights that timm has, got {name!r}: {error}") from None
+
+
 def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
     from torchvision import models
 
     if arch is None:
         raise ValueError(f"arch: expected --arch with {_BY_NAME}{name}, as several architectures have such weights")
+    return models.get_model(arch, weights=_torchvision_weights(name, arch)), arch
+
+
+def _torchvision_weights(name: str, arch: str) -> Any:
+    from torchvision import models
+
     if arch not in models.list_models(module=models):
         raise ValueError(f"arch: expected a torchvision model with {_BY_NAME}{name}, got {arch!r}")
-    known = models.get_model_weights(arch).__members__
+    known = _torchvision_names(arch)
     if name not in known:
         raise ValueError(f"pretrained: expected one of {', '.join(known)} of {arch}, got {name!r}")
-    return models.get_model(arch, weights=known[name]), arch
+    return known[name]
+
+
+def _torchvision_names(arch: str) -> Mapping[str, Any]:
+    from torchvision import models
+
+    return models.get_model_weights(arch).__members__ if arch in models.list_models(module=models) else {}

@@ -37,6 +37,7 @@ class PretrainConfig:
 
     Attributes:
         data: name, folder or list, as for :func:`moco_ext.data.load`, as are ``val_fraction`` and ``image_size``.
+        init: weights to start from, as for :func:`moco_ext.checkpoints.pretrained.read_weights`.
         steps: number of optimizer steps, instead of ``epochs``; 0: train by epochs.
         batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
         optimizer: one of torch's or timm's, with ``betas``, ``opt_eps``, ``layer_decay`` and ``no_decay_norm_bias`` as
@@ -80,6 +81,12 @@ class PretrainConfig:
         flags=("-a", "--arch"),
         metavar="ARCH",
         help="torchvision model, resnet18-small and similar for small images, or timm:NAME",
+    )
+    init: str | None = setting(
+        None,
+        metavar="WEIGHTS",
+        shown="random",
+        help="start from a run, a checkpoint of any known format, a state dict, torchvision:IMAGENET1K_V2 or timm:NAME",
     )
     stop_grad_conv1: bool = setting(
         False, help="keep the patch projection of a vision transformer at its random values"

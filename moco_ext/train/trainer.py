@@ -25,6 +25,7 @@ from ..runs.metrics import Averages, RunLog, read_metrics
 from ..runs.options import RunOptions
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
+from .initialize import describe, initialize_
 from .model import build_model
 from .optimizer import build_optimizer
 from .preemption import Preemption
@@ -126,8 +127,9 @@ class Trainer:
             self.model, self.optimizer, config.precision, config.symmetric, clip_grad=config.clip_grad
         )
         self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
-        if options.resume:
-            self._resume(options.resume)
+        resumed = self._resume(options.resume) if options.resume else False
+        if config.init is not None:
+            self._initialize(config.init, resumed)
         # A finished run in its own directory is not trained again, but its records are there to be evaluated.
         if self.step >= self.total and (options.overwrite or not read_metrics(options.output / "metrics.jsonl")):
             raise ValueError(
@@ -281,11 +283,20 @@ class Trainer:
                 raise OSError(f"output: the last checkpoint could not be written: {error}") from error
             warnings.warn(f"checkpoint of step {self.step} not written, training continues: {error}", stacklevel=2)
 
-    def _resume(self, source: Path | str) -> None:
+    def _initialize(self, source: str, resumed: bool) -> None:
+        said = "init: not used, as the run continues from its checkpoint"
+        if not resumed:
+            loaded, arch = initialize_(self.model, source, self.config.arch)
+            said = describe(loaded, source, self.config.arch, arch)
+        if self.rank == 0:
+            self.options.console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+    def _resume(self, source: Path | str) -> bool:
+        """Load a checkpoint; returns False if there is none yet."""
         if source == "auto":
             found = load_newest(self.options.output)
             if found is None:
-                return
+                return False
             checkpoint, path = found
         else:
             path = Path(source)
@@ -309,7 +320,7 @@ class Trainer:
                 reason = str(error) if isinstance(error, ValueError) else repr(error)
                 raise ValueError(f"resume: {path} does not fit this run: {' '.join(reason.split())[:300]}") from None
         if self.rank > 0:
-            return
+            return True
         self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
         now = dataclasses.asdict(self.config)
         changed = [f"{name} {old} -> {now[name]}" for name, old in before.items() if name in now and now[name] != old]
@@ -317,6 +328,7 @@ class Trainer:
             self.options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
         if self.step >= self.total:
             warnings.warn(f"resume: {path} has completed all of its {self.total} steps", stacklevel=5)
+        return True
 
     def _restore(self, trainer: dict[str, Any]) -> None:
         counts = {name: trainer[name] for name in ("step", "images", "skipped_steps", "updates")}
