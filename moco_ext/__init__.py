@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .end_to_end import EndToEnd
 from .memory_bank import MemoryBank, MemoryBankOutput
 from .moco import MoCo, MoCoOutput
+from .moco_v3 import MoCoV3
 from .momentum import flatten_parameters_
 from .ops import enqueue_, info_nce, l2_normalize, momentum_update_
 from .queue import KeyQueue
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryBankOutput",
     "MoCo",
     "MoCoOutput",
+    "MoCoV3",
     "enqueue_",
     "flatten_parameters_",
     "info_nce",

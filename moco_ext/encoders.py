@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .vit import WIDTHS, moco_v3_vit
+
 BaseEncoder = Callable[..., nn.Module]
 
 # Block, and number of blocks per stage; "-small" means a 3x3 stem, for images of 8 to 64 pixels.
@@ -28,17 +30,21 @@ HEADS = ("fc", "classifier", "heads", "head")
 _NO_AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
 
-def resolve(arch: str | BaseEncoder) -> BaseEncoder:
+def resolve(arch: str | BaseEncoder, image_size: int | None = None) -> BaseEncoder:
     """A constructor ``base_encoder(num_classes=dim) -> Module`` for a name.
 
     Args:
         arch: a torchvision classification model (``"resnet50"``, ``"convnext_tiny"``, ...);
             ``"resnet{8,10,18,34,50}-small"``, a ResNet with a 3x3 stride-1 stem and no max-pool, for images of 8 to 64
             pixels (ResNet-8 has three stages and 256 features); ``"resnet10"``, with one block per stage and the usual
-            stem; ``"timm:NAME"``, or a timm name that torchvision does not have; or a callable, which is returned.
+            stem; ``"vit_small"`` and ``"vit_base"``, MoCo v3's; ``"timm:NAME"``, or a timm name that torchvision does
+            not have; or a callable, which is returned.
+        image_size: side of the images in pixels, for encoders that are built for one size (vision transformers); the
+            others take any. None: the encoder's default.
 
     Raises:
-        ValueError: unknown name; similar ones are suggested.
+        ValueError: unknown name; similar ones are suggested. The constructor raises it if the encoder cannot be built
+            for this size.
         ModuleNotFoundError: the name needs timm (or torchvision), which is not installed.
     """
     if isinstance(arch, nn.Module):
@@ -52,20 +58,23 @@ def resolve(arch: str | BaseEncoder) -> BaseEncoder:
         raise TypeError(f"arch: expected a name or a callable, got {type(arch).__name__}")
     if arch in _RESNETS:
         return functools.partial(_resnet, arch)
+    if arch in WIDTHS:
+        return _of_size(functools.partial(moco_v3_vit, arch), arch, "image_size", image_size)
     if arch.startswith("timm:"):
-        return _timm_encoder(arch.removeprefix("timm:"))
+        return _timm_encoder(arch.removeprefix("timm:"), image_size)
 
     from torchvision import models
 
     known = models.list_models(module=models)
     if arch in known:
-        return functools.partial(models.get_model, arch, weights=None, **_NO_AUXILIARY.get(arch, {}))
+        build = functools.partial(models.get_model, arch, weights=None, **_NO_AUXILIARY.get(arch, {}))
+        return _of_size(build, arch, "image_size", image_size if arch.startswith("vit_") else None)
     if _timm_knows(arch):
-        return _timm_encoder(arch)
-    close = difflib.get_close_matches(arch, [*known, *_RESNETS], n=3, cutoff=0.5)
+        return _timm_encoder(arch, image_size)
+    close = difflib.get_close_matches(arch, [*known, *_RESNETS, *WIDTHS], n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ValueError(
-        f"arch: expected a torchvision model, one of {', '.join(_RESNETS)} or timm:NAME, got {arch!r}{hint}"
+        f"arch: expected a torchvision model, one of {', '.join([*_RESNETS, *WIDTHS])} or timm:NAME, got {arch!r}{hint}"
     )
 
 
@@ -87,6 +96,15 @@ def encode(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return features.view(patches, n, -1).mean(dim=0)
 
 
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every BatchNorm in a module with one that shares its statistics between ranks, in place (CUDA only)."""
+    try:
+        from timm.layers import convert_sync_batchnorm as convert  # knows timm's BatchNorm with activation
+    except ModuleNotFoundError:
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert(module)
+
+
 @contextlib.contextmanager
 def restored_modes(module: nn.Module) -> Iterator[None]:
     """Restore the training or evaluation mode of every layer at the end of the block."""
@@ -100,14 +118,30 @@ def restored_modes(module: nn.Module) -> Iterator[None]:
 
 def add_mlp_head(encoder: nn.Module) -> None:
     """Linear -> Linear, ReLU, Linear, in place (MoCo v2): ``fc`` becomes ``fc.0``, ``fc.2``."""
+    replace_head(
+        encoder, lambda head: nn.Sequential(nn.Linear(head.in_features, head.in_features), nn.ReLU(), head), "mlp"
+    )
+
+
+def replace_head(encoder: nn.Module, make: Callable[[nn.Linear], nn.Module], setting: str) -> None:
+    """Replace the last linear layer of the encoder's head by ``make(layer)``, in place.
+
+    Args:
+        setting: what the error names.
+
+    Raises:
+        ValueError: the head has no known name, or no linear layer.
+    """
     name = _head_name(encoder)
     head = getattr(encoder, name) if name else None
-    if not isinstance(head, nn.Linear):
+    layers = [] if head is None else [path for path, part in head.named_modules() if isinstance(part, nn.Linear)]
+    if not layers:
         raise ValueError(
-            f"mlp: expected an encoder whose head is a Linear layer named one of {', '.join(HEADS)}, got "
-            f"{type(encoder).__name__}; give it its own two-layer head and pass mlp=False"
+            f"{setting}: expected an encoder whose head, named one of {', '.join(HEADS)}, ends in a Linear layer, got "
+            f"{type(encoder).__name__}"
         )
-    setattr(encoder, str(name), nn.Sequential(nn.Linear(head.in_features, head.in_features), nn.ReLU(), head))
+    path = f"{name}.{layers[-1]}".rstrip(".")
+    encoder.set_submodule(path, make(encoder.get_submodule(path)))  # type: ignore[arg-type]
 
 
 def with_own_head(encoder: nn.Module) -> nn.Module:
@@ -150,6 +184,60 @@ def backbone(encoder: nn.Module) -> nn.Module:
     return headless
 
 
+def freeze_patch_projection(encoder: nn.Module) -> nn.Module:
+    """Keep the patch projection of a vision transformer at its random values (MoCo v3, section 4.2).
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: the encoder has none.
+    """
+    for name in ("patch_embed.proj", "conv_proj"):  # timm's, torchvision's
+        try:
+            encoder.get_submodule(name).requires_grad_(False)
+        except AttributeError:
+            continue
+        return encoder
+    raise ValueError(
+        f"stop_grad_conv1: expected a vision transformer, with a patch projection, got {type(encoder).__name__}"
+    )
+
+
+def layer_numbers(encoder: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, counted from the input, for layer-wise learning rates.
+
+    A layer is a block (an entry of an ``nn.Sequential`` or ``nn.ModuleList``) with the parameters between it and the
+    next. Layer 0 precedes the first block, and the head is a layer of its own. timm's encoders define their layers
+    themselves.
+    """
+    matcher = getattr(encoder, "group_matcher", None)
+    if matcher is not None:
+        from timm.models import group_parameters
+
+        return group_parameters(encoder, matcher(coarse=False), reverse=True)
+    head, number, block = _head_name(encoder), 0, None
+    numbers: dict[str, int] = {}
+    for name, _ in encoder.named_parameters():
+        parts = name.split(".")
+        is_head = parts[0] == head
+        at = None if is_head else _block(encoder, parts)
+        if (at is not None and at != block) or (is_head and block != head):
+            number, block = number + 1, head if is_head else at
+        numbers[name] = number
+    return numbers
+
+
+def _block(encoder: nn.Module, parts: list[str]) -> str | None:
+    """The name of the first module on a parameter's path that is an entry of a container."""
+    module = encoder
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            return ".".join(parts[: depth + 1])
+        module = module.get_submodule(part)
+    return None
+
+
 def _head_name(encoder: nn.Module) -> str | None:
     return next((name for name in HEADS if isinstance(getattr(encoder, name, None), nn.Module)), None)
 
@@ -179,7 +267,7 @@ def _resnet(arch: str, num_classes: int = 128) -> nn.Module:
     return model
 
 
-def _timm_encoder(name: str) -> BaseEncoder:
+def _timm_encoder(name: str, image_size: int | None) -> BaseEncoder:
     try:
         import timm
     except ModuleNotFoundError as error:
@@ -191,7 +279,35 @@ def _timm_encoder(name: str) -> BaseEncoder:
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join('timm:' + c for c in close)}?" if close else ""
         raise ValueError(f"arch: expected a timm model name, got {name!r}{hint}")
-    return functools.partial(timm.create_model, name, pretrained=False)
+    build, defaults = functools.partial(timm.create_model, name, pretrained=False), timm.get_pretrained_cfg(name)
+    fixed = defaults is not None and defaults.fixed_input_size
+    return _of_size(build, f"timm:{name}", "img_size", image_size if fixed else None)
+
+
+def _of_size(build: BaseEncoder, arch: str, argument: str, image_size: int | None) -> BaseEncoder:
+    """The constructor for images of a size; None: for the encoder's default."""
+    if image_size is None:
+        return build
+
+    def build_of_size(num_classes: int) -> nn.Module:
+        try:
+            encoder = build(num_classes=num_classes, **{argument: image_size})
+        except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"image_size: expected one that {arch} can take, got {image_size}: {reason}") from None
+        patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", 1)
+        side = patch if isinstance(patch, int) else patch[0]
+        if image_size % side:
+            raise ValueError(f"image_size: expected a multiple of {side}, the patch size of {arch}, got {image_size}")
+        return encoder
+
+    return build_of_size
+
+
+def set_image_size(encoder: nn.Module, image_size: int) -> None:
+    """Adapt a timm encoder that is built for one image size to another, in place (resampled position embedding)."""
+    if hasattr(encoder, "set_input_size"):
+        encoder.set_input_size(img_size=image_size)  # type: ignore[operator]
 
 
 def _timm_knows(name: str) -> bool:

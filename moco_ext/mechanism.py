@@ -1,4 +1,4 @@
-"""What the three mechanisms have in common: the interface by which a trainer drives any of them."""
+"""What the mechanisms have in common: the interface by which a trainer drives any of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _FORGOTTEN = 3  # optimizer steps without an update before the warning
 
 
 class Mechanism(nn.Module):
-    """Base class of :class:`MoCo`, :class:`EndToEnd` and :class:`MemoryBank` (arXiv 1911.05722, Fig. 2).
+    """Base class of :class:`MoCo`, :class:`EndToEnd` and :class:`MemoryBank` (arXiv 1911.05722, Fig. 2), and of
+    :class:`MoCoV3`.
 
     A trainer needs to know nothing else about a model::
 
@@ -33,12 +34,17 @@ class Mechanism(nn.Module):
         m: momentum of the update, or None if nothing moves by momentum; may be changed between steps.
         updates: number of updates so far. Key images are shuffled by a permutation drawn from it, so restore it when
             you resume training.
+        symmetric: whether one forward pass uses each view as query and as key.
+        sync_batchnorm: whether the statistics of BatchNorm should be those of the batch of all ranks. A trainer
+            converts the layers to ``SyncBatchNorm``, which exists on CUDA only.
         query_hook: if set, called in each forward pass with the raw queries [N, dim].
     """
 
     encoder_q: nn.Module
     T: float
     m: Any = None  # a float where there is one
+    symmetric = False
+    sync_batchnorm = False
     updates: int = 0
     query_hook: Callable[[Tensor], object] | None = None
 

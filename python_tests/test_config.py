@@ -81,7 +81,7 @@ def test_a_cosine_by_steps_moves_each_step():
 
 def test_momentum_schedules():
     assert tiny(moco_m=0.9).key_momentum(150, 10) == 0.9
-    rising = tiny(moco_m=0.9, momentum_schedule="cosine", steps=100)
+    rising = tiny(moco_m=0.9, moco_m_cos=True, steps=100)
     assert [rising.key_momentum(step, 10) for step in (0, 50, 100)] == pytest.approx([0.9, 0.95, 1.0])
 
 

@@ -106,3 +106,49 @@ def test_timm_names():
     torch.testing.assert_close(encoder.fc(features), encoder(images))
     with pytest.raises(ValueError, match=r"arch: expected a timm model name, got 'resnet10x'"):
         encoders.resolve("timm:resnet10x")
+
+
+def test_vision_transformers_are_built_for_the_size_of_the_images():
+    pytest.importorskip("timm")
+    for arch, patches in (("timm:test_vit", 16), ("vit_b_16", 4)):
+        side = 64 if "timm" in arch else 32
+        encoder = encoders.resolve(arch, side)(num_classes=8).eval()
+        positions = getattr(encoder, "pos_embed", None)
+        positions = encoder.encoder.pos_embedding if positions is None else positions
+        assert positions.shape[1] == patches + 1
+        assert encoder(torch.randn(1, 3, side, side)).shape == (1, 8)
+        if "timm" in arch:
+            encoders.set_image_size(encoder, 96)
+            assert encoders.backbone(encoder)(torch.randn(1, 3, 96, 96)).shape == (1, 64)
+
+
+def test_convolutional_encoders_take_any_size():
+    pytest.importorskip("timm")
+    for arch in ("resnet18", "timm:resnet10t"):
+        assert encoders.resolve(arch, 40)(num_classes=8)(torch.randn(2, 3, 40, 40)).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "message"),
+    [
+        ("timm:test_vit", 100, r"image_size: expected a multiple of 16, the patch size of timm:test_vit, got 100"),
+        ("vit_b_16", 100, r"image_size: expected one that vit_b_16 can take, got 100: .*"),
+        ("timm:vit_tiny_patch16_224", 8, r"image_size: expected .* got 8"),
+    ],
+)
+def test_sizes_that_an_encoder_cannot_take(arch, size, message):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=message):
+        encoders.resolve(arch, size)(num_classes=8)
+
+
+@pytest.mark.parametrize("arch", ["timm:test_convnext", "timm:test_vit", "vit_b_16", "mobilenet_v3_small"])
+def test_the_head_of_v2_replaces_the_last_layer(arch):
+    pytest.importorskip("timm")
+    encoder = encoders.resolve(arch, 32)(num_classes=8).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = encoders.backbone(encoder)(images)
+        encoders.add_mlp_head(encoder)
+        assert encoder(images).shape == (2, 8)
+        torch.testing.assert_close(encoders.backbone(encoder)(images), features)

@@ -67,7 +67,7 @@ def same_records(one, other):
             0,
             marks=pytest.mark.slow,
         ),
-        ({"steps": 9, "log_every": 4, "momentum_schedule": "cosine"}, 0),
+        ({"steps": 9, "log_every": 4, "moco_m_cos": True}, 0),
         ({"same_image": "mask", "empty_queue": True, "in_batch": True, "label_smoothing": 0.1}, 0),
     ],
     ids=str,

@@ -132,7 +132,7 @@ def test_the_plain_copy(digits, tmp_path):
 
 def test_momentum_schedule_reaches_one(digits, tmp_path):
     model = build_model(tiny())
-    pretrain(tiny(momentum_schedule="cosine"), digits, run_in(tmp_path), model)
+    pretrain(tiny(moco_m_cos=True), digits, run_in(tmp_path), model)
     assert model.m == pytest.approx(1 - 0.001 * (math.cos(math.pi * 9 / 10) + 1) / 2)
 
 

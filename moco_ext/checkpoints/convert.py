@@ -9,13 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..encoders import resolve
 from . import files
-from .fit import backbone_tensors
+from .fit import backbone_tensors, encoder_of
 from .formats import FORMATS, Format, detect, head_name, vit_head
 
 # Keys under which packages save the state dictionary, in order of precedence.
-_HOLDERS = ("state_dict", "model", "model_state_dict")
+_HOLDERS = ("state_dict", "model", "model_state_dict", "teacher")
 _HEADS = ("encoder_q.fc.", "encoder_k.fc.")
 
 
@@ -29,7 +28,7 @@ class Checkpoint:
         names: canonical name -> name in the file.
         left: entries of the file that are not part of a MoCo model -> why.
         head_name: name of the head in the encoder's own code.
-        about: ``arch`` and ``epoch``, if the file contains them.
+        about: ``arch`` and ``epoch``, if the file contains them, and of this package's runs ``image_size``.
     """
 
     format: Format
@@ -155,8 +154,9 @@ def convert(
     if keep_head is False or (keep_head is None and target.one_encoder):
         _drop(tensors, names, report, lambda name: name.startswith(_HEADS), "the head is dropped")
     if arch is not None:
-        backbone_tensors(resolve(arch)(num_classes=1), query_encoder(tensors), arch, source)
-    about = dict(found.about)
+        query = query_encoder(tensors)
+        backbone_tensors(encoder_of(arch, query, found.about.get("image_size")), query, arch, source)
+    about = {name: value for name, value in found.about.items() if name != "image_size"}
     if target.needs_arch:
         about = {"epoch": about.get("epoch", 0), "arch": arch or about.get("arch") or _guess(tensors)}
     written = _written(tensors, names, target, found.head_name, report)
@@ -193,6 +193,9 @@ def _flattened(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, A
                 name: meta[name] for name, kind in (("arch", str), ("epoch", int)) if isinstance(meta.get(name), kind)
             }
             known = {holder, *about}
+            trainer = _part(content, "trainer")
+            if isinstance(trainer.get("image_size"), int):
+                about["image_size"] = trainer["image_size"]
             left = {str(name): "not of the model" for name in content if name not in known}
             content = content[holder]
     if not (isinstance(content, dict) and content and all(isinstance(name, str) for name in content)):

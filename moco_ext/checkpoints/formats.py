@@ -274,6 +274,7 @@ FORMATS = {
                 "q.head": "encoder_q.{head}.",
                 "k": "encoder_k.",
                 "k.head": "encoder_k.{head}.",
+                "predictor": "predictor.",
                 **_QUEUE,
             },
             single={"q.head": "encoder_q.{head}.", "k.head": "encoder_k.{head}."},

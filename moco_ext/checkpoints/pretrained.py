@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..encoders import resolve
+from ..encoders import set_image_size
 from .convert import query_encoder, read_checkpoint
-from .fit import backbone_tensors
+from .fit import backbone_tensors, encoder_of
 
-_BY_NAME = "torchvision:"
+_BY_NAME, _TIMM = "torchvision:", "timm:"
 
 
-def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Module, str]:
+def load_pretrained(
+    source: str | Path, arch: str | None = None, image_size: int | None = None
+) -> tuple[nn.Module, str]:
     """An encoder with pretrained weights and a randomly initialized head, and the name of its architecture.
 
     :func:`moco_ext.encoders.backbone` removes the head. All layers below it are loaded from the source.
@@ -24,6 +28,7 @@ def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Mod
             torchvision's files, pickled or ``.safetensors``; or ``"torchvision:NAME"``, torchvision's weights of that
             name for ``arch`` (``"torchvision:IMAGENET1K_V2"``), which are downloaded.
         arch: a name for :func:`moco_ext.encoders.resolve`; required if the source does not contain it.
+        image_size: side of the images to encode, for encoders that are built for one size; None: that of training.
 
     Raises:
         FileNotFoundError: no such file.
@@ -42,9 +47,51 @@ def load_pretrained(source: str | Path, arch: str | None = None) -> tuple[nn.Mod
     name = arch or said
     if name is None:
         raise ValueError(f"arch: expected --arch, as {path} holds a state dictionary without a name, got none")
-    encoder = resolve(name)(num_classes=1)
-    encoder.load_state_dict(backbone_tensors(encoder, query_encoder(checkpoint.tensors), name, path), strict=False)
+    tensors = query_encoder(checkpoint.tensors)
+    encoder = encoder_of(name, tensors, checkpoint.about.get("image_size"))
+    encoder.load_state_dict(backbone_tensors(encoder, tensors, name, path), strict=False)
+    if image_size is not None:
+        set_image_size(encoder, image_size)
     return encoder, name
+
+
+def read_weights(source: str, arch: str) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of pretrained weights to start from, and the architecture that the source names.
+
+    Args:
+        source: as for :func:`load_pretrained`; also ``"timm:NAME"``, timm's pretrained weights of that name, or
+            ``"timm:"``, the default ones of ``arch``; and torchvision's names without ``torchvision:``.
+        arch: the architecture to initialize.
+
+    Returns:
+        The tensors by their names in an encoder's own state dict, the head under ``fc``, and those of a MoCo v3
+        predictor under ``predictor``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the source cannot be read, or there are no such weights.
+    """
+    if source.startswith(_TIMM):
+        name = source.removeprefix(_TIMM) or arch.removeprefix(_TIMM)
+        return dict(_timm(name).state_dict()), f"{_TIMM}{name.partition('.')[0]}"
+    name = source.removeprefix(_BY_NAME)
+    if source.startswith(_BY_NAME) or (not Path(source).exists() and name in _torchvision_names(arch)):
+        return dict(_torchvision_weights(name, arch).get_state_dict(progress=False, check_hash=True)), arch
+    path = Path(source)
+    checkpoint = read_checkpoint(path / "checkpoint.pth" if path.is_dir() else path, otherwise="timm")
+    predictor = {name: value for name, value in checkpoint.tensors.items() if name.startswith("predictor.")}
+    return query_encoder(checkpoint.tensors) | predictor, checkpoint.about.get("arch")
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"pretrained: expected the name of a timm model with {_TIMM}, got {name!r}")
+    try:
+        return timm.create_model(name, pretrained=True)
+    except RuntimeError as error:  # no weights of that name
+        raise ValueError(f"pretrained: expected weights that timm has, got {name!r}: {error}") from None
 
 
 def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
@@ -52,9 +99,21 @@ def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
 
     if arch is None:
         raise ValueError(f"arch: expected --arch with {_BY_NAME}{name}, as several architectures have such weights")
+    return models.get_model(arch, weights=_torchvision_weights(name, arch)), arch
+
+
+def _torchvision_weights(name: str, arch: str) -> Any:
+    from torchvision import models
+
     if arch not in models.list_models(module=models):
         raise ValueError(f"arch: expected a torchvision model with {_BY_NAME}{name}, got {arch!r}")
-    known = models.get_model_weights(arch).__members__
+    known = _torchvision_names(arch)
     if name not in known:
         raise ValueError(f"pretrained: expected one of {', '.join(known)} of {arch}, got {name!r}")
-    return models.get_model(arch, weights=known[name]), arch
+    return known[name]
+
+
+def _torchvision_names(arch: str) -> Mapping[str, Any]:
+    from torchvision import models
+
+    return models.get_model_weights(arch).__members__ if arch in models.list_models(module=models) else {}

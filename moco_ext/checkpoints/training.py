@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from ..runs.files import write_atomically
 from .files import DDP_PREFIX, read_saved, with_prefix, without_prefix
 
+_SET = ("weight_decay", "momentum", "betas", "eps", "lr_scale")  # what a run's settings determine
+_LIKE_PARAMETERS = ("momentum_buffer", "exp_avg", "exp_avg_sq")  # states of the parameters' shapes
+
 
 def save_checkpoint(
     path: str | Path,
@@ -142,15 +145,29 @@ def load_into(
     try:
         model.load_state_dict(checkpoint["state_dict"])
         if optimizer is not None:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for parameter, state in optimizer.state.items():
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                        shapes = f"{list(parameter.shape)}, got {list(value.shape)}"
-                        raise ValueError(f"optimizer: expected {name} of shape {shapes}")
+            _load_optimizer(optimizer, checkpoint["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load an optimizer's state; the hyperparameters of this run win over the saved ones."""
+    own = [{name: group[name] for name in _SET if name in group} for group in optimizer.param_groups]
+    for name in ("momentum", "betas"):
+        if any((name in own[0]) != (name in group) for group in saved["param_groups"]):
+            kind, with_ = type(optimizer).__name__, "with" if name in own[0] else "without"
+            raise ValueError(f"optimizer: expected the state of {kind}, {with_} {name}, got another optimizer's")
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
+    for parameter, state in optimizer.state.items():
+        for name in _LIKE_PARAMETERS:
+            value = state.get(name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ValueError(
+                    f"optimizer: expected {name} of shape {list(parameter.shape)}, got {list(value.shape)}"
+                )
 
 
 def check_finite(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

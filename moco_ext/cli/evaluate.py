@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoints.pretrained import load_pretrained
 from ..data import ImageData, load
+from ..encoders import set_image_size
 from ..runs.console import make_console
 from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
@@ -99,7 +100,9 @@ def load_inputs(inputs: Inputs, args: argparse.Namespace) -> tuple[nn.Module, st
     """Encoder, its architecture, and data; the encoder first, as data may have to be downloaded."""
     assert inputs.weights is not None
     encoder, arch = load_pretrained(inputs.weights, args.arch)
-    return encoder, arch, load_labeled(inputs, args)
+    data = load_labeled(inputs, args)
+    set_image_size(encoder, data.size)
+    return encoder, arch, data
 
 
 def load_labeled(inputs: Inputs, args: argparse.Namespace) -> ImageData:

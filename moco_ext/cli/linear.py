@@ -49,7 +49,7 @@ def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
     if _solver(args, data) == "lbfgs":
         return _solve(inputs, args, options, encoder, arch, data)
     assert inputs.weights is not None
-    again, _ = load_pretrained(inputs.weights, arch)
+    again, _ = load_pretrained(inputs.weights, arch, data.size)
     config = classify.configuration(args, data, _DEFAULTS)
     return classify.train(inputs, args, options, "linear", encoder, arch, data, config, reference=again)
 

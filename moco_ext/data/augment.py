@@ -42,7 +42,9 @@ class Augmentation:
         jitter_p: probability of the jitter.
         blur_p: probability of the Gaussian blur.
         blur_sigma: range of the Gaussian's sigma in pixels.
+        solarize_p: probability of solarization: values of 0.5 and above are inverted.
         flip_p: probability of a horizontal flip.
+        second: of the second of two views, if it differs.
     """
 
     size: int
@@ -54,7 +56,9 @@ class Augmentation:
     jitter_p: float = 1.0
     blur_p: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0.0
     flip_p: float = 0.5
+    second: Augmentation | None = None
 
     @staticmethod
     def v1(size: int, **changes: Any) -> Augmentation:
@@ -74,6 +78,18 @@ class Augmentation:
             "blur_p": 0.5 if size >= _MIN_BLURRED else 0.0,
         }
         return Augmentation(size, **(v2 | changes))
+
+    @staticmethod
+    def byol(size: int, **changes: Any) -> Augmentation:
+        """MoCo v3 (arXiv 2104.02057), after BYOL: as v2 with a milder saturation; the first view is always blurred, the
+        second with p 0.1, and solarized with p 0.2.
+
+        Blur is left out below 64 pixels.
+        """
+        view = Augmentation.v2(size, **({"jitter": (0.4, 0.4, 0.2, 0.1)} | changes))
+        blur = 1.0 if size >= _MIN_BLURRED else 0.0
+        second = dataclasses.replace(view, blur_p=0.1 * blur, solarize_p=0.2)
+        return dataclasses.replace(view, blur_p=blur, second=second)
 
     @staticmethod
     def supervised(size: int, *, crop_min: float = 0.08, flip_p: float = 0.5) -> Augmentation:
@@ -112,6 +128,19 @@ def augment_batch(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> 
     return color_transform(_resized_crop(images, augmentation, seeds), augmentation, seeds)
 
 
+def of_each_view(
+    transform: Callable[[Tensor, Augmentation, Tensor], Tensor],
+    images: Tensor,
+    augmentation: Augmentation,
+    seeds: Tensor,
+) -> Tensor:
+    """Apply :func:`augment_batch` or :func:`color_transform` to [2n, ...] images, n of each view."""
+    if augmentation.second is None:
+        return transform(images, augmentation, seeds)
+    views = zip(images.chunk(2), (augmentation, augmentation.second), seeds.chunk(2), strict=True)
+    return torch.cat([transform(*view) for view in views])
+
+
 def file_crops(image: Tensor, augmentation: Augmentation, seeds: Tensor) -> list[Tensor]:
     """Crop one decoded image, uint8 [3, H, W], once for each of ``seeds``: uint8 [3, size, size] each."""
     from torchvision.transforms.v2.functional import resized_crop
@@ -122,7 +151,7 @@ def file_crops(image: Tensor, augmentation: Augmentation, seeds: Tensor) -> list
 
 
 def color_transform(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> Tensor:
-    """Apply what follows the crop: jitter and grayscale, blur, flip.
+    """Apply what follows the crop: jitter and grayscale, blur, solarization, flip.
 
     Args:
         images: uint8, or float32 in [0, 1], [N, C, H, W], C = 1 or 3, on any device.
@@ -196,11 +225,12 @@ class _Choices(NamedTuple):
     radius: np.ndarray  # [N] of the blur kernel, in pixels; 0: no blur
     kernels: Tensor  # [N, 2 r + 1], r the largest possible radius
     flip: np.ndarray  # [N] bool
+    solarize: np.ndarray  # [N] bool
 
     @staticmethod
     def of(a: Augmentation, seeds: Tensor, device: torch.device) -> _Choices:
-        numbers = uniforms(seeds, 10, start=_CROP_NUMBERS)
-        flip, gray, jitter, order, blurred, sigma = numbers[:, 4:].T
+        numbers = uniforms(seeds, 11, start=_CROP_NUMBERS)
+        flip, gray, jitter, order, blurred, sigma, solarized = numbers[:, 4:].T
         strengths = np.array(a.jitter)
         middle = np.array([1, 1, 1, 0])  # factors around 1, turns around 0
         low, high = np.maximum(middle - strengths, middle - 1), middle + strengths
@@ -211,11 +241,12 @@ class _Choices(NamedTuple):
         radius = np.where(blurred < a.blur_p, np.ceil(_BLUR_SIGMAS * sigmas), 0).astype(int)
         kernels = gaussian_kernels(torch.from_numpy(sigmas), math.ceil(_BLUR_SIGMAS * a.blur_sigma[1]))
         on_device = [values.to(device, non_blocking=True) for values in (factors.view(-1, 4, 1, 1, 1), kernels)]
-        return _Choices(gray < a.gray_p, steps, on_device[0], radius, on_device[1], flip < a.flip_p)
+        applied = gray < a.gray_p, flip < a.flip_p, solarized < a.solarize_p
+        return _Choices(applied[0], steps, on_device[0], radius, on_device[1], *applied[1:])
 
     def of_rows(self, rows: slice) -> _Choices:
-        gray, order, factors, radius, kernels, flip = self
-        return _Choices(gray[rows], order[rows], factors[rows], radius[rows], kernels[rows], flip[rows])
+        gray, order, factors, radius, kernels, flip, solarize = self
+        return _Choices(gray[rows], order[rows], factors[rows], radius[rows], kernels[rows], flip[rows], solarize[rows])
 
 
 def _transform_colors(images: Tensor, a: Augmentation, choices: _Choices) -> Tensor:
@@ -234,6 +265,7 @@ def _transform_colors(images: Tensor, a: Augmentation, choices: _Choices) -> Ten
     spare = choices.kernels.shape[1] // 2 - int(choices.radius.max())  # outer taps, zero in every kernel
     kernels = choices.kernels[:, spare : choices.kernels.shape[1] - spare]
     images = _on_rows(images, choices.radius > 0, blur, kernels)
+    images = _on_rows(images, choices.solarize, _solarize)
     return _on_rows(images, choices.flip, lambda rows: rows.flip(3))
 
 
@@ -251,6 +283,10 @@ def _on_rows(images: Tensor, chosen: np.ndarray, step: Callable[..., Tensor], *p
 
 def _grayscale(images: Tensor) -> Tensor:
     return _luma(images).repeat(1, 3, 1, 1)
+
+
+def _solarize(images: Tensor) -> Tensor:
+    return torch.where(images < 0.5, images, 1 - images)
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .augment import Augmentation, augment_batch, color_transform
+from .augment import Augmentation, augment_batch, color_transform, of_each_view
 from .datasets import ImageData, Normalize, TensorSplit, stratified_split
 from .images import check_readable
 from .sampler import EpochBatchSampler
@@ -58,7 +58,7 @@ class TrainLoader:
 
     Args:
         data: the dataset; its ``train`` split is used.
-        augmentation: for both views.
+        augmentation: for both views; its ``second``, if there is one, for the key view.
         batch_size: images of one rank's micro-batch, at least 2.
         accumulate: micro-batches of an optimizer step.
         seed: of the order and the views.
@@ -176,9 +176,8 @@ class TrainLoader:
         images = views.images.to(self._device, non_blocking=True)
         if self._device_augmentation is not None:
             seeds = torch.from_numpy(np.concatenate([views.micro.seeds, views.micro.key_seeds]))
-            images = (augment_batch if self._whole_images else color_transform)(
-                images, self._device_augmentation, seeds
-            )
+            transform = augment_batch if self._whole_images else color_transform
+            images = of_each_view(transform, images, self._device_augmentation, seeds)
         images = self._normalize(images)
         n, g = len(images), self._grid
         if g:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augment import Augmentation, augment_batch, color_transform, file_crops
+from .augment import Augmentation, augment_batch, color_transform, file_crops, of_each_view
 from .datasets import FolderSplit, Split, TensorSplit
 from .images import UnreadableImageError, read_image
 from .sampler import MicroBatch
@@ -58,11 +58,11 @@ class ViewDataset(Dataset):
         if isinstance(self.split, TensorSplit):
             images = self.split.images[index]
             if self.color:
-                images = augment_batch(images, self.augmentation, seeds)
+                images = of_each_view(augment_batch, images, self.augmentation, seeds)
             return Views(micro, images, index, {})
         images, index, unreadable = self._crops(self.split, index, seeds)
         if self.color:
-            images = color_transform(images, self.augmentation, seeds)
+            images = of_each_view(color_transform, images, self.augmentation, seeds)
         return Views(micro, images, index, unreadable)
 
     def _crops(self, split: FolderSplit, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, dict[str, str]]:

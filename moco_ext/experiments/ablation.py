@@ -222,7 +222,7 @@ def _train(run: AblationRun, data: ImageData, options: RunOptions) -> dict[str, 
     config = run.config
     result: dict[str, Any] = {"name": run.name, "setting": run.setting, "seed": config.seed}
     result |= {"made_with": environment(options.device)}
-    model = build_model(config, len(data.train))
+    model = build_model(config, len(data.train), data.size)
     # The last evaluation is done here, from the features that the linear classifier uses too.
     training_data = data if config.online_knn else dataclasses.replace(data, test=None)
     try:
@@ -242,7 +242,7 @@ def _evaluate_untrained(config: PretrainConfig, data: ImageData, options: RunOpt
     if all(path.is_file() for path in paths.values()):
         return
     options.console.print("evaluating pixels and the untrained encoder", highlight=False)
-    untrained = build_model(config, len(data.train)).encoder_q
+    untrained = build_model(config, len(data.train), data.size).encoder_q
     for key, rows in representations(data, options, untrained=untrained):
         if paths[key].is_file():
             continue

@@ -40,7 +40,8 @@ def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunO
     """
     if len(data.train) < 2:
         raise ValueError(f"data: expected at least two training images in {data.name}, got {len(data.train)}")
-    model = build_model(config, len(data.train))  # before the directory is created, as it may not fit in memory
+    # Before the directory is created, as it may not fit in memory.
+    model = build_model(config, len(data.train), data.size)
     with claim(options):
         return _pretrain_and_evaluate(config, data, options, model)
 

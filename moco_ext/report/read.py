@@ -133,7 +133,7 @@ def galleries(
         members = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.images == images]
         encoders = {run.name: load_pretrained(folder)[0] for run, folder in members[:GALLERY_RUNS]}
         if len(runs) == 1:
-            untrained, trained = _untrained(runs[0], len(data.train)), encoders[runs[0].name]
+            untrained, trained = _untrained(runs[0], data), encoders[runs[0].name]
             both = representations(data, options, untrained=untrained, trained=trained)
             features = {LABELS[key]: rows for key, rows in both}
         else:
@@ -155,11 +155,11 @@ def titles(runs: Sequence[ReportedRun]) -> dict[ImageSet, str]:
     }
 
 
-def _untrained(run: ReportedRun, images: int) -> torch.nn.Module:
+def _untrained(run: ReportedRun, data: ImageData) -> torch.nn.Module:
     """The encoder of a run before its first step."""
     # A run of another version may have unknown settings; arch, dim, head and seed suffice for the encoder.
     known = {field.name for field in dataclasses.fields(PretrainConfig)}
     settings: dict[str, Any] = {  # JSON has no tuples
         name: tuple(v) if isinstance(v, list) else v for name, v in run.config.items() if name in known
     }
-    return build_model(PretrainConfig(**settings), images).encoder_q
+    return build_model(PretrainConfig(**settings), len(data.train), data.size).encoder_q

@@ -15,6 +15,7 @@ from ..runs.settings import (
     FROM_0_TO_1,
     NOT_NEGATIVE,
     POSITIVE,
+    SHARE,
     at_least,
     check_settings,
     one_of,
@@ -22,11 +23,12 @@ from ..runs.settings import (
     settings,
 )
 from ..shuffle_bn import MODES
-from .mechanisms import MECHANISMS, has_setting, has_two_views, own_momentum
+from .mechanisms import MECHANISMS, PARAMETERS, has_setting, has_two_views, own_momentum
+from .optimizer import check_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPTIMIZATION, _CONTRAST, _VIEWS = "optimization", "momentum contrast", "views"
-_QUEUE = "momentum contrast with a queue"
+_QUEUE, _BATCH = "momentum contrast with a queue", "momentum contrast without a queue (MoCo v3)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,19 @@ class PretrainConfig:
 
     Attributes:
         data: name, folder or list, as for :func:`moco_ext.data.load`, as are ``val_fraction`` and ``image_size``.
+        init: weights to start from, as for :func:`moco_ext.checkpoints.pretrained.read_weights`.
         steps: number of optimizer steps, instead of ``epochs``; 0: train by epochs.
         batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
+        optimizer: one of torch's or timm's, with ``betas``, ``opt_eps``, ``layer_decay`` and ``no_decay_norm_bias`` as
+            for :func:`moco_ext.train.optimizer.build_optimizer`.
         lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
             is multiplied by ``lr_gamma`` every ``lr_every`` steps if that is not 0.
-        moco_m: momentum of the key encoder (of the features, in a memory bank); with ``momentum_schedule`` "cosine" it
-            rises from this value to 1.
+        lr_base: instead of ``lr``, the learning rate of 256 images: ``lr = lr_base * images per step / 256``.
+        warmup_epochs: epochs in which the rate rises linearly from 0, by steps; the cosine then follows by steps too,
+            as in MoCo v3 (without warm-up, by epochs, as in MoCo v2).
+        clip_grad: largest norm of the gradient; a longer one is scaled down to it.
+        moco_m: momentum of the key encoder (of the features, in a memory bank); with ``moco_m_cos`` it rises from this
+            value to 1.
         dictionary: the mechanism; ``key_encoder``: how keys are encoded, None for the mechanism's default.
         same_image: how other views of the query's image in the queue count: as negatives (as published), masked out,
             or as further positives.
@@ -73,6 +82,15 @@ class PretrainConfig:
         metavar="ARCH",
         help="torchvision model, resnet18-small and similar for small images, or timm:NAME",
     )
+    init: str | None = setting(
+        None,
+        metavar="WEIGHTS",
+        shown="random",
+        help="start from a run, a checkpoint of any known format, a state dict, torchvision:IMAGENET1K_V2 or timm:NAME",
+    )
+    stop_grad_conv1: bool = setting(
+        False, help="keep the patch projection of a vision transformer at its random values"
+    )
     epochs: int = setting(200, valid=at_least(1), help="number of epochs", group=_OPTIMIZATION)
     steps: int = setting(
         0, valid=NOT_NEGATIVE, shown="train by epochs", help="number of optimizer steps", group=_OPTIMIZATION
@@ -95,6 +113,17 @@ class PretrainConfig:
         help="learning rate",
         group=_OPTIMIZATION,
     )
+    lr_base: float | None = setting(
+        None,
+        metavar="X",
+        valid=POSITIVE,
+        shown="use --lr",
+        help="learning rate of 256 images, scaled to the images of a step (the --lr of MoCo v3)",
+        group=_OPTIMIZATION,
+    )
+    warmup_epochs: float = setting(
+        0.0, metavar="E", valid=NOT_NEGATIVE, help="epochs in which lr rises from 0", group=_OPTIMIZATION
+    )
     schedule: tuple[int, ...] = setting(
         (120, 160), metavar="E", valid=NOT_NEGATIVE, help="epochs at which lr falls tenfold", group=_OPTIMIZATION
     )
@@ -107,7 +136,18 @@ class PretrainConfig:
         help="multiply lr by --lr-gamma every N steps instead",
         group=_OPTIMIZATION,
     )
-    momentum: float = setting(0.9, metavar="M", valid=BELOW_1, help="momentum of SGD", group=_OPTIMIZATION)
+    optimizer: str = setting(
+        "sgd", metavar="NAME", help="sgd, adamw, lars, lamb, or another of torch's or timm's", group=_OPTIMIZATION
+    )
+    momentum: float = setting(
+        0.9, metavar="M", valid=BELOW_1, help="momentum of SGD, LARS and others", group=_OPTIMIZATION
+    )
+    betas: tuple[float, ...] = setting(
+        (), metavar="B", valid=BELOW_1, shown="the optimizer's", help="betas of Adam and others", group=_OPTIMIZATION
+    )
+    opt_eps: float | None = setting(
+        None, metavar="E", valid=POSITIVE, shown="the optimizer's", help="eps of Adam and others", group=_OPTIMIZATION
+    )
     weight_decay: float = setting(
         1e-4,
         flags=("--wd", "--weight-decay"),
@@ -116,7 +156,28 @@ class PretrainConfig:
         help="weight decay",
         group=_OPTIMIZATION,
     )
+    no_decay_norm_bias: bool | None = setting(
+        None, shown="with LARS and LAMB", help="no weight decay for norms and biases", group=_OPTIMIZATION
+    )
+    layer_decay: float | None = setting(
+        None,
+        metavar="D",
+        valid=SHARE,
+        shown="none",
+        help="factor of the learning rate from a layer to the one below it",
+        group=_OPTIMIZATION,
+    )
+    clip_grad: float | None = setting(
+        None, metavar="NORM", valid=POSITIVE, shown="none", help="clip the gradient's norm", group=_OPTIMIZATION
+    )
     moco_dim: int = setting(128, metavar="C", valid=at_least(1), help="feature dimension", group=_CONTRAST)
+    moco_mlp_dim: int = setting(
+        4096,
+        metavar="C",
+        valid=at_least(1),
+        help="width of the hidden layers of MoCo v3's projector and predictor",
+        group=_BATCH,
+    )
     moco_k: int = setting(
         65536, metavar="K", valid=at_least(1), help="queue size: number of negatives", group=_CONTRAST
     )
@@ -124,9 +185,7 @@ class PretrainConfig:
         0.999, metavar="M", valid=FROM_0_TO_1, help="momentum of the key encoder; 0: a plain copy", group=_CONTRAST
     )
     moco_t: float = setting(0.07, metavar="T", valid=POSITIVE, help="softmax temperature", group=_CONTRAST)
-    momentum_schedule: str = setting(
-        "constant", valid=one_of("constant", "cosine"), help="cosine: m rises to 1", group=_CONTRAST
-    )
+    moco_m_cos: bool = setting(False, help="m rises to 1 by half a cosine", group=_CONTRAST)
     mlp: bool = setting(False, help="MoCo v2's projection head", group=_CONTRAST)
     dictionary: str = setting("queue", valid=one_of(*MECHANISMS), help="mechanism", group=_CONTRAST)
     key_encoder: str | None = setting(
@@ -170,6 +229,9 @@ class PretrainConfig:
         group=_CONTRAST,
     )
     aug_plus: bool = setting(False, help="MoCo v2's augmentations", group=_VIEWS)
+    aug_byol: bool = setting(
+        False, help="BYOL's augmentations, different for the two views, as in MoCo v3", group=_VIEWS
+    )
     crop_min: float = setting(
         0.2, metavar="A", valid=FROM_0_TO_1, help="smallest share of the image's area in a view", group=_VIEWS
     )
@@ -197,6 +259,13 @@ class PretrainConfig:
             object.__setattr__(
                 self, "queue_dtype", self.precision if has_setting(self.dictionary, "queue_dtype") else "fp32"
             )
+        check_name(self.optimizer)
+        if not self.steps and 0 < self.epochs <= self.warmup_epochs:
+            raise ValueError(f"warmup_epochs: expected less than the {self.epochs} epochs, got {self.warmup_epochs}")
+        if self.aug_plus and self.aug_byol:
+            raise ValueError("aug_byol: expected False with aug_plus, got both")
+        if self.symmetric and MECHANISMS[self.dictionary].symmetric:
+            raise ValueError(f"symmetric: expected False with dictionary {self.dictionary}, which always is, got True")
         if self.symmetric and not has_two_views(self.dictionary):
             raise ValueError(f"symmetric: expected a mechanism with two views, got dictionary {self.dictionary}")
         if self.symmetric and self.shuffle_bn == "loader":
@@ -205,7 +274,9 @@ class PretrainConfig:
             )
         for name, declared in settings(PretrainConfig).items():
             value = getattr(self, name)
-            if (name != "key_encoder" and declared.group != _QUEUE) or has_setting(self.dictionary, name):
+            if name not in PARAMETERS or has_setting(self.dictionary, name):
+                continue
+            if declared.group not in (_QUEUE, _BATCH) and name not in ("key_encoder", "shuffle_bn", "split_bn"):
                 continue
             if value != declared.default:
                 raise ValueError(
@@ -213,34 +284,68 @@ class PretrainConfig:
                 )
 
     def augmentation(self, data: ImageData) -> Augmentation:
-        """Views of MoCo v1 or, with ``aug_plus``, of v2, at the size of the data; flipped only if ``data.flip``."""
-        published = Augmentation.v2 if self.aug_plus else Augmentation.v1
+        """Views of MoCo v1, with ``aug_plus`` v2 or with ``aug_byol`` v3, at the size of the data; flipped only if
+        ``data.flip``."""
+        published = Augmentation.v2 if self.aug_plus else Augmentation.byol if self.aug_byol else Augmentation.v1
         return published(data.size, scale=(self.crop_min, 1.0), flip_p=0.5 if data.flip else 0.0)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.steps or self.epochs * steps_per_epoch
 
-    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """Learning rate of 0-based ``step``; constant within an epoch, as published, unless training by steps."""
+    def learning_rate(self, step: int, steps_per_epoch: int, nodes: int = 1) -> float:
+        """Learning rate of 0-based ``step``. Constant within an epoch, as published, unless training by steps or with
+        warm-up."""
+        lr = self.lr
+        if self.lr_base is not None:
+            lr = self.lr_base * nodes * self.batch_size * self.accumulate / 256
+        warmup = self.warmup_epochs * steps_per_epoch
+        if step < warmup:
+            return lr * step / warmup
         if self.lr_every:
-            return self.lr * self.lr_gamma ** (step // self.lr_every)
+            return lr * self.lr_gamma ** (step // self.lr_every)
         epoch = step // steps_per_epoch
         if self.cos:
-            progress = step / self.steps if self.steps else epoch / self.epochs
-            return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
-        return self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.schedule)
+            progress = epoch / self.epochs
+            if self.steps or warmup:
+                progress = (step - warmup) / (self.total_steps(steps_per_epoch) - warmup)
+            return lr * 0.5 * (1 + math.cos(math.pi * progress))
+        return lr * 0.1 ** sum(epoch >= milestone for milestone in self.schedule)
 
     def key_momentum(self, step: int, steps_per_epoch: int) -> float:
         """Momentum of 0-based ``step``; cosine: 1 - (1 - m) (cos(pi t) + 1) / 2 (BYOL, arXiv 2006.07733)."""
-        if self.momentum_schedule == "constant":
+        if not self.moco_m_cos:
             return self.moco_m
         progress = step / self.total_steps(steps_per_epoch)
         return 1 - (1 - self.moco_m) * (math.cos(math.pi * progress) + 1) / 2
 
 
+_V3: dict[str, Any] = {
+    "dictionary": "batch",
+    "batch_size": 4096,
+    "moco_dim": 256,
+    "moco_m": 0.99,
+    "moco_m_cos": True,
+    "aug_byol": True,
+    "cos": True,
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "moco-v1": {},
     "moco-v2": {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True},
+    # ImageNet, 100 epochs (ResNet-50) and 300 epochs (ViT-S): the commands of the official repository.
+    "moco-v3": _V3
+    | {"epochs": 100, "lr_base": 0.6, "weight_decay": 1e-6, "optimizer": "lars", "warmup_epochs": 10.0, "moco_t": 1.0},
+    "moco-v3-vit": _V3
+    | {
+        "arch": "vit_small",
+        "epochs": 300,
+        "lr_base": 1.5e-4,
+        "weight_decay": 0.1,
+        "optimizer": "adamw",
+        "warmup_epochs": 40.0,
+        "moco_t": 0.2,
+        "crop_min": 0.08,
+        "stop_grad_conv1": True,
+    },
     # Section 4 of the MoCo paper, for a billion images: 64 GPUs, about 1.4 epochs.
     "moco-v1-1b": {"batch_size": 1024, "lr": 0.12, "steps": 1_250_000, "lr_gamma": 0.9, "lr_every": 62_500},
 }
@@ -299,6 +404,8 @@ def layers(
     data: str, explicit: dict[str, Any], recipe: str | None = None, guided: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
     """The settings of :func:`resolve_config` by their source; a later source wins over an earlier one."""
+    if "lr" in explicit and "lr_base" not in explicit:
+        explicit = explicit | {"lr_base": None}
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     if "schedule" in explicit and "cos" not in explicit:

@@ -9,12 +9,19 @@ from ..end_to_end import EndToEnd
 from ..mechanism import Mechanism
 from ..memory_bank import MemoryBank
 from ..moco import MoCo
+from ..moco_v3 import MoCoV3
 
-MECHANISMS: dict[str, type[Mechanism]] = {"queue": MoCo, "end-to-end": EndToEnd, "memory-bank": MemoryBank}
+MECHANISMS: dict[str, type[Mechanism]] = {
+    "queue": MoCo,
+    "batch": MoCoV3,
+    "end-to-end": EndToEnd,
+    "memory-bank": MemoryBank,
+}
 
 # Settings of a run -> parameters of the models.
 PARAMETERS = {
     "moco_dim": "dim",
+    "moco_mlp_dim": "mlp_dim",
     "moco_k": "K",
     "moco_m": "m",
     "moco_t": "T",

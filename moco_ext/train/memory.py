@@ -10,6 +10,7 @@ from torch import Tensor
 from ..encoders import encode
 from .config import DTYPES, PretrainConfig
 from .model import build_model
+from .optimizer import state_size
 
 
 def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) -> dict[str, int]:
@@ -21,12 +22,12 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
         batch_size: images per device.
 
     Returns:
-        Bytes of the encoders' parameters, gradients, optimizer state (momentum), dictionary, images of a batch, and
+        Bytes of the encoders' parameters, gradients, optimizer state, dictionary, images of a batch, and
         activations that the query encoder saves for backward. Library overhead is not included (cuDNN workspaces,
         allocator fragmentation, the CUDA context).
     """
     with torch.device("meta"):
-        model = build_model(config, images)
+        model = build_model(config, images, size)
         shape: tuple[int, ...] = (batch_size, 3, size, size)
         if config.views == "patches":
             grid = round(config.patches**0.5)
@@ -49,7 +50,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
     return {
         "encoders": sum(p.nbytes for p in model.parameters()),
         "gradients": trained,
-        "optimizer": trained,
+        "optimizer": round(trained * state_size(config.optimizer)),
         "dictionary": sum(b.nbytes for b in model.buffers(recurse=False)),
         "images": 2 * views.nbytes,
         "activations": sum(t.nbytes for t in kept.values()) * (1 + config.symmetric),

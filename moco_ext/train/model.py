@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 
-from ..encoders import resolve
+from ..encoders import freeze_patch_projection, resolve
 from ..mechanism import Mechanism
 from .config import DTYPES, PretrainConfig
 from .mechanisms import MECHANISMS, PARAMETERS
@@ -15,12 +16,16 @@ from .mechanisms import MECHANISMS, PARAMETERS
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: PretrainConfig, images: int = 0) -> Mechanism:
+def build_model(config: PretrainConfig, images: int = 0, size: int | None = None) -> Mechanism:
     """The model of a run at its first step, with the same weights for the same seed.
 
     Args:
         images: size of the training set; a memory bank stores a feature of each image.
+        size: side of the views in pixels; None: ``config.image_size``.
     """
+    size = config.image_size if size is None else size
+    if size is not None and config.views == "patches":
+        size //= math.isqrt(config.patches)
     torch.manual_seed(config.seed)
     dtype = DTYPES[config.queue_dtype]
     settings: dict[str, Any] = {parameter: getattr(config, name) for name, parameter in PARAMETERS.items()}
@@ -36,4 +41,7 @@ def build_model(config: PretrainConfig, images: int = 0) -> Mechanism:
         settings["low_precision"] = AUTOCAST.get(config.precision)
     mechanism = MECHANISMS[config.dictionary]
     known = inspect.signature(mechanism).parameters
-    return mechanism(resolve(config.arch), **{name: value for name, value in settings.items() if name in known})
+    encoder = resolve(config.arch, size)
+    if config.stop_grad_conv1:
+        build, encoder = encoder, lambda num_classes: freeze_patch_projection(build(num_classes=num_classes))
+    return mechanism(encoder, **{name: value for name, value in settings.items() if name in known})

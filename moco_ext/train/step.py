@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
 from ..data import Batch
+from ..encoders import convert_sync_batchnorm
 from ..mechanism import Mechanism
 from ..stats import InfoNCEStats
 from .model import AUTOCAST
@@ -64,15 +65,29 @@ class OptimizerStep:
 
     The loss is copied to the host while the backward pass runs, so checking that it is finite does not stall the GPU.
     When the gradient scaler skips a step (an overflow in float16), the model's update is skipped too.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        symmetric: use each view as query and as key.
+        clip_grad: largest norm of the gradient of all parameters, after unscaling; None: any.
     """
 
-    def __init__(self, model: Mechanism, optimizer: torch.optim.Optimizer, precision: str, symmetric: bool) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(
+        self,
+        model: Mechanism,
+        optimizer: torch.optim.Optimizer,
+        precision: str,
+        symmetric: bool,
+        clip_grad: float | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.clip_grad = model, optimizer, clip_grad
         self._device = next(model.parameters()).device
         self._autocast = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self._objective: nn.Module = Objective(model, symmetric)
         if distributed.world_size() > 1:
+            if model.sync_batchnorm and self._device.type == "cuda":
+                convert_sync_batchnorm(model)
             # The queue is equal on all ranks by construction, and each rank trains with its own BatchNorm statistics
             # (rank 0's are saved, as published), so no buffer needs to be broadcast.
             self._objective = DistributedDataParallel(
@@ -117,6 +132,9 @@ class OptimizerStep:
             raise error
         if after_backward is not None:
             after_backward(self.scaler.get_scale())
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
         self._stepped = False
         self.scaler.step(self.optimizer)
         self.scaler.update()

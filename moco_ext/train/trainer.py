@@ -24,7 +24,9 @@ from ..runs.metrics import Averages, RunLog, read_metrics
 from ..runs.options import RunOptions
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
+from .initialize import describe, initialize_
 from .model import build_model
+from .optimizer import build_optimizer
 from .preemption import Preemption
 from .step import NonFiniteLoss, OptimizerStep
 
@@ -62,6 +64,7 @@ class Trainer:
     def __init__(self, config: PretrainConfig, data: ImageData, options: RunOptions, model: Mechanism | None) -> None:
         self.config, self.data, self.options = config, data, options
         self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.nodes = max(1, self.world // options.local_world)
         if config.batch_size % options.local_world and self.rank == 0:
             warnings.warn(
                 f"batch_size: {config.batch_size} does not divide by this node's {options.local_world} processes; "
@@ -71,7 +74,7 @@ class Trainer:
         cuda = options.device.type == "cuda"
         wanted = config.channels_last
         channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
-        self.model = (model or build_model(config, len(data.train))).to(options.device)
+        self.model = (model or build_model(config, len(data.train), data.size)).to(options.device)
         queue = self.model.key_queue()
         if queue is not None and len(queue) > len(data.train) and config.same_image == "negative" and self.rank == 0:
             warnings.warn(
@@ -97,9 +100,16 @@ class Trainer:
             device=options.device,
             channels_last=channels_last,
         )
-        # All parameters, although the key encoder's have no gradient, as in official optimizer states.
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        self.optimizer = build_optimizer(
+            self.model,
+            config.optimizer,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            betas=config.betas,
+            eps=config.opt_eps,
+            layer_decay=config.layer_decay,
+            no_decay_norm_bias=config.no_decay_norm_bias,
         )
         if config.compile:
             for encoder in self.model.children():  # encoder_q, encoder_k
@@ -112,10 +122,13 @@ class Trainer:
         self.seconds, self.averages, self.health_averages = 0.0, Averages(), Averages()
         self.skipped_steps = 0
         self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0  # since the last record
-        self.optimizer_step = OptimizerStep(self.model, self.optimizer, config.precision, config.symmetric)
+        self.optimizer_step = OptimizerStep(
+            self.model, self.optimizer, config.precision, config.symmetric, clip_grad=config.clip_grad
+        )
         self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
-        if options.resume:
-            self._resume(options.resume)
+        resumed = self._resume(options.resume) if options.resume else False
+        if config.init is not None:
+            self._initialize(config.init, resumed)
         # A finished run in its own directory is not trained again, but its records are there to be evaluated.
         if self.step >= self.total and (options.overwrite or not read_metrics(options.output / "metrics.jsonl")):
             raise ValueError(
@@ -158,9 +171,9 @@ class Trainer:
 
     def _train_step(self, batches: list[Batch], waited: float, log: RunLog) -> None:
         config, started = self.config, time.perf_counter()
-        lr = config.learning_rate(self.step, self.per_epoch)
+        lr = config.learning_rate(self.step, self.per_epoch, self.nodes)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.model.m is not None:
             self.model.m = config.key_momentum(self.step, self.per_epoch)
         health: dict[str, float] = {}
@@ -189,7 +202,7 @@ class Trainer:
         means = _mean_over_ranks(self.averages.means(), self.options.device)
         record: dict[str, Any] = {"step": self.step, "epoch": _whole(self.step / self.per_epoch), **means}
         record |= {
-            "lr": self.config.learning_rate(self.step - 1, self.per_epoch),
+            "lr": self.config.learning_rate(self.step - 1, self.per_epoch, self.nodes),
             "images_per_second": self.images / self.epoch_seconds,
             "wait": self.waited / self.epoch_seconds,
             "seconds": round(self.seconds, 3),
@@ -240,6 +253,7 @@ class Trainer:
             "unreadable": unreadable,
             "updates": self.model.updates,
             "config": dataclasses.asdict(self.config),
+            "image_size": self.data.size,
         }
         try:
             list_unreadable(self.options.output, unreadable)
@@ -259,17 +273,33 @@ class Trainer:
                 raise OSError(f"output: the last checkpoint could not be written: {error}") from error
             warnings.warn(f"checkpoint of step {self.step} not written, training continues: {error}", stacklevel=2)
 
-    def _resume(self, source: Path | str) -> None:
+    def _initialize(self, source: str, resumed: bool) -> None:
+        said = "init: not used, as the run continues from its checkpoint"
+        if not resumed:
+            loaded, arch = initialize_(self.model, source, self.config.arch)
+            said = describe(loaded, source, self.config.arch, arch)
+        if self.rank == 0:
+            self.options.console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+    def _resume(self, source: Path | str) -> bool:
+        """Load a checkpoint; returns False if there is none yet."""
         if source == "auto":
             found = load_newest(self.options.output)
             if found is None:
-                return
+                return False
             checkpoint, path = found
         else:
             path = Path(source)
             checkpoint = load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
-        load_into(self.model, checkpoint, path, arch=self.config.arch, optimizer=self.optimizer)
         trainer, before = checkpoint.get("trainer"), {}
+        settings = trainer.get("config") if isinstance(trainer, dict) else None
+        saved = settings.get("optimizer", "sgd") if isinstance(settings, dict) else "sgd"
+        if saved != self.config.optimizer:
+            raise ValueError(
+                f"resume: {path} has the state of another optimizer: expected --optimizer {saved}, got "
+                f"{self.config.optimizer}"
+            )
+        load_into(self.model, checkpoint, path, arch=self.config.arch, optimizer=self.optimizer)
         if trainer is None:  # saved by the official trainer after whole epochs
             self.step = checkpoint["epoch"] * self.per_epoch
         else:
@@ -280,7 +310,7 @@ class Trainer:
                 reason = str(error) if isinstance(error, ValueError) else repr(error)
                 raise ValueError(f"resume: {path} does not fit this run: {' '.join(reason.split())[:300]}") from None
         if self.rank > 0:
-            return
+            return True
         self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
         now = dataclasses.asdict(self.config)
         changed = [f"{name} {old} -> {now[name]}" for name, old in before.items() if name in now and now[name] != old]
@@ -288,6 +318,7 @@ class Trainer:
             self.options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
         if self.step >= self.total:
             warnings.warn(f"resume: {path} has completed all of its {self.total} steps", stacklevel=5)
+        return True
 
     def _restore(self, trainer: dict[str, Any]) -> None:
         counts = {name: trainer[name] for name in ("step", "images", "skipped_steps", "updates")}
