@@ -391,7 +391,7 @@ def test_one_image_is_too_few(tmp_path, folder):
 
 def plant(root):
     """Class folders that have all that ImageFolder and we list alike, links included."""
-    for name in ("b/1.png", "b/sub/0.JPG", "b/sub-a/0.png", "b/sub/deep/9.webp", "ä 日本/x.png", "a/z.png", "a/.png"):
+    for name in ("b/1.png", "b/sub/0.JPG", "b/sub-a/0.png", "b/sub/deep/9.webp", "ä 日本/x.png", "a/z.png", "a/y.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(root / name, "PNG")
     outside = root.parent / "outside"

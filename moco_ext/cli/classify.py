@@ -96,7 +96,7 @@ def train(
         last, best = records[-1], max(records, key=lambda record: record["val_acc1"])
         result |= {"top1": percent(last["val_acc1"]), "top5": percent(last["val_acc5"])}
         result |= {"best_top1": percent(last["best_acc1"]), "seconds": last["seconds"]}
-        write_result(options, name, result)
+        write_result(options.output, name, result)
         rows = [
             (f"epoch {record['epoch']}, {which}", record["val_acc1"], record["val_acc5"])
             for which, record in (("last", last), ("best", best))

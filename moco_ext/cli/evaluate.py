@@ -122,9 +122,9 @@ def percent(value: float) -> float:
     return round(value, 2)
 
 
-def write_result(options: RunOptions, name: str, result: dict[str, Any]) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_json(options.output / f"{name}.json", result)
+def write_result(output: Path, name: str, result: dict[str, Any]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / f"{name}.json", result)
 
 
 def show(

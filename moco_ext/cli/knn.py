@@ -40,7 +40,7 @@ def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
     report_unreadable(options, data.unreadable)
     if rank() == 0:
         result = {"data": inputs.data, **voting, "knn_top1": scores}
-        write_result(options, "knn", result)
+        write_result(options.output, "knn", result)
         rows = [("raw pixels", scores["pixels"]), ("encoder", scores["trained"])]
         show(result, f"{data.name}: kNN top-1, %", ("features", "kNN"), rows, as_json=args.json)
     return 0

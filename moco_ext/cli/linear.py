@@ -74,7 +74,7 @@ def _solve(
     if rank() == 0:  # the problem has one solution: the other ranks need not find it too
         scores = {name: percent(linear_score(data, rows, C=C)) for name, rows in features.items()}
         result = {"data": inputs.data, "arch": arch, "solver": "lbfgs", "C": C, "linear_top1": scores}
-        write_result(options, "linear", result)
+        write_result(options.output, "linear", result)
         rows = [("raw pixels", scores["pixels"]), ("encoder", scores["trained"])]
         show(result, f"{data.name}: linear top-1, %", ("features", "linear"), rows, as_json=args.json)
     return 0
