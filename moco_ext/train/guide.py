@@ -18,7 +18,7 @@ _IMAGENET, _MANY, _LONGEST = 1_281_167, 1_000_000, 800
 _SMALL_SIDE = 64  # pixels; for larger images the "-small" encoders take too much time
 _SHORT_RUN = 100_000  # steps
 _MEMORY_SHARE = {"cuda": 0.8, "cpu": 0.5}  # the rest is for libraries, fragmentation and, on a CPU, loader processes
-# Training on a CPU for about an hour or two: images in all epochs, by whether they are small.
+# Training on a CPU for hours, not days: images in all epochs, by whether they are small.
 _CPU_EPOCHS, _CPU_IMAGES, _CPU_SMALL_IMAGES, _CPU_SIZE = 200, 200_000, 2_000_000, 128
 
 
@@ -170,7 +170,7 @@ def _batch_size(images: int, machine: Machine, memory: Callable[[int], int]) -> 
 def _epochs(images: int, cpu: bool, small: bool) -> Choice:
     if cpu:
         budget = _CPU_SMALL_IMAGES if small else _CPU_IMAGES
-        return Choice(min(_CPU_EPOCHS, max(1, budget // images)), "an hour or two on a CPU; more is better")
+        return Choice(min(_CPU_EPOCHS, max(1, budget // images)), "hours, not days, on a CPU; more is better")
     if images > 1.5 * _IMAGENET:
         return Choice(max(1, round(_EPOCHS * _IMAGENET / images)), "as many steps as published")
     epochs = min(_LONGEST, max(_EPOCHS, round(_EPOCHS * math.sqrt(_MANY / images), -1)))
