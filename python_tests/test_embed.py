@@ -231,6 +231,7 @@ def test_parquet_without_pyarrow(run, photos, tmp_path, monkeypatch, capsys):
     assert "this needs pyarrow, which is not installed: pip install pyarrow" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_file(run, photos, tmp_path):
     """Three ranks have five images, five and three, with an unreadable one in the first and in the last share."""
     flags = ("-m", "moco_ext", "embed", run, photos, "--device", "cpu", "-b", "2", "-j", "0", "--threads", "1")
