@@ -231,6 +231,7 @@ def test_parquet_without_pyarrow(run, photos, tmp_path, monkeypatch, capsys):
     assert "this needs pyarrow, which is not installed: pip install pyarrow" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_processes_write_the_same_file(run, photos, tmp_path):
     """Three ranks have five images, five and three, with an unreadable one in the first and in the last share."""
     flags = ("-m", "moco_ext", "embed", run, photos, "--device", "cpu", "-b", "2", "-j", "0", "--threads", "1")
@@ -256,7 +257,7 @@ def test_more_processes_than_images(run, tmp_path):
 
 
 def test_a_killed_process_leaves_the_old_file(run, tmp_path):
-    write_photos(tmp_path / "photos", 40)
+    write_photos(tmp_path / "photos", 12)
     output = tmp_path / "f.npy"
     embed(run, tmp_path / "photos", output)
     before = output.read_bytes()
@@ -269,14 +270,14 @@ def test_a_killed_process_leaves_the_old_file(run, tmp_path):
         [sys.executable, *map(str, command), "--overwrite", "--device", "cpu"], env=environment()
     )
     shard = tmp_path / f".f.npy.rank0.{process.pid}.tmp"
-    until = time.monotonic() + 100
+    until = time.monotonic() + 300  # a busy machine starts slowly
     while not (shard.exists() and shard.stat().st_size) and time.monotonic() < until:
         time.sleep(0.01)
     assert shard.exists()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert output.read_bytes() == before
-    assert len(FeatureFile(output)) == 40
+    assert len(FeatureFile(output)) == 12
     embed(run, tmp_path / "photos", output, overwrite=True)
     assert not shard.exists()
 

@@ -50,7 +50,10 @@ def test_state_dict_of_torchvision(name, run, tmp_path):
     assert_same(model.eval(), moco_ext.load_encoder(run)[0])
 
 
-@pytest.mark.parametrize(("arch", "name"), [("resnet18", "resnet18"), ("vit_b_32", "vit_base_patch32_224")])
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [("resnet18", "resnet18"), pytest.param("vit_b_32", "vit_base_patch32_224", marks=pytest.mark.slow)],
+)
 def test_state_dict_of_timm(arch, name, tmp_path):
     """And back, by torchvision's names."""
     timm = pytest.importorskip("timm")
@@ -154,7 +157,7 @@ def test_commands_of_runs_are_their_configurations():
         assert given(args, type(config))
 
 
-@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+@pytest.mark.parametrize("format", [pytest.param("onnx", marks=pytest.mark.slow), "torch-export"])
 def test_a_program_that_computes_something_else_is_not_written(format, run, tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

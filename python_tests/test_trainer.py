@@ -86,7 +86,7 @@ def test_what_a_run_leaves_behind(digits, tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert not list(tmp_path.glob(".*.tmp"))
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    assert checkpoint.keys() == {"epoch", "arch", "state_dict", "optimizer", "trainer"}
+    assert checkpoint.keys() == {"epoch", "arch", "state_dict", "optimizer", "trainer", "transform"}
     assert (checkpoint["epoch"], checkpoint["arch"]) == (3, "resnet8-small")
     prefixes = {".".join(name.split(".")[:2]) for name in checkpoint["state_dict"]}
     assert prefixes == {"module.encoder_q", "module.encoder_k", "module.queue", "module.queue_ptr"}
