@@ -276,7 +276,8 @@ class PretrainConfig:
             value = getattr(self, name)
             if name not in PARAMETERS or has_setting(self.dictionary, name):
                 continue
-            if declared.group not in (_QUEUE, _BATCH) and name not in ("key_encoder", "shuffle_bn", "split_bn"):
+            harmful = name in ("key_encoder", "split_bn") or (name, value) == ("shuffle_bn", "loader")
+            if declared.group not in (_QUEUE, _BATCH) and not harmful:
                 continue
             if value != declared.default:
                 raise ValueError(
