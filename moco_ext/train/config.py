@@ -91,6 +91,7 @@ class PretrainConfig:
     stop_grad_conv1: bool = setting(
         False, help="keep the patch projection of a vision transformer at its random values"
     )
+    zero_init_residual: bool = setting(False, help="start the residual blocks of a ResNet as the identity")
     epochs: int = setting(200, valid=at_least(1), help="number of epochs", group=_OPTIMIZATION)
     steps: int = setting(
         0, valid=NOT_NEGATIVE, shown="train by epochs", help="number of optimizer steps", group=_OPTIMIZATION
@@ -334,7 +335,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "moco-v2": {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True},
     # ImageNet, 100 epochs (ResNet-50) and 300 epochs (ViT-S): the commands of the official repository.
     "moco-v3": _V3
-    | {"epochs": 100, "lr_base": 0.6, "weight_decay": 1e-6, "optimizer": "lars", "warmup_epochs": 10.0, "moco_t": 1.0},
+    | {
+        "epochs": 100,
+        "lr_base": 0.6,
+        "weight_decay": 1e-6,
+        "optimizer": "lars",
+        "warmup_epochs": 10.0,
+        "moco_t": 1.0,
+        "zero_init_residual": True,
+    },
     "moco-v3-vit": _V3
     | {
         "arch": "vit_small",
