@@ -40,7 +40,7 @@ class PretrainConfig:
         init: weights to start from, as for :func:`moco_ext.checkpoints.pretrained.read_weights`.
         steps: number of optimizer steps, instead of ``epochs``; 0: train by epochs.
         batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
-        optimizer: one of torch's or timm's, with ``betas``, ``opt_eps``, ``layer_decay`` and ``no_decay_norm_bias`` as
+        optimizer: one of torch's or timm's, with ``betas``, ``opt_eps``, ``layer_decay`` and ``decay_norm_bias`` as
             for :func:`moco_ext.train.optimizer.build_optimizer`.
         lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
             is multiplied by ``lr_gamma`` every ``lr_every`` steps if that is not 0.
@@ -157,8 +157,8 @@ class PretrainConfig:
         help="weight decay",
         group=_OPTIMIZATION,
     )
-    no_decay_norm_bias: bool | None = setting(
-        None, shown="with LARS and LAMB", help="no weight decay for norms and biases", group=_OPTIMIZATION
+    decay_norm_bias: bool | None = setting(
+        None, shown="yes; no with LARS and LAMB", help="weight decay for norms and biases too", group=_OPTIMIZATION
     )
     layer_decay: float | None = setting(
         None,
