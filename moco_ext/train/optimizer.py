@@ -81,8 +81,8 @@ def build_optimizer(
         layer_decay: the learning rate of a layer is multiplied by this once for each layer above it in the query
             encoder (:func:`moco_ext.encoders.layer_numbers`).
         decay_norm_bias: weight decay for vectors (norms, biases) too, and for what a timm encoder's
-            ``no_weight_decay()`` names. None: yes, unless the optimizer scales each layer's rate by its norms (LARS, LAMB);
-            it then leaves these parameters unscaled, as published.
+            ``no_weight_decay()`` names. None: yes, unless the optimizer scales each layer's rate by its norms (LARS,
+            LAMB); it then leaves these parameters unscaled, as published.
 
     Raises:
         ValueError: an unknown name, or a hyperparameter that the optimizer does not have.
