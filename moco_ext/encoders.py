@@ -204,6 +204,26 @@ def freeze_patch_projection(encoder: nn.Module) -> nn.Module:
     )
 
 
+def zero_init_residual(encoder: nn.Module) -> nn.Module:
+    """Start each residual block of a ResNet as the identity: weight 0 of its last BatchNorm (arXiv 1706.02677).
+
+    Returns:
+        The encoder.
+
+    Raises:
+        ValueError: the encoder has no such blocks.
+    """
+    last = [getattr(m, "bn3", getattr(m, "bn2", None)) for m in encoder.modules() if hasattr(m, "downsample")]
+    norms = [norm for norm in last if isinstance(norm, nn.BatchNorm2d)]
+    if not norms:
+        raise ValueError(
+            f"zero_init_residual: expected an encoder of residual blocks with BatchNorm, got {type(encoder).__name__}"
+        )
+    for norm in norms:
+        nn.init.zeros_(norm.weight)
+    return encoder
+
+
 def layer_numbers(encoder: nn.Module) -> dict[str, int]:
     """The layer of each parameter, counted from the input, for layer-wise learning rates.
 

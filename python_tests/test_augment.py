@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from moco_ext.data import Augmentation, TwoCropsTransform, augment_batch
-from moco_ext.data.augment import _Choices, blur, color_transform, crop_boxes, file_crops, gaussian_kernels, shift_hue
+from moco_ext.data.augment import (
+    _Choices,
+    blur,
+    color_transform,
+    crop_boxes,
+    file_crops,
+    gaussian_kernels,
+    of_each_view,
+    shift_hue,
+)
 from moco_ext.data.seeds import hash_seeds, uniforms
 
 pytest.importorskip("torchvision")
@@ -307,6 +316,43 @@ def test_the_published_recipes():
     for recipe in (v1, v2):
         assert (recipe.scale, recipe.ratio, recipe.gray_p, recipe.flip_p) == ((0.2, 1.0), (3 / 4, 4 / 3), 0.2, 0.5)
     assert Augmentation.v2(32).blur_p == 0
+
+
+def test_the_two_views_of_moco_v3():
+    first = Augmentation.byol(224, flip_p=0.0)
+    second = first.second
+    for recipe in (first, second):
+        assert (recipe.gray_first, recipe.jitter, recipe.jitter_p, recipe.gray_p) == (
+            False,
+            (0.4, 0.4, 0.2, 0.1),
+            0.8,
+            0.2,
+        )
+        assert recipe.flip_p == 0.0
+    assert (first.blur_p, first.solarize_p) == (1.0, 0.0)
+    assert (second.blur_p, second.solarize_p, second.second) == (0.1, 0.2, None)
+    small = Augmentation.byol(32)
+    assert (small.blur_p, small.second.blur_p, small.second.solarize_p) == (0.0, 0.0, 0.2)
+
+
+def test_solarization_is_pils():
+    from torchvision.transforms.v2.functional import solarize
+
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    got = color_transform(images, still(16, solarize_p=1.0), seeds(1))
+    assert torch.equal(got, solarize(images, 128))
+    some = color_transform(images.expand(2000, -1, -1, -1), still(16, solarize_p=0.2), seeds(2000))
+    share = (some == got).flatten(1).all(1).double().mean().item()
+    assert share == pytest.approx(0.2, abs=0.04)  # 4.5 standard errors
+
+
+def test_each_view_has_its_own_augmentation():
+    images = torch.rand(6, 3, 16, 16, generator=generator())
+    second = still(16, solarize_p=1.0)
+    both = of_each_view(augment_batch, images, still(16, second=second), seeds(6))
+    assert torch.equal(both[:3], augment_batch(images[:3], still(16), seeds(6)[:3]))
+    assert torch.equal(both[3:], augment_batch(images[3:], second, seeds(6)[3:]))
+    assert torch.equal(of_each_view(augment_batch, images, second, seeds(6)), augment_batch(images, second, seeds(6)))
 
 
 def test_augment_batch_rejects_other_shapes():

@@ -122,6 +122,17 @@ def test_vision_transformers_are_built_for_the_size_of_the_images():
             assert encoders.backbone(encoder)(torch.randn(1, 3, 96, 96)).shape == (1, 64)
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "timm:resnet10t", "resnet50-small"])
+def test_residual_blocks_that_start_as_the_identity(arch):
+    pytest.importorskip("timm")
+    encoder = encoders.zero_init_residual(encoders.resolve(arch)(num_classes=4))
+    block = encoder.layer2[0]
+    assert not (block.bn3 if "50" in arch else block.bn2).weight.any()
+    assert block.bn1.weight.all()
+    with pytest.raises(ValueError, match=r"zero_init_residual: expected an encoder of residual blocks .* got VGG"):
+        encoders.zero_init_residual(models.vgg11(num_classes=4, init_weights=False))
+
+
 def test_convolutional_encoders_take_any_size():
     pytest.importorskip("timm")
     for arch in ("resnet18", "timm:resnet10t"):

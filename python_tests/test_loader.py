@@ -255,6 +255,21 @@ def test_views_depend_neither_on_workers_nor_on_augment_on(folder, augment_on):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("augment_on", ["loader", "device"])
+def test_the_second_view_may_have_its_own_augmentation(folder, augment_on):
+    """Here the queries stay as they are, and all keys are solarized."""
+    still = {"scale": (1.0, 1.0), "jitter": (0, 0, 0, 0), "gray_p": 0.0, "flip_p": 0.0}
+    second = Augmentation(16, **still, solarize_p=1.0)
+    augmentation = Augmentation(16, **still, second=second)
+    one, other, plain = (
+        next(TrainLoader(mdata.load(folder, image_size=16), recipe, 4, augment_on=augment_on).epoch(0))
+        for recipe in (augmentation, second, Augmentation(16, **still))
+    )
+    assert torch.equal(one.im_q, plain.im_q)
+    assert torch.equal(one.im_k, other.im_k)
+    assert not torch.equal(one.im_k, plain.im_k)
+
+
 def test_augment_on_device_of_images_in_memory():
     data, recipe = mdata.load("digits"), Augmentation.v1(8)
     a, b = (next(TrainLoader(data, recipe, 8, augment_on=place).epoch(0)) for place in ("loader", "device"))

@@ -71,7 +71,7 @@ def test_unknown_names_are_errors_of_the_configuration(monkeypatch):
 
 def test_norms_and_biases_do_not_decay():
     moco = model()
-    groups = build_optimizer(moco, "sgd", lr=0.1, weight_decay=0.5, no_decay_norm_bias=True).param_groups
+    groups = build_optimizer(moco, "sgd", lr=0.1, weight_decay=0.5, decay_norm_bias=False).param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     trained = dict(moco.encoder_q.named_parameters())
     assert {id(p) for p in trained.values()} == decays.keys()
@@ -81,7 +81,7 @@ def test_norms_and_biases_do_not_decay():
 
 def test_what_a_timm_encoder_exempts_does_not_decay():
     moco = MoCo(lambda num_classes: timm.create_model("test_vit", num_classes=num_classes), dim=8, K=16)
-    groups = build_optimizer(moco, "adamw", lr=0.1, weight_decay=0.5, no_decay_norm_bias=True).param_groups
+    groups = build_optimizer(moco, "adamw", lr=0.1, weight_decay=0.5, decay_norm_bias=False).param_groups
     decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert (decays[id(moco.encoder_q.pos_embed)], decays[id(moco.encoder_q.cls_token)]) == (0.0, 0.0)
     assert decays[id(moco.encoder_q.blocks[0].attn.qkv.weight)] == 0.5

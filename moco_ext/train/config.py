@@ -40,7 +40,7 @@ class PretrainConfig:
         init: weights to start from, as for :func:`moco_ext.checkpoints.pretrained.read_weights`.
         steps: number of optimizer steps, instead of ``epochs``; 0: train by epochs.
         batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
-        optimizer: one of torch's or timm's, with ``betas``, ``opt_eps``, ``layer_decay`` and ``no_decay_norm_bias`` as
+        optimizer: one of torch's or timm's, with ``betas``, ``opt_eps``, ``layer_decay`` and ``decay_norm_bias`` as
             for :func:`moco_ext.train.optimizer.build_optimizer`.
         lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
             is multiplied by ``lr_gamma`` every ``lr_every`` steps if that is not 0.
@@ -91,6 +91,7 @@ class PretrainConfig:
     stop_grad_conv1: bool = setting(
         False, help="keep the patch projection of a vision transformer at its random values"
     )
+    zero_init_residual: bool = setting(False, help="start the residual blocks of a ResNet as the identity")
     epochs: int = setting(200, valid=at_least(1), help="number of epochs", group=_OPTIMIZATION)
     steps: int = setting(
         0, valid=NOT_NEGATIVE, shown="train by epochs", help="number of optimizer steps", group=_OPTIMIZATION
@@ -156,8 +157,8 @@ class PretrainConfig:
         help="weight decay",
         group=_OPTIMIZATION,
     )
-    no_decay_norm_bias: bool | None = setting(
-        None, shown="with LARS and LAMB", help="no weight decay for norms and biases", group=_OPTIMIZATION
+    decay_norm_bias: bool | None = setting(
+        None, shown="yes; no with LARS and LAMB", help="weight decay for norms and biases too", group=_OPTIMIZATION
     )
     layer_decay: float | None = setting(
         None,
@@ -276,7 +277,8 @@ class PretrainConfig:
             value = getattr(self, name)
             if name not in PARAMETERS or has_setting(self.dictionary, name):
                 continue
-            if declared.group not in (_QUEUE, _BATCH) and name not in ("key_encoder", "shuffle_bn", "split_bn"):
+            harmful = name in ("key_encoder", "split_bn") or (name, value) == ("shuffle_bn", "loader")
+            if declared.group not in (_QUEUE, _BATCH) and not harmful:
                 continue
             if value != declared.default:
                 raise ValueError(
@@ -333,7 +335,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "moco-v2": {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True},
     # ImageNet, 100 epochs (ResNet-50) and 300 epochs (ViT-S): the commands of the official repository.
     "moco-v3": _V3
-    | {"epochs": 100, "lr_base": 0.6, "weight_decay": 1e-6, "optimizer": "lars", "warmup_epochs": 10.0, "moco_t": 1.0},
+    | {
+        "epochs": 100,
+        "lr_base": 0.6,
+        "weight_decay": 1e-6,
+        "optimizer": "lars",
+        "warmup_epochs": 10.0,
+        "moco_t": 1.0,
+        "zero_init_residual": True,
+    },
     "moco-v3-vit": _V3
     | {
         "arch": "vit_small",

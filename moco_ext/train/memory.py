@@ -53,7 +53,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
         "optimizer": round(trained * state_size(config.optimizer)),
         "dictionary": sum(b.nbytes for b in model.buffers(recurse=False)),
         "images": 2 * views.nbytes,
-        "activations": sum(t.nbytes for t in kept.values()) * (1 + config.symmetric),
+        "activations": sum(t.nbytes for t in kept.values()) * (1 + (config.symmetric or model.symmetric)),
     }
 
 

@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..encoders import freeze_patch_projection, resolve
+from ..encoders import freeze_patch_projection, resolve, zero_init_residual
 from ..mechanism import Mechanism
 from .config import DTYPES, PretrainConfig
 from .mechanisms import MECHANISMS, PARAMETERS
@@ -42,6 +43,13 @@ def build_model(config: PretrainConfig, images: int = 0, size: int | None = None
     mechanism = MECHANISMS[config.dictionary]
     known = inspect.signature(mechanism).parameters
     encoder = resolve(config.arch, size)
-    if config.stop_grad_conv1:
-        build, encoder = encoder, lambda num_classes: freeze_patch_projection(build(num_classes=num_classes))
-    return mechanism(encoder, **{name: value for name, value in settings.items() if name in known})
+    changes = [(config.stop_grad_conv1, freeze_patch_projection), (config.zero_init_residual, zero_init_residual)]
+
+    def build(num_classes: int) -> nn.Module:
+        module = encoder(num_classes=num_classes)
+        for wanted, change in changes:
+            if wanted:
+                change(module)
+        return module
+
+    return mechanism(build, **{name: value for name, value in settings.items() if name in known})

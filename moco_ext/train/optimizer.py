@@ -65,11 +65,11 @@ def build_optimizer(
     betas: tuple[float, ...] = (),
     eps: float | None = None,
     layer_decay: float | None = None,
-    no_decay_norm_bias: bool | None = None,
+    decay_norm_bias: bool | None = None,
 ) -> Optimizer:
     """The optimizer of a model.
 
-    With neither ``layer_decay`` nor ``no_decay_norm_bias`` there is one group of all parameters, also of those without
+    With ``decay_norm_bias`` and without ``layer_decay`` there is one group of all parameters, also of those without
     gradient, as in the official optimizer states. Otherwise groups hold the trained parameters only, each with an
     ``lr_scale``, the factor of its learning rate.
 
@@ -80,9 +80,9 @@ def build_optimizer(
         betas, eps: by default the optimizer's own.
         layer_decay: the learning rate of a layer is multiplied by this once for each layer above it in the query
             encoder (:func:`moco_ext.encoders.layer_numbers`).
-        no_decay_norm_bias: no weight decay for vectors (norms, biases) and for what a timm encoder's
-            ``no_weight_decay()`` names. None: only with optimizers that scale each layer's rate by its norms (LARS,
-            LAMB), which then leave these parameters unscaled, as published.
+        decay_norm_bias: weight decay for vectors (norms, biases) too, and for what a timm encoder's
+            ``no_weight_decay()`` names. None: yes, unless the optimizer scales each layer's rate by its norms (LARS,
+            LAMB); it then leaves these parameters unscaled, as published.
 
     Raises:
         ValueError: an unknown name, or a hyperparameter that the optimizer does not have.
@@ -101,11 +101,11 @@ def build_optimizer(
             raise ValueError(f"{setting}: expected none with optimizer {name}, got {value}")
         del chosen[key]
     adapts = "always_adapt" in defaults
-    if no_decay_norm_bias is None:
-        no_decay_norm_bias = adapts
-    if layer_decay is None and not no_decay_norm_bias:
+    if decay_norm_bias is None:
+        decay_norm_bias = not adapts
+    if layer_decay is None and decay_norm_bias:
         return _made(name, model.parameters(), lr, weight_decay, chosen)
-    groups = _groups(model, weight_decay, layer_decay, no_decay_norm_bias)
+    groups = _groups(model, weight_decay, layer_decay, decay_norm_bias)
     if adapts:  # timm's default is not to, at a weight decay of 0
         for exempt, group in groups:
             group["always_adapt"] = not exempt
@@ -137,7 +137,7 @@ def _made(name: str, parameters: Any, lr: float, weight_decay: float, chosen: di
 
 
 def _groups(
-    model: Mechanism, weight_decay: float, layer_decay: float | None, no_decay_norm_bias: bool
+    model: Mechanism, weight_decay: float, layer_decay: float | None, decay_norm_bias: bool
 ) -> list[tuple[bool, dict[str, Any]]]:
     """Trained parameters by weight decay and layer, in the model's order: (exempt from weight decay, group)."""
     encoder = model.encoder_q
@@ -149,7 +149,7 @@ def _groups(
         if not parameter.requires_grad:
             continue
         own = name.removeprefix("encoder_q.")
-        exempt = no_decay_norm_bias and (parameter.ndim <= 1 or own in undecayed)
+        exempt = not decay_norm_bias and (parameter.ndim <= 1 or own in undecayed)
         scale = 1.0 if layer_decay is None else layer_decay ** (last - numbers.get(own, last))
         new = {"params": [], "weight_decay": 0.0 if exempt else weight_decay, "lr_scale": scale}
         groups.setdefault((scale, exempt), new)["params"].append(parameter)

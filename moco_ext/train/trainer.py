@@ -109,7 +109,7 @@ class Trainer:
             betas=config.betas,
             eps=config.opt_eps,
             layer_decay=config.layer_decay,
-            no_decay_norm_bias=config.no_decay_norm_bias,
+            decay_norm_bias=config.decay_norm_bias,
         )
         if config.compile:
             for encoder in self.model.children():  # encoder_q, encoder_k
