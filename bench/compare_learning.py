@@ -31,7 +31,7 @@ import moco_ext
 from moco_ext import data as datasets
 from moco_ext.encoders import resolve
 from moco_ext.evaluate import encoder_features, estimate_batchnorm_, knn_top1, linear_top1
-from moco_ext.train.config import PretrainConfig, resolve_config
+from moco_ext.train import PretrainConfig, resolve_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 import official

@@ -13,7 +13,7 @@ from moco_ext import cli, encoders
 from moco_ext.experiments import export as exporting
 from moco_ext.experiments.export import export
 from moco_ext.report.model_card import command_of
-from moco_ext.train.config import resolve_config
+from moco_ext.train import resolve_config
 
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")

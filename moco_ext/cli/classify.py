@@ -16,7 +16,7 @@ from ..runs.directory import report_unreadable
 from ..runs.options import RunOptions
 from ..runs.settings import Setting, settings
 from ..train.classifier import Classifier, ClassifierConfig, check_unchanged, evaluate, restore, train_classifier
-from ..train.config import resolve_config
+from ..train.recipes import resolve_config
 from .evaluate import Inputs, percent, show, write_result
 from .flags import add_settings, given
 

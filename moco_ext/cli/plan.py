@@ -20,9 +20,10 @@ from ..runs.files import read_json
 from ..runs.options import RunOptions
 from ..runs.settings import settings
 from ..train import guide
-from ..train.config import PretrainConfig, layers, resolve_config
+from ..train.config import PretrainConfig
 from ..train.guide import Choice, Machine
 from ..train.memory import device_memory, estimate
+from ..train.recipes import layers, resolve_config
 from .flags import given
 
 

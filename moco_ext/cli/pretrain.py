@@ -12,8 +12,9 @@ from .. import distributed
 from ..experiments.pretrain import pretrain_and_evaluate
 from ..runs.options import RunOptions
 from ..runs.settings import settings
-from ..train.config import DTYPES, RECIPES, PretrainConfig
+from ..train.config import DTYPES, PretrainConfig
 from ..train.memory import device_memory
+from ..train.recipes import RECIPES
 from . import launch
 from .config_file import add_config_flag
 from .flags import add_data_flags, add_settings, name_of

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..runs.files import read_json
 from ..runs.settings import settings
-from ..train.config import PretrainConfig, resolve_config
+from ..train.config import PretrainConfig
+from ..train.recipes import resolve_config
 
 
 def training_section(source: str) -> str:

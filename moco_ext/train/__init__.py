@@ -1,7 +1,8 @@
 """The trainer: configuration, model, optimizer step, loop and diagnostics."""
 
-from .config import PretrainConfig, resolve_config
+from .config import PretrainConfig
 from .model import build_model
+from .recipes import resolve_config
 from .trainer import pretrain
 
 __all__ = [
