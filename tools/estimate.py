@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,9 @@ TENSOR_REACHED = {"HGMMA": 0.83, "HMMA": 0.62}
 SHARED_BYTES = 128  # per cycle of a multiprocessor, without bank conflicts
 STALLS = 1.2  # time over the busiest pipe's at worst, for barriers and latencies; assumed
 HBM = 4.3e6  # bytes per us; measured by a copy
-# Assumed: prepare, pass and combine at 1 us each, and the first tile's latency. Partial sums are written and read.
-FIXED = 3 * 1.0 + 1.5
+# Assumed: pass and combine at 1 us each, and the first tile's latency. Partial sums are written and read.
+FIXED = 2 * 1.0 + 1.5
+L2_BYTES = 64  # per cycle of a multiprocessor, at which a block reads its queries and their keys; assumed
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,9 @@ class Instruction:
         return 32 * (int(width[1]) // 8 if width else 4)
 
 
-# The main loop, and the one with the most stores to shared memory, which splits float32 keys into terms.
-Loops = tuple[list[Instruction], list[Instruction]]
+# The main loop; the one with the most stores to shared memory, which splits float32 keys into terms; and the main loop
+# for few queries, when a warp of the portable pass has half as many rows.
+Loops = tuple[list[Instruction], list[Instruction], list[Instruction]]
 
 
 def parse(code: str) -> list[Instruction]:
@@ -160,7 +163,7 @@ def parse(code: str) -> list[Instruction]:
     return instructions
 
 
-def find_loop(instructions: list[Instruction], wanted: str) -> list[Instruction]:
+def find_loop(instructions: list[Instruction], wanted: str, choose: Callable = max) -> list[Instruction]:
     """The innermost loop with the wanted opcodes; of several, the one with the most."""
 
     def wanted_in(loop: list[Instruction]) -> int:
@@ -177,7 +180,7 @@ def find_loop(instructions: list[Instruction], wanted: str) -> list[Instruction]
             if wanted_in(loop) and not any(i.opcode == "EXIT" for i in loop):
                 loops.append(loop)
     innermost = [loop for loop in loops if not any(contains(loop, other) for other in loops)]
-    return max(innermost, key=wanted_in, default=[])
+    return choose(innermost, key=wanted_in, default=[])
 
 
 def split_rare(body: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
@@ -257,7 +260,8 @@ def read_kernels(path: str) -> tuple[dict, dict[str, Loops], set[str]]:
             target = architecture or re.search(r"code for (sm_\w+)", sass)[1]
             kernels.setdefault(target, {})[names[name]] = record
             if target == "sm_90a":
-                loops[names[name]] = (body, split_rare(find_loop(instructions, "STS"))[0])
+                few = find_loop(instructions, PIPES["tensor"], min)
+                loops[names[name]] = (body, split_rare(find_loop(instructions, "STS"))[0], split_rare(few)[0])
     return kernels, loops, versions
 
 
@@ -284,16 +288,19 @@ def choose_splits(row_blocks: int, tiles: int, resident: int) -> int:
     return best
 
 
-def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> dict:
+def tile_cycles(label: str, tile: Tile, n: int, c: int, threads: int, loops: Loops) -> dict:
     """Cycles of a multiprocessor for one tile of a block: with the busiest pipe always busy, and at worst."""
-    body, splitter = loops
+    body, splitter, few = loops
     hopper = any(i.opcode == "HGMMA" for i in body)
     warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer
     products = sum(i.tensor_fmas for i in body) * warps / (tile.rows * tile.keys * c)
     if products < 1 or products % 1 != 0:
         raise SystemExit(f"{label}: {products:g} products of [{tile.rows}, {tile.keys}, {c}]: update TILES")
     cycles = {pipe: warps / 4 * value for pipe, value in warp_cycles(body).items()}
-    if tile.terms:
+    if not hopper and 2 * n <= tile.rows and few != body:  # only some warps have rows; not two on a scheduler
+        shared = warps / 4 * -(-n // 16) / (tile.rows / 32)
+        cycles = {pipe: value * (shared if pipe == "shared" else 1) for pipe, value in warp_cycles(few).items()}
+    elif tile.terms:
         splitting = 4 if hopper else warps
         written = splitting * sum(i.shared_bytes for i in splitter if i.opcode == "STS")
         iterations = tile.keys * c * 2 * tile.terms / written - (not hopper)  # one is in the main loop
@@ -316,9 +323,11 @@ def estimate(n: int, k: int, c: int, queue: str, tile: Tile, record: dict, cycle
     row_blocks = -(-n // rows)
     tiles = -(-k // keys)
     splits = choose_splits(row_blocks, tiles, MULTIPROCESSORS * min(2, 65536 // allocated))
-    tiles_of_multiprocessor = -(-row_blocks * splits // MULTIPROCESSORS) * -(-tiles // splits)
+    blocks = -(-row_blocks * splits // MULTIPROCESSORS)  # of a multiprocessor
+    tiles_of_multiprocessor = blocks * -(-tiles // splits)
     hbm = k * c * (2 if queue == "bf16" else 4) / HBM
-    rest = FIXED + 2 * splits * (keys // tile.keys) * n * c * 4 / HBM
+    queries = blocks * 2 * min(n, rows) * tile.rows / rows * c * 4 / L2_BYTES / CLOCK  # float32, with their keys
+    rest = FIXED + queries + 2 * splits * (keys // tile.keys) * n * c * 4 / HBM
     low, high = (max(hbm, tiles_of_multiprocessor * cycles[end] / CLOCK) + rest for end in ("low", "high"))
     return {"low": round(low, 1), "us": round((low + high) / 2, 1), "high": round(high, 1)}
 
@@ -333,7 +342,7 @@ def estimates(kernels: dict, loops: dict[str, Loops]) -> dict[str, dict]:
         record = kernels["sm_90a"][names[0]]
         for n, k, c, queue, goal in SHAPES:
             if label.startswith(f"{queue}, {c},"):
-                cycles = tile_cycles(label, tile, c, record["threads"], loops[names[0]])
+                cycles = tile_cycles(label, tile, n, c, record["threads"], loops[names[0]])
                 rows[f"{n}, {k}, {c}, {queue}, {label.split(', ')[-1]}"] = {
                     "kernel": names[0],
                     "tile": f"{tile.rows}, {tile.keys}",

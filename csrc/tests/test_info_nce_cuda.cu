@@ -343,6 +343,21 @@ void test_visits(int64_t n, int64_t k, int64_t c, bool gradient, int terms) {
          static_cast<long>(k), static_cast<long>(c), name(Queue{}));
 }
 
+// Keys whose scores differ from their positive's only by the third bfloat16 term of their elements, 2^-18: the first
+// keys score above it, all others below.
+void test_third_terms(int64_t n, int64_t c) {
+  constexpr int64_t kKeys = 192;
+  constexpr int64_t kAbove = 64;  // whole tiles
+  const Case plain{{n, kKeys, c}, 1, false, false, true, 3, false, false, 1, -1, -1};
+  const std::vector<float> query(n * c, 1), key(n * c, 1 + 0x1p-9f);
+  std::vector<float> queue(kKeys * c);
+  for (int64_t i = 0; i < kKeys * c; ++i) queue[i] = 1 + 0x1p-9f + (i / c < kAbove ? 0x1p-18f : -0x1p-18f);
+  const Results got = run(plain, query, key, queue);
+  const bool good = std::all_of(got.rank.begin(), got.rank.end(), [](int64_t rank) { return rank == kAbove; });
+  ++(good ? passed : failed);
+  printf("%s n=%ld c=%ld: third terms\n", good ? "ok    " : "FAILED", static_cast<long>(n), static_cast<long>(c));
+}
+
 template <typename Query>
 void test_queue(int queue_type, const Case& c, const Random& random) {
   if (queue_type == 0) return test<Query, float>(c, random);
@@ -389,6 +404,7 @@ int main(int argc, char** argv) {
       test_visits<__nv_bfloat16>(n, k, c, i > 0, 1);
     }
   }
+  for (const int64_t c : {64, 128, 256, 512}) test_third_terms(64, c);
   test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
   test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
   test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);

@@ -92,6 +92,8 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
                      const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,
                      void* workspace, cudaStream_t stream) {
   if (shape.n == 0) return info_nce_of_no_rows(outputs, stream);
+  if ((reinterpret_cast<uintptr_t>(query) | reinterpret_cast<uintptr_t>(key)) % 8 != 0)
+    return cudaErrorMisalignedAddress;
   const bool gradient = outputs.grad_query != nullptr;
   const InfoNcePass<Queue> pass = choose_pass(queue, shape, options, contrast, gradient);
   const InfoNceWorkspace w = pass_workspace(pass, workspace, shape, contrast, gradient);
@@ -118,8 +120,7 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
     if (error == cudaSuccess && contrast.in_batch) {
       error = launch_info_nce_operand<Operand>(info_nce_queries<Query>(key, nullptr, contrast.keys, shape.c, options),
                                                w.keys, stream);
-    }
-    if (error == cudaSuccess && contrast.in_batch) {
+      if (error != cudaSuccess) return error;
       error = launch(static_cast<const Operand*>(w.keys), {contrast.keys, nullptr}, contrast.key_ids,
                      contrast.key_offset, w.queue_splits, w.splits - w.queue_splits);
     }

@@ -87,10 +87,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
   const int last_keys =
       static_cast<int>(min(k - static_cast<int64_t>(end_tile - 1) * Tile::kKeys, int64_t{Tile::kKeys}));
   const auto valid_keys = [&](int tile) { return tile < end_tile - 1 ? Tile::kKeys : last_keys; };
-  // The first of a thread's rows: its others are 8, 16 and 24 further.
+  // The first of a thread's rows: its others are 8 and kRowStep further.
   const auto first_row = [](int thread) {
-    return static_cast<int64_t>(blockIdx.x) * Tile::kRows + thread / 32 % Tile::kRowWarps * Tile::kWarpRows +
-           thread % 32 / 4;
+    return static_cast<int64_t>(blockIdx.x) * Tile::kRows + thread / 32 % Tile::kRowWarps * 16 + thread % 32 / 4;
   };
   const int64_t row = first_row(thread);
   const bool idle = row - lane / 4 >= n;  // the warp only loads and splits keys
@@ -149,130 +148,140 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(first_tile + i);
 
-  // Each thread's part of the operand of queries stays in registers, but for the last term if it is in shared memory.
-  uint32_t operand[kTerms][Tile::kRowTiles][Tile::kSteps][4];
-  unsigned char* const own_operand = shared + Tile::kSharedBytes - Tile::kQueryBytes + 16 * thread;
-  unsigned char* const exchange = shared + Tile::kSharedBytes - Tile::kQueryBytes - Tile::kExchangeBytes;
-  const auto join_column_groups = [&](auto& x, auto operation) {
-    if constexpr (Tile::kColumnGroups > 1) {
-      constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(x)>>;
-      float* const parts = reinterpret_cast<float*>(exchange) + lane / 4 * kCount;  // [warps, 8 rows, values]
-      __syncthreads();  // all threads have read the previous values
-      for (int i = 0; lane % 4 == 0 && i < kCount; ++i) parts[thread / 32 * 8 * kCount + i] = x[i];
-      __syncthreads();
-      for (int i = 0; i < kCount; ++i) {
-        x[i] = parts[thread / 32 % Tile::kRowWarps * 8 * kCount + i];
-        for (int group = 1; group < Tile::kColumnGroups; ++group) {
-          x[i] = operation(x[i], parts[(group * Tile::kRowWarps + thread / 32 % Tile::kRowWarps) * 8 * kCount + i]);
+  const auto run = [&]<int row_tiles>() {
+    // Each thread's part of the operand of queries stays in registers, but for the last term if it is in shared memory.
+    uint32_t operand[kTerms][row_tiles][Tile::kSteps][4];
+    unsigned char* const own_operand = shared + Tile::kSharedBytes - Tile::kQueryBytes + 16 * thread;
+    unsigned char* const exchange = shared + Tile::kSharedBytes - Tile::kQueryBytes - Tile::kExchangeBytes;
+    const auto join_column_groups = [&](auto& x, auto operation) {
+      if constexpr (Tile::kColumnGroups > 1) {
+        constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(x)>>;
+        float* const parts = reinterpret_cast<float*>(exchange) + lane / 4 * kCount;  // [warps, 8 rows, values]
+        __syncthreads();  // all threads have read the previous values
+        for (int i = 0; lane % 4 == 0 && i < kCount; ++i) parts[thread / 32 * 8 * kCount + i] = x[i];
+        __syncthreads();
+        for (int i = 0; i < kCount; ++i) {
+          x[i] = parts[thread / 32 % Tile::kRowWarps * 8 * kCount + i];
+          for (int group = 1; group < Tile::kColumnGroups; ++group) {
+            x[i] = operation(x[i], parts[(group * Tile::kRowWarps + thread / 32 % Tile::kRowWarps) * 8 * kCount + i]);
+          }
+        }
+      }
+    };
+    constexpr int kBias = std::is_same_v<Element, __half> && kPass != MmaPass::kKeys
+                              ? 12
+                              : 0;  // keeps p >= 2^-26 above fp16's subnormals
+    SoftmaxRows rows[row_tiles];
+    const float log2_scale = 1.44269504f / arguments.temperature.value();
+#pragma unroll
+    for (int i = 0; i < 2 * row_tiles; ++i) {
+      float2 query[Tile::kWarpColumns / 8];
+      const QueryFacts facts =
+          load_query<Tile::kWarpColumns>(queries, row + i / 2 * Tile::kRowStep + i % 2 * 8,
+                                         column_group * Tile::kWarpColumns, query, join_column_groups);
+      start_row(rows[i / 2], i % 2, facts, log2_scale);
+#pragma unroll
+      for (int j = 0; j < Tile::kWarpColumns / 8; ++j) {
+        uint32_t words[kTerms];
+        split<typename Tile::Operand>(query[j].x, query[j].y, words);
+#pragma unroll
+        for (int t = 0; t < Tile::kRegisterTerms; ++t) operand[t][i / 2][j / 2][j % 2 * 2 + i % 2] = words[t];
+        if constexpr (Tile::kRegisterTerms < kTerms) {
+          reinterpret_cast<uint32_t*>(own_operand + (i / 2 * Tile::kSteps + j / 2) * Tile::kThreads *
+                                                        16)[j % 2 * 2 + i % 2] = words[kTerms - 1];
         }
       }
     }
-  };
-  constexpr int kBias =
-      std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
-  SoftmaxRows rows[Tile::kRowTiles];
-  const float log2_scale = 1.44269504f / arguments.temperature.value();
+    const auto query = [&](uint32_t (&a)[4], int t, int m, int step) {
+      if (t < Tile::kRegisterTerms) {
 #pragma unroll
-  for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
-    float2 query[Tile::kWarpColumns / 8];
-    const QueryFacts facts = load_query<Tile::kWarpColumns>(queries, row + 8 * i, column_group * Tile::kWarpColumns,
-                                                            query, join_column_groups);
-    start_row(rows[i / 2], i % 2, facts, log2_scale);
-#pragma unroll
-    for (int j = 0; j < Tile::kWarpColumns / 8; ++j) {
-      uint32_t words[kTerms];
-      split<typename Tile::Operand>(query[j].x, query[j].y, words);
-#pragma unroll
-      for (int t = 0; t < Tile::kRegisterTerms; ++t) operand[t][i / 2][j / 2][j % 2 * 2 + i % 2] = words[t];
-      if constexpr (Tile::kRegisterTerms < kTerms) {
-        reinterpret_cast<uint32_t*>(own_operand + (i / 2 * Tile::kSteps + j / 2) * Tile::kThreads *
-                                                      16)[j % 2 * 2 + i % 2] = words[kTerms - 1];
-      }
-    }
-  }
-  const auto query = [&](uint32_t (&a)[4], int t, int m, int step) {
-    if (t < Tile::kRegisterTerms) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = operand[t][m][step][i];
-    } else {
-      load_shared_16(a, shared_address(own_operand) + (m * Tile::kSteps + step) * Tile::kThreads * 16);
-    }
-  };
-  constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
-  float o[Tile::kRowTiles][kOutputs][4] = {};
-
-  for (int tile = first_tile; tile < end_tile; ++tile) {
-    if constexpr (Tile::kStages == 1) {
-      __syncthreads();  // no thread still reads the only stage
-      load_tile(tile);
-    }
-    cp_async_wait<Tile::kStages == 1 ? 0 : Tile::kStages - 2>();
-    if constexpr (kFloat) split_tile(tile);
-    __syncthreads();  // the whole tile is there, and no thread still reads the stage that the next load overwrites
-    if constexpr (Tile::kStages > 1) load_tile(tile + Tile::kStages - 1);
-    const int at = opaque(thread);
-    const int lane = at % 32;
-    const int row_warp = at / 32 % Tile::kRowWarps;
-    const int column_group = at / 32 / Tile::kRowWarps;
-    SharedAddress keys[kTerms];
-#pragma unroll
-    for (int t = 0; t < kTerms; ++t) {
-      keys[t] = shared_address(t < 2 ? stage(tile) + t * Tile::kTileBytes : third(tile)) +
-                column_group * Tile::kWarpColumns * 2;
-    }
-
-    float s[Tile::kRowTiles][Tile::kKeys / 8][4];
-    if (!idle) multiply_scores<Tile>(s, query, keys, lane);
-    if constexpr (Tile::kColumnGroups > 1) {
-      constexpr int kParts = Tile::kRowTiles * Tile::kKeys / 8;
-      float4* const parts = reinterpret_cast<float4*>(exchange) + lane;
-#pragma unroll
-      for (int i = 0; i < kParts && !idle; ++i) {
-        const auto& part = s[i % Tile::kRowTiles][i / Tile::kRowTiles];
-        parts[(at / 32 * kParts + i) * 32] = make_float4(part[0], part[1], part[2], part[3]);
-      }
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 2
-        for (int group = 0; group < Tile::kColumnGroups; ++group) {  // in the same order in all warps, for equal bits
-          const float4 part = parts[((group * Tile::kRowWarps + row_warp) * kParts + i) * 32];
-          sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
-        }
-        auto& to = s[i % Tile::kRowTiles][i / Tile::kRowTiles];
-        to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
-      }
-    }
-    if (idle) continue;
-    const int64_t row = first_row(at);
-    const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
-    const int valid = valid_keys(tile);
-#pragma unroll
-    for (int m = 0; m < Tile::kRowTiles; ++m) {
-      if constexpr (kPass == MmaPass::kKeys) {
-        weigh_columns(s[m], per_key, rows[m].scale, arguments.mask, row + 16 * m, n, first_key, valid, lane);
+        for (int i = 0; i < 4; ++i) a[i] = operand[t][m][step][i];
       } else {
-        if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
-        if constexpr (kMasked) {
-          mask_scores(s[m], rows[m], arguments.mask, row + 16 * m, n, first_key, valid, lane);
+        load_shared_16(a, shared_address(own_operand) + (m * Tile::kSteps + step) * Tile::kThreads * 16);
+      }
+    };
+    constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
+    float o[row_tiles][kOutputs][4] = {};
+
+    for (int tile = first_tile; tile < end_tile; ++tile) {
+      if constexpr (Tile::kStages == 1) {
+        __syncthreads();  // no thread still reads the only stage
+        load_tile(tile);
+      }
+      cp_async_wait<Tile::kStages == 1 ? 0 : Tile::kStages - 2>();
+      if constexpr (kFloat) split_tile(tile);
+      __syncthreads();  // the whole tile is there, and no thread still reads the stage that the next load overwrites
+      if constexpr (Tile::kStages > 1) load_tile(tile + Tile::kStages - 1);
+      const int at = opaque(thread);
+      const int lane = at % 32;
+      const int row_warp = at / 32 % Tile::kRowWarps;
+      const int column_group = at / 32 / Tile::kRowWarps;
+      SharedAddress keys[kTerms];
+#pragma unroll
+      for (int t = 0; t < kTerms; ++t) {
+        keys[t] = shared_address(t < 2 ? stage(tile) + t * Tile::kTileBytes : third(tile)) +
+                  column_group * Tile::kWarpColumns * 2;
+      }
+
+      float s[row_tiles][Tile::kKeys / 8][4];
+      if (!idle) multiply_scores<Tile>(s, query, keys, lane);
+      if constexpr (Tile::kColumnGroups > 1) {
+        constexpr int kParts = row_tiles * Tile::kKeys / 8;
+        float4* const parts = reinterpret_cast<float4*>(exchange) + lane;
+#pragma unroll
+        for (int i = 0; i < kParts && !idle; ++i) {
+          const auto& part = s[i % row_tiles][i / row_tiles];
+          parts[(at / 32 * kParts + i) * 32] = make_float4(part[0], part[1], part[2], part[3]);
         }
-        online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) {
+          float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+          for (int group = 0; group < Tile::kColumnGroups; ++group) {  // in the same order in all warps, for equal bits
+            const float4 part = parts[((group * Tile::kRowWarps + row_warp) * kParts + i) * 32];
+            sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+          }
+          auto& to = s[i % row_tiles][i / row_tiles];
+          to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
+        }
+      }
+      if (idle) continue;
+      const int64_t row = first_row(at);
+      const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
+      const int valid = valid_keys(tile);
+#pragma unroll
+      for (int m = 0; m < row_tiles; ++m) {
+        if constexpr (kPass == MmaPass::kKeys) {
+          weigh_columns(s[m], per_key, rows[m].scale, arguments.mask, row + m * Tile::kRowStep, n, first_key, valid,
+                        lane);
+        } else {
+          if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
+          if constexpr (kMasked) {
+            mask_scores(s[m], rows[m], arguments.mask, row + m * Tile::kRowStep, n, first_key, valid, lane);
+          }
+          online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);
+        }
+      }
+      // Weights of kKeys have any sign, and differences of their sums count: two terms already for two of S.
+      if constexpr (kGradient) {
+        multiply_keys<Tile, kTerms == 3 || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1>(o, s, keys, lane);
       }
     }
-    // Weights of kKeys have any sign, and differences of their sums count: two terms already for two of S.
-    if constexpr (kGradient) {
-      multiply_keys<Tile, kTerms == 3 || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1>(o, s, keys, lane);
-    }
-  }
 
-  const int at = opaque(thread);
-  const int first_column = at / 32 / Tile::kRowWarps * Tile::kWarpColumns;
+    const int at = opaque(thread);
+    const int first_column = at / 32 / Tile::kRowWarps * Tile::kWarpColumns;
 #pragma unroll
-  for (int m = 0; m < Tile::kRowTiles; ++m) {
-    store_partials<kBias>(arguments.partials, rows[m], o[m], blockIdx.y, first_row(at) + 16 * m, queries, first_column,
-                          at % 32);
+    for (int m = 0; m < row_tiles; ++m) {
+      store_partials<kBias>(arguments.partials, rows[m], o[m], blockIdx.y, first_row(at) + m * Tile::kRowStep, queries,
+                            first_column, at % 32);
+    }
+  };
+  // With few queries, each warp has half as many rows and twice as many warps have some.
+  if constexpr (Tile::kRowTiles == 2) {
+    if (n - static_cast<int64_t>(blockIdx.x) * Tile::kRows <= Tile::kRowStep) return run.template operator()<1>();
   }
+  run.template operator()<Tile::kRowTiles>();
 }
 
 }  // namespace moco_ext::cuda

@@ -1,32 +1,14 @@
 // What the InfoNCE kernels need to know about queries, from the rows as the caller has them: no kernel runs before the
 // passes.
 //
-// The operand of the products is the query times a power of two, which brings its largest element to [0.5, 1). This is
-// exact, so that a 16-bit query is not rounded, and within the range of fp16 for any norm. The norm scales the scores.
+// The operand of the products is the query times a power of two, which brings its largest element to [0.5, 1): within the
+// range of fp16 for any norm, and exact, so that a query of the keys' type is not rounded. The norm scales the scores.
 #pragma once
 
 #include "kernels/cuda/info_nce_workspace.cuh"
 #include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
-
-struct Add {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
-// Over groups of adjacent lanes.
-template <int lanes = kWarp, typename T, typename Join>
-__device__ __forceinline__ T warp_join(T x, Join join) {
-#pragma unroll
-  for (int flip = lanes / 2; flip > 0; flip /= 2) x = join(x, __shfl_xor_sync(0xffffffffu, x, flip));
-  return x;
-}
 
 // Over a block of at most 32 warps, in a fixed order; every thread gets the results.
 template <typename T, int count, typename Join>
