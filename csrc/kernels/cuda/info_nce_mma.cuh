@@ -148,15 +148,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(first_tile + i);
 
+  // Keeps p >= 2^-26 above fp16's subnormals.
+  constexpr int kBias = std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;
   const auto run = [&]<int row_tiles>() {
     // Each thread's part of the operand of queries stays in registers, but for the last term if it is in shared memory.
     uint32_t operand[kTerms][row_tiles][Tile::kSteps][4];
-    unsigned char* const own_operand = shared + Tile::kSharedBytes - Tile::kQueryBytes + 16 * thread;
-    unsigned char* const exchange = shared + Tile::kSharedBytes - Tile::kQueryBytes - Tile::kExchangeBytes;
+    unsigned char* const own_operand = shared + Tile::kQueriesAt + 16 * thread;
     const auto join_column_groups = [&](auto& x, auto operation) {
       if constexpr (Tile::kColumnGroups > 1) {
         constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(x)>>;
-        float* const parts = reinterpret_cast<float*>(exchange) + lane / 4 * kCount;  // [warps, 8 rows, values]
+        float* const parts =
+            reinterpret_cast<float*>(shared + Tile::kExchangeAt) + lane / 4 * kCount;  // [warps, 8 rows, values]
         __syncthreads();  // all threads have read the previous values
         for (int i = 0; lane % 4 == 0 && i < kCount; ++i) parts[thread / 32 * 8 * kCount + i] = x[i];
         __syncthreads();
@@ -168,9 +170,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
         }
       }
     };
-    constexpr int kBias = std::is_same_v<Element, __half> && kPass != MmaPass::kKeys
-                              ? 12
-                              : 0;  // keeps p >= 2^-26 above fp16's subnormals
     SoftmaxRows rows[row_tiles];
     const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
@@ -214,7 +213,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
       if constexpr (Tile::kStages > 1) load_tile(tile + Tile::kStages - 1);
       const int at = opaque(thread);
       const int lane = at % 32;
-      const int row_warp = at / 32 % Tile::kRowWarps;
       const int column_group = at / 32 / Tile::kRowWarps;
       SharedAddress keys[kTerms];
 #pragma unroll
@@ -226,8 +224,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
       float s[row_tiles][Tile::kKeys / 8][4];
       if (!idle) multiply_scores<Tile>(s, query, keys, lane);
       if constexpr (Tile::kColumnGroups > 1) {
+        const int row_warp = at / 32 % Tile::kRowWarps;
         constexpr int kParts = row_tiles * Tile::kKeys / 8;
-        float4* const parts = reinterpret_cast<float4*>(exchange) + lane;
+        float4* const parts = reinterpret_cast<float4*>(shared + Tile::kExchangeAt) + lane;
 #pragma unroll
         for (int i = 0; i < kParts && !idle; ++i) {
           const auto& part = s[i % row_tiles][i / row_tiles];
@@ -248,7 +247,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
       }
       if (idle) continue;
       const int64_t row = first_row(at);
-      const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
+      [[maybe_unused]] const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
       const int valid = valid_keys(tile);
 #pragma unroll
       for (int m = 0; m < row_tiles; ++m) {

@@ -51,6 +51,8 @@ struct MmaTile {
                                  : 2 * kStageBytes + kOtherBytes <= 163 * 1024 ? 2
                                                                                : 1;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
+  static constexpr int kQueriesAt = kSharedBytes - kQueryBytes;
+  static constexpr int kExchangeAt = kQueriesAt - kExchangeBytes;
   static_assert(columns % kWarpColumns == 0 && kThreads % kSourceChunks == 0);
   static_assert(kSharedBytes <= (kSourceBytes <= 2048 ? 99 : 163) * 1024);
 };

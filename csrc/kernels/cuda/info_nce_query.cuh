@@ -1,8 +1,9 @@
 // What the InfoNCE kernels need to know about queries, from the rows as the caller has them: no kernel runs before the
 // passes.
 //
-// The operand of the products is the query times a power of two, which brings its largest element to [0.5, 1): within the
-// range of fp16 for any norm, and exact, so that a query of the keys' type is not rounded. The norm scales the scores.
+// The operand of the products is the query times a power of two, which brings its largest element to [0.5, 1): within
+// the range of fp16 for any norm, and exact, so that a query of the keys' type is not rounded. The norm scales the
+// scores.
 #pragma once
 
 #include "kernels/cuda/info_nce_workspace.cuh"

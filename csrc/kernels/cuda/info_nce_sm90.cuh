@@ -73,8 +73,8 @@ __device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane
 // has its own rows.
 template <typename Queue, int kTerms, int columns, bool kGradient, bool kMasked>
 __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
-    info_nce_sm90_kernel(const __grid_constant__ CUtensorMap key_map, const InfoNcePassArguments<Queue> arguments,
-                         int streams) {
+    info_nce_sm90_kernel(const __grid_constant__ CUtensorMap key_map,
+                         const __grid_constant__ InfoNcePassArguments<Queue> arguments, int streams) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   let_next_kernel_start();
   using Tile = Sm90Tile<Queue, kTerms, columns>;
@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
 
   // Tile t of stream s is in slot t * streams + s of the ring. Slots beyond a stream's last tile go around empty.
   const int64_t k = arguments.count.value();
-  const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
+  const int all_tiles = static_cast<int>((k + Tile::kKeys - 1) / Tile::kKeys);
   const int first_split = static_cast<int>(blockIdx.y) * streams;
   const auto first_tile_of_split = [&](int split) {
-    return static_cast<int>(all_tiles * min(split, arguments.splits) / arguments.splits);
+    return static_cast<int>(int64_t{all_tiles} * min(split, arguments.splits) / arguments.splits);
   };
   const auto tiles_of_split = [&](int split) { return first_tile_of_split(split + 1) - first_tile_of_split(split); };
   const auto longest_stream = [&] {
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const typename Tile::Operand type{};
     const int lane = thread % 32;
     const int64_t n = queries.n;
-    const int64_t group_row = block_row + group * group_rows;
-    const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
+    const int row_of_group = thread % 128 / 32 * 16 + lane / 4;
+    const int64_t row = block_row + group * group_rows + row_of_group;
     const int stream = streams == 1 ? 0 : group;
     const int split = first_split + stream;
     const int first_tile = first_tile_of_split(split);
@@ -216,8 +216,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       start_row(rows, r, load_query<columns>(queries, row + 8 * r, 0, x, [](auto&, auto) {}), log2_scale);
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
-        const uint32_t shared = group_query + sm90::element_offset(static_cast<int>(row - group_row) + 8 * r,
-                                                                   8 * i + lane % 4 * 2, Tile::kQueryPanelBytes);
+        const uint32_t shared =
+            group_query + sm90::element_offset(row_of_group + 8 * r, 8 * i + lane % 4 * 2, Tile::kQueryPanelBytes);
         if constexpr (Tile::kSplit) {
           query_words[i / 2][i % 2 * 2 + r] = take_term(x[i].x, x[i].y);
 #pragma unroll
