@@ -151,7 +151,7 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
   const int64_t width = c.shape.c;
   const bool half = !std::is_same_v<Queue, float>;
   constexpr int64_t kFast[] = {64, 128, 256, 512, 768, 1024};
-  const bool hopper = std::getenv("MOCO_EXT_SM90") != nullptr && width <= 256 && width * sizeof(Queue) % 16 == 0;
+  const bool hopper = std::getenv("MOCO_EXT_SM90") != nullptr && width <= (half ? 768 : 128) && width * sizeof(Queue) % 16 == 0;
   const bool fast =
       (hopper || std::find(std::begin(kFast), std::end(kFast), width) != std::end(kFast)) && !c.misaligned;
   const double operand_error = !fast                                  ? 0x1p-21

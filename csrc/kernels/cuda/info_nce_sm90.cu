@@ -112,6 +112,15 @@ cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count
   arguments.count = count;
   arguments.mask = mask;
   arguments.temperature = {options.temperature, options.temperature_ptr};
+  if constexpr (sizeof(Queue) == 2) {
+    if (sm90_is_wide(shape.c)) {
+      const dim3 grid(static_cast<unsigned>(w.n_padded / kSm90GroupRows), static_cast<unsigned>(splits));
+      const bool encoded =
+          encode(arguments.query_map, static_cast<const Queue*>(w.query), w.n_padded, shape.c, kSm90GroupRows) &&
+          encode(arguments.key_map, keys, count.most, shape.c, kSm90WideKeys);
+      return encoded ? launch_info_nce_sm90_wide<Queue>(arguments, grid, stream) : cudaErrorInvalidValue;
+    }
+  }
   const int64_t block_rows = arguments.streams == 2 ? kSm90GroupRows : 2 * kSm90GroupRows;
   const dim3 grid(static_cast<unsigned>(w.n_padded / block_rows),
                   static_cast<unsigned>((splits + arguments.streams - 1) / arguments.streams));

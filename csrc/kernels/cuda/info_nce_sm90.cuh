@@ -68,6 +68,10 @@ struct Sm90Arguments {
   InfoNceTemperature temperature;
 };
 
+// The pass for more than 256 columns of 16 bits (info_nce_sm90_wide.cuh).
+template <typename Queue>
+cudaError_t launch_info_nce_sm90_wide(const Sm90Arguments& arguments, dim3 grid, cudaStream_t stream);
+
 // The next bfloat16 term of two floats, which it leaves with their remainders.
 __device__ __forceinline__ uint32_t take_term(float& a, float& b) {
   const uint32_t term = pack(a, b, __nv_bfloat16{});
