@@ -25,14 +25,13 @@ struct Sm90WideTile {
   static constexpr int kUnitPanels = kGroupColumns / 64;
   static constexpr int kUnitBytes = kUnitPanels * kKeyPanelBytes;
   static constexpr int kWeightBytes = kSm90GroupRows * 2 * kKeys * 2;  // of two tiles, side by side: [rows, 2 kKeys]
-  static constexpr int kStaticBytes = 2 * kSm90GroupRows * 4;          // rescales
   static constexpr int kMaxSharedBytes = 227 * 1024;
-  static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers
-  static constexpr int kUnits =
-      (kMaxSharedBytes - kStaticBytes - kOtherBytes - kQueryBytes - kWeightBytes) / kUnitBytes;
+  static constexpr int kBarrierBytes = 128;
+  static constexpr int kOtherBytes = 1024 + kBarrierBytes + 2 * kSm90GroupRows * 4;  // alignment, barriers, rescales
+  static constexpr int kUnits = (kMaxSharedBytes - kOtherBytes - kQueryBytes - kWeightBytes) / kUnitBytes;
   // S(j+1) must fit besides tile j. Its first kAhead units can arrive while tile j - 1 is being read; only they are
   // issued before the softmax of tile j, which must not wait for a load that waits for the sums of tile j - 1.
-  static_assert(kUnits >= 2 * kGroups && (kUnits + 5) * 8 <= 256);
+  static_assert(kUnits >= 2 * kGroups && (kUnits + 5) * 8 <= kBarrierBytes);
   static constexpr int kAhead = kUnits - 2 * kGroups < kGroups ? kUnits - 2 * kGroups : kGroups;
   static_assert(kAhead > 0);
   static constexpr int kDynamicBytes = kOtherBytes + kQueryBytes + kWeightBytes + kUnits * kUnitBytes;
@@ -64,7 +63,6 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
   constexpr int kGroups = Tile::kGroups;
   constexpr int kUnits = Tile::kUnits;
   MOCO_DYNAMIC_SHARED(unaligned);
-  __shared__ float rescales[2][kSm90GroupRows];  // of O before P of a tile is added
   const uint32_t query = (sm90::shared_address(unaligned) + 1023u) & ~1023u;
   const uint32_t weights = query + Tile::kQueryBytes;
   const uint32_t ring = weights + Tile::kWeightBytes;
@@ -72,6 +70,7 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
   const uint32_t weights_full = full + kUnits * 8;         // [2]: P and rescales are written, S has been read
   const uint32_t weights_empty = weights_full + 2 * 8;     // [2]: all sums include P
   const uint32_t query_arrived = weights_empty + 2 * 8;
+  const uint32_t rescales = full + Tile::kBarrierBytes;  // [2, rows] of O before P of a tile is added
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // of columns; -1: the scores' warpgroup
@@ -85,9 +84,9 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
   const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
   const int first_tile = static_cast<int>(all_tiles * split / arguments.splits);
   const int tiles = static_cast<int>(all_tiles * (split + 1) / arguments.splits) - first_tile;
-  const auto valid_keys = [&](int tile) {
-    return static_cast<int>(min(k - static_cast<int64_t>(first_tile + tile) * Tile::kKeys, int64_t{Tile::kKeys}));
-  };
+  // Of the last tile; all others are full.
+  const int last_keys =
+      static_cast<int>(min(k - static_cast<int64_t>(first_tile + tiles - 1) * Tile::kKeys, int64_t{Tile::kKeys}));
   constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
   constexpr float kUnbias = 1.0f / (1 << kBias);
   const Queue type{};
@@ -178,23 +177,27 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
         begin();
         issue_scores(tile + 1, 0, Tile::kAhead);
       }
-      if (const int valid = valid_keys(tile); valid < Tile::kKeys) drop_scores(p, valid, lane);
+      if (tile + 1 == tiles && last_keys < Tile::kKeys) drop_scores(p, last_keys, opaque(lane));
       softmax_of_tile<kBias>(p, rows, rescale);
       const int buffer = tile % 2;
       sm90::barrier_wait(weights_empty + 8 * buffer, sm90::empty_parity(tile, 2));
       if constexpr (kGradient) {
+        const uint32_t writer = opaque(thread);  // so that the compiler holds no addresses during the loop
+        const int to_row = static_cast<int>(writer / 32 * 16 + writer % 32 / 4);
+        const int to_key = static_cast<int>(writer % 4 * 2) + buffer * Tile::kKeys;
+        if (writer % 4 == 0) {
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          if (lane % 4 == 0) rescales[buffer][row_of_block + 8 * r] = rescale[r];
+          for (int r = 0; r < 2; ++r) {
+            sm90::store_shared_4(rescales + (buffer * kSm90GroupRows + to_row + 8 * r) * 4,
+                                 __float_as_uint(rescale[r]));
+          }
         }
 #pragma unroll
         for (int j = 0; j < kScores; ++j) {
+          const uint32_t to = weights + sm90::element_offset(to_row, to_key + 8 * j, Tile::kWeightBytes);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {  // rows 8 apart are swizzled alike
-            sm90::store_shared_4(
-                weights + r * 1024 +
-                    sm90::element_offset(row_of_block, buffer * Tile::kKeys + 8 * j + lane % 4 * 2, Tile::kWeightBytes),
-                pack(p[j][2 * r], p[j][2 * r + 1], type));
+            sm90::store_shared_4(to + r * 1024, pack(p[j][2 * r], p[j][2 * r + 1], type));
           }
         }
         sm90::fence_shared();
@@ -206,10 +209,12 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       }
     }
     join_lanes(rows);
+    const uint32_t end_thread = opaque(thread);  // so that the compiler holds no addresses during the loop
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= n || lane % 4 != 0) continue;
-      const int64_t slot = split * n + row + 8 * r;
+      const int64_t end_row = block_row + end_thread / 32 * 16 + end_thread % 32 / 4 + 8 * r;
+      if (end_row >= n || end_thread % 4 != 0) continue;
+      const int64_t slot = split * n + end_row;
       arguments.partials.max[slot] = rows.max[r];
       arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
       arguments.partials.rank[slot] = rows.rank[r];
@@ -231,16 +236,18 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       if constexpr (kGradient) {
         const uint32_t keys = ring + unit % kUnits * Tile::kUnitBytes;
         // A weight of 0 does not remove a key that is not finite, and num_valid may end before such keys.
-        if (const int valid = valid_keys(tile); valid < Tile::kKeys) {
+        if (tile + 1 == tiles && last_keys < Tile::kKeys) {
           constexpr int kRowStores = Tile::kGroupColumns / 4;
-          for (int i = valid * kRowStores + thread % 128; i < Tile::kKeys * kRowStores; i += 128) {
+          for (int i = last_keys * kRowStores + thread % 128; i < Tile::kKeys * kRowStores; i += 128) {
             sm90::store_shared_8(keys + sm90::element_offset(i / kRowStores, i % kRowStores * 4, Tile::kKeyPanelBytes),
                                  0, 0);
           }
           sm90::fence_shared();
           sm90::warpgroup_barrier(1 + group);
         }
-        const float rescale[] = {rescales[buffer][row_of_block], rescales[buffer][row_of_block + 8]};
+        const auto* const from = reinterpret_cast<const float*>(
+            unaligned + (rescales - sm90::shared_address(unaligned)) + (buffer * kSm90GroupRows + row_of_block) * 4);
+        const float rescale[] = {from[0], from[8]};
         if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) rescale_rows(o[half], rescale);
