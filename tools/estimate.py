@@ -7,7 +7,8 @@
 The counts are exact for one version of nvcc. The estimate is a model, not a measurement.
 
 What is counted: one iteration of the main loop, for one warp. The main loop is the innermost loop with tensor
-instructions, and of several the one with the most. A forward branch that can skip code without tensor instructions
+instructions, and of several the one with the most. Hopper's kernel for wide rows has two, of different warpgroups:
+one warp of each is counted. A forward branch that can skip code without tensor instructions
 and copies makes that code rare: masks, the end of the last tile, a new maximum. Rare code is counted separately and
 costs nothing in the estimate. A nested loop counts once; the estimate multiplies the one that splits float32 keys.
 """
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "sass.json"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = ("sm_80", "sm_90a")
-KERNELS = r"info_nce_(mma|sm90)_kernel"
+KERNELS = r"info_nce_(mma|sm90|sm90_wide)_kernel"
 
 # Opcode -> pipe; others only take an issue slot.
 PIPES = {
@@ -85,6 +86,7 @@ TILES = {
         r"info_nce_mma_kernel<MmaTile<float, 2, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=2
     ),
     "bf16, 128, Hopper": Tile(r"info_nce_sm90_kernel<__nv_bfloat16, 1, 128, true, false>", 128, 128),
+    "bf16, 768, Hopper": Tile(r"info_nce_sm90_wide_kernel<__nv_bfloat16, 768, true>", 64, 32),
     "float32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 3, 128, true, false>", 128, 64, terms=3),
     "tf32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 2, 128, true, false>", 128, 64, terms=2),
 }
@@ -145,7 +147,8 @@ class Instruction:
         return 32 * (int(width[1]) // 8 if width else 4)
 
 
-# The main loop, and the one with the most stores to shared memory, which splits float32 keys into terms.
+# The main loop, and the one with the most stores to shared memory, which splits float32 keys into terms. For wide rows,
+# the loop of the scores and that of the sums.
 Loops = tuple[list[Instruction], list[Instruction]]
 
 
@@ -160,8 +163,8 @@ def parse(code: str) -> list[Instruction]:
     return instructions
 
 
-def find_loop(instructions: list[Instruction], wanted: str) -> list[Instruction]:
-    """The innermost loop with the wanted opcodes; of several, the one with the most."""
+def find_loops(instructions: list[Instruction], wanted: str) -> list[list[Instruction]]:
+    """The innermost loops with the wanted opcodes, the one with the most first; an empty one if there is none."""
 
     def wanted_in(loop: list[Instruction]) -> int:
         return sum(re.fullmatch(wanted, i.opcode) is not None for i in loop)
@@ -177,7 +180,7 @@ def find_loop(instructions: list[Instruction], wanted: str) -> list[Instruction]
             if wanted_in(loop) and not any(i.opcode == "EXIT" for i in loop):
                 loops.append(loop)
     innermost = [loop for loop in loops if not any(contains(loop, other) for other in loops)]
-    return max(innermost, key=wanted_in, default=[])
+    return sorted(innermost, key=wanted_in, reverse=True) or [[]]
 
 
 def split_rare(body: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
@@ -243,7 +246,9 @@ def read_kernels(path: str) -> tuple[dict, dict[str, Loops], set[str]]:
             if not re.search(PIPES["tensor"], code):
                 continue  # an empty kernel, for another architecture
             instructions = parse(code)
-            body, rare = split_rare(find_loop(instructions, PIPES["tensor"]))
+            found = find_loops(instructions, PIPES["tensor"])
+            parts = [split_rare(loop) for loop in (found[:2] if "wide" in name else found[:1])]
+            body = [i for every, _ in parts for i in every]
             counts = Counter(i.pipe for i in body)
             used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources[name])}
             record = {
@@ -252,12 +257,15 @@ def read_kernels(path: str) -> tuple[dict, dict[str, Loops], set[str]]:
                 "threads": int(threads[name], 16),
                 "instructions": len(body),
                 **{pipe: counts[pipe] for pipe in (*PIPES, "other")},
-                "rare": len(rare),
+                "rare": sum(len(rare) for _, rare in parts),
             }
             target = architecture or re.search(r"code for (sm_\w+)", sass)[1]
             kernels.setdefault(target, {})[names[name]] = record
             if target == "sm_90a":
-                loops[names[name]] = (body, split_rare(find_loop(instructions, "STS"))[0])
+                loops[names[name]] = (
+                    parts[0][0],
+                    parts[1][0] if parts[1:] else split_rare(find_loops(instructions, "STS")[0])[0],
+                )
     return kernels, loops, versions
 
 
@@ -286,31 +294,35 @@ def choose_splits(row_blocks: int, tiles: int, resident: int) -> int:
 
 def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> dict:
     """Cycles of a multiprocessor for one tile of a block: with the busiest pipe always busy, and at worst."""
-    body, splitter = loops
+    body, other = loops
+    wide = "wide" in tile.kernel
     hopper = any(i.opcode == "HGMMA" for i in body)
-    warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer
-    products = sum(i.tensor_fmas for i in body) * warps / (tile.rows * tile.keys * c)
+    warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer, or has the scores
+    roles = [(body, 4), (other, warps)] if wide else [(body, warps)]
+    products = sum(i.tensor_fmas * count for loop, count in roles for i in loop) / (tile.rows * tile.keys * c)
     if products < 1 or products % 1 != 0:
         raise SystemExit(f"{label}: {products:g} products of [{tile.rows}, {tile.keys}, {c}]: update TILES")
-    cycles = {pipe: warps / 4 * value for pipe, value in warp_cycles(body).items()}
+    cycles: Counter[str] = Counter()
+    for loop, count in roles:
+        cycles.update({pipe: count / 4 * value for pipe, value in warp_cycles(loop).items()})
     if tile.terms:
         splitting = 4 if hopper else warps
-        written = splitting * sum(i.shared_bytes for i in splitter if i.opcode == "STS")
+        written = splitting * sum(i.shared_bytes for i in other if i.opcode == "STS")
         iterations = tile.keys * c * 2 * tile.terms / written - (not hopper)  # one is in the main loop
-        for pipe, value in warp_cycles(splitter).items():
+        for pipe, value in warp_cycles(other).items():
             cycles[pipe] += iterations * splitting / 4 * value
     elif hopper:
         cycles["shared"] += tile.keys * c * 2 / SHARED_BYTES
     bound = max(cycles, key=lambda pipe: cycles[pipe])
     worst = STALLS * cycles[bound]
-    if hopper:  # all warpgroups compute their softmax at the same time
+    if hopper and not wide:  # all warpgroups compute their softmax at the same time
         worst = max(cycles[bound], cycles["tensor"] + warps / 4 * max(warp_cycles(exposed(body)).values()))
     return {"bound": bound, "low": cycles[bound], "high": worst}
 
 
 def estimate(n: int, k: int, c: int, queue: str, tile: Tile, record: dict, cycles: dict) -> dict:
     rows, keys = tile.rows, tile.keys
-    if "sm90" in tile.kernel and 2 * n <= rows:  # both warpgroups have the same rows, each has its own keys
+    if "sm90_kernel" in tile.kernel and 2 * n <= rows:  # both warpgroups have the same rows, each has its own keys
         rows, keys = rows // 2, 2 * keys
     allocated = -(-record["registers"] // 8) * 8 * record["threads"]
     row_blocks = -(-n // rows)
