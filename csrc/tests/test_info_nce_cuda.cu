@@ -151,7 +151,8 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
   const int64_t width = c.shape.c;
   const bool half = !std::is_same_v<Queue, float>;
   constexpr int64_t kFast[] = {64, 128, 256, 512, 768, 1024};
-  const bool hopper = std::getenv("MOCO_EXT_SM90") != nullptr && width <= 256 && width * sizeof(Queue) % 16 == 0;
+  const bool hopper =
+      std::getenv("MOCO_EXT_SM90") != nullptr && width <= (half ? 768 : 128) && width * sizeof(Queue) % 16 == 0;
   const bool fast =
       (hopper || std::find(std::begin(kFast), std::end(kFast), width) != std::end(kFast)) && !c.misaligned;
   const double operand_error = !fast                                  ? 0x1p-21
@@ -405,6 +406,13 @@ int main(int argc, char** argv) {
     }
   }
   for (const int64_t c : {64, 128, 256, 512}) test_third_terms(64, c);
+  // Wide rows, with padding of rows, keys and columns.
+  test_types(0, 1, {{1, 1, 264}, 0.07, false, true, true, 1, false, false, 1, -1, -1}, random);
+  test_types(0, 2, {{65, 100, 384}, 0.07, true, true, true, 1, false, false, 1, 3, -1}, random);
+  test_types(0, 1, {{64, 333, 512}, 0.01, false, true, true, 1, false, false, 1, -1, -1}, random);
+  test_types(0, 1, {{130, 95, 640}, 1, true, false, true, 1, false, false, 100, 5, -1}, random);
+  test_types(1, 2, {{66, 129, 768}, 0.01, true, true, true, 1, false, false, 1, 60, -1}, random);
+  test_types(2, 2, {{3, 260, 768}, 0.07, false, true, false, 1, false, true, 1, -1, -1}, random);
   test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
   test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
   test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);

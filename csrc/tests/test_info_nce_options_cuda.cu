@@ -305,6 +305,15 @@ int main(int argc, char** argv) {
       }
     }
   }
+  for (const int64_t c : {264, 768}) {  // wide rows
+    for (const int64_t num_valid : {0, 33, 70}) {
+      for (int type = 1; type < 3; ++type) {
+        Case x = plain;
+        x.c = c, x.num_valid = num_valid, x.valid_on_device = true;
+        test_types(0, type, x, random);
+      }
+    }
+  }
   for (const int names : {1, 0}) {  // all have the same id; no id is known
     Case x = plain;
     x.ids = x.in_batch = true;

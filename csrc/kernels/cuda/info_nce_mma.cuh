@@ -175,10 +175,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
 #pragma unroll
     for (int i = 0; i < 2 * row_tiles; ++i) {
       float2 query[Tile::kWarpColumns / 8];
-      const QueryFacts facts =
-          load_query<Tile::kWarpColumns>(queries, row + i / 2 * Tile::kRowStep + i % 2 * 8,
-                                         column_group * Tile::kWarpColumns, query, join_column_groups);
-      start_row(rows[i / 2], i % 2, facts, log2_scale);
+      const QueryFacts facts = load_query(queries, row + i / 2 * Tile::kRowStep + i % 2 * 8,
+                                          column_group * Tile::kWarpColumns, query, join_column_groups);
+      start_row(rows[i / 2], i % 2, facts.scale, facts.positive, log2_scale);
 #pragma unroll
       for (int j = 0; j < Tile::kWarpColumns / 8; ++j) {
         uint32_t words[kTerms];

@@ -125,16 +125,17 @@ __device__ __forceinline__ QueryFacts block_query_facts(const InfoNceQueries& qu
   return query_facts(queries, row, threadIdx.x, blockDim.x, [](auto& x, auto operation) { block_join(x, operation); });
 }
 
-// For tensor cores, a row of the operand in the four lanes that hold it as operand A (mma.cuh): pair i of a lane is of
-// the columns from first_column + 8 i + lane % 4 * 2 on. `join` must include the warps that have its other columns.
-template <int columns, typename Join>
+// For tensor cores, a row of the operand, of the columns from first_column on. `lanes` adjacent lanes share it: pair i
+// of a lane is at column 2 (i lanes + lane % lanes). Four lanes hold it as operand A does (mma.cuh). `join` must
+// include the warps that have its other columns.
+template <int lanes = 4, int pairs, typename Join>
 __device__ __forceinline__ QueryFacts load_query(const InfoNceQueries& queries, int64_t row, int first_column,
-                                                 float2 (&query)[columns / 8], const Join& join) {
-  float2 key[columns / 8];
+                                                 float2 (&query)[pairs], const Join& join) {
+  float2 key[pairs];
   with_type(queries.dtype, [&]<typename T>(T) {
 #pragma unroll
-    for (int i = 0; i < columns / 8; ++i) {
-      const int64_t column = first_column + 8 * i + threadIdx.x % 4 * 2;
+    for (int i = 0; i < pairs; ++i) {
+      const int64_t column = first_column + 2 * (i * lanes + static_cast<int>(threadIdx.x) % lanes);
       const bool exists = row < queries.n && column < queries.c;
       const int64_t at = row * queries.c + column;
       query[i] = exists ? load_pair(static_cast<const T*>(queries.query) + at) : float2{};
@@ -145,14 +146,14 @@ __device__ __forceinline__ QueryFacts load_query(const InfoNceQueries& queries, 
       queries,
       [&](const auto& f) {
 #pragma unroll
-        for (int i = 0; i < columns / 8; ++i) f(query[i].x, key[i].x), f(query[i].y, key[i].y);
+        for (int i = 0; i < pairs; ++i) f(query[i].x, key[i].x), f(query[i].y, key[i].y);
       },
       [&](auto& x, auto operation) {
-        for (auto& value : x) value = warp_join<4>(value, operation);
+        for (auto& value : x) value = warp_join<lanes>(value, operation);
         join(x, operation);
       });
 #pragma unroll
-  for (int i = 0; i < columns / 8; ++i) query[i].x *= facts.unit, query[i].y *= facts.unit;
+  for (int i = 0; i < pairs; ++i) query[i].x *= facts.unit, query[i].y *= facts.unit;
   return facts;
 }
 

@@ -79,6 +79,15 @@ cudaError_t launch_tile(const InfoNcePassArguments<Queue>& arguments, cudaStream
   return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, key_map, arguments, streams);
 }
 
+template <typename Queue>
+cudaError_t launch_wide(const InfoNcePassArguments<Queue>& arguments, cudaStream_t stream) {
+  CUtensorMap key_map{};
+  if (!encode(key_map, arguments.keys, arguments.count.most, arguments.queries.c, kSm90WideKeys)) {
+    return cudaErrorInvalidValue;
+  }
+  return launch_info_nce_sm90_wide(key_map, arguments, stream);
+}
+
 template <typename Queue, int kTerms>
 cudaError_t launch_width(const InfoNcePassArguments<Queue>& arguments, cudaStream_t stream) {
   if (arguments.queries.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, stream);
@@ -99,6 +108,9 @@ bool sm90_enabled() {
 
 template <typename Queue>
 cudaError_t launch_info_nce_sm90(const InfoNcePassArguments<Queue>& arguments, int terms, cudaStream_t stream) {
+  if constexpr (sizeof(Queue) == 2) {
+    if (sm90_is_wide(arguments.queries.c)) return launch_wide(arguments, stream);
+  }
   if constexpr (std::is_same_v<Queue, float>) {
     if (terms == 3) return launch_width<Queue, 3>(arguments, stream);
     if (terms == 2) return launch_width<Queue, 2>(arguments, stream);

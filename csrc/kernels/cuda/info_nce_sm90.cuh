@@ -50,6 +50,11 @@ struct Sm90Tile {
   static constexpr int kThreads = 3 * 128;
 };
 
+// The pass for more than 256 columns of 16 bits (info_nce_sm90_wide.cuh). key_map: in boxes of [kSm90WideKeys, 64].
+template <typename Queue>
+cudaError_t launch_info_nce_sm90_wide(const CUtensorMap& key_map, const InfoNcePassArguments<Queue>& arguments,
+                                      cudaStream_t stream);
+
 // The next bfloat16 term of two floats, which it leaves with their remainders.
 __device__ __forceinline__ uint32_t take_term(float& a, float& b) {
   const uint32_t term = pack(a, b, __nv_bfloat16{});
@@ -213,7 +218,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float2 x[columns / 8];
-      start_row(rows, r, load_query<columns>(queries, row + 8 * r, 0, x, [](auto&, auto) {}), log2_scale);
+      const QueryFacts facts = load_query(queries, row + 8 * r, 0, x, [](auto&, auto) {});
+      start_row(rows, r, facts.scale, facts.positive, log2_scale);
 #pragma unroll
       for (int i = 0; i < columns / 8; ++i) {
         const uint32_t shared =

@@ -26,6 +26,10 @@ template <int registers>
 void claim_registers(Where where = Where::current()) {
   emu::set_max_registers(registers, where);
 }
+template <int before, int registers>
+void set_registers(Where where = Where::current()) {
+  emu::set_max_registers(registers, where);
+}
 inline void warpgroup_barrier(int id, Where where = Where::current()) { emu::barrier(id, 128, where); }
 
 inline void fence_shared() { emu::fence_proxy_async(); }
@@ -75,6 +79,11 @@ template <int tiles, typename Element>
 void multiply_rows(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep, Element type,
                    Where where = Where::current()) {
   emu::issue_product({d[0], 8 * tiles, keep != 0, a, 0, b, false, format_of(type)}, where);
+}
+template <int tiles, typename Element>
+void multiply_columns(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Element type,
+                      Where where = Where::current()) {
+  emu::issue_product({d[0], 8 * tiles, keep != 0, nullptr, a, b, true, format_of(type)}, where);
 }
 template <int tiles, typename Element>
 void multiply_columns(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep, Element type,
