@@ -1,9 +1,9 @@
 // The Hopper pass for rows too wide for one warpgroup's registers: 16-bit queues of up to 768 columns, without masks.
 //
-// A block has 64 rows. One warpgroup computes all scores S = Q K^T and the softmax, and writes its weights P to shared
-// memory. Each of the others holds the sum O += P K of 256 columns in its registers. The ring consists of units, 256
-// columns of a tile: what one warpgroup sums. Its last reader is that warpgroup, which then loads the unit that takes
-// its place, so no producer is needed. Order of the scores' warpgroup, while the others sum up tile j - 1:
+// A block has 64 queries. One warpgroup computes the scores S = Q K^T and the softmax, and writes its weights P to
+// shared memory. Two others sum up O += P K, half of the columns each, in their registers. A unit of the ring is what
+// one of them reads of a tile. After its sums, the last to read the unit, it loads the unit that takes its place, so
+// there is no producer. The scores' warpgroup, while the others add tile j - 1:
 //   wait for S(j) -> issue the first part of S(j+1) -> softmax of S(j) -> P(j) to shared memory -> issue the rest
 #pragma once
 
@@ -18,7 +18,7 @@ struct Sm90WideTile {
   static constexpr int kKeys = kSm90WideKeys;
   static constexpr int kGroups = 2;
   static constexpr int kGroupColumns = columns / kGroups;
-  static constexpr int kHalf = kGroupColumns / 2;  // of a product: at most 256 columns
+  static constexpr int kHalf = kGroupColumns / 2;  // columns of a product
   static constexpr int kThreads = (kGroups + 1) * 128;
   static constexpr int kQueryPanelBytes = kSm90GroupRows * 128;
   static constexpr int kQueryBytes = columns / 64 * kQueryPanelBytes;
@@ -31,15 +31,15 @@ struct Sm90WideTile {
   static constexpr int kRescaleBytes = 2 * kSm90GroupRows * 4;
   static constexpr int kOtherBytes = 1024 + kBarrierBytes + kRescaleBytes + kSm90GroupRows * 8;  // 1024: alignment
   static constexpr int kUnits = (kMaxSharedBytes - kOtherBytes - kQueryBytes - kWeightBytes) / kUnitBytes;
-  // S(j+1) must fit besides tile j. Its first kAhead units can arrive while tile j - 1 is being read; only they are
-  // issued before the softmax of tile j, which must not wait for a load that waits for the sums of tile j - 1.
+  // The ring holds two tiles and more. The first kAhead units of tile j+1 replace units of tile j-2 or earlier, the
+  // rest may replace units of tile j-1. So only the first are multiplied before the softmax of tile j, which would
+  // otherwise wait for the sums of tile j-1 and a load.
   static_assert(kUnits >= 2 * kGroups && (kUnits + 5) * 8 <= kBarrierBytes);
   static constexpr int kAhead = kUnits - 2 * kGroups < kGroups ? kUnits - 2 * kGroups : kGroups;
   static_assert(kAhead > 0);
   static constexpr int kDynamicBytes = kOtherBytes + kQueryBytes + kWeightBytes + kUnits * kUnitBytes;
-  // The registers of a thread at launch, of a warpgroup for sums, and what those leave to that of the scores.
+  // The registers of a thread. The sums need O and 26 more (ptxas's minimum); the scores get the rest.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  // O and 26, which the compiler needs besides.
   static constexpr int kSumRegisters = (kGroupColumns / 2 + 26 + 7) / 8 * 8;
   static constexpr int kScoreRegisters = (kGroups + 1) * kLaunchRegisters - kGroups * kSumRegisters;
 };

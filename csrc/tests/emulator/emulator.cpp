@@ -123,10 +123,11 @@ T take(std::deque<T>& from) {
 }
 // A random order alone rarely lets a warp fall far behind the others.
 void choose_slow_threads() {
-  const bool slow = config().seed > 1 && config().seed % 2 == 0;
+  machine.first_slow = machine.end_slow = 0;
+  if (config().seed <= 1 || config().seed % 2 != 0) return;
   const int threads = machine.random() % 2 == 0 ? 32 : 128;
   machine.first_slow = static_cast<int>(machine.random() % static_cast<unsigned>(machine.threads)) / threads * threads;
-  machine.end_slow = slow ? machine.first_slow + threads : 0;
+  machine.end_slow = machine.first_slow + threads;
 }
 
 Fiber& take_ready() {
