@@ -47,12 +47,10 @@ __device__ __forceinline__ void with_type(Dtype dtype, const F& f) {
   }
 }
 
-// An element of rows of that type; 0 if there are none.
+// An element of rows of that type.
 __device__ __forceinline__ float element(const void* rows, Dtype dtype, int64_t at) {
   float value = 0.0f;
-  with_type(dtype, [&]<typename T>(T) {
-    if (rows != nullptr) value = to_float(static_cast<const T*>(rows)[at]);
-  });
+  with_type(dtype, [&]<typename T>(T) { value = to_float(static_cast<const T*>(rows)[at]); });
   return value;
 }
 __device__ __forceinline__ float2 load_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
@@ -111,7 +109,8 @@ __device__ __forceinline__ QueryFacts query_facts(const InfoNceQueries& queries,
       [&](const auto& f) {
         for (int64_t i = first; row < queries.n && i < queries.c; i += step) {
           const int64_t at = row * queries.c + i;
-          f(element(queries.query, queries.dtype, at), element(queries.key, queries.dtype, at));
+          f(element(queries.query, queries.dtype, at),
+            queries.key == nullptr ? 0.0f : element(queries.key, queries.dtype, at));
         }
       },
       join);
