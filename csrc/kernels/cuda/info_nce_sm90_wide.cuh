@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // of columns; -1: the scores' warpgroup
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kSm90GroupRows;
   const int row_of_block = thread % 128 / 32 * 16 + lane / 4;
-  const int64_t row = block_row + row_of_block;
   const InfoNceQueries& queries = arguments.queries;
   const int64_t n = queries.n;
   const int c = static_cast<int>(queries.c);
@@ -213,8 +212,9 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       }
     }
     const uint32_t end_thread = opaque(thread);  // so that the compiler holds no addresses during the loop
-    store_softmax<kBias>(arguments.partials, rows, split, block_row + end_thread / 32 * 16 + end_thread % 32 / 4, n,
-                         static_cast<int>(end_thread % 32));
+    store_softmax<kBias>(arguments.partials, rows, split,
+                         static_cast<int64_t>(blockIdx.x) * kSm90GroupRows + end_thread / 32 * 16 + end_thread % 32 / 4,
+                         n, static_cast<int>(end_thread % 32));
   } else {
     sm90::set_registers<Tile::kLaunchRegisters, Tile::kSumRegisters>();
     constexpr int kHalves = kGradient ? 2 : 1;
@@ -272,7 +272,10 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       }
     }
     if constexpr (kGradient) {
-      const int first_column = group * Tile::kGroupColumns + lane % 4 * 2;
+      const uint32_t end_thread = opaque(thread);
+      const int64_t row =
+          static_cast<int64_t>(blockIdx.x) * kSm90GroupRows + end_thread % 128 / 32 * 16 + end_thread % 32 / 4;
+      const int first_column = group * Tile::kGroupColumns + static_cast<int>(end_thread % 4 * 2);
       float* out = arguments.partials.keys + (split * n + row) * c + first_column;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
