@@ -359,6 +359,16 @@ void test_third_terms(int64_t n, int64_t c) {
   printf("%s n=%ld c=%ld: third terms\n", good ? "ok    " : "FAILED", static_cast<long>(n), static_cast<long>(c));
 }
 
+// The passes load pairs of elements.
+void test_misaligned_queries() {
+  const Array<float> rows(3 * 64);
+  const cudaError_t error = cuda::info_nce(rows.data + 1, rows.data, rows.data, {1, 1, 64},
+                                           {0.1f, nullptr, kEps, true, 3}, {}, {}, nullptr, cudaStream_t{});
+  const bool good = error == cudaErrorMisalignedAddress;
+  ++(good ? passed : failed);
+  printf("%s misaligned queries are refused\n", good ? "ok    " : "FAILED");
+}
+
 template <typename Query>
 void test_queue(int queue_type, const Case& c, const Random& random) {
   if (queue_type == 0) return test<Query, float>(c, random);
@@ -413,6 +423,7 @@ int main(int argc, char** argv) {
   test_types(0, 1, {{130, 95, 640}, 1, true, false, true, 1, false, false, 100, 5, -1}, random);
   test_types(1, 2, {{66, 129, 768}, 0.01, true, true, true, 1, false, false, 1, 60, -1}, random);
   test_types(2, 2, {{3, 260, 768}, 0.07, false, true, false, 1, false, true, 1, -1, -1}, random);
+  test_misaligned_queries();
   test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
   test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
   test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
