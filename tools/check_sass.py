@@ -3,7 +3,7 @@
     python tools/check_sass.py [LIBRARY]    # needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 
 For each architecture: tensor-core kernels multiply with HMMA, read operands with LDSM and fetch key tiles with 16-byte
-LDGSTS; the Hopper kernel uses HGMMA on tiles that UTMALDG loads; the momentum update loads and stores 16 bytes per
+LDGSTS; the Hopper kernels use HGMMA on tiles that UTMALDG loads; the momentum update loads and stores 16 bytes per
 instruction. No kernel uses local memory.
 """
 
@@ -26,8 +26,8 @@ RULES = {
     "momentum_update_kernel": ((r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"), LOCAL_MEMORY),
 }
 HOPPER_RULES = {
-    "info_nce_sm90_kernel": ((r"\bHGMMA\.", r"\bUSETMAXREG\b"), LOCAL_MEMORY),
-    "info_nce_sm90_kernelI(13__nv_bfloat16|6__half)": ((r"\bUTMALDG\.2D\b",), ()),
+    r"info_nce_sm90_(wide_)?kernel": ((r"\bHGMMA\.", r"\bUSETMAXREG\b"), LOCAL_MEMORY),
+    r"info_nce_sm90_(wide_)?kernelI(13__nv_bfloat16|6__half)": ((r"\bUTMALDG\.2D\b",), ()),
 }
 
 

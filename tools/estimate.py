@@ -7,9 +7,10 @@
 The counts are exact for one version of nvcc. The estimate is a model, not a measurement.
 
 What is counted: one iteration of the main loop, for one warp. The main loop is the innermost loop with tensor
-instructions, and of several the one with the most. A forward branch that can skip code without tensor instructions
-and copies makes that code rare: masks, the end of the last tile, a new maximum. Rare code is counted separately and
-costs nothing in the estimate. A nested loop counts once; the estimate multiplies the one that splits float32 keys.
+instructions, and of several the one with the most. Hopper's kernel for wide rows has two, of different warpgroups: one
+warp of each is counted. A forward branch that can skip code without tensor instructions and copies makes that code
+rare: masks, the end of the last tile, a new maximum. Rare code is counted separately and costs nothing in the estimate.
+A nested loop counts once; the estimate multiplies the one that splits float32 keys.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "sass.json"
 PAGE = ROOT / "docs" / "kernels.md"
 ARCHITECTURES = ("sm_80", "sm_90a")
-KERNELS = r"info_nce_(mma|sm90)_kernel"
+KERNELS = r"info_nce_(mma|sm90|sm90_wide)_kernel"
 
 # Opcode -> pipe; others only take an issue slot.
 PIPES = {
@@ -58,8 +59,9 @@ TENSOR_REACHED = {"HGMMA": 0.83, "HMMA": 0.62}
 SHARED_BYTES = 128  # per cycle of a multiprocessor, without bank conflicts
 STALLS = 1.2  # time over the busiest pipe's at worst, for barriers and latencies; assumed
 HBM = 4.3e6  # bytes per us; measured by a copy
-# Assumed: prepare, pass and combine at 1 us each, and the first tile's latency. Partial sums are written and read.
-FIXED = 3 * 1.0 + 1.5
+# Assumed: pass and combine at 1 us each, and the first tile's latency. Partial sums are written and read.
+FIXED = 2 * 1.0 + 1.5
+L2_BYTES = 64  # per cycle of a multiprocessor, at which a block reads its queries and their keys; assumed
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ TILES = {
         r"info_nce_mma_kernel<MmaTile<float, 2, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=2
     ),
     "bf16, 128, Hopper": Tile(r"info_nce_sm90_kernel<__nv_bfloat16, 1, 128, true, false>", 128, 128),
+    "bf16, 768, Hopper": Tile(r"info_nce_sm90_wide_kernel<__nv_bfloat16, 768, true>", 64, 32),
     "float32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 3, 128, true, false>", 128, 64, terms=3),
     "tf32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 2, 128, true, false>", 128, 64, terms=2),
 }
@@ -145,8 +148,9 @@ class Instruction:
         return 32 * (int(width[1]) // 8 if width else 4)
 
 
-# The main loop, and the one with the most stores to shared memory, which splits float32 keys into terms.
-Loops = tuple[list[Instruction], list[Instruction]]
+# The main loop; the one with the most stores to shared memory, which splits float32 keys into terms, or for wide rows
+# that of the sums; and the main loop for few queries, when a warp of the portable pass has half as many rows.
+Loops = tuple[list[Instruction], list[Instruction], list[Instruction]]
 
 
 def parse(code: str) -> list[Instruction]:
@@ -160,8 +164,8 @@ def parse(code: str) -> list[Instruction]:
     return instructions
 
 
-def find_loop(instructions: list[Instruction], wanted: str) -> list[Instruction]:
-    """The innermost loop with the wanted opcodes; of several, the one with the most."""
+def find_loops(instructions: list[Instruction], wanted: str) -> list[list[Instruction]]:
+    """The innermost loops with the wanted opcodes, the one with the most first; an empty one if there is none."""
 
     def wanted_in(loop: list[Instruction]) -> int:
         return sum(re.fullmatch(wanted, i.opcode) is not None for i in loop)
@@ -177,7 +181,7 @@ def find_loop(instructions: list[Instruction], wanted: str) -> list[Instruction]
             if wanted_in(loop) and not any(i.opcode == "EXIT" for i in loop):
                 loops.append(loop)
     innermost = [loop for loop in loops if not any(contains(loop, other) for other in loops)]
-    return max(innermost, key=wanted_in, default=[])
+    return sorted(innermost, key=wanted_in, reverse=True) or [[]]
 
 
 def split_rare(body: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
@@ -243,7 +247,9 @@ def read_kernels(path: str) -> tuple[dict, dict[str, Loops], set[str]]:
             if not re.search(PIPES["tensor"], code):
                 continue  # an empty kernel, for another architecture
             instructions = parse(code)
-            body, rare = split_rare(find_loop(instructions, PIPES["tensor"]))
+            found = find_loops(instructions, PIPES["tensor"])
+            parts = [split_rare(loop) for loop in (found[:2] if "wide" in name else found[:1])]
+            body = [i for every, _ in parts for i in every]
             counts = Counter(i.pipe for i in body)
             used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources[name])}
             record = {
@@ -252,12 +258,14 @@ def read_kernels(path: str) -> tuple[dict, dict[str, Loops], set[str]]:
                 "threads": int(threads[name], 16),
                 "instructions": len(body),
                 **{pipe: counts[pipe] for pipe in (*PIPES, "other")},
-                "rare": len(rare),
+                "rare": sum(len(rare) for _, rare in parts),
             }
             target = architecture or re.search(r"code for (sm_\w+)", sass)[1]
             kernels.setdefault(target, {})[names[name]] = record
             if target == "sm_90a":
-                loops[names[name]] = (body, split_rare(find_loop(instructions, "STS"))[0])
+                few = split_rare(find_loops(instructions, PIPES["tensor"])[-1])[0]
+                other = parts[1] if parts[1:] else split_rare(find_loops(instructions, "STS")[0])
+                loops[names[name]] = (parts[0][0], other[0], few)
     return kernels, loops, versions
 
 
@@ -284,41 +292,50 @@ def choose_splits(row_blocks: int, tiles: int, resident: int) -> int:
     return best
 
 
-def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> dict:
+def tile_cycles(label: str, tile: Tile, n: int, c: int, threads: int, loops: Loops) -> dict:
     """Cycles of a multiprocessor for one tile of a block: with the busiest pipe always busy, and at worst."""
-    body, splitter = loops
+    body, other, few = loops
+    wide = "wide" in tile.kernel
     hopper = any(i.opcode == "HGMMA" for i in body)
-    warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer
-    products = sum(i.tensor_fmas for i in body) * warps / (tile.rows * tile.keys * c)
+    warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer, or has the scores
+    roles = [(body, 4), (other, warps)] if wide else [(body, warps)]
+    products = sum(i.tensor_fmas * count for loop, count in roles for i in loop) / (tile.rows * tile.keys * c)
     if products < 1 or products % 1 != 0:
         raise SystemExit(f"{label}: {products:g} products of [{tile.rows}, {tile.keys}, {c}]: update TILES")
-    cycles = {pipe: warps / 4 * value for pipe, value in warp_cycles(body).items()}
-    if tile.terms:
+    cycles: Counter[str] = Counter()
+    for loop, count in roles:
+        cycles.update({pipe: count / 4 * value for pipe, value in warp_cycles(loop).items()})
+    if not hopper and 2 * n <= tile.rows and few != body:  # only some warps have rows; not two on a scheduler
+        shared = warps / 4 * -(-n // 16) / (tile.rows / 32)
+        cycles = Counter({p: value * (shared if p == "shared" else 1) for p, value in warp_cycles(few).items()})
+    elif tile.terms:
         splitting = 4 if hopper else warps
-        written = splitting * sum(i.shared_bytes for i in splitter if i.opcode == "STS")
+        written = splitting * sum(i.shared_bytes for i in other if i.opcode == "STS")
         iterations = tile.keys * c * 2 * tile.terms / written - (not hopper)  # one is in the main loop
-        for pipe, value in warp_cycles(splitter).items():
+        for pipe, value in warp_cycles(other).items():
             cycles[pipe] += iterations * splitting / 4 * value
     elif hopper:
         cycles["shared"] += tile.keys * c * 2 / SHARED_BYTES
     bound = max(cycles, key=lambda pipe: cycles[pipe])
     worst = STALLS * cycles[bound]
-    if hopper:  # all warpgroups compute their softmax at the same time
+    if hopper and not wide:  # all warpgroups compute their softmax at the same time
         worst = max(cycles[bound], cycles["tensor"] + warps / 4 * max(warp_cycles(exposed(body)).values()))
     return {"bound": bound, "low": cycles[bound], "high": worst}
 
 
 def estimate(n: int, k: int, c: int, queue: str, tile: Tile, record: dict, cycles: dict) -> dict:
     rows, keys = tile.rows, tile.keys
-    if "sm90" in tile.kernel and 2 * n <= rows:  # both warpgroups have the same rows, each has its own keys
+    if "sm90_kernel" in tile.kernel and 2 * n <= rows:  # both warpgroups have the same rows, each has its own keys
         rows, keys = rows // 2, 2 * keys
     allocated = -(-record["registers"] // 8) * 8 * record["threads"]
     row_blocks = -(-n // rows)
     tiles = -(-k // keys)
     splits = choose_splits(row_blocks, tiles, MULTIPROCESSORS * min(2, 65536 // allocated))
-    tiles_of_multiprocessor = -(-row_blocks * splits // MULTIPROCESSORS) * -(-tiles // splits)
+    blocks = -(-row_blocks * splits // MULTIPROCESSORS)  # of a multiprocessor
+    tiles_of_multiprocessor = blocks * -(-tiles // splits)
     hbm = k * c * (2 if queue == "bf16" else 4) / HBM
-    rest = FIXED + 2 * splits * (keys // tile.keys) * n * c * 4 / HBM
+    queries = blocks * 2 * min(n, rows) * tile.rows / rows * c * 4 / L2_BYTES / CLOCK  # float32, with their keys
+    rest = FIXED + queries + 2 * splits * (keys // tile.keys) * n * c * 4 / HBM
     low, high = (max(hbm, tiles_of_multiprocessor * cycles[end] / CLOCK) + rest for end in ("low", "high"))
     return {"low": round(low, 1), "us": round((low + high) / 2, 1), "high": round(high, 1)}
 
@@ -333,7 +350,7 @@ def estimates(kernels: dict, loops: dict[str, Loops]) -> dict[str, dict]:
         record = kernels["sm_90a"][names[0]]
         for n, k, c, queue, goal in SHAPES:
             if label.startswith(f"{queue}, {c},"):
-                cycles = tile_cycles(label, tile, c, record["threads"], loops[names[0]])
+                cycles = tile_cycles(label, tile, n, c, record["threads"], loops[names[0]])
                 rows[f"{n}, {k}, {c}, {queue}, {label.split(', ')[-1]}"] = {
                     "kernel": names[0],
                     "tile": f"{tile.rows}, {tile.keys}",

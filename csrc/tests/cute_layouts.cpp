@@ -44,7 +44,9 @@ auto with_shape(F&& f) {
 }
 template <typename F>
 auto with_tile(const Tile& tile, F&& f) {
-  if (tile.columns == 64) return with_shape<128, 64>(f);
+  if (tile.rows == 32) return tile.columns == 128 ? with_shape<32, 128>(f) : with_shape<32, 192>(f);
+  if (tile.columns == 768) return with_shape<64, 768>(f);
+  if (tile.columns == 64) return tile.rows == 64 ? with_shape<64, 64>(f) : with_shape<128, 64>(f);
   if (tile.columns == 128) return with_shape<128, 128>(f);
   if (tile.rows == 64) return with_shape<64, 256>(f);
   return with_shape<128, 256>(f);
@@ -53,12 +55,20 @@ auto with_tile(const Tile& tile, F&& f) {
 template <int n>
 struct Product;
 template <>
+struct Product<32> {
+  using Traits = MMA_Traits<SM90_64x32x16_F32BF16BF16_RS<SM90::GMMA::Major::K, SM90::GMMA::Major::MN>>;
+};
+template <>
 struct Product<64> {
   using Traits = MMA_Traits<SM90_64x64x16_F32BF16BF16_RS<SM90::GMMA::Major::K, SM90::GMMA::Major::MN>>;
 };
 template <>
 struct Product<128> {
   using Traits = MMA_Traits<SM90_64x128x16_F32BF16BF16_RS<SM90::GMMA::Major::K, SM90::GMMA::Major::MN>>;
+};
+template <>
+struct Product<192> {
+  using Traits = MMA_Traits<SM90_64x192x16_F32BF16BF16_RS<SM90::GMMA::Major::K, SM90::GMMA::Major::MN>>;
 };
 template <>
 struct Product<256> {
@@ -69,6 +79,8 @@ using Sm80 = MMA_Traits<SM80_16x8x16_F32BF16BF16F32_TN>;
 }  // namespace
 
 Element sm90_accumulator(int n, int thread, int i) {
+  if (n == 32) return in_column_major<64>(Product<32>::Traits::CLayout{}, thread, i);
+  if (n == 192) return in_column_major<64>(Product<192>::Traits::CLayout{}, thread, i);
   if (n == 64) return in_column_major<64>(Product<64>::Traits::CLayout{}, thread, i);
   if (n == 128) return in_column_major<64>(Product<128>::Traits::CLayout{}, thread, i);
   return in_column_major<64>(Product<256>::Traits::CLayout{}, thread, i);

@@ -10,7 +10,7 @@ struct Element {
   int row, column;
 };
 
-// A warpgroup's product: D [64, n], n 64, 128 or 256, and A [64, 16] in registers; value i of a thread.
+// A warpgroup's product: D [64, n], n 32, 64, 128, 192 or 256, and A [64, 16] in registers; value i of a thread.
 Element sm90_accumulator(int n, int thread, int i);
 Element sm90_operand(int thread, int i);
 
@@ -28,7 +28,7 @@ constexpr uint32_t kTileStart = 5 * 1024;
 struct Tile {
   int rows, columns;
 };
-constexpr Tile kTiles[] = {{128, 64}, {128, 128}, {64, 256}, {128, 256}};
+constexpr Tile kTiles[] = {{128, 64}, {128, 128}, {64, 256}, {128, 256}, {32, 128}, {32, 192}, {64, 64}, {64, 768}};
 // Address of an element, with the tile as an operand whose rows, or whose columns, are contracted.
 uint32_t address_in_rows(const Tile& tile, int row, int column);
 uint32_t address_in_columns(const Tile& tile, int row, int column);

@@ -22,7 +22,7 @@ bool same(const auto& a, const auto& b) { return a.row == b.row && a.column == b
 void test_warpgroup_fragments() {
   bool accumulators = true, operands = true, softmax = true, repacked = true;
   for (int t = 0; t < 128; ++t) {
-    for (const int n : {64, 128, 256}) {
+    for (const int n : {32, 64, 128, 192, 256}) {
       for (int i = 0; i < n / 2; ++i)
         accumulators &= same(cute_layouts::sm90_accumulator(n, t, i), emu::accumulator_element(t, i));
     }

@@ -365,5 +365,18 @@ int main(int argc, char** argv) {
     test_types(static_cast<int>(check::uniform(random, 0, 2)), static_cast<int>(check::uniform(random, 0, 2)), x,
                random);
   }
+  check::group("wide rows");
+  for (const int64_t c : {264, 768}) {
+    for (const int64_t num_valid : {0, 33, 70}) {
+      for (int type = 1; type < 3; ++type) {
+#ifdef MOCO_EMULATE
+        emu::config().seed += 1;  // a different schedule of threads
+#endif
+        Case x = plain;
+        x.c = c, x.num_valid = num_valid, x.valid_on_device = true;
+        test_types(0, type, x, random);
+      }
+    }
+  }
   return check::finish();
 }

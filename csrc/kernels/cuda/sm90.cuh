@@ -20,6 +20,9 @@ namespace moco_ext::cuda::sm90 {
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+__device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
+}
 __device__ __forceinline__ void store_shared_8(uint32_t shared, uint32_t low, uint32_t high) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(low), "r"(high) : "memory");
 }
@@ -34,6 +37,11 @@ __device__ __forceinline__ void release_registers() {
 template <int registers>
 __device__ __forceinline__ void claim_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int before, int registers>
+__device__ __forceinline__ void set_registers() {
+  if constexpr (registers < before) release_registers<registers>();
+  if constexpr (registers > before) claim_registers<registers>();
 }
 // A barrier of the 128 threads of one warpgroup; `id` is from 1 to 15, because __syncthreads uses 0.
 __device__ __forceinline__ void warpgroup_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
@@ -116,53 +124,67 @@ __device__ __forceinline__ void pin(uint32_t (&x)[count][4]) {
 }
 
 #define MOCO_D4(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-#define MOCO_D32(i)                                                                                           \
-  MOCO_D4(i), MOCO_D4(i + 1), MOCO_D4(i + 2), MOCO_D4(i + 3), MOCO_D4(i + 4), MOCO_D4(i + 5), MOCO_D4(i + 6), \
-      MOCO_D4(i + 7)
-#define MOCO_R32                                                                                                   \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29," \
-  "%30,%31"
+#define MOCO_D16(i) MOCO_D4(i), MOCO_D4(i + 1), MOCO_D4(i + 2), MOCO_D4(i + 3)
+#define MOCO_D32(i) MOCO_D16(i), MOCO_D16(i + 4)
+#define MOCO_R16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define MOCO_R32 MOCO_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define MOCO_R64                                                                                                      \
   MOCO_R32                                                                                                            \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
   "%60,%61,%62,%63"
-#define MOCO_R128                                                                                                     \
+#define MOCO_R96                                                                                                      \
   MOCO_R64                                                                                                            \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
-  "%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,"  \
+  "%92,%93,%94,%95"
+#define MOCO_R128                                                                                     \
+  MOCO_R96                                                                                            \
+  ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115," \
   "%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d [64, n] = (keep ? d : 0) + a [64, 16] b [16, n]. multiply_rows: b is a row operand, and a, if in shared memory.
-// multiply_columns: b is a column operand. a in registers: each warp holds 16 rows, as the A operand in mma.cuh.
-#define MOCO_PRODUCTS(Type, type, n, tiles, regs, outs, k0, k1, k2, k3, k4, k5, k6)                                  \
-  __device__ __forceinline__ void multiply_rows(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Type) {      \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k2                                                             \
-                 ", 0;\n"                                                                                            \
-                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, %" k0 ", %" k1         \
-                 ", p, 1, 1, 0, 0;\n}\n"                                                                             \
-                 : outs                                                                                              \
-                 : "l"(a), "l"(b), "r"(keep));                                                                       \
-  }                                                                                                                  \
-  template <int down>                                                                                                \
-  __device__ __forceinline__ void multiply_from_registers(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b,  \
-                                                          int keep, Type) {                                          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k5                                                             \
-                 ", 0;\n"                                                                                            \
-                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, {%" k0 ",%" k1 ",%" k2 \
-                 ",%" k3 "}, %" k4 ", p, 1, 1, %" k6 ";\n}\n"                                                        \
-                 : outs                                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(down));                        \
+// d [64, n] = (keep ? d : 0) + a [64, 16] b [16, n]. multiply_rows: b is a row operand. multiply_columns: b is a column
+// operand. a is a row operand in shared memory, or in registers: each warp holds 16 rows, as the A operand in mma.cuh.
+#define MOCO_PRODUCTS(Type, type, n, tiles, regs, outs, k0, k1, k2, k3, k4, k5, k6)                                    \
+  template <int down>                                                                                                  \
+  __device__ __forceinline__ void multiply_from_shared(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Type) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k2                                                               \
+                 ", 0;\n"                                                                                              \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, %" k0 ", %" k1           \
+                 ", p, 1, 1, 0, %" k3 ";\n}\n"                                                                         \
+                 : outs                                                                                                \
+                 : "l"(a), "l"(b), "r"(keep), "n"(down));                                                              \
+  }                                                                                                                    \
+  template <int down>                                                                                                  \
+  __device__ __forceinline__ void multiply_from_registers(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b,    \
+                                                          int keep, Type) {                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" k5                                                               \
+                 ", 0;\n"                                                                                              \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" regs "}, {%" k0 ",%" k1 ",%" k2   \
+                 ",%" k3 "}, %" k4 ", p, 1, 1, %" k6 ";\n}\n"                                                          \
+                 : outs                                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep), "n"(down));                          \
   }
+#define MOCO_OUTS32 MOCO_D16(0)
 #define MOCO_OUTS64 MOCO_D32(0)
 #define MOCO_OUTS128 MOCO_D32(0), MOCO_D32(8)
+#define MOCO_OUTS192 MOCO_D32(0), MOCO_D32(8), MOCO_D32(16)
 #define MOCO_OUTS256 MOCO_D32(0), MOCO_D32(8), MOCO_D32(16), MOCO_D32(24)
-#define MOCO_PRODUCTS_OF(Type, type)                                                                     \
-  MOCO_PRODUCTS(Type, type, "64", 8, MOCO_R32, MOCO_OUTS64, "32", "33", "34", "35", "36", "37", "38")    \
-  MOCO_PRODUCTS(Type, type, "128", 16, MOCO_R64, MOCO_OUTS128, "64", "65", "66", "67", "68", "69", "70") \
+#define MOCO_PRODUCTS_OF(Type, type)                                                                        \
+  MOCO_PRODUCTS(Type, type, "32", 4, MOCO_R16, MOCO_OUTS32, "16", "17", "18", "19", "20", "21", "22")       \
+  MOCO_PRODUCTS(Type, type, "64", 8, MOCO_R32, MOCO_OUTS64, "32", "33", "34", "35", "36", "37", "38")       \
+  MOCO_PRODUCTS(Type, type, "128", 16, MOCO_R64, MOCO_OUTS128, "64", "65", "66", "67", "68", "69", "70")    \
+  MOCO_PRODUCTS(Type, type, "192", 24, MOCO_R96, MOCO_OUTS192, "96", "97", "98", "99", "100", "101", "102") \
   MOCO_PRODUCTS(Type, type, "256", 32, MOCO_R128, MOCO_OUTS256, "128", "129", "130", "131", "132", "133", "134")
 MOCO_PRODUCTS_OF(__nv_bfloat16, "bf16")
 MOCO_PRODUCTS_OF(__half, "f16")
 
+template <int tiles, typename Type>
+__device__ __forceinline__ void multiply_rows(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Type type) {
+  multiply_from_shared<0>(d, a, b, keep, type);
+}
+template <int tiles, typename Type>
+__device__ __forceinline__ void multiply_columns(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Type type) {
+  multiply_from_shared<1>(d, a, b, keep, type);
+}
 template <int tiles, typename Type>
 __device__ __forceinline__ void multiply_rows(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep,
                                               Type type) {
@@ -175,12 +197,17 @@ __device__ __forceinline__ void multiply_columns(float (&d)[tiles][4], const uin
 }
 
 #undef MOCO_D4
+#undef MOCO_D16
 #undef MOCO_D32
+#undef MOCO_R16
 #undef MOCO_R32
 #undef MOCO_R64
+#undef MOCO_R96
 #undef MOCO_R128
+#undef MOCO_OUTS32
 #undef MOCO_OUTS64
 #undef MOCO_OUTS128
+#undef MOCO_OUTS192
 #undef MOCO_OUTS256
 #undef MOCO_PRODUCTS
 #undef MOCO_PRODUCTS_OF

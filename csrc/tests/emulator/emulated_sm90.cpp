@@ -71,7 +71,7 @@ struct Thread {
   int max_registers = 0;
   std::vector<size_t> unpublished;  // chunks of shared memory, written since the last fence_proxy_async
 };
-constexpr uint32_t kChunk = 8;
+constexpr uint32_t kChunk = 4;
 
 // A warp computes its 16 rows of a product in its own time: nothing orders its reads with another warp's instructions.
 // But a product is complete, for all, when all four have computed theirs: CUTLASS's pipelines too release a stage for a

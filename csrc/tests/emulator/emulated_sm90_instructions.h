@@ -10,6 +10,9 @@ namespace moco_ext::cuda::sm90 {
 using Where = emu::Where;
 
 inline uint32_t shared_address(const void* shared) { return emu::shared_window(shared); }
+inline void store_shared_4(uint32_t shared, uint32_t word, Where where = Where::current()) {
+  emu::store_shared(shared, &word, sizeof word, where);
+}
 inline void store_shared_8(uint32_t shared, uint32_t low, uint32_t high, Where where = Where::current()) {
   const uint32_t x[] = {low, high};
   emu::store_shared(shared, x, sizeof x, where);
@@ -21,6 +24,10 @@ void release_registers(Where where = Where::current()) {
 }
 template <int registers>
 void claim_registers(Where where = Where::current()) {
+  emu::set_max_registers(registers, where);
+}
+template <int before, int registers>
+void set_registers(Where where = Where::current()) {
   emu::set_max_registers(registers, where);
 }
 inline void warpgroup_barrier(int id, Where where = Where::current()) { emu::barrier(id, 128, where); }
@@ -72,6 +79,11 @@ template <int tiles, typename Element>
 void multiply_rows(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep, Element type,
                    Where where = Where::current()) {
   emu::issue_product({d[0], 8 * tiles, keep != 0, a, 0, b, false, format_of(type)}, where);
+}
+template <int tiles, typename Element>
+void multiply_columns(float (&d)[tiles][4], uint64_t a, uint64_t b, int keep, Element type,
+                      Where where = Where::current()) {
+  emu::issue_product({d[0], 8 * tiles, keep != 0, nullptr, a, b, true, format_of(type)}, where);
 }
 template <int tiles, typename Element>
 void multiply_columns(float (&d)[tiles][4], const uint32_t (&a)[4], uint64_t b, int keep, Element type,

@@ -18,7 +18,8 @@
 // Not detected, but turned into wrong results:
 //   - uninitialized memory: shared memory is 0xFF (NaN) before each block, global memory after each cudaMalloc;
 //   - missing barriers: run with several seeds (MOCO_EMULATE_SEED). 0 runs fibers in order, 1 in reverse order, others
-//     run fibers and blocks in random order. Results must not change;
+//     run fibers and blocks in random order; with even ones, a random warp or warpgroup of each block runs mostly when
+//     all others wait. Results must not change;
 //   - a missing cp.async wait: the destination becomes NaN when the copy is issued, and is filled when the issuing
 //     thread waits. This shows early reads as well as copies into a buffer that is still being read.
 //
