@@ -275,11 +275,14 @@ def test_an_interrupt_that_a_library_clears_ends_training(digits, tmp_path, monk
         return images
 
     monkeypatch.setattr("moco_ext.train.classifier.to_device", clearing)
-    handler = signal.getsignal(signal.SIGINT)
-    model = Classifier(encoder_of(digits), 10, 8)
-    with pytest.raises(KeyboardInterrupt):
-        train_classifier(model, digits, FINETUNE, options_in(tmp_path), name="x", arch=ARCH)
-    assert signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        model = Classifier(encoder_of(digits), 10, 8)
+        with pytest.raises(KeyboardInterrupt):
+            train_classifier(model, digits, FINETUNE, options_in(tmp_path), name="x", arch=ARCH)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "x.pth").exists()
 
 

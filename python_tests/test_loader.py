@@ -200,7 +200,7 @@ def test_everything_random_is_computed_once(folder, monkeypatch, augment_on):
         pass
     assert micro_batches == [0, 1, 2, 3]
     assert set(numbers.values()) == {1}
-    assert len(numbers) == 2 * 14 * 32
+    assert len(numbers) == 2 * 14 * 33
 
 
 # --- many processes -----------------------------------------------------------------------------------------
