@@ -1,6 +1,7 @@
 """Shared fixtures: the devices there are, seeds, hypothesis profiles, the slow marker."""
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -44,3 +45,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also in a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -268,21 +268,18 @@ def test_a_fraction_of_the_labels(digits, tmp_path):
     assert records[0]["step"] == kept // 10 + (kept % 10 >= 2)
 
 
-def test_an_interrupt_that_a_library_clears_ends_training(digits, tmp_path, monkeypatch):
+def test_an_interrupt_that_a_library_clears_ends_training(digits, tmp_path, monkeypatch, interruptible):
     def clearing(images, device):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         return images
 
     monkeypatch.setattr("moco_ext.train.classifier.to_device", clearing)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
-    try:
-        model = Classifier(encoder_of(digits), 10, 8)
-        with pytest.raises(KeyboardInterrupt):
-            train_classifier(model, digits, FINETUNE, options_in(tmp_path), name="x", arch=ARCH)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    handler = signal.getsignal(signal.SIGINT)
+    model = Classifier(encoder_of(digits), 10, 8)
+    with pytest.raises(KeyboardInterrupt):
+        train_classifier(model, digits, FINETUNE, options_in(tmp_path), name="x", arch=ARCH)
+    assert signal.getsignal(signal.SIGINT) is handler
     assert not (tmp_path / "x.pth").exists()
 
 

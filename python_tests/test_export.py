@@ -141,7 +141,7 @@ def test_commands_of_runs_are_their_configurations():
     import dataclasses
 
     from moco_ext.cli.flags import given
-    from moco_ext.cli.pretrain import _config
+    from moco_ext.cli.plan import configuration
 
     for data, settings in (
         ("photos of me", {"schedule": (3, 4), "mlp": True, "lr": 0.1}),
@@ -153,7 +153,8 @@ def test_commands_of_runs_are_their_configurations():
 
         command = shlex.split(command_of(json.loads(json.dumps(dataclasses.asdict(config)))))
         args = cli.build_parser("pretrain").parse_args(command[1:])
-        assert _config(args) == config, command
+        assert configuration(args) == config, command
+        assert bool(args.recipe) == (data == "photos of me")  # else the size guide would choose settings
         assert given(args, type(config))
 
 

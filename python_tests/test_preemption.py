@@ -104,7 +104,7 @@ def test_ctrl_c_is_one_line(tmp_path):
     assert err == "moco-ext: interrupted\n"
 
 
-def test_an_interrupt_that_a_library_clears_is_raised_again():
+def test_an_interrupt_that_a_library_clears_is_raised_again(interruptible):
     from moco_ext.train.preemption import Preemption
 
     before = signal.getsignal(signal.SIGINT)

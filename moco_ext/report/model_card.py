@@ -9,6 +9,7 @@ from typing import Any
 
 from ..runs.files import read_json
 from ..runs.settings import settings
+from ..train import guide
 from ..train.config import PretrainConfig
 from ..train.recipes import resolve_config
 
@@ -42,9 +43,14 @@ def training_section(source: str) -> str:
 
 
 def command_of(config: dict[str, Any]) -> str:
-    """The ``moco-ext pretrain`` command of a run's configuration: its data, and the settings that are not defaults."""
-    words = ["moco-ext", "pretrain", "--data", str(config["data"])]
-    preset = dataclasses.asdict(resolve_config(config["data"], {}))
+    """The ``moco-ext pretrain`` command of a run's configuration: its data, and the settings that are not defaults.
+
+    A recipe keeps the size guide from choosing others.
+    """
+    data = str(config["data"])
+    recipe = "moco-v1" if guide.applies(data, None) else None
+    words = ["moco-ext", "pretrain", "--data", data, *(["--recipe", recipe] if recipe else [])]
+    preset = dataclasses.asdict(resolve_config(data, {}, recipe))
     for name, declared in settings(PretrainConfig).items():
         value = config.get(name, preset[name])
         value = tuple(value) if isinstance(value, list) else value
