@@ -130,16 +130,16 @@ inline void check_info_nce_backward(const InfoNceArguments& a, const Tensor& lse
   check_result(grad_loss, "grad_loss", 1);
 }
 
-// The inputs as kernels take them: contiguous and aligned, query and key of one dtype (float32 where they differ), all
-// float64 or none.
+// The inputs as kernels take them: contiguous, query and key of one dtype (float32 where they differ), all float64 or
+// none.
 struct InfoNceRows {
   Tensor query, key;
   std::optional<Tensor> queue;
   OptionalInt64 query_ids, queue_ids;
 
   explicit InfoNceRows(const InfoNceArguments& a, bool float64)
-      : query(aligned_rows(float64 ? cast(a.query, ScalarType::Double) : a.query)),
-        key(aligned_rows(float64 ? cast(a.key, ScalarType::Double) : a.key)),
+      : query(row_major(float64 ? cast(a.query, ScalarType::Double) : a.query)),
+        key(row_major(float64 ? cast(a.key, ScalarType::Double) : a.key)),
         queue(a.queue && float64 ? cast(*a.queue, ScalarType::Double) : a.queue),
         query_ids(a.query_ids),
         queue_ids(a.queue_ids) {

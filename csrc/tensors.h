@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdint>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -86,14 +85,6 @@ inline Tensor row_major(const Tensor& t) {
   if (t.is_contiguous()) return t;
   return allocate(static_cast<double>(t.numel()) * element_size(t.scalar_type()),
                   [&] { return torch::stable::contiguous(t); });
-}
-
-// The same, and aligned as kernels need it that load pairs of elements.
-inline Tensor aligned_rows(const Tensor& t) {
-  Tensor rows = row_major(t);
-  if (reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 8 == 0) return rows;
-  return allocate(static_cast<double>(rows.numel()) * element_size(rows.scalar_type()),
-                  [&] { return torch::stable::clone(rows); });
 }
 
 // The rows to enqueue, contiguous; a copy where writing the queue or its pointer would change them.

@@ -92,16 +92,12 @@ def test_warpgroup_products_and_the_code_that_they_do_not_cover(estimate):
 
 
 def test_cycles_of_a_tile(estimate):
-    body = estimate.split_rare(estimate.find_loop(estimate.parse(PORTABLE), "HG?MMA"))[0]
-    loops = (body, [], body)
+    loops = (estimate.split_rare(estimate.find_loop(estimate.parse(PORTABLE), "HG?MMA"))[0], [])
     # 4 warps, one per scheduler; 16 x 8 x 16 multiply-adds each.
-    cycles = estimate.tile_cycles("portable", estimate.Tile("", rows=64, keys=8), 64, 16, 128, loops)
+    cycles = estimate.tile_cycles("portable", estimate.Tile("", rows=64, keys=8), 16, 128, loops)
     assert cycles == {"bound": "shared", "low": 36, "high": pytest.approx(36 * estimate.STALLS)}
     with pytest.raises(SystemExit, match=r"portable: 0.5 products of \[128, 8, 16\]: update TILES"):
-        estimate.tile_cycles("portable", estimate.Tile("", rows=128, keys=8), 64, 16, 128, loops)
-    # Of 16 queries, half of the warps have some.
-    few = estimate.tile_cycles("portable", estimate.Tile("", rows=64, keys=8), 16, 16, 128, (body, [], body[1:]))
-    assert (few["bound"], few["low"]) == ("shared", 18)
+        estimate.tile_cycles("portable", estimate.Tile("", rows=128, keys=8), 16, 128, loops)
 
 
 def test_splits_are_the_launchers(estimate):

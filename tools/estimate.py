@@ -59,9 +59,8 @@ TENSOR_REACHED = {"HGMMA": 0.83, "HMMA": 0.62}
 SHARED_BYTES = 128  # per cycle of a multiprocessor, without bank conflicts
 STALLS = 1.2  # time over the busiest pipe's at worst, for barriers and latencies; assumed
 HBM = 4.3e6  # bytes per us; measured by a copy
-# Assumed: pass and combine at 1 us each, and the first tile's latency. Partial sums are written and read.
-FIXED = 2 * 1.0 + 1.5
-L2_BYTES = 64  # per cycle of a multiprocessor, at which a block reads its queries and their keys; assumed
+# Assumed: prepare, pass and combine at 1 us each, and the first tile's latency. Partial sums are written and read.
+FIXED = 3 * 1.0 + 1.5
 
 
 @dataclass(frozen=True)
@@ -148,9 +147,9 @@ class Instruction:
         return 32 * (int(width[1]) // 8 if width else 4)
 
 
-# The main loop; the one with the most stores to shared memory, which splits float32 keys into terms, or for wide rows
-# that of the sums; and the main loop for few queries, when a warp of the portable pass has half as many rows.
-Loops = tuple[list[Instruction], list[Instruction], list[Instruction]]
+# The main loop, and the one with the most stores to shared memory, which splits float32 keys into terms. For wide rows,
+# the loop of the scores and that of the sums.
+Loops = tuple[list[Instruction], list[Instruction]]
 
 
 def parse(code: str) -> list[Instruction]:
@@ -263,9 +262,10 @@ def read_kernels(path: str) -> tuple[dict, dict[str, Loops], set[str]]:
             target = architecture or re.search(r"code for (sm_\w+)", sass)[1]
             kernels.setdefault(target, {})[names[name]] = record
             if target == "sm_90a":
-                few = split_rare(find_loops(instructions, PIPES["tensor"])[-1])[0]
-                other = parts[1] if parts[1:] else split_rare(find_loops(instructions, "STS")[0])
-                loops[names[name]] = (parts[0][0], other[0], few)
+                loops[names[name]] = (
+                    parts[0][0],
+                    parts[1][0] if parts[1:] else split_rare(find_loops(instructions, "STS")[0])[0],
+                )
     return kernels, loops, versions
 
 
@@ -292,9 +292,9 @@ def choose_splits(row_blocks: int, tiles: int, resident: int) -> int:
     return best
 
 
-def tile_cycles(label: str, tile: Tile, n: int, c: int, threads: int, loops: Loops) -> dict:
+def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> dict:
     """Cycles of a multiprocessor for one tile of a block: with the busiest pipe always busy, and at worst."""
-    body, other, few = loops
+    body, other = loops
     wide = "wide" in tile.kernel
     hopper = any(i.opcode == "HGMMA" for i in body)
     warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer, or has the scores
@@ -305,10 +305,7 @@ def tile_cycles(label: str, tile: Tile, n: int, c: int, threads: int, loops: Loo
     cycles: Counter[str] = Counter()
     for loop, count in roles:
         cycles.update({pipe: count / 4 * value for pipe, value in warp_cycles(loop).items()})
-    if not hopper and 2 * n <= tile.rows and few != body:  # only some warps have rows; not two on a scheduler
-        shared = warps / 4 * -(-n // 16) / (tile.rows / 32)
-        cycles = Counter({p: value * (shared if p == "shared" else 1) for p, value in warp_cycles(few).items()})
-    elif tile.terms:
+    if tile.terms:
         splitting = 4 if hopper else warps
         written = splitting * sum(i.shared_bytes for i in other if i.opcode == "STS")
         iterations = tile.keys * c * 2 * tile.terms / written - (not hopper)  # one is in the main loop
@@ -331,11 +328,9 @@ def estimate(n: int, k: int, c: int, queue: str, tile: Tile, record: dict, cycle
     row_blocks = -(-n // rows)
     tiles = -(-k // keys)
     splits = choose_splits(row_blocks, tiles, MULTIPROCESSORS * min(2, 65536 // allocated))
-    blocks = -(-row_blocks * splits // MULTIPROCESSORS)  # of a multiprocessor
-    tiles_of_multiprocessor = blocks * -(-tiles // splits)
+    tiles_of_multiprocessor = -(-row_blocks * splits // MULTIPROCESSORS) * -(-tiles // splits)
     hbm = k * c * (2 if queue == "bf16" else 4) / HBM
-    queries = blocks * 2 * min(n, rows) * tile.rows / rows * c * 4 / L2_BYTES / CLOCK  # float32, with their keys
-    rest = FIXED + queries + 2 * splits * (keys // tile.keys) * n * c * 4 / HBM
+    rest = FIXED + 2 * splits * (keys // tile.keys) * n * c * 4 / HBM
     low, high = (max(hbm, tiles_of_multiprocessor * cycles[end] / CLOCK) + rest for end in ("low", "high"))
     return {"low": round(low, 1), "us": round((low + high) / 2, 1), "high": round(high, 1)}
 
@@ -350,7 +345,7 @@ def estimates(kernels: dict, loops: dict[str, Loops]) -> dict[str, dict]:
         record = kernels["sm_90a"][names[0]]
         for n, k, c, queue, goal in SHAPES:
             if label.startswith(f"{queue}, {c},"):
-                cycles = tile_cycles(label, tile, n, c, record["threads"], loops[names[0]])
+                cycles = tile_cycles(label, tile, c, record["threads"], loops[names[0]])
                 rows[f"{n}, {k}, {c}, {queue}, {label.split(', ')[-1]}"] = {
                     "kernel": names[0],
                     "tile": f"{tile.rows}, {tile.keys}",

@@ -61,8 +61,7 @@ template <typename Queue>
 size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
                                 const InfoNceContrast& contrast, bool gradient);
 
-// query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type; queue [K, C]. Query and key must
-// be 8-byte aligned.
+// query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type; queue [K, C]
 template <typename Query, typename Queue>
 cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
                      const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,

@@ -1,39 +1,55 @@
-// The launchers of the InfoNCE kernels without tensor cores.
-#include "kernels/cuda/info_nce_combine.cuh"
+// The InfoNCE kernels that do not depend on the tensor-core pass: those over rows, and the generic pass.
 #include "kernels/cuda/info_nce_generic.cuh"
+#include "kernels/cuda/info_nce_rows.cuh"
 #include "kernels/cuda/info_nce_target.cuh"
 
 namespace moco_ext::cuda {
 
-// A warp per row.
-template <typename Operand>
-__global__ void info_nce_operand_kernel(InfoNceQueries queries, Operand* operand) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (row >= queries.n) return;
-  const float factor = 1.0f / queries.divisor(warp_query_facts(queries, row).query_norm);
-  for (int64_t i = row * queries.c + threadIdx.x % kWarp; i < (row + 1) * queries.c; i += kWarp) {
-    operand[i] = from_float<Operand>(element(queries.query, queries.dtype, i) * factor);
-  }
+namespace {
+
+InfoNceTemperature temperature_of(const InfoNceOptions& options) {
+  return {options.temperature, options.temperature_ptr};
 }
 
-template <typename Operand>
-cudaError_t launch_info_nce_operand(const InfoNceQueries& queries, void* operand, cudaStream_t stream) {
-  constexpr int kWarps = 4;
-  return launch(info_nce_operand_kernel<Operand>, dim3(static_cast<unsigned>((queries.n + kWarps - 1) / kWarps)),
-                dim3(kWarp * kWarps), 0, stream, queries, static_cast<Operand*>(operand));
+RowOptions row_options(const InfoNceShape& shape, const InfoNceOptions& options) {
+  return {shape.n, shape.c, options.eps, options.normalize};
 }
 
-template <typename Key>
-cudaError_t launch_info_nce_generic(const InfoNcePassArguments<Key>& arguments, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((arguments.queries.n + kGenericRows - 1) / kGenericRows),
-                  static_cast<unsigned>(arguments.splits));
-  return launch(info_nce_generic_kernel<Key>, grid, dim3(kGenericThreads), 0, stream, arguments);
+}  // namespace
+
+template <typename Query, typename Operand>
+cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
+                                    const InfoNceWorkspace& workspace, cudaStream_t stream) {
+  const auto prepare = [&](const Query* x, const Query* positives, int64_t n, int64_t padded,
+                           const InfoNceOperand<Operand>& operand) {
+    const RowOptions rows{n, shape.c, options.eps, options.normalize};
+    return launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
+                  positives, rows, padded, operand);
+  };
+  const InfoNceWorkspace& w = workspace;
+  const cudaError_t error =
+      prepare(query, key + contrast.key_offset * shape.c, shape.n, w.n_padded,
+              {static_cast<Operand*>(w.query), w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished});
+  if (error != cudaSuccess || !contrast.in_batch) return error;
+  return prepare(key, nullptr, contrast.keys, contrast.keys, {static_cast<Operand*>(w.keys), nullptr});
+}
+
+template <typename Queue>
+cudaError_t launch_info_nce_generic(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                                    const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceWorkspace& workspace,
+                                    cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(workspace.n_padded / kGenericRows), static_cast<unsigned>(splits));
+  return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly, info_nce_generic_kernel<Queue>, grid,
+                dim3(kGenericThreads), 0, stream, keys, count, mask, partials, shape.n, shape.c,
+                temperature_of(options), workspace);
 }
 
 template <typename Queue, typename Operand>
-cudaError_t launch_info_nce_target(const InfoNceQueries& queries, const Queue* queue, const InfoNceShape& shape,
-                                   const InfoNceTemperature& temperature, const InfoNceContrast& contrast,
-                                   const InfoNceWorkspace& workspace, cudaStream_t stream) {
+cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
+                                   const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                   cudaStream_t stream) {
   const InfoNceSource<Queue> of_queue{queue, {shape.k, contrast.num_valid}, contrast.queue_ids, kNoPositive};
   const InfoNceSource<Operand> of_batch{contrast.in_batch ? static_cast<const Operand*>(workspace.keys) : nullptr,
                                         {contrast.keys, nullptr},
@@ -58,12 +74,13 @@ cudaError_t launch_info_nce_target(const InfoNceQueries& queries, const Queue* q
     if (error != cudaSuccess) return error;
   }
   if (contrast.same_id_positive || workspace.partials.keys == nullptr) return cudaSuccess;
-  return launch(info_nce_repair_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream, queries, of_queue,
-                of_batch, row_ids, temperature, workspace);
+  return launch(info_nce_repair_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream, of_queue, of_batch,
+                row_ids, shape.n, shape.c, temperature_of(options), workspace);
 }
 
-cudaError_t launch_info_nce_combine(const InfoNceQueries& queries, const InfoNceShape& shape,
-                                    const InfoNceTemperature& temperature, const InfoNceContrast& contrast,
+template <typename Query>
+cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
                                     const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
                                     cudaStream_t stream) {
   // Few rows have many splits each, and need more warps to keep enough loads in flight.
@@ -72,20 +89,36 @@ cudaError_t launch_info_nce_combine(const InfoNceQueries& queries, const InfoNce
       contrast.plain(),         workspace.column_sum,          workspace.match_sum,
       workspace.matches,        {shape.k, contrast.num_valid}, contrast.in_batch ? contrast.keys : 0,
       contrast.label_smoothing, contrast.same_id_positive};
-  return launch(Start::kEarly, info_nce_combine_kernel, dim3(static_cast<unsigned>(queries.n)), dim3(32 * warps), 0,
-                stream, queries, temperature, target, workspace, outputs);
+  return launch(Start::kEarly, info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps),
+                0, stream, query, key + contrast.key_offset * shape.c, row_options(shape, options),
+                temperature_of(options), target, workspace, outputs);
 }
 
-#define MOCO_INSTANTIATE_KEY(Key)                                                                \
-  template cudaError_t launch_info_nce_operand<Key>(const InfoNceQueries&, void*, cudaStream_t); \
-  template cudaError_t launch_info_nce_generic<Key>(const InfoNcePassArguments<Key>&, cudaStream_t);
-#define MOCO_INSTANTIATE_TARGET(Queue, Operand)                                                                    \
-  template cudaError_t launch_info_nce_target<Queue, Operand>(                                                     \
-      const InfoNceQueries&, const Queue*, const InfoNceShape&, const InfoNceTemperature&, const InfoNceContrast&, \
-      const InfoNceWorkspace&, cudaStream_t);
-MOCO_INSTANTIATE_KEY(float)
-MOCO_INSTANTIATE_KEY(__nv_bfloat16)
-MOCO_INSTANTIATE_KEY(__half)
+#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                                \
+  template cudaError_t launch_info_nce_prepare<Query, Operand>(const Query*, const Query*, const InfoNceShape&, \
+                                                               const InfoNceOptions&, const InfoNceContrast&,   \
+                                                               const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_QUERY(Query)                                                                  \
+  MOCO_INSTANTIATE_PREPARE(Query, float)                                                               \
+  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                       \
+  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                              \
+  template cudaError_t launch_info_nce_combine<Query>(const Query*, const Query*, const InfoNceShape&, \
+                                                      const InfoNceOptions&, const InfoNceContrast&,   \
+                                                      const InfoNceWorkspace&, const InfoNceOutputs&, cudaStream_t);
+#define MOCO_INSTANTIATE_TARGET(Queue, Operand)                                                              \
+  template cudaError_t launch_info_nce_target<Queue, Operand>(const Queue*, const InfoNceShape&,             \
+                                                              const InfoNceOptions&, const InfoNceContrast&, \
+                                                              const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_QUEUE(Queue)                                                                           \
+  template cudaError_t launch_info_nce_generic<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, \
+                                                      const InfoNcePartials&, int64_t, const InfoNceShape&,     \
+                                                      const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
+MOCO_INSTANTIATE_QUERY(float)
+MOCO_INSTANTIATE_QUERY(__nv_bfloat16)
+MOCO_INSTANTIATE_QUERY(__half)
+MOCO_INSTANTIATE_QUEUE(float)
+MOCO_INSTANTIATE_QUEUE(__nv_bfloat16)
+MOCO_INSTANTIATE_QUEUE(__half)
 MOCO_INSTANTIATE_TARGET(float, float)
 MOCO_INSTANTIATE_TARGET(__nv_bfloat16, float)
 MOCO_INSTANTIATE_TARGET(__half, float)

@@ -4,7 +4,7 @@
 // memory and registers do not grow with C.
 #pragma once
 
-#include "kernels/cuda/info_nce_query.cuh"
+#include "kernels/cuda/info_nce_rows.cuh"
 
 namespace moco_ext::cuda {
 
@@ -13,63 +13,50 @@ constexpr int kGenericColumns = 32;  // columns of the contraction in shared mem
 constexpr int kGenericItemRows = 4;  // rows that a thread accumulates for each element of a key it loads
 static_assert(kGenericThreads == kGenericRows * kGenericKeys / 2 && kGenericKeys == 32);
 
-template <typename Key>
+template <typename Queue>
 __global__ void __launch_bounds__(kGenericThreads, 2)
-    info_nce_generic_kernel(const InfoNcePassArguments<Key> arguments) {
+    info_nce_generic_kernel(const Queue* queue, InfoNceKeyCount count, InfoNceMask mask, InfoNcePartials partials,
+                            int64_t n, int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
   __shared__ float query[kGenericRows][kGenericColumns + 1];  // padding: elements of a column are in distinct banks
   __shared__ float key[kGenericKeys][kGenericColumns + 1];
   __shared__ float scores[kGenericRows][kGenericKeys];
   __shared__ float rescale[kGenericRows];
-  __shared__ float unit[kGenericRows];
   let_next_kernel_start();
-  const InfoNceQueries& queries = arguments.queries;
-  const Key* const keys = arguments.keys;
-  const InfoNceMask& mask = arguments.mask;
-  const InfoNcePartials& partials = arguments.partials;
-  const int64_t n = queries.n;
-  const int64_t c = queries.c;
+  wait_for_previous_kernel();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kGenericRows;
   const int64_t split_row = blockIdx.y * n + block_row;
-  const int64_t k = arguments.count.value();
+  const int64_t k = count.value();
   const int64_t tiles = (k + kGenericKeys - 1) / kGenericKeys;
   const int64_t first_tile = tiles * blockIdx.y / gridDim.y;
   const int64_t end_tile = tiles * (blockIdx.y + 1) / gridDim.y;
+  const float* const operand = static_cast<const float*>(workspace.query) + block_row * c;
+  const float scale = 1.44269504f / temperature.value();
 
   // Softmax state: warp w keeps rows w and w + 8. All lanes hold the same max; sum and rank cover a lane's keys.
   constexpr int kWarps = kGenericThreads / 32;
-  float positive[2];  // like the products of a query's operand and a key
-  float scale[2];     // from a product to the exponent of 2
-  for (int r = 0; r < 2; ++r) {
-    const QueryFacts facts = warp_query_facts(queries, block_row + warp + kWarps * r);
-    positive[r] = facts.positive / facts.scale;
-    scale[r] = facts.scale * 1.44269504f / arguments.temperature.value();
-    if (lane == 0) unit[warp + kWarps * r] = facts.unit;
-  }
   float row_max[2] = {-INFINITY, -INFINITY};
   float row_sum[2] = {};
   uint32_t row_rank[2] = {};
 
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     const int64_t tile_key = tile * kGenericKeys;
-    const int valid = static_cast<int>(min(k - tile_key, kGenericKeys));
+    const int keys = static_cast<int>(min(k - tile_key, kGenericKeys));
 
     float score[2] = {};  // of row thread / 16 and keys thread % 16, thread % 16 + 16
     for (int64_t column = 0; column < c; column += kGenericColumns) {
-      __syncthreads();  // all threads have read the previous columns, and the units are there
+      __syncthreads();  // all threads have read the previous columns
       for (int i = thread; i < (kGenericRows + kGenericKeys) * kGenericColumns; i += kGenericThreads) {
         const int row = i / kGenericColumns;
         const int64_t at = column + i % kGenericColumns;
         if (row < kGenericRows) {
-          const bool exists = at < c && block_row + row < n;
-          query[row][i % kGenericColumns] =
-              exists ? element(queries.query, queries.dtype, (block_row + row) * c + at) * unit[row] : 0.0f;
+          query[row][i % kGenericColumns] = at < c ? operand[row * c + at] : 0.0f;
         } else {
           const int tile_row = row - kGenericRows;
           key[tile_row][i % kGenericColumns] =
-              tile_row < valid && at < c ? to_float(keys[(tile_key + tile_row) * c + at]) : 0.0f;
+              tile_row < keys && at < c ? to_float(queue[(tile_key + tile_row) * c + at]) : 0.0f;
         }
       }
       __syncthreads();
@@ -81,7 +68,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
     }
     for (int i = 0; i < 2; ++i) {
       const int column = thread % 16 + 16 * i;
-      scores[thread / 16][column] = column < valid ? score[i] : -INFINITY;
+      scores[thread / 16][column] = column < keys ? score[i] : -INFINITY;
     }
     __syncthreads();
 
@@ -89,17 +76,17 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
       const int row = warp + kWarps * r;
       float s = scores[row][lane];
       bool is_negative = true;
-      if (mask.any() && lane < valid && block_row + row < n) {
+      if (mask.any() && lane < keys && block_row + row < n) {
         const bool same_id = mask.same_id(block_row + row, tile_key + lane);
         is_negative = !same_id;
         if (mask.is_positive(block_row + row, tile_key + lane) || (same_id && !mask.same_id_positive)) s = -INFINITY;
       }
       const float max = fmaxf(row_max[r], warp_join(s, Max{}));
       const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
-      const float factor = exp2f((row_max[r] - shift) * scale[r]);
-      const float p = exp2f((s - shift) * scale[r]);
+      const float factor = exp2f((row_max[r] - shift) * scale);
+      const float p = exp2f((s - shift) * scale);
       row_sum[r] = row_sum[r] * factor + p;
-      row_rank[r] += is_negative && s > positive[r];
+      row_rank[r] += is_negative && s > workspace.positive[block_row + row];
       row_max[r] = max;
       scores[row][lane] = p;
       if (lane == 0) rescale[row] = factor;
@@ -111,8 +98,8 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         const int64_t column = item % c;
         const int row = static_cast<int>(item / c) * kGenericItemRows;
         float sum[kGenericItemRows] = {};
-        for (int i = 0; i < valid; ++i) {
-          const float element = to_float(keys[(tile_key + i) * c + column]);
+        for (int i = 0; i < keys; ++i) {
+          const float element = to_float(queue[(tile_key + i) * c + column]);
 #pragma unroll
           for (int j = 0; j < kGenericItemRows; ++j) sum[j] += scores[row + j][i] * element;
         }
@@ -130,7 +117,6 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
     const int64_t rows = min(n - block_row, kGenericRows);
     for (int64_t i = thread; i < rows * c; i += kGenericThreads) partials.keys[split_row * c + i] = 0.0f;
   }
-  if (blockIdx.x == 0 && blockIdx.y == 0 && thread == 0) *partials.finished = 0;
   for (int r = 0; r < 2; ++r) {
     const int row = warp + kWarps * r;
     const float sum = warp_join(row_sum[r], Add{});

@@ -3,7 +3,7 @@
 //   W = upstream (exp(K Q^T / T - lse) - target),  gradient = W Q / T, then through the norm of each key.
 // bfloat16 is multiplied directly, float16 as float32 in two terms because weights may be below the range of float16.
 #include "kernels/cuda/info_nce_launch.cuh"
-#include "kernels/cuda/info_nce_query.cuh"
+#include "kernels/cuda/info_nce_rows.cuh"
 
 namespace moco_ext::cuda {
 namespace {
@@ -13,8 +13,11 @@ using KeysOperand = std::conditional_t<std::is_same_v<Query, __nv_bfloat16>, __n
 
 struct KeysWorkspace {
   void* query;             // [N, C] operand
+  void* key;               // [M_padded, C] operand
+  float* key_norm;         // [M]
   InfoNceColumn* columns;  // [N]
   float* sums;             // [splits, M, C] of W Q
+  int64_t padded;
   int64_t splits;
   size_t bytes;
 };
@@ -32,26 +35,21 @@ constexpr int kThreads = 256;
 
 // For any C. A block per key.
 __global__ void __launch_bounds__(kThreads)
-    info_nce_keys_generic_kernel(const InfoNcePassArguments<float> arguments, const InfoNceColumn* columns) {
+    info_nce_keys_generic_kernel(const float* keys, const float* queries, const InfoNceColumn* columns,
+                                 InfoNceMask mask, int64_t n, int64_t c, InfoNceTemperature temperature, float* sums) {
   __shared__ float weights[kChunk];
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int64_t row = blockIdx.x;
-  const InfoNceQueries& keys = arguments.queries;
-  const float* const queries = arguments.keys;
-  const InfoNceMask& mask = arguments.mask;
-  const int64_t n = arguments.count.value();
-  const int64_t c = keys.c;
-  const float inverse_norm = 1.0f / keys.divisor(block_query_facts(keys, row).query_norm);
-  const float scale = inverse_norm * 1.44269504f / arguments.temperature.value();
-  float* const sums = arguments.partials.keys + row * c;
+  const float scale = 1.44269504f / temperature.value();
+  keys += row * c;
+  sums += row * c;
   for (int64_t i = thread; i < c; i += kThreads) sums[i] = 0.0f;
   for (int64_t first = 0; first < n; first += kChunk) {
     const int count = static_cast<int>(min(n - first, int64_t{kChunk}));
     for (int q = thread / 32; q < count; q += kThreads / 32) {
       float score = 0.0f;
-      for (int64_t i = lane; i < c; i += 32)
-        score += element(keys.query, keys.dtype, row * c + i) * queries[(first + q) * c + i];
+      for (int64_t i = lane; i < c; i += 32) score += keys[i] * queries[(first + q) * c + i];
       score = warp_join(score, Add{});
       if (lane != 0) continue;
       const InfoNceColumn column = columns[first + q];
@@ -72,24 +70,21 @@ __global__ void __launch_bounds__(kThreads)
 
 // gradient [M, C]: adds up the splits and the key's own query, subtracts its shares as a further positive, and applies
 // 1 / T and the norm. A block per key. weights [N, 3], upstream [N]
-template <typename Operand>
-__global__ void info_nce_keys_combine_kernel(const InfoNcePassArguments<Operand> arguments, const float* weights,
+template <typename Query, typename Operand>
+__global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* queries, int64_t n, RowOptions options,
+                                             InfoNceMask mask, InfoNceTemperature temperature, const float* weights,
                                              const float* upstream, KeysWorkspace workspace, float* gradient) {
   __shared__ int any;
-  const InfoNceQueries& keys = arguments.queries;
-  const Operand* const queries = arguments.keys;
-  const InfoNceMask& mask = arguments.mask;
   const int64_t row = blockIdx.x;
-  const int64_t n = arguments.count.value();
-  const int64_t c = keys.c;
+  const int64_t c = options.c;
+  key += row * c;
   gradient += row * c;
-  const float norm = block_query_facts(keys, row).query_norm;
-  const float inverse_norm = 1.0f / keys.divisor(norm);
-  const auto unit_key = [&](int64_t i) { return element(keys.query, keys.dtype, row * c + i) * inverse_norm; };
+  const float norm = workspace.key_norm[row];
+  const float inverse_norm = 1.0f / options.divisor(norm);
   for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
     float sum = 0.0f;
     for (int64_t split = 0; split < workspace.splits; ++split) {
-      sum += workspace.sums[(split * keys.n + row) * c + i];
+      sum += workspace.sums[(split * options.n + row) * c + i];
     }
     gradient[i] = sum;
   }
@@ -115,14 +110,14 @@ __global__ void info_nce_keys_combine_kernel(const InfoNcePassArguments<Operand>
   }
   float dot = 0.0f;
   for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
-    const float sum = gradient[i] / arguments.temperature.value();
+    const float sum = gradient[i] / temperature.value();
     gradient[i] = sum;
-    dot += sum * unit_key(i);
+    dot += sum * (to_float(key[i]) * inverse_norm);
   }
   dot = block_join(dot, Add{});
-  const bool turns = keys.normalize && norm > keys.eps;  // a clamped norm is a constant
+  const bool turns = options.normalize && norm > options.eps;  // a clamped norm is a constant
   for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
-    gradient[i] = (gradient[i] - (turns ? dot * unit_key(i) : 0.0f)) * inverse_norm;
+    gradient[i] = (gradient[i] - (turns ? dot * (to_float(key[i]) * inverse_norm) : 0.0f)) * inverse_norm;
   }
 }
 
@@ -137,13 +132,24 @@ KeysWorkspace keys_workspace(void* base, const InfoNcePass<Operand>& pass, const
   KeysWorkspace w{};
   Pieces pieces(base);
   const bool fast = pass.resident > 0;
-  w.splits =
-      fast ? choose_splits((m + pass.rows - 1) / pass.rows, (shape.n + pass.keys - 1) / pass.keys, pass.resident) : 1;
-  pieces.take(w.query, shape.n * shape.c);
+  w.padded = fast ? (m + pass.rows - 1) / pass.rows * pass.rows : m;
+  w.splits = fast ? choose_splits(w.padded / pass.rows, (shape.n + pass.keys - 1) / pass.keys, pass.resident) : 1;
+  const size_t element = fast ? sizeof(Operand) : sizeof(float);
+  pieces.take(w.query, shape.n * shape.c, element);
+  pieces.take(w.key, w.padded * shape.c, element);
+  pieces.take(w.key_norm, m);
   pieces.take(w.columns, shape.n);
   pieces.take(w.sums, w.splits * m * shape.c);
   w.bytes = pieces.used();
   return w;
+}
+
+template <typename Operand, typename Query>
+cudaError_t launch_operand(const Query* x, const RowOptions& options, int64_t padded, void* operand, float* norm,
+                           cudaStream_t stream) {
+  return launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
+                static_cast<const Query*>(nullptr), options, padded,
+                InfoNceOperand<Operand>{static_cast<Operand*>(operand), norm});
 }
 
 }  // namespace
@@ -167,35 +173,47 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
   if (n == 0) return cudaMemsetAsync(grad_key, 0, static_cast<size_t>(m * shape.c) * sizeof(float), stream);
   const InfoNcePass<Operand> pass = keys_pass<Query>(shape, options);
   const KeysWorkspace w = keys_workspace(workspace, pass, shape, m);
+  const RowOptions queries{n, shape.c, options.eps, options.normalize};
+  const RowOptions keys{m, shape.c, options.eps, options.normalize};
+  const InfoNceTemperature temperature{options.temperature, options.temperature_ptr};
   const int64_t* const query_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
   // Here the rows are keys: row j is the key of query j - key_offset.
   const InfoNceMask mask{contrast.key_ids, query_ids, -contrast.key_offset, contrast.same_id_positive};
-  const cudaError_t error = launch(info_nce_columns_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)),
-                                   dim3(kThreads), 0, stream, lse, weights, upstream, n, w.columns);
+
+  cudaError_t error = launch(info_nce_columns_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)),
+                             dim3(kThreads), 0, stream, lse, weights, upstream, n, w.columns);
   if (error != cudaSuccess) return error;
-  const auto run = [&]<typename T>(const auto& launch_rows) {
-    const InfoNcePassArguments<T> arguments{info_nce_queries<Query>(key, nullptr, m, shape.c, options),
-                                            static_cast<const T*>(w.query),
-                                            {n, nullptr},
-                                            mask,
-                                            {options.temperature, options.temperature_ptr},
-                                            {nullptr, nullptr, nullptr, w.sums, nullptr},
-                                            static_cast<int>(w.splits)};
-    cudaError_t error =
-        launch_info_nce_operand<T>(info_nce_queries<Query>(query, nullptr, n, shape.c, options), w.query, stream);
-    if (error == cudaSuccess) error = launch_rows(arguments);
+  if (pass.resident > 0) {
+    error = launch_operand<Operand>(query, queries, n, w.query, nullptr, stream);
+    if (error == cudaSuccess) error = launch_operand<Operand>(key, keys, w.padded, w.key, w.key_norm, stream);
     if (error != cudaSuccess) return error;
-    return launch(info_nce_keys_combine_kernel<T>, dim3(static_cast<unsigned>(m)), dim3(128), 0, stream, arguments,
-                  weights, upstream, w, grad_key);
-  };
-  if (pass.resident == 0) {
-    return run.template operator()<float>([&](const InfoNcePassArguments<float>& arguments) {
-      return launch(info_nce_keys_generic_kernel, dim3(static_cast<unsigned>(m)), dim3(kThreads), 0, stream, arguments,
-                    w.columns);
-    });
+    const MmaArguments<Operand> arguments{static_cast<const uint32_t*>(w.key),
+                                          static_cast<const Operand*>(w.query),
+                                          nullptr,
+                                          nullptr,
+                                          {nullptr, nullptr, nullptr, w.sums},
+                                          m,
+                                          {n, nullptr},
+                                          mask,
+                                          temperature,
+                                          w.columns};
+    const dim3 grid(static_cast<unsigned>(w.padded / pass.rows), static_cast<unsigned>(w.splits));
+    error = launch(pass.kernel, grid, dim3(pass.threads), pass.shared_bytes, stream, arguments);
+  } else {
+    error = launch_operand<float>(query, queries, n, w.query, nullptr, stream);
+    if (error == cudaSuccess) error = launch_operand<float>(key, keys, m, w.key, w.key_norm, stream);
+    if (error != cudaSuccess) return error;
+    error = launch(info_nce_keys_generic_kernel, dim3(static_cast<unsigned>(m)), dim3(kThreads), 0, stream,
+                   static_cast<const float*>(w.key), static_cast<const float*>(w.query), w.columns, mask, n, shape.c,
+                   temperature, w.sums);
   }
-  return run.template operator()<Operand>(
-      [&](const InfoNcePassArguments<Operand>& arguments) { return launch_mma(pass, arguments, w.columns, stream); });
+  if (error != cudaSuccess) return error;
+  const auto combine = [&]<typename T>(const T* operand) {
+    return launch(info_nce_keys_combine_kernel<Query, T>, dim3(static_cast<unsigned>(m)), dim3(128), 0, stream, key,
+                  operand, n, keys, mask, temperature, weights, upstream, w, grad_key);
+  };
+  return pass.resident > 0 ? combine(static_cast<const Operand*>(w.query))
+                           : combine(static_cast<const float*>(w.query));
 }
 
 #define MOCO_INFO_NCE_KEYS(Query)                                                                                 \

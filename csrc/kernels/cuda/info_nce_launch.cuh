@@ -13,7 +13,8 @@ template <typename Queue>
 InfoNcePass<Queue> generic_pass() {
   int multiprocessors = 0;
   if (multiprocessor_count(&multiprocessors) != cudaSuccess) multiprocessors = 1;
-  return {nullptr, kGenericRows, kGenericKeys, 0, 0, int64_t{kMaxBlocksPerMultiprocessor} * multiprocessors};
+  return {nullptr,      kGenericRows, kGenericKeys, 0, 0, int64_t{kMaxBlocksPerMultiprocessor} * multiprocessors,
+          sizeof(float)};
 }
 
 // The number of splits of the queue with the lowest estimated time: waves of resident blocks times the tiles of a
@@ -41,8 +42,8 @@ InfoNceWorkspace pass_workspace(const InfoNcePass<Queue>& pass, void* base, cons
   const auto splits = [&](int64_t keys) {
     return keys == 0 ? 0 : choose_splits(row_blocks, (keys + pass.keys - 1) / pass.keys, pass.resident);
   };
-  return info_nce_workspace(base, shape, contrast, splits(shape.k), contrast.in_batch ? splits(contrast.keys) : 0,
-                            gradient);
+  return info_nce_workspace(base, shape, contrast, pass.rows, splits(shape.k),
+                            contrast.in_batch ? splits(contrast.keys) : 0, pass.operand_bytes, gradient);
 }
 
 // The fastest pass that the queue's type, alignment and number of features allow on the current device.
@@ -68,13 +69,32 @@ size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, c
 
 // Key: the queue's type, or that of the batch's keys in the workspace, which the generic pass takes as float.
 template <typename Queue, typename Key>
-cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const InfoNcePassArguments<Key>& arguments, int terms,
+cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const Key* keys, const InfoNceKeyCount& count,
+                        const InfoNceMask& mask, const InfoNcePartials& partials, int64_t splits,
+                        const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceWorkspace& w,
                         cudaStream_t stream) {
   if constexpr (std::is_same_v<Key, Queue>) {
-    if (pass.kind == PassKind::kMma) return launch_mma(pass, arguments, nullptr, stream);
-    if (pass.kind == PassKind::kSm90) return launch_info_nce_sm90(arguments, terms, stream);
+    if (pass.kind == PassKind::kMma) {
+      const MmaArguments<Queue> arguments{static_cast<const uint32_t*>(w.query),
+                                          keys,
+                                          w.positive,
+                                          w.row_scale,
+                                          partials,
+                                          shape.n,
+                                          count,
+                                          mask,
+                                          {options.temperature, options.temperature_ptr},
+                                          nullptr};
+      const dim3 grid(static_cast<unsigned>(w.n_padded / pass.rows), static_cast<unsigned>(splits));
+      return launch(mask.of_batch() ? Start::kAfterPrevious : Start::kEarly,
+                    mask.any() ? pass.masked_kernel : pass.kernel, grid, dim3(pass.threads), pass.shared_bytes, stream,
+                    arguments);
+    }
+    if (pass.kind == PassKind::kSm90) {
+      return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
+    }
   }
-  return launch_info_nce_generic(arguments, stream);
+  return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
 }
 
 // Of no rows, the mean is NaN (all bits set) and everything else 0.
@@ -86,49 +106,35 @@ inline cudaError_t info_nce_of_no_rows(const InfoNceOutputs& outputs, cudaStream
   return cudaMemsetAsync(outputs.grad_temperature, 0, sizeof(float), stream);
 }
 
-// The passes over queue and batch, combine.
+// prepare, the passes over queue and batch, combine.
 template <typename Query, typename Queue>
 cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
                      const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,
                      void* workspace, cudaStream_t stream) {
   if (shape.n == 0) return info_nce_of_no_rows(outputs, stream);
-  if ((reinterpret_cast<uintptr_t>(query) | reinterpret_cast<uintptr_t>(key)) % 8 != 0)
-    return cudaErrorMisalignedAddress;
   const bool gradient = outputs.grad_query != nullptr;
   const InfoNcePass<Queue> pass = choose_pass(queue, shape, options, contrast, gradient);
   const InfoNceWorkspace w = pass_workspace(pass, workspace, shape, contrast, gradient);
-  const InfoNceTemperature temperature{options.temperature, options.temperature_ptr};
-  const InfoNceQueries queries =
-      info_nce_queries(query, key + contrast.key_offset * shape.c, shape.n, shape.c, options);
   const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
-  const auto run = [&]<typename Operand>() {  // the type of the batch's keys in the passes
-    const auto launch = [&]<typename Key>(const Key* keys, const InfoNceKeyCount& count, const int64_t* ids,
-                                          int64_t key_offset, int64_t first_split, int64_t splits) {
-      const InfoNcePassArguments<Key> arguments{queries,
-                                                keys,
-                                                count,
-                                                {row_ids, ids, key_offset, contrast.same_id_positive},
-                                                temperature,
-                                                partials_from(w, shape, first_split),
-                                                static_cast<int>(splits)};
-      return launch_pass(pass, arguments, options.terms, stream);
-    };
-    cudaError_t error = cudaSuccess;
-    if (w.queue_splits > 0) {
-      error = launch(queue, {shape.k, contrast.num_valid}, contrast.queue_ids, kNoPositive, 0, w.queue_splits);
+  const bool positive = contrast.same_id_positive;
+  const auto run = [&]<typename Operand>() {  // the type of queries and keys in the passes
+    cudaError_t error = launch_info_nce_prepare<Query, Operand>(query, key, shape, options, contrast, w, stream);
+    if (error == cudaSuccess && w.queue_splits > 0) {
+      error =
+          launch_pass(pass, queue, {shape.k, contrast.num_valid}, {row_ids, contrast.queue_ids, kNoPositive, positive},
+                      partials_from(w, shape, 0), w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess && contrast.in_batch) {
-      error = launch_info_nce_operand<Operand>(info_nce_queries<Query>(key, nullptr, contrast.keys, shape.c, options),
-                                               w.keys, stream);
-      if (error != cudaSuccess) return error;
-      error = launch(static_cast<const Operand*>(w.keys), {contrast.keys, nullptr}, contrast.key_ids,
-                     contrast.key_offset, w.queue_splits, w.splits - w.queue_splits);
+      error =
+          launch_pass(pass, static_cast<const Operand*>(w.keys), {contrast.keys, nullptr},
+                      {row_ids, contrast.key_ids, contrast.key_offset, positive},
+                      partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess) {
-      error = launch_info_nce_target<Queue, Operand>(queries, queue, shape, temperature, contrast, w, stream);
+      error = launch_info_nce_target<Queue, Operand>(queue, shape, options, contrast, w, stream);
     }
     if (error != cudaSuccess) return error;
-    return launch_info_nce_combine(queries, shape, temperature, contrast, w, outputs, stream);
+    return launch_info_nce_combine(query, key, shape, options, contrast, w, outputs, stream);
   };
   if (pass.kind == PassKind::kGeneric) return run.template operator()<float>();
   return run.template operator()<Queue>();

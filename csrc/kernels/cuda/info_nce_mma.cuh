@@ -9,8 +9,9 @@
 #include <type_traits>
 
 #include "kernels/cuda/info_nce_mma_products.cuh"
-#include "kernels/cuda/info_nce_query.cuh"
 #include "kernels/cuda/info_nce_softmax.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
 
@@ -23,15 +24,29 @@ struct alignas(16) InfoNceColumn {
   float share;
 };
 
+template <typename Element>
+struct MmaArguments {
+  const uint32_t* query;   // [N_padded, C] of Element, normalized and scaled by 1 / row_scale
+  const Element* queue;    // [K, C], 16-byte aligned
+  const float* positive;   // [N_padded] score of the query and its positive
+  const float* row_scale;  // [N_padded] a power of two
+  InfoNcePartials partials;
+  int64_t n;
+  InfoNceKeyCount count;
+  InfoNceMask mask;
+  InfoNceTemperature temperature;
+  const InfoNceColumn* columns;  // [K] for kKeys
+};
+
 // What a pass computes for its rows: the loss; the loss and the gradient; or the gradient of keys, with keys as rows
 // and queries whose losses are known as columns.
 enum class MmaPass { kLoss, kGradient, kKeys };
 
 // Scores of kKeys -> weights of the queries in the gradient of each key.
 template <int tiles>
-__device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNceColumn* columns,
-                                              const float (&scale)[2], const InfoNceMask& mask, int64_t row, int64_t n,
-                                              int64_t first_key, int valid, int lane) {
+__device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNceColumn* columns, float scale,
+                                              const InfoNceMask& mask, int64_t row, int64_t n, int64_t first_key,
+                                              int valid, int lane) {
   // A lane loads one of every 32 columns and shares it by shuffles: all columns that it needs do not fit in registers.
   constexpr int kLoads = (tiles * 8 + 31) / 32;
   InfoNceColumn loaded[kLoads];
@@ -52,7 +67,7 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& x = s[j][2 * r + i];
-        x = upstream * exp2_approx(x * scale[r] - lse) - floor;
+        x = upstream * exp2_approx(x * scale - lse) - floor;
       }
     }
   }
@@ -64,10 +79,10 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
   }
 }
 
-// kMasked: some keys may not be negatives of all rows. per_key [K]: for kKeys
+// kMasked: some keys may not be negatives of all rows.
 template <typename Tile, int columns, MmaPass kPass, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
-    info_nce_mma_kernel(const InfoNcePassArguments<typename Tile::Element> arguments, const InfoNceColumn* per_key) {
+    info_nce_mma_kernel(const MmaArguments<typename Tile::Element> arguments) {
   using Element = typename Tile::Element;
   let_next_kernel_start();
   constexpr bool kGradient = kPass != MmaPass::kLoss;
@@ -77,8 +92,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int column_group = thread / 32 / Tile::kRowWarps;
-  const InfoNceQueries& queries = arguments.queries;
-  const int64_t n = queries.n;
+  const int64_t n = arguments.n;
   const int64_t k = arguments.count.value();
   const auto all_tiles = static_cast<unsigned>((k + Tile::kKeys - 1) / Tile::kKeys);
   const unsigned more = all_tiles % gridDim.y;  // splits with one tile more than the others
@@ -87,9 +101,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
   const int last_keys =
       static_cast<int>(min(k - static_cast<int64_t>(end_tile - 1) * Tile::kKeys, int64_t{Tile::kKeys}));
   const auto valid_keys = [&](int tile) { return tile < end_tile - 1 ? Tile::kKeys : last_keys; };
-  // The first of a thread's rows: its others are 8 and kRowStep further.
+  // The first of a thread's rows: its others are 8, 16 and 24 further.
   const auto first_row = [](int thread) {
-    return static_cast<int64_t>(blockIdx.x) * Tile::kRows + thread / 32 % Tile::kRowWarps * 16 + thread % 32 / 4;
+    return static_cast<int64_t>(blockIdx.x) * Tile::kRows + thread / 32 % Tile::kRowWarps * Tile::kWarpRows +
+           thread % 32 / 4;
   };
   const int64_t row = first_row(thread);
   const bool idle = row - lane / 4 >= n;  // the warp only loads and splits keys
@@ -106,7 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
       const int load_key = at / Tile::kSourceChunks;
       const int load_chunk = at % Tile::kSourceChunks;
       const char* const source =
-          reinterpret_cast<const char*>(arguments.keys) + static_cast<int64_t>(tile) * Tile::kStageBytes + at * 16;
+          reinterpret_cast<const char*>(arguments.queue) + static_cast<int64_t>(tile) * Tile::kStageBytes + at * 16;
       const int term = kFloat ? load_chunk % 2 : 0;  // the one whose tile the chunk is loaded to
       const SharedAddress to = shared_address(stage(tile)) + term * Tile::kTileBytes;
       const int valid = valid_keys(tile);
@@ -147,139 +162,151 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
   };
 #pragma unroll
   for (int i = 0; i < Tile::kStages - 1; ++i) load_tile(first_tile + i);
+  wait_for_previous_kernel();  // it writes the query, but not the keys: see InfoNceMask::of_batch
 
-  // Keeps p >= 2^-26 above fp16's subnormals.
-  constexpr int kBias = std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;
-  const auto run = [&]<int row_tiles>() {
-    // Each thread's part of the operand of queries stays in registers, but for the last term if it is in shared memory.
-    uint32_t operand[kTerms][row_tiles][Tile::kSteps][4];
-    unsigned char* const own_operand = shared + Tile::kQueriesAt + 16 * thread;
-    const auto join_column_groups = [&](auto& x, auto operation) {
-      if constexpr (Tile::kColumnGroups > 1) {
-        constexpr int kCount = std::extent_v<std::remove_reference_t<decltype(x)>>;
-        float* const parts =
-            reinterpret_cast<float*>(shared + Tile::kExchangeAt) + lane / 4 * kCount;  // [warps, 8 rows, values]
-        __syncthreads();  // all threads have read the previous values
-        for (int i = 0; lane % 4 == 0 && i < kCount; ++i) parts[thread / 32 * 8 * kCount + i] = x[i];
-        __syncthreads();
-        for (int i = 0; i < kCount; ++i) {
-          x[i] = parts[thread / 32 % Tile::kRowWarps * 8 * kCount + i];
-          for (int group = 1; group < Tile::kColumnGroups; ++group) {
-            x[i] = operation(x[i], parts[(group * Tile::kRowWarps + thread / 32 % Tile::kRowWarps) * 8 * kCount + i]);
-          }
-        }
-      }
-    };
-    SoftmaxRows rows[row_tiles];
-    const float log2_scale = 1.44269504f / arguments.temperature.value();
+  uint32_t queries[kTerms][Tile::kRowTiles][Tile::kSteps][4];
+  unsigned char* const own_queries = shared + Tile::kSharedBytes - Tile::kQueryBytes + 16 * thread;
 #pragma unroll
-    for (int i = 0; i < 2 * row_tiles; ++i) {
-      float2 query[Tile::kWarpColumns / 8];
-      const QueryFacts facts = load_query(queries, row + i / 2 * Tile::kRowStep + i % 2 * 8,
-                                          column_group * Tile::kWarpColumns, query, join_column_groups);
-      start_row(rows[i / 2], i % 2, facts.scale, facts.positive, log2_scale);
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
-      for (int j = 0; j < Tile::kWarpColumns / 8; ++j) {
-        uint32_t words[kTerms];
-        split<typename Tile::Operand>(query[j].x, query[j].y, words);
+    for (int step = 0; step < Tile::kSteps; ++step) {
+      uint32_t words[4][kTerms];
 #pragma unroll
-        for (int t = 0; t < Tile::kRegisterTerms; ++t) operand[t][i / 2][j / 2][j % 2 * 2 + i % 2] = words[t];
-        if constexpr (Tile::kRegisterTerms < kTerms) {
-          reinterpret_cast<uint32_t*>(own_operand + (i / 2 * Tile::kSteps + j / 2) * Tile::kThreads *
-                                                        16)[j % 2 * 2 + i % 2] = words[kTerms - 1];
-        }
-      }
-    }
-    const auto query = [&](uint32_t (&a)[4], int t, int m, int step) {
-      if (t < Tile::kRegisterTerms) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = operand[t][m][step][i];
-      } else {
-        load_shared_16(a, shared_address(own_operand) + (m * Tile::kSteps + step) * Tile::kThreads * 16);
-      }
-    };
-    constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
-    float o[row_tiles][kOutputs][4] = {};
-
-    for (int tile = first_tile; tile < end_tile; ++tile) {
-      if constexpr (Tile::kStages == 1) {
-        __syncthreads();  // no thread still reads the only stage
-        load_tile(tile);
-      }
-      cp_async_wait<Tile::kStages == 1 ? 0 : Tile::kStages - 2>();
-      if constexpr (kFloat) split_tile(tile);
-      __syncthreads();  // the whole tile is there, and no thread still reads the stage that the next load overwrites
-      if constexpr (Tile::kStages > 1) load_tile(tile + Tile::kStages - 1);
-      const int at = opaque(thread);
-      const int lane = at % 32;
-      const int column_group = at / 32 / Tile::kRowWarps;
-      SharedAddress keys[kTerms];
-#pragma unroll
-      for (int t = 0; t < kTerms; ++t) {
-        keys[t] = shared_address(t < 2 ? stage(tile) + t * Tile::kTileBytes : third(tile)) +
-                  column_group * Tile::kWarpColumns * 2;
-      }
-
-      float s[row_tiles][Tile::kKeys / 8][4];
-      if (!idle) multiply_scores<Tile>(s, query, keys, lane);
-      if constexpr (Tile::kColumnGroups > 1) {
-        const int row_warp = at / 32 % Tile::kRowWarps;
-        constexpr int kParts = row_tiles * Tile::kKeys / 8;
-        float4* const parts = reinterpret_cast<float4*>(shared + Tile::kExchangeAt) + lane;
-#pragma unroll
-        for (int i = 0; i < kParts && !idle; ++i) {
-          const auto& part = s[i % row_tiles][i / row_tiles];
-          parts[(at / 32 * kParts + i) * 32] = make_float4(part[0], part[1], part[2], part[3]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kParts; ++i) {
-          float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 2
-          for (int group = 0; group < Tile::kColumnGroups; ++group) {  // in the same order in all warps, for equal bits
-            const float4 part = parts[((group * Tile::kRowWarps + row_warp) * kParts + i) * 32];
-            sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
-          }
-          auto& to = s[i % row_tiles][i / row_tiles];
-          to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
-        }
-      }
-      if (idle) continue;
-      const int64_t row = first_row(at);
-      [[maybe_unused]] const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
-      const int valid = valid_keys(tile);
-#pragma unroll
-      for (int m = 0; m < row_tiles; ++m) {
-        if constexpr (kPass == MmaPass::kKeys) {
-          weigh_columns(s[m], per_key, rows[m].scale, arguments.mask, row + m * Tile::kRowStep, n, first_key, valid,
-                        lane);
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = (row + 16 * m + i % 2 * 8) * columns + column_group * Tile::kWarpColumns + step * 16 +
+                           i / 2 * 8 + lane % 4 * 2;
+        if constexpr (kFloat) {
+          const float2 pair = *reinterpret_cast<const float2*>(arguments.query + at);
+          split<__nv_bfloat16>(pair.x, pair.y, words[i]);
         } else {
-          if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
-          if constexpr (kMasked) {
-            mask_scores(s[m], rows[m], arguments.mask, row + m * Tile::kRowStep, n, first_key, valid, lane);
-          }
-          online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);
+          words[i][0] = arguments.query[at / 2];
         }
       }
-      // Weights of kKeys have any sign, and differences of their sums count: two terms already for two of S.
-      if constexpr (kGradient) {
-        multiply_keys<Tile, kTerms == 3 || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1>(o, s, keys, lane);
+#pragma unroll
+      for (int i = 0; i < 4 * Tile::kRegisterTerms; ++i) queries[i / 4][m][step][i % 4] = words[i % 4][i / 4];
+      if constexpr (Tile::kRegisterTerms < kTerms) {
+        *reinterpret_cast<uint4*>(own_queries + (m * Tile::kSteps + step) * Tile::kThreads * 16) =
+            make_uint4(words[0][kTerms - 1], words[1][kTerms - 1], words[2][kTerms - 1], words[3][kTerms - 1]);
       }
     }
-
-    const int at = opaque(thread);
-    const int first_column = at / 32 / Tile::kRowWarps * Tile::kWarpColumns;
+  }
+  const auto query = [&](uint32_t (&a)[4], int t, int m, int step) {
+    if (t < Tile::kRegisterTerms) {
 #pragma unroll
-    for (int m = 0; m < row_tiles; ++m) {
-      store_partials<kBias>(arguments.partials, rows[m], o[m], blockIdx.y, first_row(at) + m * Tile::kRowStep, queries,
-                            first_column, at % 32);
+      for (int i = 0; i < 4; ++i) a[i] = queries[t][m][step][i];
+    } else {
+      load_shared_16(a, shared_address(own_queries) + (m * Tile::kSteps + step) * Tile::kThreads * 16);
     }
   };
-  // With few queries, each warp has half as many rows and twice as many warps have some.
-  if constexpr (Tile::kRowTiles == 2) {
-    if (n - static_cast<int64_t>(blockIdx.x) * Tile::kRows <= Tile::kRowStep) return run.template operator()<1>();
+  constexpr int kBias =
+      std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
+  SoftmaxRows rows[Tile::kRowTiles];
+  const float log2_scale = 1.44269504f / arguments.temperature.value();
+#pragma unroll
+  for (int i = 0; i < 2 * Tile::kRowTiles; ++i) {
+    if constexpr (kPass == MmaPass::kKeys) break;
+    SoftmaxRows& of = rows[i / 2];
+    const float row_scale = arguments.row_scale[row + 8 * i];
+    of.positive[i % 2] = arguments.positive[row + 8 * i] / row_scale;
+    of.scale[i % 2] = row_scale * log2_scale;
+    of.max[i % 2] = -INFINITY;
+    of.sum[i % 2] = 0.0f;
+    of.rank[i % 2] = 0;
   }
-  run.template operator()<Tile::kRowTiles>();
+  constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
+  float o[Tile::kRowTiles][kOutputs][4] = {};
+
+  for (int tile = first_tile; tile < end_tile; ++tile) {
+    if constexpr (Tile::kStages == 1) {
+      __syncthreads();  // no thread still reads the only stage
+      load_tile(tile);
+    }
+    cp_async_wait<Tile::kStages == 1 ? 0 : Tile::kStages - 2>();
+    if constexpr (kFloat) split_tile(tile);
+    __syncthreads();  // the whole tile is there, and no thread still reads the stage that the next load overwrites
+    if constexpr (Tile::kStages > 1) load_tile(tile + Tile::kStages - 1);
+    const int at = opaque(thread);
+    const int lane = at % 32;
+    const int row_warp = at / 32 % Tile::kRowWarps;
+    const int column_group = at / 32 / Tile::kRowWarps;
+    SharedAddress keys[kTerms];
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) {
+      keys[t] = shared_address(t < 2 ? stage(tile) + t * Tile::kTileBytes : third(tile)) +
+                column_group * Tile::kWarpColumns * 2;
+    }
+
+    float s[Tile::kRowTiles][Tile::kKeys / 8][4];
+    if (!idle) multiply_scores<Tile>(s, query, keys, lane);
+    if constexpr (Tile::kColumnGroups > 1) {
+      constexpr int kParts = Tile::kRowTiles * Tile::kKeys / 8;
+      float4* exchange =
+          reinterpret_cast<float4*>(shared + Tile::kSharedBytes - Tile::kQueryBytes - Tile::kExchangeBytes) + lane;
+#pragma unroll
+      for (int i = 0; i < kParts && !idle; ++i) {
+        const auto& part = s[i % Tile::kRowTiles][i / Tile::kRowTiles];
+        exchange[(at / 32 * kParts + i) * 32] = make_float4(part[0], part[1], part[2], part[3]);
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 2
+        for (int group = 0; group < Tile::kColumnGroups; ++group) {  // in the same order in all warps, for equal bits
+          const float4 part = exchange[((group * Tile::kRowWarps + row_warp) * kParts + i) * 32];
+          sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
+        }
+        auto& to = s[i % Tile::kRowTiles][i / Tile::kRowTiles];
+        to[0] = sum.x, to[1] = sum.y, to[2] = sum.z, to[3] = sum.w;
+      }
+    }
+    if (idle) continue;
+    const int64_t row = first_row(at);
+    const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
+    const int valid = valid_keys(tile);
+#pragma unroll
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
+      if constexpr (kPass == MmaPass::kKeys) {
+        weigh_columns(s[m], arguments.columns, log2_scale, arguments.mask, row + 16 * m, n, first_key, valid, lane);
+      } else {
+        if (valid < Tile::kKeys) drop_scores(s[m], valid, lane);
+        if constexpr (kMasked) {
+          mask_scores(s[m], rows[m], arguments.mask, row + 16 * m, n, first_key, valid, lane);
+        }
+        online_softmax<Tile::kKeys / 8, kBias>(s[m], o[m], rows[m]);
+      }
+    }
+    // Weights of kKeys have any sign, and differences of their sums count: two terms already for two of S.
+    if constexpr (kGradient) {
+      multiply_keys<Tile, kTerms == 3 || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1>(o, s, keys, lane);
+    }
+  }
+
+  constexpr float kUnbias = 1.0f / (1 << kBias);
+  const int at = opaque(thread);
+  const int first_column = at / 32 / Tile::kRowWarps * Tile::kWarpColumns + at % 4 * 2;
+#pragma unroll
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
+    join_lanes(rows[m]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t this_row = first_row(at) + 16 * m + 8 * r;
+      if (this_row >= n) continue;
+      const int64_t slot = blockIdx.y * n + this_row;
+      if (kPass != MmaPass::kKeys && first_column == 0) {
+        arguments.partials.max[slot] = rows[m].max[r];
+        arguments.partials.sum[slot] = rows[m].sum[r] * kUnbias;
+        arguments.partials.rank[slot] = rows[m].rank[r];
+      }
+      if constexpr (kGradient) {
+        float* out = arguments.partials.keys + slot * columns + first_column;
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          *reinterpret_cast<float2*>(out + 8 * i) = make_float2(o[m][i][2 * r] * kUnbias, o[m][i][2 * r + 1] * kUnbias);
+        }
+      }
+    }
+  }
 }
 
 }  // namespace moco_ext::cuda

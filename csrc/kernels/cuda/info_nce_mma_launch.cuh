@@ -39,11 +39,11 @@ InfoNcePass<Queue> mma_pass() {
   static std::atomic<int> cache[kMaxDevices];
   // The gradient of keys always has a mask, because each query has a positive among them.
   constexpr bool kMasked = kPass == MmaPass::kKeys;
-  const auto kernel = info_nce_mma_kernel<Tile, columns, kPass, kMasked>;
-  const auto masked_kernel = info_nce_mma_kernel<Tile, columns, kPass, true>;
+  void (*const kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, kMasked>;
+  void (*const masked_kernel)(MmaArguments<Queue>) = info_nce_mma_kernel<Tile, columns, kPass, true>;
   return {kernel,         Tile::kRows,        Tile::kKeys,
           Tile::kThreads, Tile::kSharedBytes, resident_blocks(kernel, Tile::kThreads, Tile::kSharedBytes, cache),
-          masked_kernel};
+          sizeof(Queue),  masked_kernel};
 }
 
 template <typename Queue, int terms, MmaPass kPass>
@@ -79,15 +79,6 @@ template <typename Queue>
 InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options, bool gradient) {
   return gradient ? mma_pass<Queue, MmaPass::kGradient>(shape, options)
                   : mma_pass<Queue, MmaPass::kLoss>(shape, options);
-}
-
-template <typename Queue>
-cudaError_t launch_mma(const InfoNcePass<Queue>& pass, const InfoNcePassArguments<Queue>& arguments,
-                       const InfoNceColumn* columns, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((arguments.queries.n + pass.rows - 1) / pass.rows),
-                  static_cast<unsigned>(arguments.splits));
-  return launch(arguments.mask.any() ? pass.masked_kernel : pass.kernel, grid, dim3(pass.threads), pass.shared_bytes,
-                stream, arguments, columns);
 }
 
 }  // namespace moco_ext::cuda

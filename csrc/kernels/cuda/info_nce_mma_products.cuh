@@ -33,8 +33,8 @@ struct MmaTile {
   static constexpr int kSteps = kWarpColumns / 16;  // of the contraction in S
   static constexpr int kWarps = kRowWarps * kColumnGroups;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRowStep = 16 * kRowWarps;  // between a warp's row tiles
-  static constexpr int kRows = kRowStep * kRowTiles;
+  static constexpr int kWarpRows = 16 * kRowTiles;
+  static constexpr int kRows = kWarpRows * kRowWarps;
   static constexpr int kSourceChunks = kSourceBytes / 16;
   static constexpr int kRowBytes = columns * 2;  // of a key in a 16-bit tile
   static constexpr int kKeys = columns == 64 && terms < 3 ? 64 : kSourceBytes <= (terms == 3 ? 256 : 1024) ? 32 : 16;
@@ -42,7 +42,7 @@ struct MmaTile {
   static constexpr int kStageBytes = kKeys * kSourceBytes;
   // The exchange of scores, after which no warp reads third terms, allows overwriting them for the next tile.
   static constexpr int kThirds = terms < 3 ? 0 : kColumnGroups > 1 ? 1 : 2;
-  static constexpr int kExchangeBytes = kColumnGroups > 1 ? kWarps * 16 * kRowTiles * kKeys * 4 : 0;
+  static constexpr int kExchangeBytes = kColumnGroups > 1 ? kWarps * kWarpRows * kKeys * 4 : 0;
   static constexpr int kQueryBytes = (terms - kRegisterTerms) * kThreads * kRowTiles * kSteps * 16;
   static constexpr int kOtherBytes = kThirds * kTileBytes + kExchangeBytes + kQueryBytes;
   // What fits in the 99 KB that a block may use on sm_86, sm_89 and sm_120 (float rows of 768 and 1024 use the generic
@@ -51,8 +51,6 @@ struct MmaTile {
                                  : 2 * kStageBytes + kOtherBytes <= 163 * 1024 ? 2
                                                                                : 1;
   static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
-  static constexpr int kQueriesAt = kSharedBytes - kQueryBytes;
-  static constexpr int kExchangeAt = kQueriesAt - kExchangeBytes;
   static_assert(columns % kWarpColumns == 0 && kThreads % kSourceChunks == 0);
   static_assert(kSharedBytes <= (kSourceBytes <= 2048 ? 99 : 163) * 1024);
 };
@@ -84,21 +82,21 @@ __device__ __forceinline__ constexpr int chunk_offset(int chunk, int key, int te
   return (chunk & ~7) * 16 + ((chunk ^ key ^ term << 2) & 7) * 16;
 }
 
-// s [row_tiles times 16, kKeys] = this warp's columns of Q K^T. keys: the tiles of the terms of K.
+// s [kWarpRows, kKeys] = this warp's columns of Q K^T. keys: the tiles of the terms of K.
 //
 // The rounding of tensor cores is a bias that grows with the number of terms. So exact products accumulate there only
 // over 128 columns, small ones apart (here), or over one tile (of P K), and ordinary additions add up the results.
-template <typename Tile, int row_tiles, typename Query>
-__device__ __forceinline__ void multiply_scores(float (&s)[row_tiles][Tile::kKeys / 8][4], const Query& query,
+template <typename Tile, typename Query>
+__device__ __forceinline__ void multiply_scores(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Query& query,
                                                 const SharedAddress (&keys)[Tile::kTerms], int lane) {
   constexpr bool kExact = Tile::kTerms == 3;
   constexpr int kFirst = kExact ? kFirstOf3 : Tile::kTerms == 2 ? kFirstOf2 : kFirstOf1;
   // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 0, keys 8-15 chunk 1.
   const int key = lane % 8 + lane / 16 * 8;
   const int chunk = lane / 8 % 2;
-  float small[row_tiles][Tile::kKeys / 8][4] = {};
+  float small[Tile::kRowTiles][Tile::kKeys / 8][4] = {};
 #pragma unroll
-  for (int m = 0; m < row_tiles; ++m) {
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
     for (int i = 0; i < Tile::kKeys / 2; ++i) s[m][i / 4][i % 4] = 0.0f;
   }
@@ -113,7 +111,7 @@ __device__ __forceinline__ void multiply_scores(float (&s)[row_tiles][Tile::kKey
       }
     }
 #pragma unroll
-    for (int m = 0; m < row_tiles; ++m) {
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
       for (int product = kFirst; product < kProducts; ++product) {
         uint32_t a[4];
@@ -131,16 +129,16 @@ __device__ __forceinline__ void multiply_scores(float (&s)[row_tiles][Tile::kKey
   for (int i = 0; kExact && i < Tile::kKeys / 2; ++i) s[0][i / 4][i % 4] += small[0][i / 4][i % 4];
 }
 
-// o [row_tiles times 16, kWarpColumns] += P K. The packed accumulators of two adjacent 8-key tiles of S already are an
-// A operand, and ldmatrix.trans makes the B operand from the rows that S read. kTerms: of P and K.
-template <typename Tile, int kTerms, int row_tiles>
-__device__ __forceinline__ void multiply_keys(float (&o)[row_tiles][Tile::kWarpColumns / 8][4],
-                                              const float (&p)[row_tiles][Tile::kKeys / 8][4],
+// o [kWarpRows, kWarpColumns] += P K. The packed accumulators of two adjacent 8-key tiles of S already are an A
+// operand, and ldmatrix.trans makes the B operand from the rows that S read. kTerms: of P and K.
+template <typename Tile, int kTerms>
+__device__ __forceinline__ void multiply_keys(float (&o)[Tile::kRowTiles][Tile::kWarpColumns / 8][4],
+                                              const float (&p)[Tile::kRowTiles][Tile::kKeys / 8][4],
                                               const SharedAddress (&keys)[Tile::kTerms], int lane) {
   constexpr bool kExact = Tile::kTerms == 3;
-  uint32_t a[kTerms][row_tiles][Tile::kKeys / 16][4];
+  uint32_t a[kTerms][Tile::kRowTiles][Tile::kKeys / 16][4];
 #pragma unroll
-  for (int m = 0; m < row_tiles; ++m) {
+  for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
     for (int i = 0; i < Tile::kKeys / 4; ++i) {
       uint32_t words[kTerms];
@@ -163,7 +161,7 @@ __device__ __forceinline__ void multiply_keys(float (&o)[row_tiles][Tile::kWarpC
       }
     }
 #pragma unroll
-    for (int m = 0; m < row_tiles; ++m) {
+    for (int m = 0; m < Tile::kRowTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float sum[4] = {};

@@ -1,27 +1,27 @@
 // What the launcher of info_nce knows about a pass over the queue.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-
-#include "kernels/cuda/info_nce_workspace.cuh"
 
 namespace moco_ext::cuda {
 
-struct InfoNceColumn;
+template <typename Element>
+struct MmaArguments;
 
 enum class PassKind { kGeneric, kMma, kSm90 };
 
 // A pass over the queue, for the launcher. Only mma passes have their kernel here.
 template <typename Queue>
 struct InfoNcePass {
-  void (*kernel)(InfoNcePassArguments<Queue>, const InfoNceColumn*);
+  void (*kernel)(MmaArguments<Queue>);
   int64_t rows;  // per block
   int64_t keys;  // per tile
   int threads;
   int shared_bytes;
   int64_t resident;  // blocks that run at the same time on the device
-  // For keys that are not negatives of all rows.
-  void (*masked_kernel)(InfoNcePassArguments<Queue>, const InfoNceColumn*) = nullptr;
+  size_t operand_bytes = sizeof(Queue);
+  void (*masked_kernel)(MmaArguments<Queue>) = nullptr;  // for keys that are not negatives of all rows
   PassKind kind = PassKind::kGeneric;
 };
 

@@ -54,13 +54,16 @@ bool encode(CUtensorMap& map, const Element* x, int64_t rows, int64_t columns, i
 }
 
 template <typename Queue, int kTerms, int columns>
-cudaError_t launch_tile(const InfoNcePassArguments<Queue>& arguments, cudaStream_t stream) {
+cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, const InfoNceWorkspace& w,
+                        cudaStream_t stream) {
   using Tile = Sm90Tile<Queue, kTerms, columns>;
-  CUtensorMap key_map{};
-  if constexpr (!Tile::kSplit) {
-    if (!encode(key_map, arguments.keys, arguments.count.most, arguments.queries.c, Tile::kKeys)) {
-      return cudaErrorInvalidValue;
-    }
+  if constexpr (Tile::kSplit) {
+    arguments.query = static_cast<const float*>(w.query);
+    arguments.keys = keys;
+  } else if (!encode(arguments.query_map, static_cast<const Queue*>(w.query), w.n_padded, arguments.c,
+                     kSm90GroupRows) ||
+             !encode(arguments.key_map, keys, arguments.count.most, arguments.c, Tile::kKeys)) {
+    return cudaErrorInvalidValue;
   }
   const bool gradient = arguments.partials.keys != nullptr;
   auto kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, false>
@@ -72,27 +75,15 @@ cudaError_t launch_tile(const InfoNcePassArguments<Queue>& arguments, cudaStream
       kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, true>
                         : info_nce_sm90_kernel<Queue, kTerms, columns, false, true>;
   }
-  const int streams = sm90_two_splits(arguments.queries.n) ? 2 : 1;
-  const int64_t block_rows = streams == 2 ? kSm90GroupRows : 2 * kSm90GroupRows;
-  const dim3 grid(static_cast<unsigned>((arguments.queries.n + block_rows - 1) / block_rows),
-                  static_cast<unsigned>((arguments.splits + streams - 1) / streams));
-  return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, key_map, arguments, streams);
-}
-
-template <typename Queue>
-cudaError_t launch_wide(const InfoNcePassArguments<Queue>& arguments, cudaStream_t stream) {
-  CUtensorMap key_map{};
-  if (!encode(key_map, arguments.keys, arguments.count.most, arguments.queries.c, kSm90WideKeys)) {
-    return cudaErrorInvalidValue;
-  }
-  return launch_info_nce_sm90_wide(key_map, arguments, stream);
+  return launch(Start::kEarly, kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
 }
 
 template <typename Queue, int kTerms>
-cudaError_t launch_width(const InfoNcePassArguments<Queue>& arguments, cudaStream_t stream) {
-  if (arguments.queries.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, stream);
-  if (arguments.queries.c <= 128) return launch_tile<Queue, kTerms, 128>(arguments, stream);
-  if constexpr (sizeof(Queue) == 2) return launch_tile<Queue, 1, 256>(arguments, stream);
+cudaError_t launch_width(Sm90Arguments& arguments, const Queue* keys, dim3 grid, const InfoNceWorkspace& w,
+                         cudaStream_t stream) {
+  if (arguments.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, keys, grid, w, stream);
+  if (arguments.c <= 128) return launch_tile<Queue, kTerms, 128>(arguments, keys, grid, w, stream);
+  if constexpr (sizeof(Queue) == 2) return launch_tile<Queue, 1, 256>(arguments, keys, grid, w, stream);
   return cudaErrorNotSupported;
 }
 
@@ -107,19 +98,43 @@ bool sm90_enabled() {
 }
 
 template <typename Queue>
-cudaError_t launch_info_nce_sm90(const InfoNcePassArguments<Queue>& arguments, int terms, cudaStream_t stream) {
+cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                                 const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
+                                 const InfoNceOptions& options, const InfoNceWorkspace& w, cudaStream_t stream) {
+  Sm90Arguments arguments{};
+  arguments.positive = w.positive;
+  arguments.row_scale = w.row_scale;
+  arguments.partials = partials;
+  arguments.n = shape.n;
+  arguments.c = static_cast<int>(shape.c);
+  arguments.splits = static_cast<int>(splits);
+  arguments.streams = sm90_two_splits(shape.n) ? 2 : 1;
+  arguments.count = count;
+  arguments.mask = mask;
+  arguments.temperature = {options.temperature, options.temperature_ptr};
   if constexpr (sizeof(Queue) == 2) {
-    if (sm90_is_wide(arguments.queries.c)) return launch_wide(arguments, stream);
+    if (sm90_is_wide(shape.c)) {
+      const dim3 grid(static_cast<unsigned>(w.n_padded / kSm90GroupRows), static_cast<unsigned>(splits));
+      const bool encoded =
+          encode(arguments.query_map, static_cast<const Queue*>(w.query), w.n_padded, shape.c, kSm90GroupRows) &&
+          encode(arguments.key_map, keys, count.most, shape.c, kSm90WideKeys);
+      return encoded ? launch_info_nce_sm90_wide<Queue>(arguments, grid, stream) : cudaErrorInvalidValue;
+    }
   }
+  const int64_t block_rows = arguments.streams == 2 ? kSm90GroupRows : 2 * kSm90GroupRows;
+  const dim3 grid(static_cast<unsigned>(w.n_padded / block_rows),
+                  static_cast<unsigned>((splits + arguments.streams - 1) / arguments.streams));
   if constexpr (std::is_same_v<Queue, float>) {
-    if (terms == 3) return launch_width<Queue, 3>(arguments, stream);
-    if (terms == 2) return launch_width<Queue, 2>(arguments, stream);
+    if (options.terms == 3) return launch_width<Queue, 3>(arguments, keys, grid, w, stream);
+    if (options.terms == 2) return launch_width<Queue, 2>(arguments, keys, grid, w, stream);
   }
-  return launch_width<Queue, 1>(arguments, stream);
+  return launch_width<Queue, 1>(arguments, keys, grid, w, stream);
 }
 
-#define MOCO_INFO_NCE_SM90(Queue) \
-  template cudaError_t launch_info_nce_sm90<Queue>(const InfoNcePassArguments<Queue>&, int, cudaStream_t);
+#define MOCO_INFO_NCE_SM90(Queue)                                                                            \
+  template cudaError_t launch_info_nce_sm90<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, \
+                                                   const InfoNcePartials&, int64_t, const InfoNceShape&,     \
+                                                   const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
 MOCO_INFO_NCE_SM90(float)
 MOCO_INFO_NCE_SM90(__nv_bfloat16)
 MOCO_INFO_NCE_SM90(__half)

@@ -15,6 +15,7 @@
 
 #include "kernels/cuda/info_nce_sm90_launch.cuh"
 #include "kernels/cuda/info_nce_softmax.cuh"
+#include "kernels/cuda/reduce.cuh"
 #include "kernels/cuda/sm90.cuh"
 
 namespace moco_ext::cuda {
@@ -50,10 +51,26 @@ struct Sm90Tile {
   static constexpr int kThreads = 3 * 128;
 };
 
-// The pass for more than 256 columns of 16 bits (info_nce_sm90_wide.cuh). key_map: in boxes of [kSm90WideKeys, 64].
+struct Sm90Arguments {
+  CUtensorMap query_map;  // 16-bit: boxes of [64 rows, 64 columns] of the query operand
+  CUtensorMap key_map;    // 16-bit: boxes of [kKeys rows, 64 columns]
+  const float* query;     // float32: [N_padded, C]
+  const float* keys;      // float32: [K, C]
+  const float* positive;
+  const float* row_scale;
+  InfoNcePartials partials;
+  int64_t n;
+  int c;
+  int splits;
+  int streams;  // 2: each warpgroup has its own split; 1: each has its own rows
+  InfoNceKeyCount count;
+  InfoNceMask mask;
+  InfoNceTemperature temperature;
+};
+
+// The pass for more than 256 columns of 16 bits (info_nce_sm90_wide.cuh).
 template <typename Queue>
-cudaError_t launch_info_nce_sm90_wide(const CUtensorMap& key_map, const InfoNcePassArguments<Queue>& arguments,
-                                      cudaStream_t stream);
+cudaError_t launch_info_nce_sm90_wide(const Sm90Arguments& arguments, dim3 grid, cudaStream_t stream);
 
 // The next bfloat16 term of two floats, which it leaves with their remainders.
 __device__ __forceinline__ uint32_t take_term(float& a, float& b) {
@@ -63,23 +80,20 @@ __device__ __forceinline__ uint32_t take_term(float& a, float& b) {
   return term;
 }
 
-// Writes the terms of four adjacent elements, in planes `plane_bytes` apart.
-template <int kTerms>
+// Writes the terms of four adjacent elements from term `first` on, in planes `plane_bytes` apart.
+template <int first, int kTerms>
 __device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane_bytes) {
 #pragma unroll
   for (int term = 0; term < kTerms; ++term) {
     const uint32_t low = take_term(x.x, x.y);
     const uint32_t high = take_term(x.z, x.w);
-    sm90::store_shared_8(shared + term * plane_bytes, low, high);
+    if (term >= first) sm90::store_shared_8(shared + (term - first) * plane_bytes, low, high);
   }
 }
 
-// key_map: of 16-bit keys, in boxes of [kKeys rows, 64 columns]. streams: 2: each warpgroup has its own split; 1: each
-// has its own rows.
 template <typename Queue, int kTerms, int columns, bool kGradient, bool kMasked>
 __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
-    info_nce_sm90_kernel(const __grid_constant__ CUtensorMap key_map,
-                         const __grid_constant__ InfoNcePassArguments<Queue> arguments, int streams) {
+    info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   let_next_kernel_start();
   using Tile = Sm90Tile<Queue, kTerms, columns>;
@@ -93,19 +107,20 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   const uint32_t ring = query + 2 * Tile::kQueryBytes;
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
   const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: its consumers have read it
+  const uint32_t query_arrived = empty + Tile::kStages * 8;
   const int thread = static_cast<int>(threadIdx.x);
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // tells the compiler that it is uniform
+  const int streams = arguments.streams;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * (streams == 1 ? 2 * kSm90GroupRows : kSm90GroupRows);
   const int group_rows = streams == 1 ? kSm90GroupRows : 0;  // between the warpgroups' first rows
-  const InfoNceQueries& queries = arguments.queries;
-  const int c = static_cast<int>(queries.c);
+  const int c = arguments.c;
 
   // Tile t of stream s is in slot t * streams + s of the ring. Slots beyond a stream's last tile go around empty.
   const int64_t k = arguments.count.value();
-  const int all_tiles = static_cast<int>((k + Tile::kKeys - 1) / Tile::kKeys);
+  const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
   const int first_split = static_cast<int>(blockIdx.y) * streams;
   const auto first_tile_of_split = [&](int split) {
-    return static_cast<int>(int64_t{all_tiles} * min(split, arguments.splits) / arguments.splits);
+    return static_cast<int>(all_tiles * min(split, arguments.splits) / arguments.splits);
   };
   const auto tiles_of_split = [&](int split) { return first_tile_of_split(split + 1) - first_tile_of_split(split); };
   const auto longest_stream = [&] {
@@ -117,9 +132,11 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       sm90::barrier_init(full + 8 * i, Tile::kSplit ? 128 : 1);
       sm90::barrier_init(empty + 8 * i, streams == 1 ? 2 : 1);
     }
+    sm90::barrier_init(query_arrived, 1);
     sm90::barrier_init_done();
   }
   __syncthreads();
+  wait_for_previous_kernel();
 
   if (thread < 128) {
     sm90::release_registers<kProducerRegisters>();
@@ -169,8 +186,9 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         start_batch(item + 1);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {  // rows 8 apart are swizzled alike
-          store_terms<kTerms>(raw[i], shared + i / Tile::kPanels * 8 * 128 + i % Tile::kPanels * Tile::kKeyPanelBytes,
-                              Tile::kKeyPlaneBytes);
+          store_terms<0, kTerms>(raw[i],
+                                 shared + i / Tile::kPanels * 8 * 128 + i % Tile::kPanels * Tile::kKeyPanelBytes,
+                                 Tile::kKeyPlaneBytes);
           load(i);
         }
         if (item % kBatches == kBatches - 1) {
@@ -179,7 +197,14 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         }
       }
     } else if (thread == 0) {
-      sm90::prefetch_map(key_map);
+      sm90::prefetch_map(arguments.query_map);
+      sm90::prefetch_map(arguments.key_map);
+      sm90::barrier_expect(query_arrived, 2 * Tile::kQueryBytes);
+      for (int i = 0; i < 2 * Tile::kPanels; ++i) {
+        const int to_group = i / Tile::kPanels;
+        sm90::copy_tensor(query + i * Tile::kQueryPanelBytes, arguments.query_map, i % Tile::kPanels * 64,
+                          static_cast<int>(block_row) + to_group * group_rows, query_arrived);
+      }
       for (int slot = 0; slot < slots; ++slot) {
         const int stream = slot & (streams - 1);
         const int tile = slot >> (streams - 1);
@@ -191,7 +216,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         }
         sm90::barrier_expect(arrived, Tile::kTileBytes);
         for (int p = 0; p < Tile::kPanels; ++p) {
-          sm90::copy_tensor(stage(slot) + p * Tile::kKeyPanelBytes, key_map, 64 * p,
+          sm90::copy_tensor(stage(slot) + p * Tile::kKeyPanelBytes, arguments.key_map, 64 * p,
                             (first_tile_of(stream) + tile) * Tile::kKeys, arrived);
         }
       }
@@ -200,9 +225,9 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     sm90::claim_registers<kConsumerRegisters>();
     const typename Tile::Operand type{};
     const int lane = thread % 32;
-    const int64_t n = queries.n;
-    const int row_of_group = thread % 128 / 32 * 16 + lane / 4;
-    const int64_t row = block_row + group * group_rows + row_of_group;
+    const int64_t n = arguments.n;
+    const int64_t group_row = block_row + group * group_rows;
+    const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
     const int stream = streams == 1 ? 0 : group;
     const int split = first_split + stream;
     const int first_tile = first_tile_of_split(split);
@@ -213,30 +238,46 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
     SoftmaxRows rows;
     const float log2_scale = 1.44269504f / arguments.temperature.value();
-    const uint32_t group_query = query + group * Tile::kQueryBytes;
-    uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float2 x[columns / 8];
-      const QueryFacts facts = load_query(queries, row + 8 * r, 0, x, [](auto&, auto) {});
-      start_row(rows, r, facts.scale, facts.positive, log2_scale);
+      const float row_scale = arguments.row_scale[row + 8 * r];
+      rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
+      rows.scale[r] = row_scale * log2_scale;
+      rows.max[r] = -INFINITY;
+      rows.sum[r] = 0.0f;
+      rows.rank[r] = 0;
+    }
+
+    const uint32_t group_query = query + group * Tile::kQueryBytes;
+    uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
+    if constexpr (Tile::kSplit) {
 #pragma unroll
-      for (int i = 0; i < columns / 8; ++i) {
-        const uint32_t shared =
-            group_query + sm90::element_offset(row_of_group + 8 * r, 8 * i + lane % 4 * 2, Tile::kQueryPanelBytes);
-        if constexpr (Tile::kSplit) {
-          query_words[i / 2][i % 2 * 2 + r] = take_term(x[i].x, x[i].y);
+      for (int step = 0; step < columns / 16; ++step) {
 #pragma unroll
-          for (int term = 1; term < kTerms; ++term) {
-            sm90::store_shared_4(shared + (term - 1) * Tile::kQueryPlaneBytes, take_term(x[i].x, x[i].y));
-          }
-        } else {
-          sm90::store_shared_4(shared, pack(x[i].x, x[i].y, type));
+        for (int i = 0; i < 4; ++i) {
+          const int column = step * 16 + i / 2 * 8 + lane % 4 * 2;
+          float2 x{};
+          if (column < c) x = *reinterpret_cast<const float2*>(arguments.query + (row + i % 2 * 8) * c + column);
+          query_words[step][i] = pack(x.x, x.y, type);
         }
       }
+      if constexpr (kTerms > 1) {
+        for (int unit = thread % 128; unit < kSm90GroupRows * columns / 4; unit += 128) {
+          const int of_group = unit / (columns / 4);
+          const int column = unit % (columns / 4) * 4;
+          float4 x{};
+          if (column < c) {
+            x = *reinterpret_cast<const float4*>(arguments.query + (group_row + of_group) * c + column);
+          }
+          store_terms<1, kTerms>(x, group_query + sm90::element_offset(of_group, column, Tile::kQueryPanelBytes),
+                                 Tile::kQueryPlaneBytes);
+        }
+        sm90::fence_shared();
+        sm90::warpgroup_barrier(1 + group);
+      }
+    } else {
+      sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
     }
-    sm90::fence_shared();
-    sm90::warpgroup_barrier(1 + group);
 
     constexpr int kScores = Tile::kKeys / 8;
     constexpr int kOutputs = kGradient ? columns / 8 : 1;
@@ -424,7 +465,27 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       release(tile);
     }
 
-    if (split < arguments.splits) store_partials<kBias>(arguments.partials, rows, o, split, row, queries, 0, lane);
+    constexpr float kUnbias = 1.0f / (1 << kBias);
+    join_lanes(rows);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= n || split >= arguments.splits) continue;
+      const int64_t slot = split * n + row + 8 * r;
+      if (lane % 4 == 0) {
+        arguments.partials.max[slot] = rows.max[r];
+        arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
+        arguments.partials.rank[slot] = rows.rank[r];
+      }
+      if constexpr (kGradient) {
+        float* const out = arguments.partials.keys + slot * c;
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) {
+          const int column = 8 * i + lane % 4 * 2;
+          if (column >= c) continue;
+          *reinterpret_cast<float2*>(out + column) = make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
+        }
+      }
+    }
   }
 #endif
 }

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/info_nce_pass.cuh"
+#include "kernels/cuda/info_nce_workspace.cuh"
 
 namespace moco_ext::cuda {
 
@@ -20,9 +21,12 @@ constexpr bool sm90_two_splits(int64_t n) { return n <= 64; }
 // Whether the device can run the pass, and it is enabled.
 bool sm90_enabled();
 
-// The keys must be 16-byte aligned. terms: of float32 keys
+// One pass over `keys`, 16-byte aligned, into `partials` of `splits` splits; computes the gradient if partials.keys is
+// set.
 template <typename Queue>
-cudaError_t launch_info_nce_sm90(const InfoNcePassArguments<Queue>& arguments, int terms, cudaStream_t stream);
+cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                                 const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
+                                 const InfoNceOptions& options, const InfoNceWorkspace& workspace, cudaStream_t stream);
 
 // The Hopper pass, without its kernel; resident is 0 if it is not used.
 template <typename Queue>

@@ -7,7 +7,6 @@
 //   wait for S(j) -> issue the first part of S(j+1) -> softmax of S(j) -> P(j) to shared memory -> issue the rest
 #pragma once
 
-#include "kernels/cuda/info_nce_query.cuh"
 #include "kernels/cuda/info_nce_sm90.cuh"
 
 namespace moco_ext::cuda {
@@ -28,8 +27,7 @@ struct Sm90WideTile {
   static constexpr int kWeightBytes = kSm90GroupRows * 2 * kKeys * 2;  // of two tiles, side by side: [rows, 2 kKeys]
   static constexpr int kMaxSharedBytes = 227 * 1024;
   static constexpr int kBarrierBytes = 128;
-  static constexpr int kRescaleBytes = 2 * kSm90GroupRows * 4;
-  static constexpr int kOtherBytes = 1024 + kBarrierBytes + kRescaleBytes + kSm90GroupRows * 8;  // 1024: alignment
+  static constexpr int kOtherBytes = 1024 + kBarrierBytes + 2 * kSm90GroupRows * 4;  // alignment, barriers, rescales
   static constexpr int kUnits = (kMaxSharedBytes - kOtherBytes - kQueryBytes - kWeightBytes) / kUnitBytes;
   // The ring holds two tiles and more. The first kAhead units of tile j+1 replace units of tile j-2 or earlier, the
   // rest may replace units of tile j-1. So only the first are multiplied before the softmax of tile j, which would
@@ -44,29 +42,21 @@ struct Sm90WideTile {
   static constexpr int kScoreRegisters = (kGroups + 1) * kLaunchRegisters - kGroups * kSumRegisters;
 };
 
-// Writes the block's rows of the operand, [64, columns], and what the softmax must know about them. All warps take
-// part.
 template <typename Queue, int columns>
-__device__ __forceinline__ void write_wide_query(const InfoNceQueries& queries, int64_t block_row, uint32_t query,
-                                                 float2* facts) {
+__device__ __forceinline__ void load_wide_query(uint32_t query, uint32_t arrived, const Sm90Arguments& arguments,
+                                                int64_t block_row) {
   using Tile = Sm90WideTile<Queue, columns>;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  for (int row = static_cast<int>(threadIdx.x) / kWarp; row < kSm90GroupRows; row += Tile::kThreads / kWarp) {
-    float2 x[columns / 64];
-    const QueryFacts found = load_query<kWarp>(queries, block_row + row, 0, x, [](auto&, auto) {});
-#pragma unroll
-    for (int i = 0; i < columns / 64; ++i) {
-      sm90::store_shared_4(query + sm90::element_offset(row, 64 * i + 2 * lane, Tile::kQueryPanelBytes),
-                           pack(x[i].x, x[i].y, Queue{}));
-    }
-    if (lane == 0) facts[row] = make_float2(found.scale, found.positive);
+  sm90::prefetch_map(arguments.query_map);
+  sm90::barrier_expect(arrived, Tile::kQueryBytes);
+  for (int p = 0; p < columns / 64; ++p) {
+    sm90::copy_tensor(query + p * Tile::kQueryPanelBytes, arguments.query_map, 64 * p, static_cast<int>(block_row),
+                      arrived);
   }
 }
 
 template <typename Queue, int columns, bool kGradient>
 __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
-    info_nce_sm90_wide_kernel(const __grid_constant__ CUtensorMap key_map,
-                              const __grid_constant__ InfoNcePassArguments<Queue> arguments) {
+    info_nce_sm90_wide_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   let_next_kernel_start();
   using Tile = Sm90WideTile<Queue, columns>;
@@ -79,17 +69,16 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
   const uint32_t full = ring + kUnits * Tile::kUnitBytes;  // [kUnits] barriers: the unit has arrived
   const uint32_t weights_full = full + kUnits * 8;         // [2]: P and rescales are written, S has been read
   const uint32_t weights_empty = weights_full + 2 * 8;     // [2]: all sums include P
-  const uint32_t rescales = full + Tile::kBarrierBytes;    // [2, rows] of O before P of a tile is added
-  auto* const facts = reinterpret_cast<float2*>(           // [rows] scale and positive
-      unaligned + (rescales - sm90::shared_address(unaligned)) + Tile::kRescaleBytes);
+  const uint32_t query_arrived = weights_empty + 2 * 8;
+  const uint32_t rescales = full + Tile::kBarrierBytes;  // [2, rows] of O before P of a tile is added
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // of columns; -1: the scores' warpgroup
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kSm90GroupRows;
   const int row_of_block = thread % 128 / 32 * 16 + lane / 4;
-  const InfoNceQueries& queries = arguments.queries;
-  const int64_t n = queries.n;
-  const int c = static_cast<int>(queries.c);
+  const int64_t row = block_row + row_of_block;
+  const int64_t n = arguments.n;
+  const int c = arguments.c;
   const int split = static_cast<int>(blockIdx.y);
   const int64_t k = arguments.count.value();
   const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
@@ -107,7 +96,7 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
     const uint32_t arrived = full + unit % kUnits * 8;
     sm90::barrier_expect(arrived, Tile::kUnitBytes);
     for (int p = 0; p < Tile::kUnitPanels; ++p) {
-      sm90::copy_tensor(ring + unit % kUnits * Tile::kUnitBytes + p * Tile::kKeyPanelBytes, key_map,
+      sm90::copy_tensor(ring + unit % kUnits * Tile::kUnitBytes + p * Tile::kKeyPanelBytes, arguments.key_map,
                         unit % kGroups * Tile::kGroupColumns + 64 * p, (first_tile + unit / kGroups) * Tile::kKeys,
                         arrived);
     }
@@ -122,22 +111,29 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       sm90::barrier_init(weights_full + 8 * i, 128);
       sm90::barrier_init(weights_empty + 8 * i, kGroups);
     }
+    sm90::barrier_init(query_arrived, 1);
     sm90::barrier_init_done();
-    sm90::prefetch_map(key_map);
-    for (int unit = 0; unit < min(kUnits, kGroups * tiles); ++unit) load(unit);
   }
-  write_wide_query<Queue, columns>(queries, block_row, query, facts);
-  sm90::fence_shared();
   __syncthreads();
+  wait_for_previous_kernel();
 
   if (group < 0) {
     sm90::set_registers<Tile::kLaunchRegisters, Tile::kScoreRegisters>();
+    if (thread == 0) {
+      load_wide_query<Queue, columns>(query, query_arrived, arguments, block_row);
+      sm90::prefetch_map(arguments.key_map);
+      for (int unit = 0; unit < min(kUnits, kGroups * tiles); ++unit) load(unit);
+    }
     SoftmaxRows rows;
     const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float2 of_row = facts[row_of_block + 8 * r];
-      start_row(rows, r, of_row.x, of_row.y, log2_scale);
+      const float row_scale = arguments.row_scale[row + 8 * r];
+      rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
+      rows.scale[r] = row_scale * log2_scale;
+      rows.max[r] = -INFINITY;
+      rows.sum[r] = 0.0f;
+      rows.rank[r] = 0;
     }
     constexpr int kScores = Tile::kKeys / 8;
     float s[kScores][4];  // of the tile that is multiplied
@@ -163,6 +159,7 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       sm90::pin(s);
       sm90::products_begin();
     };
+    sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
     if (tiles > 0) {
       begin();
       issue_scores(0, 0, kGroups);
@@ -211,10 +208,17 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
         issue_scores(tile + 1, Tile::kAhead, kGroups);
       }
     }
+    join_lanes(rows);
     const uint32_t end_thread = opaque(thread);  // so that the compiler holds no addresses during the loop
-    store_softmax<kBias>(arguments.partials, rows, split,
-                         static_cast<int64_t>(blockIdx.x) * kSm90GroupRows + end_thread / 32 * 16 + end_thread % 32 / 4,
-                         n, static_cast<int>(end_thread % 32));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t end_row = block_row + end_thread / 32 * 16 + end_thread % 32 / 4 + 8 * r;
+      if (end_row >= n || end_thread % 4 != 0) continue;
+      const int64_t slot = split * n + end_row;
+      arguments.partials.max[slot] = rows.max[r];
+      arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
+      arguments.partials.rank[slot] = rows.rank[r];
+    }
   } else {
     sm90::set_registers<Tile::kLaunchRegisters, Tile::kSumRegisters>();
     constexpr int kHalves = kGradient ? 2 : 1;
@@ -272,10 +276,7 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       }
     }
     if constexpr (kGradient) {
-      const uint32_t end_thread = opaque(thread);
-      const int64_t row =
-          static_cast<int64_t>(blockIdx.x) * kSm90GroupRows + end_thread % 128 / 32 * 16 + end_thread % 32 / 4;
-      const int first_column = group * Tile::kGroupColumns + static_cast<int>(end_thread % 4 * 2);
+      const int first_column = group * Tile::kGroupColumns + lane % 4 * 2;
       float* out = arguments.partials.keys + (split * n + row) * c + first_column;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {

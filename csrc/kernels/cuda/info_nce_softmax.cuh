@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "kernels/cuda/info_nce_query.cuh"
+#include "kernels/cuda/info_nce_workspace.cuh"
 #include "kernels/cuda/mma.cuh"
 
 namespace moco_ext::cuda {
@@ -17,14 +17,6 @@ struct SoftmaxRows {
   float sum[2];      // over this lane's keys
   uint32_t rank[2];  // over this lane's keys
 };
-
-__device__ __forceinline__ void start_row(SoftmaxRows& rows, int r, float scale, float positive, float log2_scale) {
-  rows.positive[r] = positive / scale;
-  rows.scale[r] = scale * log2_scale;
-  rows.max[r] = -INFINITY;
-  rows.sum[r] = 0.0f;
-  rows.rank[r] = 0;
-}
 
 // Replaces scores by 2^bias times their weights relative to the running maximum. Returns whether the maximum of a row
 // of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`.
@@ -153,41 +145,14 @@ __device__ __forceinline__ void drop_scores(float (&s)[tiles][4], int valid, int
   }
 }
 
-// After the last tile: a warp's 16 rows, from first_row + lane / 4 = `row` on, of `outputs` times 8 columns of a split.
-// Writes what the softmax of the rows has found, after joining the lanes, which each have some of the keys.
-template <int kBias>
-__device__ __forceinline__ void store_softmax(const InfoNcePartials& partials, SoftmaxRows& rows, int64_t split,
-                                              int64_t row, int64_t n, int lane) {
+// Adds up the lanes' parts of sum and rank after the last tile.
+__device__ __forceinline__ void join_lanes(SoftmaxRows& rows) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    rows.sum[r] = warp_join<4>(rows.sum[r], Add{});
-    rows.rank[r] = warp_join<4>(rows.rank[r], Add{});
-    if (row + 8 * r >= n || lane % 4 != 0) continue;
-    const int64_t slot = split * n + row + 8 * r;
-    partials.max[slot] = rows.max[r];
-    partials.sum[slot] = rows.sum[r] * (1.0f / (1 << kBias));
-    partials.rank[slot] = rows.rank[r];
-    if (slot == 0) *partials.finished = 0;
-  }
-}
-
-// Without softmax (partials.max is null) only the columns are written.
-template <int kBias, int outputs>
-__device__ __forceinline__ void store_partials(const InfoNcePartials& partials, SoftmaxRows& rows,
-                                               const float (&o)[outputs][4], int64_t split, int64_t row,
-                                               const InfoNceQueries& queries, int first_column, int lane) {
-  if (partials.max != nullptr && first_column == 0) store_softmax<kBias>(partials, rows, split, row, queries.n, lane);
-  if (partials.keys == nullptr) return;
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (row + 8 * r >= queries.n) continue;
-    float* const out = partials.keys + (split * queries.n + row + 8 * r) * queries.c;
-#pragma unroll
-    for (int i = 0; i < outputs; ++i) {
-      const int column = first_column + 8 * i + lane % 4 * 2;
-      if (column >= queries.c) continue;
-      constexpr float kUnbias = 1.0f / (1 << kBias);
-      *reinterpret_cast<float2*>(out + column) = make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
+    for (int flip = 1; flip < 4; flip *= 2) {
+      rows.sum[r] += __shfl_xor_sync(0xffffffffu, rows.sum[r], flip);
+      rows.rank[r] += __shfl_xor_sync(0xffffffffu, rows.rank[r], flip);
     }
   }
 }

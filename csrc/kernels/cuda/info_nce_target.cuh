@@ -2,7 +2,7 @@
 // the keys with a row's id. Both are in a fixed order.
 #pragma once
 
-#include "kernels/cuda/info_nce_query.cuh"
+#include "kernels/cuda/info_nce_rows.cuh"
 
 namespace moco_ext::cuda {
 
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kMatchThreads)
 // they see. A block per row; most find nothing to do.
 template <typename Queue, typename Operand>
 __global__ void __launch_bounds__(kMatchThreads)
-    info_nce_repair_kernel(InfoNceQueries queries, InfoNceSource<Queue> queue, InfoNceSource<Operand> batch,
-                           const int64_t* row_ids, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
+    info_nce_repair_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, const int64_t* row_ids, int64_t n,
+                           int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
   constexpr int kChunk = 64;  // keys
   __shared__ float weights[kChunk];
   __shared__ bool masked[kChunk];
@@ -103,8 +103,6 @@ __global__ void __launch_bounds__(kMatchThreads)
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int64_t row = blockIdx.x;
-  const int64_t n = queries.n;
-  const int64_t c = queries.c;
   const InfoNcePartials& partials = workspace.partials;
   const auto expected = [&](int64_t split) { return partials.keys + (split * n + row) * c; };
   const int64_t splits = workspace.splits;
@@ -124,11 +122,11 @@ __global__ void __launch_bounds__(kMatchThreads)
     if (partials.max[split * n + row] > partials.max[largest * n + row]) largest = split;
   }
   const float max = partials.max[largest * n + row];
-  const QueryFacts facts = warp_query_facts(queries, row);
-  const float scale = facts.scale * 1.44269504f / temperature.value();
+  const float scale = workspace.row_scale[row] * 1.44269504f / temperature.value();
   for (int64_t i = thread; i < c; i += kMatchThreads) {
     for (int64_t split = 0; split < splits; ++split) expected(split)[i] = 0.0f;
   }
+  const Operand* const query = static_cast<const Operand*>(workspace.query) + row * c;
   const auto add = [&](const auto& source) {
     if (source.keys == nullptr) return;
     const InfoNceMask mask{row_ids, source.ids, source.key_offset, false};
@@ -138,9 +136,7 @@ __global__ void __launch_bounds__(kMatchThreads)
       for (int j = thread / 32; j < count; j += kMatchThreads / 32) {
         const auto* const key = source.keys + (first + j) * c;
         float score = 0.0f;
-        for (int64_t i = lane; i < c; i += 32) {
-          score += element(queries.query, queries.dtype, row * c + i) * facts.unit * to_float(key[i]);
-        }
+        for (int64_t i = lane; i < c; i += 32) score += to_float(query[i]) * to_float(key[i]);
         score = warp_join(score, Add{});
         const bool positive = mask.is_positive(row, first + j);
         if (lane != 0) continue;

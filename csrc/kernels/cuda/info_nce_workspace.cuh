@@ -1,6 +1,6 @@
 // Intermediate results of the InfoNCE kernels, and their layout in the workspace.
 //
-// A pass over the queue, divided into splits (info_nce_sm90.cuh, info_nce_mma.cuh or info_nce_generic.cuh) -> combine.
+// prepare -> a pass over the queue, divided into splits (info_nce_mma.cuh or info_nce_generic.cuh) -> combine.
 //
 // In-batch keys are a second pass with more splits. A target distribution other than the positive alone is computed
 // separately (info_nce_target.cuh), and combine uses it instead of the positive.
@@ -8,7 +8,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/cuda.h"
 #include "kernels/cuda/cuda_launch.cuh"
@@ -21,35 +20,12 @@ struct InfoNceTemperature {
   __device__ float value() const { return pointer == nullptr ? constant : *pointer; }
 };
 
-// Queries and their keys as the caller has them.
-struct InfoNceQueries {
-  const void* query;  // [N, C]
-  const void* key;    // [N, C] the positive of each query, or null: there are none
-  Dtype dtype;        // of both
-  int64_t n;
-  int64_t c;
-  float eps;  // floor of a row's norm
-  bool normalize;
-  __device__ float divisor(float norm) const { return !normalize ? 1.0f : norm < eps ? eps : norm; }
-};
-
-template <typename Query>
-InfoNceQueries info_nce_queries(const Query* query, const Query* key, int64_t n, int64_t c,
-                                const InfoNceOptions& options) {
-  constexpr Dtype kDtype = std::is_same_v<Query, float>           ? Dtype::kFloat32
-                           : std::is_same_v<Query, __nv_bfloat16> ? Dtype::kBFloat16
-                                                                  : Dtype::kFloat16;
-  return {query, key, kDtype, n, c, options.eps, options.normalize};
-}
-
-// One row's partial results over one split, with p = exp((x - max) * scale / temperature) for a product x of the
-// query's operand and a key (QueryFacts in info_nce_query.cuh).
+// One row's partial results over one split, with p = exp((score - max) * row_scale / temperature).
 struct InfoNcePartials {
-  float* max;          // [splits, N] of x
-  float* sum;          // [splits, N] of p
-  uint32_t* rank;      // [splits, N] scores above the positive's
-  float* keys;         // [splits, N, C] sum of p n; null without gradient
-  unsigned* finished;  // [1] blocks of combine; each pass sets it to 0
+  float* max;      // [splits, N] of the scores; a score is q . n / row_scale
+  float* sum;      // [splits, N] of p
+  uint32_t* rank;  // [splits, N] scores above the positive's
+  float* keys;     // [splits, N, C] sum of p n; null without gradient
 };
 
 constexpr int64_t kNoPositive = INT64_MIN;
@@ -61,7 +37,9 @@ struct InfoNceMask {
   int64_t key_offset;      // key key_offset + row is the positive of row; kNoPositive: there is none
   bool same_id_positive;
 
-  __host__ __device__ bool any() const { return key_ids != nullptr || key_offset != kNoPositive; }
+  __host__ __device__ bool any() const { return key_ids != nullptr || of_batch(); }
+  // The keys are the batch's, which prepare writes. Then the pass must not start early, because it loads keys first.
+  __host__ __device__ bool of_batch() const { return key_offset != kNoPositive; }
   __device__ bool is_positive(int64_t row, int64_t key) const {
     return key_offset != kNoPositive && key == key_offset + row;
   }
@@ -80,18 +58,6 @@ struct InfoNceKeyCount {
   }
 };
 
-// A pass over keys; computes the gradient if partials.keys is set.
-template <typename Key>
-struct InfoNcePassArguments {
-  InfoNceQueries queries;
-  const Key* keys;  // [K, C]
-  InfoNceKeyCount count;
-  InfoNceMask mask;
-  InfoNceTemperature temperature;
-  InfoNcePartials partials;
-  int splits;
-};
-
 // A target distribution, for combine.
 struct InfoNceTarget {
   bool plain;               // only the positive
@@ -105,13 +71,20 @@ struct InfoNceTarget {
 };
 
 struct InfoNceWorkspace {
+  float* query_norm;        // [N]
+  float* key_norm;          // [N]
+  float* positive;          // [N_padded] q . k, not divided by row_scale
+  float* row_scale;         // [N_padded] power of two that scales the query operand's largest element to [0.5, 1)
   float* grad_temperature;  // [N], to be reduced
+  unsigned* finished;       // [1] blocks of combine; prepare sets it to 0
+  void* query;              // [N_padded, C] the query operand: normalized, divided by row_scale
   void* keys;               // [M, C] with in_batch: the keys as the pass reads them, normalized
   float* column_parts;      // [kColumnParts, C] with label smoothing
   float* column_sum;        // [C]
   float* match_sum;         // [N, C] with ids, if the target or label smoothing needs them
   int64_t* matches;         // [N]
   InfoNcePartials partials;
+  int64_t n_padded;
   int64_t splits;        // of queue and batch
   int64_t queue_splits;  // come first
   size_t bytes;
@@ -127,14 +100,14 @@ class Pieces {
  public:
   explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
   template <typename T>
-  void take(T*& pointer, int64_t count) {
+  void take(T*& pointer, int64_t count, size_t bytes = sizeof(T)) {
     pointer = reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    used_ += (static_cast<size_t>(count) * bytes + 255) / 256 * 256;
   }
-  void take(void*& operand, int64_t count) {  // of up to four bytes each
-    float* piece = nullptr;
-    take(piece, count);
-    operand = piece;
+  void take(void*& pointer, int64_t count, size_t bytes) {
+    char* piece = nullptr;
+    take(piece, count, bytes);
+    pointer = piece;
   }
   size_t used() const { return used_; }
 
@@ -145,14 +118,22 @@ class Pieces {
 
 // A null base gives the size.
 inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape, const InfoNceContrast& contrast,
-                                           int64_t queue_splits, int64_t batch_splits, bool gradient) {
+                                           int64_t block_rows, int64_t queue_splits, int64_t batch_splits,
+                                           size_t operand_bytes, bool gradient) {
   InfoNceWorkspace w{};
   Pieces pieces(base);
+  w.n_padded = (shape.n + block_rows - 1) / block_rows * block_rows;
   w.queue_splits = queue_splits;
   w.splits = queue_splits + batch_splits;
   const int64_t slots = w.splits * shape.n;
+  pieces.take(w.query_norm, shape.n);
+  pieces.take(w.key_norm, shape.n);
+  pieces.take(w.positive, w.n_padded);
+  pieces.take(w.row_scale, w.n_padded);
   pieces.take(w.grad_temperature, shape.n);
-  if (contrast.in_batch) pieces.take(w.keys, contrast.keys * shape.c);
+  pieces.take(w.finished, 1);
+  pieces.take(w.query, w.n_padded * shape.c, operand_bytes);
+  if (contrast.in_batch) pieces.take(w.keys, contrast.keys * shape.c, operand_bytes);
   if (contrast.label_smoothing > 0) {
     pieces.take(w.column_parts, kColumnParts * shape.c);
     pieces.take(w.column_sum, shape.c);
@@ -165,7 +146,6 @@ inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape
   pieces.take(w.partials.sum, slots);
   pieces.take(w.partials.rank, slots);
   if (gradient) pieces.take(w.partials.keys, slots * shape.c);
-  pieces.take(w.partials.finished, 1);
   w.bytes = pieces.used();
   return w;
 }
@@ -174,28 +154,35 @@ inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape
 inline InfoNcePartials partials_from(const InfoNceWorkspace& w, const InfoNceShape& shape, int64_t split) {
   const int64_t slot = split * shape.n;
   const InfoNcePartials& p = w.partials;
-  return {p.max + slot, p.sum + slot, p.rank + slot, p.keys == nullptr ? nullptr : p.keys + slot * shape.c, p.finished};
+  return {p.max + slot, p.sum + slot, p.rank + slot, p.keys == nullptr ? nullptr : p.keys + slot * shape.c};
 }
 
-// operand [N, C]: the queries, normalized if wanted. Operand is float or the type of a tensor-core pass.
-template <typename Operand>
-cudaError_t launch_info_nce_operand(const InfoNceQueries& queries, void* operand, cudaStream_t stream);
+// Operand is the element type of `workspace.query`.
+template <typename Query, typename Operand>
+cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
+                                    const InfoNceWorkspace& workspace, cudaStream_t stream);
 
-template <typename Key>
-cudaError_t launch_info_nce_generic(const InfoNcePassArguments<Key>& arguments, cudaStream_t stream);
+// One pass over `keys` into `partials` of `splits` splits.
+template <typename Queue>
+cudaError_t launch_info_nce_generic(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
+                                    const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceWorkspace& workspace,
+                                    cudaStream_t stream);
 constexpr int64_t kGenericRows = 16;
 constexpr int64_t kGenericKeys = 32;
 
-cudaError_t launch_info_nce_combine(const InfoNceQueries& queries, const InfoNceShape& shape,
-                                    const InfoNceTemperature& temperature, const InfoNceContrast& contrast,
+template <typename Query>
+cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const InfoNceShape& shape,
+                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
                                     const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
                                     cudaStream_t stream);
 
 // Sums of keys for the target distribution, and a repair of sums that masked keys made NaN; launches nothing without
-// ids and label smoothing. Operand is the type of `workspace.keys`.
+// ids and label smoothing. Operand as for prepare.
 template <typename Queue, typename Operand>
-cudaError_t launch_info_nce_target(const InfoNceQueries& queries, const Queue* queue, const InfoNceShape& shape,
-                                   const InfoNceTemperature& temperature, const InfoNceContrast& contrast,
-                                   const InfoNceWorkspace& workspace, cudaStream_t stream);
+cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
+                                   const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                   cudaStream_t stream);
 
 }  // namespace moco_ext::cuda

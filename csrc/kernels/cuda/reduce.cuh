@@ -108,28 +108,22 @@ __device__ __forceinline__ void store_floats(T* to, const float (&from)[width]) 
   }
 }
 
-struct Add {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Max {
-  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
-};
-
-// Over groups of adjacent lanes.
-template <int lanes = kWarp, typename T, typename Join>
-__device__ __forceinline__ T warp_join(T x, Join join) {
+__device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-  for (int flip = lanes / 2; flip > 0; flip /= 2) x = join(x, __shfl_xor_sync(0xffffffffu, x, flip));
+  for (int flip = kWarp / 2; flip > 0; flip /= 2) x += __shfl_xor_sync(0xffffffffu, x, flip);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int flip = kWarp / 2; flip > 0; flip /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, flip));
   return x;
 }
 
 // Sum over a team of threads, bitwise equal in each: a warp, or a whole block of `team` threads, all of which call it.
 template <int team>
 __device__ __forceinline__ float team_sum(float x) {
-  x = warp_join(x, Add{});
+  x = warp_sum(x);
   if constexpr (team > kWarp) {
     __shared__ float partial[team / kWarp];
     __syncthreads();  // other threads may still be reading the previous sum

@@ -20,8 +20,8 @@ namespace moco_ext::cuda::sm90 {
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
-__device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t word) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(word) : "memory");
+__device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(x) : "memory");
 }
 __device__ __forceinline__ void store_shared_8(uint32_t shared, uint32_t low, uint32_t high) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(shared), "r"(low), "r"(high) : "memory");

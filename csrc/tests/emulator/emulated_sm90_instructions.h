@@ -10,8 +10,8 @@ namespace moco_ext::cuda::sm90 {
 using Where = emu::Where;
 
 inline uint32_t shared_address(const void* shared) { return emu::shared_window(shared); }
-inline void store_shared_4(uint32_t shared, uint32_t word, Where where = Where::current()) {
-  emu::store_shared(shared, &word, sizeof word, where);
+inline void store_shared_4(uint32_t shared, uint32_t x, Where where = Where::current()) {
+  emu::store_shared(shared, &x, sizeof x, where);
 }
 inline void store_shared_8(uint32_t shared, uint32_t low, uint32_t high, Where where = Where::current()) {
   const uint32_t x[] = {low, high};

@@ -1,11 +1,133 @@
-// The last InfoNCE kernel: adds up the splits of the passes, then the positive, and propagates the gradients.
+// The InfoNCE kernels over rows: `prepare` before the pass over the queue, `combine` after it.
 #pragma once
 
 #include <cmath>
 
-#include "kernels/cuda/info_nce_query.cuh"
+#include "kernels/cuda/info_nce_workspace.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
+
+struct Add {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Max {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
+
+template <typename T, typename Join>
+__device__ __forceinline__ T warp_join(T x, Join join) {
+#pragma unroll
+  for (int flip = 16; flip > 0; flip /= 2) x = join(x, __shfl_xor_sync(0xffffffffu, x, flip));
+  return x;
+}
+
+// Over a block of at most 32 warps, in a fixed order; every thread gets the result.
+template <typename T, typename Join>
+__device__ __forceinline__ T block_join(T x, Join join) {
+  __shared__ T parts[32];
+  x = warp_join(x, join);
+  __syncthreads();  // all threads have read the previous result
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = parts[0];
+  for (unsigned i = 1; i < blockDim.x / 32; ++i) x = join(x, parts[i]);
+  return x;
+}
+
+constexpr int kRowWarps = 4;  // per block, one row each
+
+inline dim3 row_blocks(int64_t rows) { return {static_cast<unsigned>((rows + kRowWarps - 1) / kRowWarps)}; }
+
+struct RowOptions {
+  int64_t n;
+  int64_t c;
+  float eps;
+  bool normalize;
+  __device__ float divisor(float norm) const { return !normalize ? 1.0f : norm < eps ? eps : norm; }
+};
+
+// The norm of x [c], computed by a warp from each lane's part of the square.
+template <typename T>
+__device__ __forceinline__ float warp_norm(const T* x, int64_t c, float square, int lane) {
+  const float norm = sqrtf(warp_join(square, Add{}));
+  if (!isinf(norm)) return norm;
+  square = 0.0f;  // the square overflows, the norm may not
+  for (int64_t i = lane; i < c; i += 32) square += to_float(x[i]) * 0x1p-80f * (to_float(x[i]) * 0x1p-80f);
+  return sqrtf(warp_join(square, Add{})) * 0x1p80f;
+}
+
+// What prepare writes about the rows of x; null: not wanted.
+template <typename Operand>
+struct InfoNceOperand {
+  Operand* rows;                 // [padded, C] x, as unit rows if normalize, divided by row_scale; the padding is 0
+  float* norm;                   // [N]
+  float* key_norm = nullptr;     // [N] of the rows' keys; all that follows needs them
+  float* positive = nullptr;     // [padded] x . key
+  float* row_scale = nullptr;    // [padded]
+  unsigned* finished = nullptr;  // [1] set to 0
+};
+
+// x and, where the operand is that of queries, their keys [N, C]. A warp per row.
+template <typename T, typename Operand>
+__global__ void info_nce_prepare_kernel(const T* x, const T* key, RowOptions options, int64_t padded,
+                                        InfoNceOperand<Operand> operand) {
+  let_next_kernel_start();
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (row >= padded) return;
+  const bool has_key = operand.positive != nullptr;
+  if (row == 0 && lane == 0 && has_key) *operand.finished = 0;
+  Operand* const to = operand.rows + row * options.c;
+  if (row >= options.n) {  // padding: computed with the rest of its block, but not written to the outputs
+    for (int64_t i = lane; i < options.c; i += 32) to[i] = from_float<Operand>(0.0f);
+    if (lane == 0 && has_key) {
+      operand.positive[row] = 0.0f;
+      operand.row_scale[row] = 1.0f;
+    }
+    return;
+  }
+  x += row * options.c;
+  if (has_key) key += row * options.c;
+  float square = 0.0f;
+  float key_square = 0.0f;
+  float largest = 0.0f;
+  for (int64_t i = lane; i < options.c; i += 32) {
+    const float value = to_float(x[i]);
+    square += value * value;
+    largest = fmaxf(largest, fabsf(value));
+    if (has_key) key_square += to_float(key[i]) * to_float(key[i]);
+  }
+  const float norm = warp_norm(x, options.c, square, lane);
+  const float divisor = options.divisor(norm);
+  const float key_norm = has_key ? warp_norm(key, options.c, key_square, lane) : 1.0f;
+  const float key_divisor = options.divisor(key_norm);
+
+  // Scaling by a power of two is exact, and keeps rows of any norm within the range of fp16.
+  int exponent = 0;
+  largest = warp_join(largest, Max{}) / divisor;
+  if (has_key && !std::is_same_v<Operand, float> && largest > 0.0f && largest < INFINITY) {
+    frexpf(largest, &exponent);
+    exponent = min(max(exponent, -100), 100);
+  }
+  float positive = 0.0f;
+  for (int64_t i = lane; i < options.c; i += 32) {
+    const float value = to_float(x[i]) / divisor;
+    to[i] = from_float<Operand>(ldexpf(value, -exponent));
+    if (has_key) positive += value * (to_float(key[i]) / key_divisor);
+  }
+  if (lane == 0 && operand.norm != nullptr) operand.norm[row] = norm;
+  if (!has_key) return;
+  positive = warp_join(positive, Add{});
+  if (lane == 0) {
+    operand.key_norm[row] = key_norm;
+    operand.positive[row] = positive;
+    operand.row_scale[row] = ldexpf(1.0f, exponent);
+  }
+}
 
 constexpr int kCombineColumns = 128;
 constexpr int kCombineMaxWarps = 16;
@@ -16,7 +138,7 @@ static __device__ void reduce_rows(const InfoNceOutputs& outputs, const InfoNceW
   __shared__ bool is_last;
   if (threadIdx.x == 0) {  // the thread that has written the row's results
     __threadfence();
-    is_last = atomicAdd(workspace.partials.finished, 1u) == n - 1;
+    is_last = atomicAdd(workspace.finished, 1u) == n - 1;
     __threadfence();
   }
   __syncthreads();
@@ -33,24 +155,26 @@ static __device__ void reduce_rows(const InfoNceOutputs& outputs, const InfoNceW
   if (threadIdx.x == 0) *outputs.grad_temperature = grad_temperature;
 }
 
-// A block per row.
-static __global__ void __launch_bounds__(32 * kCombineMaxWarps)
-    info_nce_combine_kernel(InfoNceQueries queries, InfoNceTemperature temperature, InfoNceTarget target,
-                            InfoNceWorkspace workspace, InfoNceOutputs outputs) {
+// A block per row: adds up the splits in a fixed order, then the positive, and propagates the gradients through the
+// norms.
+template <typename Query>
+__global__ void __launch_bounds__(32 * kCombineMaxWarps)
+    info_nce_combine_kernel(const Query* query, const Query* key, RowOptions options, InfoNceTemperature temperature,
+                            InfoNceTarget target, InfoNceWorkspace workspace, InfoNceOutputs outputs) {
+  wait_for_previous_kernel();
   __shared__ float parts[kCombineMaxWarps][kCombineColumns];
   const int64_t row = blockIdx.x;
-  const int64_t n = queries.n;
-  const int64_t c = queries.c;
+  const int64_t n = options.n;
+  const int64_t c = options.c;
   const int64_t splits = workspace.splits;
   const int threads = static_cast<int>(blockDim.x);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = thread / 32;
   const InfoNcePartials& partials = workspace.partials;
-  const QueryFacts facts = block_query_facts(queries, row);  // the same scale as in the passes, up to rounding
   const float inverse_temperature = 1.0f / temperature.value();
-  const float scale = facts.scale * 1.44269504f * inverse_temperature;
-  wait_for_previous_kernel();
+  const float row_scale = workspace.row_scale[row];
+  const float scale = row_scale * 1.44269504f * inverse_temperature;
 
   float max = -INFINITY;
   for (int64_t i = thread; i < splits; i += threads) max = fmaxf(max, partials.max[i * n + row]);
@@ -68,8 +192,8 @@ static __global__ void __launch_bounds__(32 * kCombineMaxWarps)
 
   // Everything is relative to the positive's logit or the negatives' largest, whichever is larger, so that nothing
   // cancels in a loss near 0 or in 1 - p0. NaN takes the second branch, which propagates it.
-  const float positive = facts.positive;
-  const float gap = (max * facts.scale - positive) * inverse_temperature;
+  const float positive = workspace.positive[row];
+  const float gap = (max * row_scale - positive) * inverse_temperature;
   float loss;
   float key_weight;  // of the sum of p n
   float rest;        // 1 - p0
@@ -84,11 +208,13 @@ static __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     key_weight = 1.0f / total;
     rest = negatives / total;
   }
-  const float inverse_query = 1.0f / queries.divisor(facts.query_norm);
-  const float inverse_key = 1.0f / queries.divisor(facts.key_norm);
-  const auto unit_query = [&](int64_t i) { return element(queries.query, queries.dtype, row * c + i) * inverse_query; };
-  const auto unit_key = [&](int64_t i) { return element(queries.key, queries.dtype, row * c + i) * inverse_key; };
+  const float query_norm = workspace.query_norm[row];
+  const float key_norm = workspace.key_norm[row];
+  const float inverse_query = 1.0f / options.divisor(query_norm);
+  const float inverse_key = 1.0f / options.divisor(key_norm);
   const float row_weight = outputs.reduction == Reduction::kMean ? 1.0f / static_cast<float>(n) : 1.0f;
+  query += row * c;
+  key += row * c;
 
   // A target distribution other than the key alone: only the difference from the key is added.
   float share = 1.0f;   // of each positive
@@ -116,7 +242,7 @@ static __global__ void __launch_bounds__(32 * kCombineMaxWarps)
   };
   if (!target.plain) {
     for (int64_t i = thread; i < c; i += threads) {
-      excess -= unit_query(i) * target_less_key(i, unit_key(i));
+      excess -= to_float(query[i]) * inverse_query * target_less_key(i, to_float(key[i]) * inverse_key);
     }
     excess = block_join(excess, Add{});
   }
@@ -155,7 +281,7 @@ static __global__ void __launch_bounds__(32 * kCombineMaxWarps)
         float total = parts[0][i];
         for (int w = 1; w < threads / 32; ++w) total += parts[w][i];
         gradient[first + i] = total;
-        dot += total * unit_query(first + i);
+        dot += total * (to_float(query[first + i]) * inverse_query);
       }
       __syncthreads();  // before the next columns overwrite parts
     }
@@ -163,12 +289,12 @@ static __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     // q . d loss / d q
     const float unit_dot = (key_weight * dot - rest * positive + excess) * inverse_temperature;
     for (int64_t i = thread; i < c; i += threads) {
-      const float q = unit_query(i);
-      const float k = unit_key(i);
+      const float q = to_float(query[i]) * inverse_query;
+      const float k = to_float(key[i]) * inverse_key;
       float g = key_weight * gradient[i] - rest * k;
       if (!target.plain) g -= target_less_key(i, k);
       g *= inverse_temperature;
-      if (queries.normalize && facts.query_norm > queries.eps) g -= unit_dot * q;  // a clamped norm is a constant
+      if (options.normalize && query_norm > options.eps) g -= unit_dot * q;  // a clamped norm is a constant
       gradient[i] = g * (inverse_query * row_weight);
     }
     if (thread == 0 && outputs.grad_temperature != nullptr) {
@@ -180,10 +306,10 @@ static __global__ void __launch_bounds__(32 * kCombineMaxWarps)
     rest -= 1.0f - (share + floor);  // its weight in the target less its probability
     const float unit_dot = -rest * positive * inverse_temperature;
     for (int64_t i = thread; i < c; i += threads) {
-      const float q = unit_query(i);
-      const float k = unit_key(i);
+      const float q = to_float(query[i]) * inverse_query;
+      const float k = to_float(key[i]) * inverse_key;
       float g = -rest * q * inverse_temperature;
-      if (queries.normalize && facts.key_norm > queries.eps) g -= unit_dot * k;
+      if (options.normalize && key_norm > options.eps) g -= unit_dot * k;
       outputs.grad_key[row * c + i] = g * (inverse_key * row_weight);
     }
   }
