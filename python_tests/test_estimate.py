@@ -64,7 +64,7 @@ def estimate():
 
 
 def test_instructions_of_the_main_loop_by_pipe(estimate):
-    body, rare = estimate.split_rare(estimate.find_loop(estimate.parse(PORTABLE), "HG?MMA"))
+    body, rare = estimate.split_rare(estimate.find_loops(estimate.parse(PORTABLE), "HG?MMA")[0])
     assert [i.opcode for i in rare] == ["ISETP", "BRA", "FSEL", "FMUL"]
     pipes = ["other", "other", "shared", "shared", "tensor", "other", "alu", "shared", "other"]
     assert [i.pipe for i in body] == [*pipes, "fma", "mufu", "imad", "uniform", "other"]
@@ -82,7 +82,7 @@ def test_instructions_of_the_main_loop_by_pipe(estimate):
 
 
 def test_warpgroup_products_and_the_code_that_they_do_not_cover(estimate):
-    loop = estimate.find_loop(estimate.parse(HOPPER), "HG?MMA")
+    loop = estimate.find_loops(estimate.parse(HOPPER), "HG?MMA")[0]
     assert [hex(loop[0].address), hex(loop[-1].address)] == ["0x0", "0xa0"]
     assert [i.opcode for i in estimate.exposed(loop)] == ["WARPGROUP", "BRA", "FMUL", "F2FP", "BRA"]
     cycles = estimate.warp_cycles(loop)
@@ -92,7 +92,7 @@ def test_warpgroup_products_and_the_code_that_they_do_not_cover(estimate):
 
 
 def test_cycles_of_a_tile(estimate):
-    loops = (estimate.split_rare(estimate.find_loop(estimate.parse(PORTABLE), "HG?MMA"))[0], [])
+    loops = (estimate.split_rare(estimate.find_loops(estimate.parse(PORTABLE), "HG?MMA")[0])[0], [])
     # 4 warps, one per scheduler; 16 x 8 x 16 multiply-adds each.
     cycles = estimate.tile_cycles("portable", estimate.Tile("", rows=64, keys=8), 16, 128, loops)
     assert cycles == {"bound": "shared", "low": 36, "high": pytest.approx(36 * estimate.STALLS)}

@@ -114,9 +114,9 @@ def test_safetensors_with_a_model_card(run, tmp_path, capsys):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: moco_ext\n")
     assert "\n# license: " in card
-    command = f"moco-ext pretrain --data photos --val-fraction 0.1 --arch {ARCH} --learning-rate 0.06 --moco-k 64"
+    flags = f"--data photos --recipe moco-v1 --val-fraction 0.1 --arch {ARCH} --learning-rate 0.06 --moco-k 64"
     for part in (
-        f"```bash\n{command}\n```",
+        f"```bash\nmoco-ext pretrain {flags}\n```",
         "| moco_k | 64 |",
         "(trained) | 81.25 |",
         "training | 12 |",
