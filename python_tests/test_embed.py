@@ -256,6 +256,7 @@ def test_more_processes_than_images(run, tmp_path):
     assert rows_of(tmp_path / "f.npy").shape == (1, 256)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_the_old_file(run, tmp_path):
     write_photos(tmp_path / "photos", 12)
     output = tmp_path / "f.npy"

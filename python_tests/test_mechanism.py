@@ -119,6 +119,7 @@ def test_chance_loss_is_that_of_random_features():
     )
 
 
+@pytest.mark.slow
 def test_type_checkers_know_the_outputs(tmp_path):
     pytest.importorskip("mypy")
     file = tmp_path / "use.py"

@@ -153,6 +153,7 @@ def broadcast_by_ddp(rank, world, path):
     leave_group()
 
 
+@pytest.mark.slow
 def test_ddp_does_not_broadcast_excluded_queues(tmp_path):
     torch.multiprocessing.spawn(broadcast_by_ddp, (2, tmp_path / "rendezvous"), nprocs=2)
 

@@ -141,6 +141,7 @@ def in_rank(rank: int, folder: str, root: str) -> None:
     leave_group()
 
 
+@pytest.mark.slow
 def test_ranks_agree(photos, tmp_path):
     mp.start_processes(in_rank, args=(str(tmp_path), str(photos[1])), nprocs=2, start_method="spawn")
     for rank in range(2):
