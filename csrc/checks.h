@@ -158,8 +158,11 @@ inline void check_queue(const Tensor& queue) {
   check_float_dtype(queue, "queue", queue.is_cpu());
   check(queue.size(0) > 0 && queue.size(1) > 0, "queue: expected at least one key and one feature, got shape ",
         shape_name(queue));
+  const bool of_columns = queue.stride(0) == 1 && queue.stride(1) >= queue.size(0);
   check(queue.is_contiguous(), "queue: expected contiguous rows [K, C], got strides [", queue.stride(0), ", ",
-        queue.stride(1), "]");
+        queue.stride(1), "]",
+        of_columns ? ", the transpose of a buffer [C, K]; store its keys as rows, once: queue = buffer.t().contiguous()"
+                   : "");
 }
 
 // The memory that a tensor's elements span.

@@ -9,24 +9,30 @@ STABLE_TORCH_LIBRARY(moco_ext, m) {
   // one of num_valid does (the keys of the queue that count; None: all). terms: bfloat16 terms that float32 rows are
   // split into for the products on CUDA, 3 (float32 accuracy), 2 (scores of 16 bits) or 1 (bfloat16). in_batch: the
   // rows of key [M, C] are each other's negatives, and key key_offset + n is the positive of query n. query_ids [N],
-  // [M] if in_batch, and queue_ids [K]: keys of equal ids are masked out, or positives.
+  // [M] if in_batch and without key_ids [M], and queue_ids [K]: keys of equal ids are masked out (same_id 0), positives
+  // (1), or the only ones that are not masked out (2). target [N, C]: the mean of the keys under a target distribution;
+  // then key, and with it the positive, may be None. own_key: what in key [M, C] is row key_offset + n to query n. 0:
+  // its positive, 1: its positive, but not in the denominator, 2: nothing.
   m.def(
-      "info_nce_forward(Tensor query, Tensor key, Tensor? queue, Tensor? temperature_tensor, float temperature, "
+      "info_nce_forward(Tensor query, Tensor? key, Tensor? queue, Tensor? temperature_tensor, float temperature, "
       "bool normalize, int reduction, bool query_grad, bool key_grad, bool temperature_grad, int terms, bool in_batch, "
       "int key_offset, Tensor? num_valid_tensor, int? num_valid, float label_smoothing, "
-      "Tensor? query_ids, Tensor? queue_ids, bool same_id_positive) -> "
+      "Tensor? query_ids, Tensor? queue_ids, int same_id, Tensor? key_ids, Tensor? target, int own_key) -> "
       "(Tensor loss, Tensor losses, Tensor lse, Tensor positive_logit, Tensor rank, "
       "Tensor grad_query, Tensor grad_key, Tensor grad_temperature, Tensor weights)");
   // The gradient of in-batch keys needs the upstream gradients of all rows, hence an operator of its own. weights
-  // [N, 3]: the share of each positive and of each class in the target distribution, and the positive's probability
-  // less its own share of the target.
+  // [N, 3]: the share of each positive and of each class in the target distribution, and the own key's probability
+  // less its own share of the target. A row of share 0 has no positive or no candidate.
   m.def(
       "info_nce_backward(Tensor query, Tensor key, Tensor? temperature_tensor, float temperature, bool normalize, "
-      "int terms, int key_offset, Tensor? query_ids, bool same_id_positive, Tensor lse, Tensor weights, "
-      "Tensor grad_loss) -> Tensor grad_key");
+      "int terms, int key_offset, Tensor? query_ids, int same_id, Tensor? key_ids, Tensor lse, "
+      "Tensor weights, Tensor grad_loss) -> Tensor grad_key");
   m.def("enqueue_(Tensor(a!) queue, Tensor(b!) queue_ptr, Tensor keys, bool normalize) -> ()");
   m.def(
       "momentum_update_(Tensor(a!)[] key_params, Tensor[] query_params, Tensor? m_tensor, float m, "
       "Tensor(b!)[] low_precision) -> ()");
+  m.def(
+      "nearest_keys(Tensor query, Tensor queue, int k, bool normalize, Tensor? num_valid_tensor, int? num_valid) -> "
+      "(Tensor similarity, Tensor index)");
   m.def("l2_normalize_forward(Tensor x, float eps) -> (Tensor out, Tensor norm)");
 }

@@ -75,25 +75,37 @@ cpu::InfoNceOptions options(const InfoNceArguments& a, bool float64) {
 }
 
 cpu::InfoNceContrast contrast(const InfoNceArguments& a, const InfoNceRows& rows) {
-  return {a.in_batch,        rows.key.size(0),      a.key_offset,
-          a.label_smoothing, rows.query_ids.data(), rows.queue_ids.data(),
-          a.same_id_positive};
+  return {a.in_batch,
+          a.key_rows(),
+          a.key_offset,
+          a.label_smoothing,
+          rows.row_ids(),
+          rows.batch_ids(),
+          rows.queue_ids.data(),
+          a.same_id_positive(),
+          static_cast<cpu::OwnKey>(a.own_key),
+          a.same_id_only()};
+}
+
+int64_t valid_keys(const std::optional<Tensor>& tensor, std::optional<int64_t> number, int64_t queue_size) {
+  if (!tensor) return number.value_or(queue_size);
+  const int64_t keys = *OptionalInt64(tensor).data();
+  check_num_valid(keys, queue_size);
+  return keys;
 }
 
 InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wanted) {
   const cpu::InfoNceOptions info_nce_options = options(a, a.float64());
-  int64_t queue_keys = a.num_valid.value_or(a.queue_size());
-  if (a.num_valid_tensor) {
-    queue_keys = *OptionalInt64(a.num_valid_tensor).data();
-    check_num_valid(queue_keys, a.queue_size());
-  }
+  const int64_t queue_keys = valid_keys(a.num_valid_tensor, a.num_valid, a.queue_size());
   const InfoNceRows rows(a, a.float64());
   const InfoNceTensors out(rows.query, wanted, a);
   const Tensor& queue = rows.queue ? *rows.queue : rows.query;
   dispatch(rows.query, queue, [&]<typename Query, typename Queue>() {
-    cpu::info_nce(host(), const_data<Query>(rows.query), const_data<Query>(rows.key),
-                  rows.queue ? const_data<Queue>(queue) : nullptr, {a.query.size(0), queue_keys, a.query.size(1)},
-                  info_nce_options, contrast(a, rows), outputs<cpu::accumulate_t<Queue>>(a, out));
+    using A = cpu::accumulate_t<Queue>;
+    cpu::info_nce(host(), const_data<Query>(rows.query), a.key ? const_data<Query>(rows.key) : nullptr,
+                  rows.queue ? const_data<Queue>(queue) : nullptr, rows.target ? const_data<A>(*rows.target) : nullptr,
+                  {a.query.size(0), queue_keys, a.query.size(1)}, info_nce_options, contrast(a, rows),
+                  outputs<A>(a, out));
   });
   return out;
 }
@@ -101,7 +113,7 @@ InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wante
 Tensor info_nce_keys(const InfoNceArguments& a, const Tensor& lse, const Tensor& weights, const Tensor& grad_loss) {
   const cpu::InfoNceOptions info_nce_options = options(a, is_float64(lse));
   const InfoNceRows rows(a, is_float64(lse));
-  const Tensor grad_key = InfoNceTensors::make(rows.query, {a.key.size(0), a.key.size(1)}, true);
+  const Tensor grad_key = InfoNceTensors::make(rows.query, {rows.key.size(0), rows.key.size(1)}, true);
   dispatch(rows.query, [&]<typename Query>() {
     using A = cpu::accumulate_t<Query>;
     cpu::info_nce_keys_backward(host(), const_data<Query>(rows.query), const_data<Query>(rows.key),
@@ -110,6 +122,24 @@ Tensor info_nce_keys(const InfoNceArguments& a, const Tensor& lse, const Tensor&
                                 data<A>(grad_key));
   });
   return grad_key;
+}
+
+std::tuple<Tensor, Tensor> nearest_keys(const Tensor& query, const Tensor& queue, int64_t k, bool normalize,
+                                        const std::optional<Tensor>& num_valid_tensor,
+                                        std::optional<int64_t> num_valid) {
+  check_nearest_keys(query, queue, k, num_valid_tensor, num_valid);
+  const bool float64 = is_float64(query) || is_float64(queue);
+  const Tensor rows = row_major(float64 ? cast(query, ScalarType::Double) : query);
+  const Tensor keys = float64 ? cast(queue, ScalarType::Double) : queue;
+  const int64_t n = query.size(0);
+  const Tensor similarity = make_tensor(rows, {n, k}, float64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor index = make_tensor(rows, {n, k}, ScalarType::Long);
+  const cpu::InfoNceShape shape{n, valid_keys(num_valid_tensor, num_valid, queue.size(0)), query.size(1)};
+  dispatch(rows, keys, [&]<typename Query, typename Queue>() {
+    cpu::nearest_keys(host(), const_data<Query>(rows), const_data<Queue>(keys), shape, k, normalize, kEps,
+                      data<cpu::accumulate_t<Queue>>(similarity), data<int64_t>(index));
+  });
+  return {similarity, index};
 }
 
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
@@ -196,6 +226,7 @@ STABLE_TORCH_LIBRARY_IMPL(moco_ext, CPU, m) {
   m.impl("info_nce_backward", TORCH_BOX(&Operator<&info_nce_backward<&info_nce_keys>>::call));
   m.impl("enqueue_", TORCH_BOX(&Operator<&enqueue_>::call));
   m.impl("momentum_update_", TORCH_BOX(&Operator<&momentum_update_>::call));
+  m.impl("nearest_keys", TORCH_BOX(&Operator<&nearest_keys>::call));
   m.impl("l2_normalize_forward", TORCH_BOX(&Operator<&l2_normalize_forward>::call));
 }
 

@@ -86,13 +86,16 @@ struct InfoNceScalars {
   }
   cuda::InfoNceContrast contrast(const InfoNceArguments& a, const InfoNceRows& rows) const {
     return {a.in_batch,
-            rows.key.size(0),
+            a.key_rows(),
             a.key_offset,
             num_valid.data(),
             static_cast<float>(a.label_smoothing),
-            rows.query_ids.data(),
+            rows.row_ids(),
+            rows.batch_ids(),
             rows.queue_ids.data(),
-            a.same_id_positive};
+            a.same_id_positive(),
+            static_cast<cuda::OwnKey>(a.own_key),
+            a.same_id_only()};
   }
 };
 
@@ -109,8 +112,9 @@ InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wante
       const Queue* const queue = rows.queue ? const_data<Queue>(*rows.queue) : nullptr;
       const Tensor workspace = workspace_of(
           cuda::info_nce_workspace_bytes(queue, shape, options, contrast, out.grad_query.numel() > 0), a.query);
-      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(rows.query), const_data<Query>(rows.key), queue, shape, options,
-                                    contrast, outputs(a, out), workspace.mutable_data_ptr(), launch.stream()));
+      STD_CUDA_CHECK(cuda::info_nce(const_data<Query>(rows.query), a.key ? const_data<Query>(rows.key) : nullptr, queue,
+                                    rows.target ? const_data<float>(*rows.target) : nullptr, shape, options, contrast,
+                                    outputs(a, out), workspace.mutable_data_ptr(), launch.stream()));
     });
   });
   return out;
@@ -120,7 +124,7 @@ Tensor info_nce_keys(const InfoNceArguments& a, const Tensor& lse, const Tensor&
   const Launch launch(a.query);
   const InfoNceScalars scalars(a);
   const InfoNceRows rows(a, false);
-  const Tensor grad_key = InfoNceTensors::make(rows.query, {a.key.size(0), a.key.size(1)}, true);
+  const Tensor grad_key = InfoNceTensors::make(rows.query, {rows.key.size(0), rows.key.size(1)}, true);
   const cuda::InfoNceShape shape{a.query.size(0), 0, a.query.size(1)};
   const cuda::InfoNceOptions options = scalars.options(a);
   const cuda::InfoNceContrast contrast = scalars.contrast(a, rows);

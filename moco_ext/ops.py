@@ -16,7 +16,16 @@ from torch.autograd import forward_ad
 from .library import load_libraries
 from .stats import InfoNCEStats
 
-__all__ = ["enqueue_", "info_nce", "l2_normalize", "momentum_update_"]
+__all__ = [
+    "ExpectedKey",
+    "NearestKeys",
+    "enqueue_",
+    "expected_key",
+    "info_nce",
+    "l2_normalize",
+    "momentum_update_",
+    "nearest_keys",
+]
 
 load_libraries()
 
@@ -108,14 +117,18 @@ if TYPE_CHECKING:
         in_batch: bool
         key_offset: int
         query_ids: Tensor | None
+        key_ids: Tensor | None
         queue_ids: Tensor | None
         same_id: str
+        positives: str
+        own_key: str
+        target: Tensor | None
 
 
 @overload
 def info_nce(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     queue: Tensor | None,
     temperature: float | Tensor = ...,
     *,
@@ -125,7 +138,7 @@ def info_nce(
 @overload
 def info_nce(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     queue: Tensor | None,
     temperature: float | Tensor = ...,
     *,
@@ -134,7 +147,7 @@ def info_nce(
 ) -> tuple[Tensor, InfoNCEStats]: ...
 def info_nce(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     queue: Tensor | None,
     temperature: float | Tensor = 0.07,
     *,
@@ -146,8 +159,12 @@ def info_nce(
     in_batch: bool = False,
     key_offset: int = 0,
     query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     same_id: str = "mask",
+    positives: str = "mean",
+    own_key: str = "positive",
+    target: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
     """InfoNCE of queries against their positive key and a queue of negatives (MoCo, arXiv 1911.05722, Eq. 1).
 
@@ -157,14 +174,18 @@ def info_nce(
 
     Args:
         query: [N, C] features; float32, bfloat16 or float16 (float64 on the CPU, for gradient checks).
-        key: [N, C] the positive of each row. Gets a gradient if it requires one.
+        key: [N, C] the positive of each row. Gets a gradient if it requires one. None: there is no positive among the
+            candidates, as in losses with a ``target``, or the positives are those of ``queue_ids``.
         queue: [K, C] negatives, contiguous rows of unit length if ``normalize``. Its dtype may differ from query's. It
             gets no gradient. None: only the keys of the batch (with ``in_batch``).
-        temperature: a positive number, or a tensor of one element on the queue's device, which may require a gradient.
+        temperature: a positive number, or a tensor of one element on the queue's device, which may require a gradient;
+            or [N] (positive, not checked on CUDA), one for each row.
         normalize: scale query and key rows to unit length first (``x / max(||x||, 1e-12)``). ``False`` takes all
             three as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over the N rows.
         return_stats: also return :class:`InfoNCEStats` (loss, lse, positive_logit, rank; [N] each, no gradient).
+            Without a key, positive_logit is the target's and the rank is relative to it, or -1 if positives have ids
+            only.
         label_smoothing: share of the target distribution, in [0, 1), that is spread evenly over the positive and all
             negatives, as in ``torch.nn.functional.cross_entropy``.
         num_valid: use only the first ``num_valid`` keys of the queue, for a queue that starts empty. A number, or an
@@ -175,11 +196,22 @@ def info_nce(
             end-to-end mechanism. Keys that require a gradient get it as positives and as negatives, by a second pass in
             ``backward()``.
         key_offset: see ``in_batch``.
-        query_ids: [N] integers that identify the image, text or class of each query; with ``in_batch`` [M], those of
-            all keys. Negative: unknown, equal to none.
+        query_ids: [N] integers that identify the image, text or class of each query; with ``in_batch`` and without
+            ``key_ids`` [M], those of all keys. Negative: unknown, equal to none.
+        key_ids: [M] integers, the same for the keys of the batch, if query ``n`` and ``key[key_offset + n]`` differ.
         queue_ids: [K] integers, the same for the queue.
         same_id: ``"mask"`` ignores negatives with the query's id; ``"positive"`` makes them additional positives (the
-            loss is the cross-entropy of a target distribution that is uniform over the positives).
+            loss is the cross-entropy of a target distribution that is uniform over the positives). A row without any
+            positive has the loss 0 and no gradient.
+        positives: of several positives, ``"mean"`` is the mean of their ``-log p`` (SupCon's L_out), and ``"sum"`` the
+            ``-log`` of the sum of their p (MIL-NCE, arXiv 1912.06430; SupCon's L_in but for a constant), in two passes.
+        own_key: what ``key[key_offset + n]`` is to query n. ``"positive"``; ``"decoupled"``, the positive but not in
+            the denominator (DCL, arXiv 2110.06848); or ``"excluded"``, not among its candidates: with ``in_batch``,
+            where the keys are the queries themselves and positives have ids (SupCon, arXiv 2004.11362).
+        target: [N, C] soft labels: the mean of the candidates under each row's target distribution, such as
+            :func:`expected_key` of a teacher, taken as it is. The loss is the cross-entropy
+            ``logsumexp(s) - unit(query)·target / temperature``, for any distribution, because it is linear in the
+            scores s. The target gets no gradient, nor do ``in_batch`` keys.
 
     Several problems in one call: query and key [G, N, C], with one queue [K, C] for all or [G, K, C], and ids likewise.
     The symmetric loss of two views is ``info_nce(torch.stack([q1, q2]), torch.stack([k2, k1]), queue)``, which reads
@@ -206,7 +238,9 @@ def info_nce(
         RuntimeError: a second derivative or forward-mode differentiation is requested, there is no kernel for the
             device, or memory runs out (``torch.OutOfMemoryError`` on CUDA).
     """
-    _check_tensors(query=query, key=key)
+    _check_tensors(query=query, **{} if key is None else {"key": key})
+    if target is not None and target.requires_grad:
+        raise ValueError("target: expected a tensor without gradient, got one that requires it; pass target.detach()")
     if queue is not None and queue.requires_grad:
         raise ValueError(
             "queue: expected a tensor without gradient, got one that requires it; for gradients into the keys use "
@@ -216,8 +250,22 @@ def info_nce(
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
     if same_id not in ("mask", "positive"):
         raise ValueError(f"same_id: expected 'mask' or 'positive', got {same_id!r}")
+    if positives not in ("mean", "sum"):
+        raise ValueError(f"positives: expected 'mean' or 'sum', got {positives!r}")
+    if positives == "sum" and (same_id != "positive" or query_ids is None or own_key == "decoupled"):
+        raise ValueError(
+            "positives: expected 'mean' without same_id='positive' and ids, or with 'decoupled', got 'sum'"
+        )
+    if positives == "sum" and target is not None:
+        raise ValueError("target: expected none with positives='sum', got a tensor")
+    if own_key not in _OWN_KEYS:
+        raise ValueError(f"own_key: expected 'positive', 'decoupled' or 'excluded', got {own_key!r}")
     temperature_tensor, temperature_value = _scalar("temperature", temperature)
     _refuse_forward_mode("info_nce", query, key, temperature_tensor)
+    if temperature_tensor is not None and _has_rows(temperature_tensor):
+        query = _over_temperature(_wide_rows(query, normalize), temperature_tensor)
+        key = None if key is None else _wide_rows(key, normalize)
+        temperature_tensor, temperature_value, normalize = None, 1.0, False
     grad = torch.is_grad_enabled()
     arguments = _Arguments(
         query,
@@ -228,7 +276,7 @@ def info_nce(
         normalize,
         _REDUCTIONS[reduction],
         grad and query.requires_grad,
-        grad and key.requires_grad,
+        grad and key is not None and key.requires_grad,
         grad and temperature_tensor is not None and temperature_tensor.requires_grad,
         _terms(query.is_cuda),
         in_batch,
@@ -238,21 +286,80 @@ def info_nce(
         label_smoothing,
         query_ids,
         queue_ids,
-        same_id == "positive",
+        _SAME_IDS[same_id],
+        key_ids,
+        target,
+        _OWN_KEYS[own_key],
     )
+    if target is not None and in_batch and arguments.key_grad:
+        raise ValueError("key: expected no gradient with in_batch and a target, got one that requires it")
+    if positives == "sum":
+        losses, *stats = _summed_positives(arguments)
+        loss = {"none": losses, "mean": losses.mean(), "sum": losses.sum()}[reduction]
+        return (loss, InfoNCEStats(*stats)) if return_stats else loss
     loss, *stats = (_info_nce_groups if query.dim() == 3 else _info_nce_rows)(arguments)
     return (loss, InfoNCEStats(*stats)) if return_stats else loss
 
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # the schema's numbers, which are torch's
 _NONE, _MEAN = 0, 1
+_SAME_IDS = {"mask": 0, "positive": 1, "only": 2}
+_OWN_KEYS = {"positive": 0, "decoupled": 1, "excluded": 2}
+
+
+def _wide_rows(x: Tensor, normalize: bool) -> Tensor:
+    """Float32 (float64) rows, unit rows if ``normalize``; differentiable."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return l2_normalize(wide.flatten(0, -2)).view(wide.shape) if normalize else wide
+
+
+def _has_rows(temperature: Tensor | None) -> bool:
+    return temperature is not None and temperature.dim() > 0 and temperature.numel() != 1
+
+
+def _over_temperature(rows: Tensor, temperature: Tensor) -> Tensor:
+    """Rows [..., N, C] over a temperature, or over one each. On CUDA its values are not checked."""
+    if not temperature.is_floating_point():
+        raise ValueError(f"temperature: expected a floating point tensor, got {temperature.dtype}")
+    if _has_rows(temperature):
+        if temperature.shape != rows.shape[:-1]:
+            expected = f"a number, or one for each row {list(rows.shape[:-1])}"
+            raise ValueError(f"temperature: expected {expected}, got shape {list(temperature.shape)}")
+        if temperature.device != rows.device:
+            raise ValueError(f"temperature: expected on the device of query ({rows.device}), got {temperature.device}")
+        temperature = temperature.unsqueeze(-1)
+    if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+        positive = (temperature > 0) & temperature.isfinite()
+        if not positive.all():
+            raise ValueError(f"temperature: expected a positive number, got {temperature[~positive].flatten()[0]:g}")
+    return rows / temperature
+
+
+def _summed_positives(a: _Arguments) -> tuple[Tensor, ...]:
+    """The logsumexp of all candidates less that of the positives: the losses of a target of zero."""
+    run = _info_nce_groups if a.query.dim() == 3 else _info_nce_rows
+    # Wide, so that the two gradients, which may cancel, are rounded to the inputs' dtype as a sum.
+    query, key = _wide_rows(a.query, False), None if a.key is None else _wide_rows(a.key, False)
+    a = a._replace(query=query, key=key, target=torch.zeros_like(query), reduction=_NONE)
+    some = a._replace(same_id=_SAME_IDS["only"])
+    if a.queue_ids is None:  # of unknown ids: no positives
+        some = some._replace(queue=None, num_valid=None, num_valid_tensor=None)
+    everything, _, lse, logit, rank = run(a._replace(query_ids=None, key_ids=None, queue_ids=None))
+    positive, _, _, _, above = run(some)
+    none = positive == -torch.inf
+    losses = torch.where(none, 0.0, everything - positive)
+    if a.key is None or a.own_key == _OWN_KEYS["excluded"]:
+        logit, rank = torch.where(none, 0.0, positive.detach()), torch.full_like(rank, -1)
+    else:
+        rank = rank - above
+    return losses, losses.detach(), lse, logit, rank
 
 
 class _Arguments(NamedTuple):
     """The arguments of ``info_nce_forward``, in the order of its schema."""
 
     query: Tensor
-    key: Tensor
+    key: Tensor | None
     queue: Tensor | None
     temperature_tensor: Tensor | None
     temperature: float
@@ -269,11 +376,14 @@ class _Arguments(NamedTuple):
     label_smoothing: float
     query_ids: Tensor | None
     queue_ids: Tensor | None
-    same_id_positive: bool
+    same_id: int
+    key_ids: Tensor | None
+    target: Tensor | None
+    own_key: int
 
 
 _NO_TENSORS = dict.fromkeys(
-    ("query", "key", "queue", "temperature_tensor", "num_valid_tensor", "query_ids", "queue_ids")
+    ("query", "key", "queue", "temperature_tensor", "num_valid_tensor", "query_ids", "queue_ids", "key_ids", "target")
 )
 
 
@@ -323,7 +433,7 @@ class _InfoNCE(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.arguments = a._replace(**_NO_TENSORS)
         ctx.in_batch_gradient = a.in_batch and a.key_grad
-        rest = (r.weights, r.lse, a.query_ids) if ctx.in_batch_gradient else ()
+        rest = (r.weights, r.lse, a.query_ids, a.key_ids) if ctx.in_batch_gradient else ()
         ctx.save_for_backward(r.grad_query, r.grad_key, r.grad_temperature, a.query, a.key, a.temperature_tensor, *rest)
 
     @staticmethod
@@ -337,11 +447,11 @@ class _InfoNCE(torch.autograd.Function):
         if a.query_grad:
             grads[0] = _scaled(grad_query, scale, query.dtype)
         if ctx.in_batch_gradient:  # each key gets a gradient from every row
-            weights, lse, ids = rest
+            weights, lse, query_ids, key_ids = rest
             grad_losses = grad_loss / len(query) if a.reduction == _MEAN else grad_loss
             grads[1] = _native(
                 torch.ops.moco_ext.info_nce_backward.default, query, key, temperature, a.temperature, a.normalize,
-                a.terms, a.key_offset, ids, a.same_id_positive, lse, weights,
+                a.terms, a.key_offset, query_ids, a.same_id, key_ids, lse, weights,
                 grad_losses.expand(len(query)).to(lse.dtype),
             ).to(key.dtype)  # fmt: skip
         elif a.key_grad:
@@ -390,11 +500,12 @@ def _info_nce_groups(a: _Arguments) -> tuple[Tensor, ...]:
     groups, n = a.query.shape[:2]
     if groups == 0:
         raise ValueError("query: expected at least one group in [G, N, C], got none")
-    if a.key.dim() != 3 or len(a.key) != groups:
-        raise ValueError(f"key: expected [{groups}, N, C] as query, got {list(a.key.shape)}")
+    for name, x in (("key", a.key), ("target", a.target)):
+        if x is not None and (x.dim() != 3 or len(x) != groups):
+            raise ValueError(f"{name}: expected [{groups}, N, C] as query, got {list(x.shape)}")
     if a.queue is not None and a.queue.dim() == 3 and len(a.queue) != groups:
         raise ValueError(f"queue: expected [K, C], or [{groups}, K, C] as query, got {list(a.queue.shape)}")
-    for name, ids in (("query_ids", a.query_ids), ("queue_ids", a.queue_ids)):
+    for name, ids in (("query_ids", a.query_ids), ("key_ids", a.key_ids), ("queue_ids", a.queue_ids)):
         if ids is not None and not (ids.dim() == 1 or (ids.dim() == 2 and len(ids) == groups)):
             raise ValueError(f"{name}: expected one row of ids for all groups or one each, got {list(ids.shape)}")
 
@@ -404,7 +515,8 @@ def _info_nce_groups(a: _Arguments) -> tuple[Tensor, ...]:
     shared_queue = a.queue is not None and a.queue.dim() == 2 and (a.queue_ids is None or a.queue_ids.dim() == 1)
     if not a.in_batch and shared_queue:
         ids = None if a.query_ids is None else a.query_ids.expand(groups, n).flatten()
-        flat = a._replace(query=a.query.flatten(0, 1), key=a.key.flatten(0, 1), query_ids=ids)
+        key, target = (None if x is None else x.flatten(0, 1) for x in (a.key, a.target))
+        flat = a._replace(query=a.query.flatten(0, 1), key=key, target=target, query_ids=ids)
         loss, *stats = _info_nce_rows(flat)
         stats = [values.unflatten(0, (groups, n)) for values in stats]
         return (loss.unflatten(0, (groups, n)) if a.reduction == _NONE else loss), *stats
@@ -412,10 +524,12 @@ def _info_nce_groups(a: _Arguments) -> tuple[Tensor, ...]:
         _info_nce_rows(
             a._replace(
                 query=a.query[g],
-                key=a.key[g],
+                key=of(a.key, g, 2),
                 queue=of(a.queue, g, 2),
                 query_ids=of(a.query_ids, g, 1),
                 queue_ids=of(a.queue_ids, g, 1),
+                key_ids=of(a.key_ids, g, 1),
+                target=of(a.target, g, 2),
             ),
         )
         for g in range(groups)
@@ -427,9 +541,10 @@ def _info_nce_groups(a: _Arguments) -> tuple[Tensor, ...]:
 @torch.library.register_fake("moco_ext::info_nce_forward")
 def _(*arguments):
     a = _Arguments(*arguments)
-    _check_devices(query=a.query, key=a.key, **({} if a.queue is None else {"queue": a.queue}))
+    tensors = {name: x for name in ("query", "key", "queue", "target") if (x := getattr(a, name)) is not None}
+    _check_devices(**tensors)
     n, c = a.query.shape
-    dtype = torch.float64 if torch.float64 in (a.query.dtype, a.key.dtype) else torch.float32
+    dtype = torch.float64 if torch.float64 in (x.dtype for x in tensors.values()) else torch.float32
     empty = a.query.new_empty
     reduced = (n,) if a.reduction == _NONE else ()
     return (
@@ -444,8 +559,216 @@ def _(*arguments):
 
 
 @torch.library.register_fake("moco_ext::info_nce_backward")
-def _(query, key, temperature_tensor, temperature, normalize, terms, key_offset, query_ids, positive, lse, *_):
+def _(query, key, temperature_tensor, temperature, normalize, terms, key_offset, query_ids, positive, key_ids, lse, *_):
     return key.new_empty(key.shape, dtype=lse.dtype)
+
+
+# --- expected_key -----------------------------------------------------------------------------------------------------
+
+
+class ExpectedKey(NamedTuple):
+    """What :func:`expected_key` returns.
+
+    Attributes:
+        keys: [N, C] mean of each row's candidates, weighted by their softmax.
+        lse: [N] logsumexp of the row's scores over the temperature.
+    """
+
+    keys: Tensor
+    lse: Tensor
+
+
+@torch.no_grad()
+def expected_key(
+    query: Tensor,
+    key: Tensor | None,
+    queue: Tensor | None,
+    temperature: float | Tensor = 0.07,
+    *,
+    normalize: bool = True,
+    in_batch: bool = False,
+    key_offset: int = 0,
+    num_valid: int | Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    own_key: str = "positive",
+) -> ExpectedKey:
+    """The mean of the candidates under each query's softmax: a teacher's soft labels for :func:`info_nce`.
+
+    ``keys[n] = Σ_j p_nj n_j`` with ``p_n = softmax(q_n·n_j / temperature)`` over the candidates n_j that
+    :func:`info_nce` has for the same arguments, in one pass and without the [N, K] probabilities. As ``target`` it
+    stands for the whole distribution, so momentum distillation (ALBEF, arXiv 2107.07651, Eq. 6) is
+
+        teacher = expected_key(query_m, key_m, queue, T, in_batch=True).keys
+        loss = info_nce(query, key_m, queue, T, in_batch=True, target=0.6 * unit(key_m) + 0.4 * teacher)
+
+    and relational losses (ReSSL, arXiv 2107.09282), whose candidates are the queue alone, pass ``key=None`` to both.
+    The cross-entropy differs from the KL divergence by the teacher's entropy, ``lse - q·keys / temperature``, which has
+    no gradient.
+
+    Args:
+        query: [N, C] features of the teacher.
+        key: [N, C] or, with ``in_batch``, [M, C]; None: the queue alone.
+        queue, temperature, normalize, in_batch, key_offset, num_valid: as in :func:`info_nce`; no gradient is recorded.
+        query_ids, key_ids, queue_ids: candidates other than the row's own key with the query's id are left out.
+        own_key: ``"positive"``, it is a candidate, or ``"excluded"``.
+
+    Returns:
+        :class:`ExpectedKey`, float32 (float64 if an input is float64). Of no candidates, the keys are NaN and lse is
+        -inf.
+
+    Raises:
+        ValueError, TypeError: as :func:`info_nce`.
+    """
+    _check_tensors(query=query, **{} if key is None else {"key": key})
+    if own_key not in ("positive", "excluded"):
+        raise ValueError(f"own_key: expected 'positive' or 'excluded', got {own_key!r}")
+    if query.dim() == 3:
+        raise ValueError(f"query: expected [N, C], got {list(query.shape)}; call it for each group")
+    tensor, value = _scalar("temperature", temperature)
+    # The gradient of logsumexp with respect to unit(query) / temperature, which is the loss of a target of zero.
+    query = _over_temperature(
+        _wide_rows(query, normalize), torch.tensor(value, dtype=torch.float64) if tensor is None else tensor
+    )
+    results = _Results._make(
+        _native(
+            torch.ops.moco_ext.info_nce_forward.default,
+            *_Arguments(
+                query,
+                None if key is None else _wide_rows(key, normalize),
+                queue,
+                None,
+                1.0,
+                False,
+                _NONE,
+                True,
+                False,
+                False,
+                _terms(query.is_cuda),
+                in_batch,
+                key_offset,
+                num_valid if isinstance(num_valid, Tensor) else None,
+                None if isinstance(num_valid, Tensor) else num_valid,
+                0.0,
+                query_ids,
+                queue_ids,
+                _SAME_IDS["mask"],
+                key_ids,
+                torch.zeros_like(query),
+                _OWN_KEYS[own_key],
+            ),
+        )
+    )
+    return ExpectedKey(results.grad_query, results.lse)
+
+
+# --- nearest_keys -----------------------------------------------------------------------------------------------------
+
+
+class NearestKeys(NamedTuple):
+    """What :func:`nearest_keys` returns.
+
+    Attributes:
+        similarity: [N, k], highest first.
+        index: [N, k] int64, rows of the queue.
+    """
+
+    similarity: Tensor
+    index: Tensor  # type: ignore[assignment]  # not tuple.index
+
+
+@torch.no_grad()
+def nearest_keys(
+    query: Tensor, queue: Tensor, k: int = 1, *, normalize: bool = True, num_valid: int | Tensor | None = None
+) -> NearestKeys:
+    """The k keys with the highest similarity to each query: ``(query @ queue.T).topk(k)`` without the [N, K] matrix.
+
+    For nearest-neighbor positives (NNCLR, arXiv 2104.14548), kNN evaluation and retrieval. Equal similarities come in
+    the order of the queue, and NaN comes first. Memory does not grow with K. On a CPU it is one pass over the queue; on
+    CUDA, pieces of the queue go through torch's ``matmul`` and ``topk``, in float32 (tf32 if that is allowed).
+
+    Args:
+        query: [N, C]; float32, bfloat16 or float16 (float64 on the CPU).
+        queue: [K, C], contiguous, rows of unit length for cosine similarities.
+        k: 1 to K.
+        normalize: scale query rows to unit length first.
+        num_valid: use only the first ``num_valid`` keys, as in :func:`info_nce`. Of fewer than k keys, the remaining
+            similarities are -inf and indices -1.
+
+    Returns:
+        :class:`NearestKeys`; similarities are float32 (float64 if an input is float64). No gradient is recorded.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong type, shape, dtype, device or value; the message names it.
+    """
+    _check_tensors(query=query, queue=queue)
+    tensor, number = (num_valid, None) if isinstance(num_valid, Tensor) else (None, num_valid)
+    if query.device.type not in ("cpu", "cuda", "meta"):
+        return NearestKeys(*nearest_keys_in_pieces(query, queue, k, normalize, tensor, number))
+    return NearestKeys(*_native(torch.ops.moco_ext.nearest_keys.default, query, queue, k, normalize, tensor, number))
+
+
+@torch.library.register_fake("moco_ext::nearest_keys")
+def _(query, queue, k, normalize, num_valid_tensor, num_valid):
+    _check_devices(query=query, queue=queue)
+    wide = torch.float64 in (query.dtype, queue.dtype)
+    similarity = query.new_empty((len(query), k), dtype=torch.float64 if wide else torch.float32)
+    return similarity, torch.empty_like(similarity, dtype=torch.int64)
+
+
+_PIECE_SCORES = 1 << 23  # of the scores of a piece of the queue: 64 MB of int64
+
+
+def nearest_keys_in_pieces(
+    query: Tensor,
+    queue: Tensor,
+    k: int,
+    normalize: bool,
+    num_valid_tensor: Tensor | None = None,
+    num_valid: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The operator in torch's own, for devices without a kernel.
+
+    A score and its key are packed into an integer whose order is the order of the result.
+    """
+    K = len(queue)
+    if not 1 <= k <= K:
+        raise ValueError(f"k: expected 1 to {K} keys of the queue, got {k}")
+    if query.dim() != 2 or queue.dim() != 2 or query.shape[1] != queue.shape[1]:
+        raise ValueError(f"query: expected [N, C] for a queue [K, C], got {list(query.shape)} and {list(queue.shape)}")
+    if num_valid is not None and not 0 <= num_valid <= K:
+        raise ValueError(f"num_valid: expected 0 to {K} keys of the queue, got {num_valid}")
+    for name, x in (("query", query), ("queue", queue)):
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {x.dtype}")
+    _check_devices(query=query, queue=queue)
+    rows = _wide_rows(query, normalize)
+    last = torch.iinfo(torch.int32).max
+    if last < K:
+        raise ValueError(f"queue: expected at most {last} keys, got {K}")
+    piece = max(_PIECE_SCORES // max(len(rows), 1), k, 1024)
+    best = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+    for first in range(0, K if num_valid is None else num_valid, piece):
+        keys = queue[first : first + piece] if num_valid is None else queue[first : min(first + piece, num_valid)]
+        with torch.autocast(rows.device.type, enabled=False):  # which would round the scores to 16 bits
+            scores = rows @ keys.to(rows.dtype).t()
+        scores = torch.where(scores.isnan(), torch.nan, scores + 0.0)  # one NaN, one zero
+        index = torch.arange(first, first + len(keys), device=rows.device)
+        bits = scores.view(torch.int32)
+        ordered = torch.where(bits < 0, bits ^ last, bits).long() << 32
+        packed = ordered | (last - index)
+        if num_valid_tensor is not None:
+            packed = torch.where(index < num_valid_tensor, packed, torch.iinfo(torch.int64).min)
+        best = torch.cat([best, packed], dim=1).topk(min(k, best.shape[1] + len(keys)), dim=1).values
+    best = torch.nn.functional.pad(best, (0, k - best.shape[1]), value=torch.iinfo(torch.int64).min)
+    exists = best != torch.iinfo(torch.int64).min
+    bits = (best >> 32).int()
+    similarity = torch.where(bits < 0, bits ^ last, bits).view(torch.float32)
+    return torch.where(exists, similarity, -torch.inf), torch.where(exists, last - (best & last), -1)
+
+
+torch.library.register_kernel("moco_ext::nearest_keys", "cuda", nearest_keys_in_pieces)
 
 
 # --- enqueue_ ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
 value to compare with.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,7 @@ def l2_normalize(x: Tensor, eps: float = NORM_FLOOR) -> Tensor:
 
 def info_nce(
     query: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     queue: Tensor | None,
     temperature: float | Tensor = 0.07,
     *,
@@ -40,24 +42,32 @@ def info_nce(
     in_batch: bool = False,
     key_offset: int = 0,
     query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     same_id: str = "mask",
+    positives: str = "mean",
+    own_key: str = "positive",
+    target: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
     """Cross-entropy of each query's positive key among itself and its negatives (MoCo, equation 1).
 
     Args:
         query: [N, C].
-        key: [N, C], row i the positive of query i; [M, C] with in_batch, row key_offset + i.
+        key: [N, C], row i the positive of query i; [M, C] with in_batch, row key_offset + i; or None.
         queue: [K, C] negatives, shared by all rows, or None.
-        temperature: a float, or a 0-dim tensor (which may require grad).
+        temperature: a float, or a tensor, 0-dim or [N] (which may require grad).
         normalize: scale the rows of query and key, but not of queue, to length 1 first.
         reduction: "mean", "sum" or "none". With N = 0 the mean is NaN, as in ``F.cross_entropy``.
         return_stats: return ``(loss, InfoNCEStats)``.
         label_smoothing: share of the target distribution that is spread evenly over all classes.
         num_valid: keys of the queue that count.
         in_batch: the other keys of the batch are negatives too.
-        query_ids: [N], or [M] with in_batch; queue_ids: [K]; same_id: negatives of the query's id are masked out
-            ("mask") or share the target with the positive ("positive"). Negative ids are equal to none.
+        query_ids: [N], or [M] with in_batch and without key_ids [M]; queue_ids: [K]; same_id: negatives of the query's
+            id are masked out ("mask") or share the target with the positive ("positive"). Negative ids equal none.
+        positives: the mean of the positives' losses, or ("sum") the loss of their summed probability.
+        own_key: the row of key for each query is its positive, its positive outside the denominator ("decoupled"), or
+            ignored ("excluded"). A row without any positive has a loss of 0.
+        target: [N, C], the mean of the candidates under a target distribution.
 
     Raises:
         ValueError: queue requires grad, or an unknown reduction.
@@ -67,45 +77,81 @@ def info_nce(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
 
-    dtype = _compute_dtype(query, key, *([] if queue is None else [queue]))
-    query, key = query.to(dtype), key.to(dtype)
+    dtype = _compute_dtype(*(x for x in (query, key, queue, target) if x is not None))
+    has_own = own_key != "excluded" and key is not None
+    query = query.to(dtype)
+    key = query[:0].detach() if key is None else key.to(dtype)
     queue = key[:0].detach() if queue is None else queue.to(dtype)
     if num_valid is not None:
         queue, queue_ids = queue[:num_valid], None if queue_ids is None else queue_ids[:num_valid]
     if normalize:
         query = query / _row_norms(query)
         key = key / _row_norms(key)
+    scaled = query / (temperature[:, None] if isinstance(temperature, Tensor) and temperature.dim() else temperature)
 
     rows = torch.arange(len(query), device=query.device)
-    own = key[key_offset + rows] if in_batch else key
-    positive = (query * own).sum(1, keepdim=True)  # [N, 1]
+    own = key[key_offset + rows] if has_own else torch.zeros_like(query)
+    positive = (scaled * own).sum(1, keepdim=True)  # [N, 1]
     negatives = torch.cat([key, queue]) if in_batch else queue  # [M + K, C] or [K, C]
-    logits = torch.cat([positive, query @ negatives.t()], dim=1) / temperature  # [N, 1 + negatives]
+    logits = torch.cat([positive, scaled @ negatives.t()], dim=1)  # [N, 1 + negatives]
 
-    masked = torch.zeros_like(logits, dtype=torch.bool)
-    positives = torch.zeros_like(masked)
-    positives[:, 0] = True
+    masked = torch.zeros_like(logits, dtype=torch.bool)  # not in the denominator
+    is_positive = torch.zeros_like(masked)
+    masked[:, 0] = not has_own or own_key == "decoupled"
+    is_positive[:, 0] = has_own
     if query_ids is not None:
-        none = query_ids[:0]
-        in_queue = none.new_full((len(queue),), -1) if queue_ids is None else queue_ids
-        ids = torch.cat([query_ids if in_batch else none, in_queue])
-        own_ids = query_ids[key_offset + rows] if in_batch else query_ids
+        shared = in_batch and key_ids is None  # query_ids are those of the keys
+        in_queue = query_ids.new_full((len(queue),), -1) if queue_ids is None else queue_ids
+        in_batch_ids = query_ids[:0] if not in_batch else query_ids if key_ids is None else key_ids
+        ids = torch.cat([in_batch_ids, in_queue])
+        own_ids = query_ids[key_offset + rows] if shared else query_ids
         same = (own_ids[:, None] == ids) & (own_ids >= 0)[:, None]
-        (masked if same_id == "mask" else positives)[:, 1:] = same
-    if in_batch:  # the positive is among the keys once more
+        (masked if same_id == "mask" else is_positive)[:, 1:] = same
+    if in_batch:  # the own key is among the keys once more
         masked[rows, 1 + key_offset + rows] = True
-        positives[rows, 1 + key_offset + rows] = False
+        is_positive[rows, 1 + key_offset + rows] = False
 
     lse = torch.logsumexp(logits.masked_fill(masked, -torch.inf), dim=1)
-    target = (1 - label_smoothing) * positives / positives.sum(1, keepdim=True)
-    target = target + label_smoothing * ~masked / (~masked).sum(1, keepdim=True)
-    losses = lse - torch.where(target > 0, target * logits, 0.0).sum(1)
+    if positives == "sum":
+        target_logit = torch.logsumexp(logits.masked_fill(~is_positive, -torch.inf), dim=1)
+        losses = torch.where(is_positive.any(1), lse - target_logit, 0.0)
+        target_logit = torch.where(is_positive.any(1), target_logit, 0.0)
+    elif target is None:
+        weights = (1 - label_smoothing) * is_positive / is_positive.sum(1, keepdim=True).clamp_min(1)
+        weights = weights + label_smoothing * ~masked / (~masked).sum(1, keepdim=True)
+        target_logit = torch.where(weights > 0, weights * logits, 0.0).sum(1)
+        losses = torch.where(is_positive.any(1), lse - target_logit, 0.0)
+    else:
+        target_logit = (scaled * target.to(dtype)).sum(1)
+        losses = lse - target_logit
     loss = losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.mean()
     if not return_stats:
         return loss
 
-    rank = ((logits > logits[:, :1]) & ~masked & ~positives).sum(1)
-    return loss, InfoNCEStats(losses.detach(), lse.detach(), logits[:, 0].detach(), rank)
+    threshold = positive if has_own else target_logit[:, None]
+    rank = ((logits > threshold) & ~masked & ~is_positive)[:, 1:].sum(1)
+    if not has_own and target is None:
+        rank = torch.full_like(rank, -1)
+    return loss, InfoNCEStats(losses.detach(), lse.detach(), threshold[:, 0].detach(), rank)
+
+
+@torch.no_grad()
+def expected_key(
+    query: Tensor, key: Tensor | None, queue: Tensor | None, temperature: float | Tensor = 0.07, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The mean [N, C] of the candidates of info_nce under each row's softmax, and the logsumexp [N]."""
+    normalize = options.pop("normalize", True)
+    with torch.enable_grad():
+        unit = (l2_normalize(query) if normalize else query).detach().requires_grad_()
+        key = l2_normalize(key) if normalize and key is not None else key
+        zero = torch.zeros_like(query)
+        loss, stats = info_nce(
+            unit, key, queue, temperature, normalize=False, reduction="none", return_stats=True, target=zero, **options
+        )
+        (gradient,) = torch.autograd.grad(loss.sum(), unit)
+    return gradient * (
+        temperature[:, None] if isinstance(temperature, Tensor) and temperature.dim() else temperature
+    ), stats.lse
 
 
 @torch.no_grad()

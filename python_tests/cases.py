@@ -46,8 +46,10 @@ sizes_c = st.one_of(st.sampled_from([1, 3, 64, 96, 128, 129, 520]), st.integers(
 
 def run_info_nce(info_nce, query, key, queue, temperature, upstream=None, **options):
     """One forward and backward pass: (loss, stats, gradients by name of all inputs that may have one)."""
-    query, key = query.detach().requires_grad_(), key.detach().requires_grad_()
-    inputs = {"query": query, "key": key}
+    query = query.detach().requires_grad_()
+    inputs = {"query": query}
+    if key is not None and not (options.get("in_batch") and options.get("target") is not None):
+        inputs["key"] = key = key.detach().requires_grad_()
     if isinstance(temperature, Tensor):
         inputs["temperature"] = temperature = temperature.detach().requires_grad_()
     loss, stats = info_nce(query, key, queue, temperature, return_stats=True, **options)
@@ -75,10 +77,12 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
     more; on CUDA a 16-bit queue or query also rounds the operands of the products. In-batch keys get a
     gradient from every row: their bound is the sum of the rows' bounds.
     """
-    tensors = (query, key) if queue is None else (query, key, queue)
+    target = contrast.get("target")
+    tensors = [x for x in (query, key, queue, target) if x is not None]
     wide = any(t.dtype == torch.float64 for t in tensors)
     options = {"normalize": normalize, "reduction": reduction} | contrast
     got_loss, got, got_grads = run_info_nce(moco_ext.info_nce, query, key, queue, temperature, upstream, **options)
+    options["target"] = double(target)
     want_loss, want, want_grads = run_info_nce(
         moco_ext.reference.info_nce, *map(double, (query, key, queue, temperature, upstream)), **options
     )
@@ -91,17 +95,23 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
         assert got_grads["query"].shape == query.shape
         return
 
-    T = float(temperature)
+    T = (double(temperature) if isinstance(temperature, Tensor) else torch.tensor(temperature)).to(query.device)
+    T = T.double().expand(N)
     in_batch = contrast.get("in_batch", False)
-    q, k = double(query), double(key)
+    q, k = double(query), double(query[:0] if key is None else key)
     q_norm, k_norm = (x.norm(dim=1).clamp_min(1e-12) if normalize else torch.ones(len(x)).to(x) for x in (q, k))
     q, k = q / q_norm[:, None], k / k_norm[:, None]
-    own = k[contrast.get("key_offset", 0) :][:N]
+    has_own = key is not None and contrast.get("own_key") != "excluded"
+    own = (
+        k[contrast.get("key_offset", 0) :][:N] if has_own else torch.zeros_like(q) if target is None else double(target)
+    )
     n = k[:0] if queue is None else double(queue)[: contrast.get("num_valid")]
     if in_batch:
         n = torch.cat([k, n])
-    logits = torch.cat([(q * own).sum(1, keepdim=True), q @ n.t()], dim=1) / T
+    logits = torch.cat([(q * own).sum(1, keepdim=True), q @ n.t()], dim=1) / T[:, None]
     L = logits.abs().amax(1)
+    if target is not None:
+        L = torch.maximum(L, (q * double(target)).sum(1).abs() / T)
     unit = 1e-13 if wide else 1e-5
     if query.device.type == "cuda" and any(t.dtype in HALF for t in tensors):
         unit = max(4 * torch.finfo(t.dtype).eps for t in tensors if t.dtype in HALF)
@@ -126,12 +136,18 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
     # scores closer to the positive's than rounding can tell apart may fall on either side of it
     assert got.rank.dtype == torch.int64
     near = (logits[:, 1:] - logits[:, :1]).abs() <= (tol * L.clamp_min(1))[:, None]
+    assert has_own or target is not None or (got.rank == -1).all()
     assert ((got.rank - want.rank).abs() <= near.sum(1)).all()
 
+    if target is not None:
+        own = torch.where((own.norm(dim=1) > target.norm(dim=1))[:, None], own, double(target))
     longest = torch.maximum(own.norm(dim=1), n.norm(dim=1).amax() if len(n) else torch.zeros(()).to(n))
     bounds = {"query": tol * longest / q_norm * weight / T, "key": tol * q.norm(dim=1) * weight / T}
-    bounds["key"] = (bounds["key"].sum() if in_batch else bounds["key"]) / k_norm
+    if "key" in got_grads:
+        bounds["key"] = (bounds["key"].sum() if in_batch else bounds["key"]) / k_norm
     for name, x in (("query", query), ("key", key)):
+        if name not in got_grads:
+            continue
         grad, value = got_grads[name], want_grads[name]
         assert grad.dtype == x.dtype
         assert grad.shape == x.shape
@@ -141,7 +157,8 @@ def check_info_nce(query, key, queue, temperature, upstream=None, *, normalize=T
         error = ((grad.double() - value).abs() - rounding).clamp_min(0).norm(dim=1)
         assert error.le(bounds[name]).all(), (name, error, bounds[name])
     if "temperature" in got_grads:
-        assert got_grads["temperature"].shape == ()
+        assert got_grads["temperature"].shape == temperature.shape
         assert got_grads["temperature"].dtype == temperature.dtype
         error = (got_grads["temperature"].double() - want_grads["temperature"]).abs()
-        assert error <= (tol * 2 * L.clamp_min(1e-3) / T * weight).sum()
+        bound = tol * 2 * L.clamp_min(1e-3) / T * weight
+        assert (error <= (bound if temperature.dim() else bound.sum())).all()

@@ -67,7 +67,7 @@ BAD = [
     ("info_nce", "negative temperature", {"temperature": -0.07}, "temperature"),
     ("info_nce", "NaN temperature", {"temperature": math.nan}, "temperature"),
     ("info_nce", "infinite temperature", {"temperature": math.inf}, "temperature"),
-    ("info_nce", "temperature a row", {"temperature": torch.full((N,), 0.07)}, "temperature"),
+    ("info_nce", "temperatures of other rows", {"temperature": torch.full((N + 1,), 0.07)}, "temperature"),
     ("info_nce", "integer tensor temperature", {"temperature": torch.tensor(1)}, "temperature"),
     ("info_nce", "zero tensor temperature", {"temperature": torch.tensor(0.0)}, "temperature"),
     ("info_nce", "NaN tensor temperature", {"temperature": torch.tensor(math.nan)}, "temperature"),

@@ -486,7 +486,7 @@ def test_any_stride_gives_the_same_bits(device, layout):
     assert torch.equal(strided[2]["query"], plain[2]["query"])
 
 
-PLAIN = (False, 0, None, None, 0.0, None, None, False)  # the schema's options, not used
+PLAIN = (False, 0, None, None, 0.0, None, None, False, None, None, 0)  # the schema's options, not used
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=str)

@@ -1,12 +1,13 @@
 """What info_nce takes beyond one positive and a queue: smoothing, ids, in-batch keys, a valid count, groups."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import HALF, check_info_nce, powers, rel_error, run_info_nce, unit_rows
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 from torch.library import opcheck
@@ -20,6 +21,24 @@ def problem(n=8, k=300, c=32, device="cpu", dtype=torch.float32, queue_dtype=Non
     key = torch.randn(m or n, c, device=device, dtype=torch.float64)
     key[key_offset : key_offset + n] += 0.5 * query
     return query.to(dtype), key.to(dtype), unit_rows(k, c, queue_dtype or dtype, device)
+
+
+def _candidates(n, m, k, queue, options):
+    """The least number of any row's candidates, its own key apart."""
+    if n == 0:
+        return 1
+    k = 0 if queue is None else options.get("num_valid", k)
+    in_batch, offset = options["in_batch"], options["key_offset"]
+    seen = torch.ones(n, (m if in_batch else 0) + k, dtype=torch.bool)
+    if in_batch:
+        seen[torch.arange(n), offset + torch.arange(n)] = False
+    if options.get("same_id") == "mask":
+        own, keys = options["query_ids"].cpu(), options.get("key_ids", options["query_ids"]).cpu()
+        if in_batch and "key_ids" not in options:
+            own = own[offset : offset + n]
+        ids = torch.cat([*([keys] if in_batch else []), *([] if queue is None else [options["queue_ids"][:k].cpu()])])
+        seen &= ~((own[:, None] == ids) & (own >= 0)[:, None])
+    return int(seen.sum(1).min())
 
 
 @given(data=st.data())
@@ -37,8 +56,7 @@ def test_matches_float64(device, data):
     normalize = draw(st.booleans())
     query, key, queue = problem(n, k, c, device, dtype, queue_dtype, m, key_offset)
     query, key = query / math.sqrt(c), key / math.sqrt(c)
-    options = {"in_batch": in_batch, "key_offset": key_offset}
-    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 0.9]))
+    options: dict[str, Any] = {"in_batch": in_batch, "key_offset": key_offset}
     if in_batch and m and draw(st.booleans()):
         queue = None
     elif draw(st.booleans()):
@@ -46,10 +64,32 @@ def test_matches_float64(device, data):
     if draw(st.booleans()):
         names = draw(st.sampled_from([1, 5, 100]))  # one name: all are the same
         options["same_id"] = draw(st.sampled_from(["mask", "positive"]))
-        options["query_ids"] = torch.randint(-1, names, (m,), device=device)
+        if in_batch and draw(st.booleans()):
+            options["query_ids"] = torch.randint(-1, names, (n,), device=device)
+            options["key_ids"] = torch.randint(-1, names, (m,), device=device)
+        else:
+            options["query_ids"] = torch.randint(-1, names, (m,), device=device)
         if queue is not None:
             options["queue_ids"] = torch.randint(-1, names, (k,), device=device)
+    positives = options.get("same_id") == "positive"
+    if positives and draw(st.booleans()):
+        options["positives"] = "sum"
+    kind = draw(st.sampled_from(["plain", "smooth", "target", "decoupled", "no key"]))
+    if kind == "smooth" and "positives" not in options:
+        options["label_smoothing"] = draw(st.sampled_from([0.1, 0.9]))
+    elif kind == "decoupled" and not positives:
+        options["own_key"] = "decoupled"
+    elif kind in ("target", "no key"):
+        if not positives:
+            options["target"] = torch.randn(n, c, device=device, dtype=draw(st.sampled_from([dtype, torch.float32])))
+        if kind == "no key":
+            options |= {"own_key": "excluded"} if in_batch else {}
+            key = key if in_batch else None
+    # Of no candidates, the loss is -inf.
+    assume(("own_key" not in options and key is not None) or _candidates(n, m, k, queue, options) > 0)
     temperature = torch.tensor(draw(powers(-2, 1)), device=device)
+    if draw(st.booleans()) and n != 1:
+        temperature = temperature * (0.5 + torch.rand(n, device=device))
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     upstream = torch.randn(n if reduction == "none" else (), device=device)
     check_info_nce(query, key, queue, temperature, upstream, normalize=normalize, reduction=reduction, **options)
@@ -190,11 +230,11 @@ def test_int32_ids(device):
 
 def test_the_backward_operator_checks_for_itself():
     query, key, _ = problem(4, 30, 8, torch.device("cpu"))
-    good = [query, key, None, 0.2, True, 3, 0, None, False, torch.zeros(4), torch.zeros(4, 3), torch.zeros(4)]
+    good = [query, key, None, 0.2, True, 3, 0, None, False, None, torch.zeros(4), torch.zeros(4, 3), torch.zeros(4)]
     operator = torch.ops.moco_ext.info_nce_backward.default
     assert operator(*good).shape == (4, 8)
-    bad = {0: query[:, :5], 1: key[:2], 3: -1.0, 5: 4, 6: 2**63 - 1, 7: torch.arange(3), 9: torch.zeros(3)}
-    bad |= {10: torch.zeros(4, 2), 11: torch.zeros(5)}
+    bad = {0: query[:, :5], 1: key[:2], 3: -1.0, 5: 4, 6: 2**63 - 1, 7: torch.arange(3), 10: torch.zeros(3)}
+    bad |= {11: torch.zeros(4, 2), 12: torch.zeros(5)}
     for place, value in bad.items():
         with pytest.raises(ValueError, match="expected"):
             operator(*good[:place], value, *good[place + 1 :])
@@ -267,12 +307,12 @@ def test_opcheck(device, in_batch):
     ids = torch.arange(4, device=device), torch.arange(30, device=device) % 6
     temperature = torch.tensor(0.2, device=device)
     arguments = (query, key, queue, temperature, 0.0, True, 1, True, True, True, 3)
-    rest = (in_batch, 0, None, 20, 0.1, *ids, False)
+    rest = (in_batch, 0, None, 20, 0.1, *ids, False, None, None, 0)
     opcheck(torch.ops.moco_ext.info_nce_forward.default, arguments + rest)
     _, _, lse, *_, weights = torch.ops.moco_ext.info_nce_forward(*arguments, True, *rest[1:])
     opcheck(
         torch.ops.moco_ext.info_nce_backward.default,
-        (query, key, None, 0.2, True, 3, 0, ids[0], True, lse, weights, torch.ones_like(lse)),
+        (query, key, None, 0.2, True, 3, 0, ids[0], True, None, lse, weights, torch.ones_like(lse)),
     )
 
 
@@ -336,7 +376,6 @@ def test_repeatable_to_the_bit(device):
         ({"key_offset": 2**63 - 1}, "key_offset: expected 0 to 0 for 8 queries among 8 keys, got 9223372036854775807"),
         ({"temperature": "0.07"}, "temperature: expected a number or a 0-dim tensor, got '0.07'"),
         ({"temperature": 1e-39}, "temperature: expected a positive number from 1.17"),
-        ({"key": None}, "key: expected a tensor, got NoneType"),
         ({"queue_ids": torch.zeros(300, 2).long(), "query_ids": torch.arange(8)}, r"queue_ids: expected shape \[300\]"),
         ({"num_valid": torch.tensor([1.0])}, "num_valid: expected int64, got float32"),
         ({"key_offset": 1}, "key_offset: expected 0 to 0 for 8 queries among 8 keys, got 1"),

@@ -1,9 +1,10 @@
-"""What `make gpu` runs on a machine with a GPU: build, tests, timings, sanitizers and benchmarks, in four stages.
+"""What `make gpu` runs on a machine with a GPU: build, tests, timings, sanitizers, benchmarks and training, in stages.
 
 A stage ends within --minutes. Its most valuable cases run first, each in a process of its own that is killed with its
 children at its limit. Finished cases are kept in build/gpu-cases: the same command continues where the last one ended,
 until a source file changes. The machine needs nvcc and a Python >= 3.11 with torch, setuptools, cmake, ninja,
-pybind11, pytest and pytest-benchmark, but no network. Results: OUT/gpu-STAGE.json; OUT/bench.json for bench/results.
+pybind11, pytest and pytest-benchmark, but no network; stage 5 also [train] and Fashion-MNIST. Results:
+OUT/gpu-STAGE.json; OUT/bench.json, label-efficiency.json and learning.json for bench/results.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ PROBES = {
     "enqueue 65536 bfloat16": 0,
 }
 NCU_SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "WarpStateStats", "Occupancy")
-PYTEST_OF_BOTH = ("info_nce", "info_nce_options", "moco", "step_cuda")
+PYTEST_OF_BOTH = ("info_nce", "info_nce_options", "soft_labels", "clip", "moco", "step_cuda")
 PYTEST = ("compile", "shuffle_bn", "momentum_update", "enqueue", "queue", "l2_normalize", "flatten_parameters",
-          "freed_storage", "end_to_end_and_memory_bank", "errors", "info")  # fmt: skip
+          "freed_storage", "end_to_end_and_memory_bank", "nearest_keys", "distillation", "errors", "info")  # fmt: skip
+LEARNING = "--epochs 40 -b 256 --lr 0.12 --augment-on device"  # of Fashion-MNIST
 # Baselines that torch has. The others are packages, whose faults must not cost these results.
 TORCH = "official|flash attention|linear_cross_entropy"
 
@@ -121,12 +123,21 @@ def stage_4() -> Iterator[Group]:
     yield 1, [bench("info_nce", shape) for shape in ("C768", "N1024", "K1048576")]
     yield sanitize("racecheck")
     yield sanitize("synccheck")
-    yield 1, [bench(name) for name in ("momentum_update", "enqueue", "host", "shuffle", "memory")]
+    yield 1, [bench(name) for name in ("momentum_update", "enqueue", "host", "family", "shuffle", "memory")]
     yield sanitize("initcheck")
     yield 1, [("pytest all", "python -m pytest python_tests -q -m 'not slow'", 300)]
 
 
-STAGES = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4}
+def stage_5() -> Iterator[Group]:
+    yield from build()
+    final = (f"python bench/label_efficiency.py final --settings '{LEARNING}' --rates 0.003 0.03 --device cuda "
+             "--workers 4 --out OUT/label-efficiency.json --work build/gpu-learning")  # fmt: skip
+    yield 4, [(f"label efficiency, seed {seed}", f"{final} --seeds {seed}", 400.0) for seed in range(3)]
+    yield 1, [("trainers", "python bench/compare_learning.py --device cuda --epochs 20 --curve 2 --seeds 0 1 2 3 4 "
+               "--out OUT/learning.json", 300)]  # fmt: skip
+
+
+STAGES = {1: stage_1, 2: stage_2, 3: stage_3, 4: stage_4, 5: stage_5}
 
 
 class Runner:
@@ -190,6 +201,7 @@ class Runner:
         enabled = not name.endswith("portable") and (name.endswith("Hopper") or not any(hopper))
         started = time.monotonic()
         status, output = self.run(name, command, min(limit, left), {"MOCO_EXT_SM90": str(int(enabled))})
+        output = self.without_paths(output) if name != "build" or status != 0 else ""
         counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output)}
         record |= {"status": status, "seconds": round(time.monotonic() - started, 1), "hopper": enabled}
         record |= {"counts": counts, "output": output[-KEPT:], "tree": self.tree}
@@ -204,6 +216,7 @@ class Runner:
         log, report = self.path(name, ".log"), self.path(name, ".report")
         report.unlink(missing_ok=True)  # of other sources
         words = [word.replace("REPORT", str(report)) for word in shlex.split(command)]
+        words = [word.replace("OUT/", f"{self.out}/") for word in words]
         words[:1] = [self.python if words[0] == "python" else words[0]]
         with log.open("wb") as output:
             try:
@@ -220,6 +233,13 @@ class Runner:
             kill_group(process.pid)  # also what a process that ended has left behind
             process.wait()
         return status, log.read_text(errors="replace")
+
+    def without_paths(self, output: str) -> str:
+        """The results are published: they name no folder of the machine."""
+        folders = {self.kept: "kept", self.out: "out", ROOT: ".", Path(sys.prefix): "python", Path.home(): "~"}
+        for folder, name in folders.items():
+            output = output.replace(str(folder.absolute()), name)
+        return output
 
     def stop(self, *_: object) -> None:
         for group in list(self.running):
@@ -303,7 +323,7 @@ def summary(records: list[dict]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", type=int, help="of 1, 2, 3, 4; default: all")
+    parser.add_argument("stages", nargs="*", type=int, help="of 1 to 5; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results")
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "gpu-cases", help="folder of finished cases")
     parser.add_argument("--minutes", type=float, default=9, help="limit of a stage")

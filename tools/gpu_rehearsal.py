@@ -190,7 +190,7 @@ def main() -> None:
         text, _ = run.communicate()
         assert run.returncode == 1, text
         assert "no time left" in text, text
-        run = r.start("3", "4")
+        run = r.start("3", "4", "5")
         text, _ = run.communicate()
         assert run.returncode == 0, text
         assert any(record["hopper"] for name, record in r.records(3).items() if name.startswith("bench"))
@@ -200,7 +200,7 @@ def main() -> None:
             [sys.executable, str(ROOT / "bench" / "table.py"), str(report)], check=True, stdout=subprocess.DEVNULL
         )
         collect(r.folder)
-        assert sorted(path.name for path in r.out.iterdir()) == ["bench.json", *(f"gpu-{n}.json" for n in range(1, 5))]
+        assert sorted(path.name for path in r.out.iterdir()) == ["bench.json", *(f"gpu-{n}.json" for n in range(1, 6))]
     print("gpu-rehearsal: passed")
 
 

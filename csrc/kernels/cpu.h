@@ -30,15 +30,22 @@ struct InfoNceOptions {
   bool normalize;  // false: query and key rows are taken as they are, logits are unbounded
 };
 
+// What a query's own key is to it: its positive, its positive but not in the denominator, or nothing, not even a
+// negative.
+enum class OwnKey { kPositive, kDecoupled, kExcluded };
+
 // What goes beyond one positive a row against a queue of negatives. By default nothing does.
 struct InfoNceContrast {
   bool in_batch = false;   // all key rows but a query's own are its negatives too
   int64_t keys = 0;        // M, of key [M, C] if in_batch; else N
-  int64_t key_offset = 0;  // query i's positive is key row key_offset + i
+  int64_t key_offset = 0;  // query i's own key is key row key_offset + i
   double label_smoothing = 0;
-  const int64_t* key_ids = nullptr;    // [M] or null; a negative id matches none
-  const int64_t* queue_ids = nullptr;  // [K] or null
+  const int64_t* row_ids = nullptr;    // [N] or null; a negative id matches none
+  const int64_t* key_ids = nullptr;    // [M] or null, with row_ids
+  const int64_t* queue_ids = nullptr;  // [K] or null, with row_ids
   bool same_id_positive = false;       // a match is a further positive; else it is masked out
+  OwnKey own_key = OwnKey::kPositive;
+  bool same_id_only = false;  // what does not match is masked out
 };
 
 enum class Reduction { kNone, kMean, kSum };  // numbered as in torch
@@ -48,7 +55,7 @@ struct InfoNceOutputs {
   Accumulate* loss;               // [N]
   Accumulate* lse;                // [N] logsumexp over the logits
   Accumulate* positive_logit;     // [N] divided by the temperature
-  int64_t* rank;                  // [N] negatives scoring strictly above the positive
+  int64_t* rank;                  // [N] negatives scoring strictly above the positive; -1: no score to compare
   Accumulate* grad_query;         // [N, C] d loss[n] / d query[n], over N for kMean; null: no gradient pass at all
   Accumulate* grad_key;           // [N, C] or null; not with in_batch
   Accumulate* grad_temperature;   // [N], or its sum [1] with a reduction; or null; needs grad_query
@@ -57,11 +64,12 @@ struct InfoNceOutputs {
   Reduction reduction = Reduction::kNone;
 };
 
-// query [N, C]; key [N, C], or [M, C] with in_batch; queue [K, C]. Scratch: O(N*C) a thread and a tile of logits.
+// query [N, C]; key [N, C], or [M, C] with in_batch, or null; queue [K, C]; target [N, C] or null: the mean of the keys
+// under a target distribution, taken as it is. Scratch: O(N*C) a thread and a tile of logits.
 template <typename Query, typename Queue>
-void info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-              const InfoNceOptions& options, const InfoNceContrast& contrast,
-              const InfoNceOutputs<accumulate_t<Queue>>& outputs);
+void info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue,
+              const accumulate_t<Queue>* target, const InfoNceShape& shape, const InfoNceOptions& options,
+              const InfoNceContrast& contrast, const InfoNceOutputs<accumulate_t<Queue>>& outputs);
 
 // The gradient of keys [M, C] that are one another's negatives (in_batch), once the rows' own gradients are known:
 // sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 3]: the
@@ -71,6 +79,12 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
                             const InfoNceOptions& options, const InfoNceContrast& contrast,
                             const accumulate_t<Query>* lse, const accumulate_t<Query>* weights,
                             const accumulate_t<Query>* upstream, accumulate_t<Query>* grad_key);
+
+// similarity, index [N, k]: the k keys with the highest scores, highest first, equal ones by index; of fewer keys -inf
+// and -1 from there on. query [N, C], queue [K, C]
+template <typename Query, typename Queue>
+void nearest_keys(const Host& host, const Query* query, const Queue* queue, const InfoNceShape& shape, int64_t k,
+                  bool normalize, double eps, accumulate_t<Queue>* similarity, int64_t* index);
 
 // x, out [rows, cols]; norm [rows] or null: max(||x||, eps)
 template <typename T>

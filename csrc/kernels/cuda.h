@@ -28,17 +28,23 @@ struct InfoNceOptions {
   int terms;  // of float32 rows in the products: 3 (float32 accuracy), 2 (scores of 16 bits), 1 (bfloat16)
 };
 
+// What a query's own key is to it: its positive, its positive but not in the denominator, or nothing, not even a
+// negative.
+enum class OwnKey { kPositive, kDecoupled, kExcluded };
+
 // What goes beyond one positive a row against a queue of negatives. By default nothing does.
 struct InfoNceContrast {
   bool in_batch = false;               // all key rows but a query's own are its negatives too
   int64_t keys = 0;                    // M, of key [M, C] if in_batch; else N
-  int64_t key_offset = 0;              // query i's positive is key row key_offset + i
+  int64_t key_offset = 0;              // query i's own key is key row key_offset + i
   const int64_t* num_valid = nullptr;  // [1] on the device: keys of the queue that count; null: all
   float label_smoothing = 0;
-  const int64_t* key_ids = nullptr;    // [M] or null; a negative id matches none
-  const int64_t* queue_ids = nullptr;  // [K] or null
+  const int64_t* row_ids = nullptr;    // [N] or null; a negative id matches none
+  const int64_t* key_ids = nullptr;    // [M] or null, with row_ids
+  const int64_t* queue_ids = nullptr;  // [K] or null, with row_ids
   bool same_id_positive = false;       // a match is a further positive; else it is masked out
-  bool plain() const { return key_ids == nullptr && label_smoothing == 0; }
+  OwnKey own_key = OwnKey::kPositive;
+  bool same_id_only = false;  // what does not match is masked out
 };
 
 enum class Reduction { kNone, kMean, kSum };  // numbered as in torch
@@ -47,7 +53,7 @@ struct InfoNceOutputs {
   float* loss;               // [N]
   float* lse;                // [N] logsumexp over the logits
   float* positive_logit;     // [N] divided by the temperature
-  int64_t* rank;             // [N] negatives scoring strictly above the positive
+  int64_t* rank;             // [N] negatives scoring strictly above the positive; -1: no score to compare
   float* grad_query;         // [N, C] d loss[n] / d query[n], over N for kMean; null: no gradient pass at all
   float* grad_key;           // [N, C] or null; not with in_batch
   float* grad_temperature;   // [N], or its sum [1] with a reduction; or null; needs grad_query
@@ -61,11 +67,12 @@ template <typename Queue>
 size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, const InfoNceOptions& options,
                                 const InfoNceContrast& contrast, bool gradient);
 
-// query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type; queue [K, C]
+// query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type, or null; queue [K, C]; target
+// [N, C] or null: the mean of the keys under a target distribution, taken as it is
 template <typename Query, typename Queue>
-cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-                     const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,
-                     void* workspace, cudaStream_t stream);
+cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const float* target,
+                     const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceContrast& contrast,
+                     const InfoNceOutputs& outputs, void* workspace, cudaStream_t stream);
 
 // The gradient of keys [M, C] that are one another's negatives (in_batch), once the rows' own gradients are known:
 // sum over rows of upstream * (p - target) * query / T, through the norm. lse, upstream [N]; weights [N, 3]: the

@@ -178,7 +178,7 @@ int info_nce(int64_t n, int64_t k, int64_t c, int terms, bool gradient) {
   const Array<char> workspace(
       static_cast<int64_t>(cuda::info_nce_workspace_bytes(queues[0].data, shape, options, {}, gradient)));
   const auto call = [&](int i) {
-    check::cuda(cuda::info_nce(query.data, key.data, queues[i % rotated].data, shape, options, {}, outputs,
+    check::cuda(cuda::info_nce(query.data, key.data, queues[i % rotated].data, nullptr, shape, options, {}, outputs,
                                workspace.data, stream));
   };
   const auto error = [&] {

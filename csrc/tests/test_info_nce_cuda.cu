@@ -21,6 +21,8 @@
 #include <vector>
 
 #include "kernels/cuda.h"
+#include "kernels/cuda/info_nce_sm90_launch.cuh"
+#include "kernels/cuda/info_nce_softmax.cuh"
 #ifdef MOCO_EMULATE
 #include "emulator.h"
 #endif
@@ -130,8 +132,8 @@ Results run(const Case& c, const std::vector<Query>& query, const std::vector<Qu
                                      c.gradient ? grad_key.data : nullptr,
                                      c.gradient ? grad_temperature.data : nullptr};
   Array<char> workspace(cuda::info_nce_workspace_bytes(queue_start, c.shape, options, {}, c.gradient));
-  require(cuda::info_nce(device_query.data, device_key.data, queue_start, c.shape, options, {}, outputs, workspace.data,
-                         cudaStream_t{}),
+  require(cuda::info_nce(device_query.data, device_key.data, queue_start, nullptr, c.shape, options, {}, outputs,
+                         workspace.data, cudaStream_t{}),
           "info_nce");
   require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   return {loss.host(), lse.host(), positive.host(), grad_query.host(), grad_key.host(), grad_temperature.host(),
@@ -151,8 +153,7 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
   const int64_t width = c.shape.c;
   const bool half = !std::is_same_v<Queue, float>;
   constexpr int64_t kFast[] = {64, 128, 256, 512, 768, 1024};
-  const bool hopper =
-      std::getenv("MOCO_EXT_SM90") != nullptr && width <= (half ? 768 : 128) && width * sizeof(Queue) % 16 == 0;
+  const bool hopper = cuda::sm90_enabled() && width <= (half ? 768 : 128) && width * sizeof(Queue) % 16 == 0;
   const bool fast =
       (hopper || std::find(std::begin(kFast), std::end(kFast), width) != std::end(kFast)) && !c.misaligned;
   const double operand_error = !fast                                  ? 0x1p-21
@@ -344,6 +345,47 @@ void test_visits(int64_t n, int64_t k, int64_t c, bool gradient, int terms) {
          static_cast<long>(k), static_cast<long>(c), name(Queue{}));
 }
 
+template <int tiles>
+__global__ void count_kernel(const float* scores, float positive, uint32_t* count) {
+  float s[tiles][4];
+  for (int i = 0; i < 4 * tiles; ++i) s[i / 4][i % 4] = scores[i % 8];
+  count[0] = cuda::count_above(s, 0, positive);
+  count[1] = cuda::count_above(s, 1, positive);
+}
+
+// Keys that score above the positive are counted exactly: neighbors of a float, ties, infinities and NaN.
+void test_counts() {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  Array<uint32_t> count(2);
+  bool good = true;
+  for (const float size : {0.0f, 1e-20f, 0.0731f, 0.5f, 1.0f, 3.9e5f, 3e38f, kInfinity, kNaN}) {
+    for (const float positive : {size, -size}) {
+      const float up = std::nextafter(positive, kInfinity), down = std::nextafter(positive, -kInfinity);
+      const float smallest = std::numeric_limits<float>::min();  // scores nearer than this count as equal
+      const std::vector<float> scores{positive == 0 ? smallest : up,
+                                      positive == 0 ? -smallest : down,
+                                      positive,
+                                      -positive,
+                                      kInfinity,
+                                      -kInfinity,
+                                      kNaN,
+                                      0.0f};
+      const Array<float> on_device(scores);
+      uint32_t want[2] = {};
+      for (size_t i = 0; i < scores.size(); ++i) want[i % 4 / 2] += scores[i] > positive;
+      const auto counts = [&](auto kernel, uint32_t times) {
+        require(cuda::launch(kernel, dim3(1), dim3(1), 0, nullptr, on_device.data, positive, count.data), "count");
+        const std::vector<uint32_t> got = count.host();
+        return got[0] == times * want[0] && got[1] == times * want[1];
+      };
+      good &= counts(count_kernel<2>, 1) && counts(count_kernel<16>, 8);
+    }
+  }
+  ++(good ? passed : failed);
+  printf("%s keys above the positive\n", good ? "ok    " : "FAILED");
+}
+
 template <typename Query>
 void test_queue(int queue_type, const Case& c, const Random& random) {
   if (queue_type == 0) return test<Query, float>(c, random);
@@ -365,6 +407,7 @@ int main(int argc, char** argv) {
 #ifdef MOCO_EMULATE
   emu::config().multiprocessors = argc > 3 ? atoi(argv[3]) : 1;
 #endif
+  test_counts();
   const int64_t all_n[] = {1, 3, 64, 65, 130};
   const int64_t all_k[] = {1, 7, 64, 100, 333};
   const int64_t all_c[] = {64, 128, 256, 512, 768, 1024, 1, 3, 17, 96, 520};

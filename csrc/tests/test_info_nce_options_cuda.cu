@@ -1,5 +1,5 @@
 // The options of info_nce on CUDA against a float64 loop, alone and combined: ids, in-batch keys and their gradient, a
-// number of valid keys, label smoothing.
+// number of valid keys, label smoothing, a target, and what the own key is.
 //
 // Arguments: number of random cases (default 100), seed; in the emulator also multiprocessors. Tolerances as in
 // python_tests/cases.py: rounding gives a logit of size L an absolute error of `unit` max(1, L / 20), with a unit of
@@ -22,18 +22,26 @@ struct Case {
   double smoothing, temperature;
   bool hidden = false;  // queue keys that are NaN or infinite, masked out of all rows but the last
   bool alone = false;   // no row has a negative
+  bool target = false;
+  bool has_key = true;
+  cuda::OwnKey own_key = cuda::OwnKey::kPositive;
+  bool only = false;  // keys of other ids are masked out
   bool sees_nan(int64_t row) const { return hidden && !in_batch && row == n - 1; }
 };
 
 std::string describe(const Case& x, const char* query, const char* queue) {
   char text[256];
   std::snprintf(text, sizeof text,
-                "n=%ld k=%ld c=%ld m=%ld key_offset=%ld num_valid=%ld%s%s%s%s%s T=%g smoothing=%g %s on %s", long(x.n),
-                long(x.k), long(x.c), long(x.m), long(x.key_offset), long(x.num_valid),
+                "n=%ld k=%ld c=%ld m=%ld key_offset=%ld num_valid=%ld%s%s%s%s%s%s%s%s%s T=%g smoothing=%g %s on %s",
+                long(x.n), long(x.k), long(x.c), long(x.m), long(x.key_offset), long(x.num_valid),
                 x.valid_on_device ? " on device" : "", x.in_batch ? " in_batch" : "",
                 !x.ids       ? ""
                 : x.positive ? " positive"
                              : " mask",
+                x.target ? " target" : "", x.has_key ? "" : " no key", x.only ? " only" : "",
+                x.own_key == cuda::OwnKey::kPositive    ? ""
+                : x.own_key == cuda::OwnKey::kDecoupled ? " decoupled"
+                                                        : " excluded",
                 x.normalize ? " normalize" : "", x.tf32 ? " tf32" : "", x.temperature, x.smoothing, query, queue);
   return text;
 }
@@ -58,7 +66,7 @@ std::vector<double> unit_rows(const std::vector<double>& x, int64_t rows, int64_
 
 // In float64, from the definition: all candidates of a row, their weights in the target, their probabilities.
 Exact exact(const Case& x, const std::vector<double>& query, const std::vector<double>& key,
-            const std::vector<double>& queue, const std::vector<int64_t>& key_ids,
+            const std::vector<double>& queue, const std::vector<double>& given, const std::vector<int64_t>& key_ids,
             const std::vector<int64_t>& queue_ids, const std::vector<double>& upstream, double unit) {
   const int64_t c = x.c;
   std::vector<double> q_norm, k_norm;
@@ -74,12 +82,16 @@ Exact exact(const Case& x, const std::vector<double>& query, const std::vector<d
       bool positive;
       double score;
     };
-    const double* own = &k[(x.key_offset + i) * c];
-    std::vector<Candidate> all{{own, x.key_offset + i, true, 0}};
+    // The own key first. It is a positive, or nothing; a candidate, or not.
+    const bool has_own = x.has_key && x.own_key != cuda::OwnKey::kExcluded;
+    const bool candidate = has_own && x.own_key == cuda::OwnKey::kPositive;
+    const std::vector<double> none(c);
+    const double* own = x.has_key ? &k[(x.key_offset + i) * c] : none.data();
+    std::vector<Candidate> all{{own, x.key_offset + i, has_own, 0}};
     const auto add = [&](const double* row, int64_t in_batch, int64_t id) {
       const int64_t mine = x.ids ? key_ids[x.key_offset + i] : -1;
       const bool same = x.ids && mine >= 0 && mine == id;
-      if (!same || x.positive) all.push_back({row, in_batch, same, 0});
+      if (x.only ? same : !same || x.positive) all.push_back({row, in_batch, same && x.positive, 0});
     };
     for (int64_t j = 0; x.in_batch && j < x.m; ++j) {
       if (j != x.key_offset + i) add(&k[j * c], j, x.ids ? key_ids[j] : -1);
@@ -87,28 +99,40 @@ Exact exact(const Case& x, const std::vector<double>& query, const std::vector<d
     for (int64_t j = 0; j < (x.num_valid < 0 ? x.k : x.num_valid); ++j)
       add(&queue[j * c], -1, x.ids ? queue_ids[j] : -1);
 
-    double top = -INFINITY, longest = 0, largest = 0;
+    double top = -INFINITY, longest = 0, largest = 0, given_score = 0, given_square = 0;
     int positives = 0;
+    for (int64_t f = 0; x.target && f < c; ++f) {
+      given_score += q[i * c + f] * given[i * c + f];
+      given_square += given[i * c + f] * given[i * c + f];
+    }
+    longest = std::sqrt(given_square);
+    largest = std::abs(given_score) / x.temperature;
     for (Candidate& a : all) {
       double square = 0;
       for (int64_t f = 0; f < c; ++f) {
         a.score += q[i * c + f] * a.row[f];
         square += a.row[f] * a.row[f];
       }
-      top = std::max(top, a.score);
+      if (&a != &all[0] || candidate) top = std::max(top, a.score);
       longest = std::max(longest, std::sqrt(square));
       largest = std::max(largest, std::abs(a.score) / x.temperature);
       positives += a.positive;
     }
     double total = 0, target = 0, expected = 0;
-    for (const Candidate& a : all) total += std::exp((a.score - top) / x.temperature);
+    for (const Candidate& a : all) {
+      if (&a != &all[0] || candidate) total += std::exp((a.score - top) / x.temperature);
+    }
     const double lse = top / x.temperature + std::log(total);
     const double tolerance = unit * std::max(1.0, largest / 20);
     std::vector<double> g(c);
     double low = 0, high = 0;
+    const double threshold = has_own ? all[0].score : given_score;
+    const bool lost = positives == 0 && !x.target;  // no positive: no loss
     for (const Candidate& a : all) {
-      const double w = (a.positive ? (1 - x.smoothing) / positives : 0) + x.smoothing / double(all.size());
-      const double p = std::exp(a.score / x.temperature - lse);
+      double w = (a.positive ? (1 - x.smoothing) / positives : 0) + x.smoothing / double(all.size());
+      if (x.target) w = 0;
+      double p = &a != &all[0] || candidate ? std::exp(a.score / x.temperature - lse) : 0;
+      if (lost) p = 0;
       target += w * a.score;
       expected += p * a.score;
       for (int64_t f = 0; f < c; ++f) g[f] += (p - w) * a.row[f] / x.temperature;
@@ -119,10 +143,13 @@ Exact exact(const Case& x, const std::vector<double>& query, const std::vector<d
       }
       const double margin = tolerance * std::max(1.0, largest) * x.temperature;
       if (!a.positive) {
-        low += a.score > all[0].score + margin;
-        high += a.score > all[0].score - margin;
+        low += &a != &all[0] && a.score > threshold + margin;
+        high += &a != &all[0] && a.score > threshold - margin;
       }
     }
+    target += given_score;
+    for (int64_t f = 0; x.target && f < c; ++f) g[f] -= given[i * c + f] / x.temperature;
+    if (!has_own && !x.target) low = high = -1;
     double dot = 0, q_length = 0;
     for (int64_t f = 0; f < c; ++f) {
       dot += g[f] * q[i * c + f];
@@ -130,7 +157,7 @@ Exact exact(const Case& x, const std::vector<double>& query, const std::vector<d
     }
     q_length = std::sqrt(q_length);
     for (int64_t f = 0; f < c; ++f) e.grad_query.push_back((g[f] - (x.normalize ? dot * q[i * c + f] : 0)) / q_norm[i]);
-    e.loss.push_back(lse - target / x.temperature);
+    e.loss.push_back(lost ? 0 : lse - target / x.temperature);
     e.lse.push_back(lse);
     e.rank_low.push_back(low);
     e.rank_high.push_back(high);
@@ -139,7 +166,7 @@ Exact exact(const Case& x, const std::vector<double>& query, const std::vector<d
     e.bound_query.push_back(tolerance * 2 * longest / x.temperature / q_norm[i]);
     key_bound += tolerance * 2 * q_length * std::abs(x.in_batch ? upstream[i] : 1) / x.temperature;
   }
-  for (int64_t j = 0; j < x.m; ++j) {
+  for (int64_t j = 0; x.has_key && j < x.m; ++j) {
     double dot = 0;
     for (int64_t f = 0; f < c; ++f) dot += key_sum[j * c + f] * k[j * c + f];
     for (int64_t f = 0; f < c; ++f) {
@@ -183,12 +210,13 @@ void test(const Case& x, check::Random& random) {
     }
   }
   const std::vector<float> upstream = check::normal<float>(random, x.n);
+  const std::vector<float> target = check::normal<float>(random, x.target ? x.n * x.c : 0, 1 / std::sqrt(double(x.c)));
 
   const bool no_queue = x.k == 0;
   const Device<Query> d_query(query), d_key(key);
   const Device<Queue> d_queue(queue);
   const Device<int64_t> d_key_ids(key_ids), d_queue_ids(queue_ids), d_num_valid(std::vector<int64_t>{x.num_valid});
-  const Device<float> d_upstream(upstream), d_temperature(std::vector<float>{float(x.temperature)});
+  const Device<float> d_upstream(upstream), d_target(target), d_temperature(std::vector<float>{float(x.temperature)});
   const auto floats = [](int64_t n) { return Device<float>(std::vector<float>(n, NAN)); };
   const auto loss = floats(x.n), lse = floats(x.n), positive = floats(x.n), grad_query = floats(x.n * x.c);
   const auto grad_key = floats(x.m * x.c), grad_temperature = floats(x.n), weights = floats(3 * x.n);
@@ -199,22 +227,26 @@ void test(const Case& x, check::Random& random) {
                                        x.key_offset,
                                        x.valid_on_device && x.num_valid >= 0 ? d_num_valid.data() : nullptr,
                                        float(x.smoothing),
+                                       x.ids ? d_key_ids.data() + x.key_offset : nullptr,
                                        x.ids ? d_key_ids.data() : nullptr,
                                        x.ids && !no_queue ? d_queue_ids.data() : nullptr,
-                                       x.positive};
+                                       x.positive,
+                                       x.own_key,
+                                       x.only};
   const cuda::InfoNceShape shape{x.n, x.num_valid >= 0 && !x.valid_on_device ? x.num_valid : x.k, x.c};
   const cuda::InfoNceOutputs outputs{loss.data(),
                                      lse.data(),
                                      positive.data(),
                                      rank.data(),
                                      grad_query.data(),
-                                     x.in_batch ? nullptr : grad_key.data(),
+                                     x.in_batch || !x.has_key ? nullptr : grad_key.data(),
                                      grad_temperature.data(),
                                      x.in_batch ? weights.data() : nullptr};
   const Device<char> workspace(std::vector<char>(
       cuda::info_nce_workspace_bytes(no_queue ? nullptr : d_queue.data(), shape, options, contrast, true), char(0xff)));
-  check::cuda(cuda::info_nce(d_query.data(), d_key.data(), no_queue ? nullptr : d_queue.data(), shape, options,
-                             contrast, outputs, workspace.data(), cudaStream_t{}));
+  check::cuda(cuda::info_nce(d_query.data(), x.has_key ? d_key.data() : nullptr, no_queue ? nullptr : d_queue.data(),
+                             x.target ? d_target.data() : nullptr, shape, options, contrast, outputs, workspace.data(),
+                             cudaStream_t{}));
   if (x.in_batch) {
     const Device<char> second(
         std::vector<char>(cuda::info_nce_keys_backward_workspace_bytes<Query>(shape, options, contrast), char(0xff)));
@@ -227,7 +259,8 @@ void test(const Case& x, check::Random& random) {
     return type[0] == 'b' ? 0x1p-5 : type[5] == '1' ? 0x1p-8 : 1e-5;  // bfloat16, float16, float32
   };
   const double unit = std::max({unit_of(check::name<Query>()), unit_of(check::name<Queue>()), x.tf32 ? 0x1p-8 : 0.0});
-  const Exact want = exact(x, values(query), values(key), values(queue), key_ids, queue_ids, values(upstream), unit);
+  const Exact want =
+      exact(x, values(query), values(key), values(queue), values(target), key_ids, queue_ids, values(upstream), unit);
   const auto got_loss = loss.host(), got_lse = lse.host(), got_query = grad_query.host(), got_key = grad_key.host();
   const auto got_temperature = grad_temperature.host();
   const auto got_rank = rank.host();
@@ -246,14 +279,15 @@ void test(const Case& x, check::Random& random) {
       hold("loss of a row that sees NaN", std::isnan(got_loss[i]) ? 0 : NAN, 1);
       continue;
     }
-    hold("loss", std::abs(got_loss[i] - want.loss[i]), want.bound_loss[i]);
-    hold("lse", std::abs(got_lse[i] - want.lse[i]), want.bound_loss[i]);
+    const auto difference = [](double a, double b) { return a == b ? 0 : std::abs(a - b); };  // of infinities too
+    hold("loss", difference(got_loss[i], want.loss[i]), want.bound_loss[i]);
+    hold("lse", difference(got_lse[i], want.lse[i]), want.bound_loss[i]);
     hold("rank", got_rank[i] < want.rank_low[i] || got_rank[i] > want.rank_high[i] ? 1e9 : 0, 1);
     hold("grad_query", distance(&got_query[i * x.c], &want.grad_query[i * x.c], x.c), want.bound_query[i]);
     hold("grad_temperature", std::abs(got_temperature[i] - want.grad_temperature[i]),
          2 * want.bound_loss[i] / x.temperature);
   }
-  for (int64_t j = 0; j < x.m; ++j) {
+  for (int64_t j = 0; x.has_key && j < x.m; ++j) {
     if (x.sees_nan(j)) continue;
     hold("grad_key", distance(&got_key[j * x.c], &want.grad_key[j * x.c], x.c), want.bound_key[j]);
   }
@@ -331,6 +365,29 @@ int main(int argc, char** argv) {
     Case x = plain;
     x.k = 0, x.n = n, x.m = n, x.in_batch = true;
     for (int type = 0; type < 3; ++type) test_types(type, type, x, random);
+  }
+  check::group("targets, and what the own key is");
+  for (const int64_t c : {64, 128, 768, 17}) {
+    for (int type = 0; type < 3; ++type) {
+      for (const bool in_batch : {false, true}) {
+        for (const bool ids : {false, true}) {
+          Case x = plain;
+          x.c = c, x.in_batch = in_batch, x.ids = ids;
+          x.target = true;  // soft labels
+          test_types(type, type, x, random);
+          x.has_key = in_batch, x.own_key = in_batch ? cuda::OwnKey::kExcluded : x.own_key;  // relations
+          test_types(type, 2 - type, x, random);
+          x.only = ids;  // the logsumexp of positives
+          test_types(type, type, x, random);
+          x.only = x.target = false, x.has_key = true, x.own_key = cuda::OwnKey::kDecoupled;
+          test_types(type, type, x, random);
+        }
+        Case x = plain;  // positives by id alone; some rows have none
+        x.c = c, x.in_batch = in_batch, x.ids = x.positive = true, x.names = 40;
+        x.has_key = in_batch, x.own_key = in_batch ? cuda::OwnKey::kExcluded : x.own_key;
+        test_types(type, type, x, random);
+      }
+    }
   }
   check::group("no negatives: no gradient, to the bit");
   for (int type = 0; type < 3; ++type) {

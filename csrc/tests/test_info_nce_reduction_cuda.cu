@@ -46,7 +46,7 @@ Results run(const Case& x, cuda::Reduction reduction, const Device<Query>& query
                                      reduction};
   const Device<char> fresh(std::vector<char>(
       cuda::info_nce_workspace_bytes(queue.data(), shape, options, contrast, x.gradient), char(0xff)));
-  check::cuda(cuda::info_nce(query.data(), key.data(), queue.data(), shape, options, contrast, outputs,
+  check::cuda(cuda::info_nce(query.data(), key.data(), queue.data(), nullptr, shape, options, contrast, outputs,
                              (workspace == nullptr ? fresh : *workspace).data(), cudaStream_t{}));
   Results results{loss.host(), reduced.host(), {}, {}, {}};
   if (x.gradient) results.grad_query = grad_query.host();

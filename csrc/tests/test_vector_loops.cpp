@@ -138,7 +138,7 @@ void test_subnormals() {
   std::mt19937 random(3);
   std::normal_distribution<float> normal;
   std::vector<float> query(kN * kC), keys(kKeys * kC), loss(kN), lse(kN), positive(kN), upstream(kN, 1);
-  std::vector<float> grad_query(kN * kC), grad_key(kKeys * kC), weights(2 * kN);
+  std::vector<float> grad_query(kN * kC), grad_key(kKeys * kC), weights(3 * kN);
   std::vector<int64_t> rank(kN);
   for (float& x : query) x = 4 * normal(random);
   for (float& x : keys) x = normal(random);
@@ -149,7 +149,7 @@ void test_subnormals() {
   constexpr unsigned kDenormalOperand = 2;
   _mm_setcsr(_mm_getcsr() & ~kDenormalOperand);
   info_nce<float, float>(
-      host, query.data(), keys.data(), nullptr, shape, options, contrast,
+      host, query.data(), keys.data(), nullptr, nullptr, shape, options, contrast,
       {loss.data(), lse.data(), positive.data(), rank.data(), grad_query.data(), nullptr, nullptr, weights.data()});
   expect((_mm_getcsr() & kDenormalOperand) == 0, instruction_set(), "no subnormals forward", 0, 0);
   _mm_setcsr(_mm_getcsr() & ~kDenormalOperand);

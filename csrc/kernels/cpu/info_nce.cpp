@@ -9,11 +9,13 @@
 //
 // A loss other than the plain one differs from it by a vector a row only, the target, of which nothing is relative to a
 // maximum: loss = logsumexp(q . n / T) - q . target / T, with target = sum of w n over the keys that have a weight w in
-// the cross-entropy's target distribution. So it is gathered on the way, and finish_row puts it in the key's place.
+// the cross-entropy's target distribution. So it is given, or gathered on the way, and finish_row puts it in the key's
+// place.
 #include <cmath>
 #include <numbers>
 #include <numeric>
 #include <optional>
+#include <tuple>
 #include <utility>
 
 #include "kernels/cpu/info_nce_rows.h"
@@ -30,18 +32,25 @@ struct Problem {
   int64_t n, c, tile;  // tile: keys of one
   const UnitRows<A>& query;
   const UnitRows<A>& key;
+  const A* target;                  // [N, C] or null
   const AlignedArray<A>& packed;    // the queries in panels
-  const AlignedArray<A>& positive;  // [padded N] of query . key
+  const AlignedArray<A>& positive;  // [padded N] of query . anchor
   A scale;                          // from a score to the exponent of 2
   const RowsById* by_id;            // or null
-  const int64_t* row_ids;           // [N], with by_id
   const InfoNceContrast& contrast;
+
+  bool has_own_key() const { return !key.data.empty() && contrast.own_key != OwnKey::kExcluded; }
+  bool own_is_candidate() const { return has_own_key() && contrast.own_key == OwnKey::kPositive; }
+  // What row i's scores are compared with: its key, else its target, else null for a score of 0.
+  const A* anchor(int64_t i) const {
+    return has_own_key() ? key.row(contrast.key_offset + i) : target == nullptr ? nullptr : target + i * c;
+  }
 };
 
 // What one slab of the keys contributes to every row.
 template <typename A>
 struct Partial {
-  AlignedArray<A> max;             // [padded N] of the raw scores, at least the positive's
+  AlignedArray<A> max;             // [padded N] of the raw scores, at least the positive's if it is a candidate
   AlignedArray<A> sum;             // [padded N] of exp2((score - max) * scale) over the negatives
   AlignedArray<count_t<A>> above;  // [padded N]
   AlignedArray<A> acc;             // panels [C, width] of the same weights times the keys; none without gradient
@@ -54,7 +63,11 @@ struct Partial {
         sum(p.panels.padded(), A{0}),
         above(p.panels.padded(), count_t<A>{0}),
         acc(gradient ? AlignedArray<A>(p.panels.padded() * p.c, A{0}) : AlignedArray<A>()) {
-    std::copy(p.positive.get(), p.positive.get() + p.panels.padded(), max.get());
+    if (p.own_is_candidate()) {
+      std::copy(p.positive.get(), p.positive.get() + p.panels.padded(), max.get());
+    } else {
+      std::fill_n(max.get(), p.panels.padded(), std::numeric_limits<A>::lowest());
+    }
     if (p.contrast.label_smoothing > 0) column_sum.assign(p.c, 0.0);
     if (p.by_id != nullptr) {
       matches.assign(p.n, 0);
@@ -86,12 +99,17 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
   // sums, so they are summed as 0, and the rows that do see them become NaN.
   std::vector<int64_t> hidden;
   std::vector<A> visible;
+  const bool only = p.contrast.same_id_only;
+  std::vector<A> kept;  // scores of a panel's matches, where only they count
 
   for (int64_t first = begin; first < end; first += p.tile) {
     const int64_t count = std::min(p.tile, end - first);
     const A* tile = widen(keys + first * c, count * c, widened.get());
     for (auto& of_panel : matches) of_panel.clear();
     hidden.clear();
+    for (int64_t j = 0; only && j < count; ++j) {
+      if (!all_finite(tile + j * c, c)) hidden.push_back(j);
+    }
     for (int64_t j = 0; key_offset && j < count; ++j) {
       const int64_t row = first + j - *key_offset;
       if (row >= 0 && row < n) matches[row / kPanelWidth].push_back({row, j, true});
@@ -101,7 +119,7 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
       p.by_id->for_each(ids[first + j], [&](int64_t row) {
         if (key_offset && row == first + j - *key_offset) return;
         matches[row / kPanelWidth].push_back({row, j, false});
-        masked = !p.contrast.same_id_positive;
+        masked = !p.contrast.same_id_positive && !only;
       });
       if (masked && !all_finite(tile + j * c, c)) hidden.push_back(j);
     }
@@ -127,7 +145,16 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
       const int64_t at = p.panels.first(panel);
       const int64_t width = p.panels.width(panel);
       loops.scores(tile, p.packed.get() + at * c, scores.get(), count, c, width);
-      for (size_t i = 0; !matches.empty() && i < matches[panel].size(); ++i) {
+      if (only) {
+        kept.clear();
+        for (const auto [row, j, is_positive] : matches[panel]) kept.push_back(scores[j * width + row - at]);
+        std::fill_n(scores.get(), count * width, -std::numeric_limits<A>::infinity());
+        for (size_t i = 0; i < kept.size(); ++i) {
+          const auto [row, j, is_positive] = matches[panel][i];
+          if (!is_positive) scores[j * width + row - at] = kept[i];
+        }
+      }
+      for (size_t i = 0; !only && !matches.empty() && i < matches[panel].size(); ++i) {
         const auto [row, j, is_positive] = matches[panel][i];
         A& score = scores[j * width + row - at];
         if (is_positive || !p.contrast.same_id_positive) {
@@ -143,7 +170,8 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
       if (acc != nullptr) loops.accumulate(summed, scores.get(), acc, count, c, width);
       for (const int64_t j : hidden) {
         for (int64_t row = at; row < std::min(at + width, n); ++row) {
-          if (p.row_ids[row] != ids[first + j]) partial.sum[row] = std::numeric_limits<A>::quiet_NaN();
+          const bool same = ids[first + j] >= 0 && p.contrast.row_ids[row] == ids[first + j];
+          if (same == only) partial.sum[row] = std::numeric_limits<A>::quiet_NaN();
         }
       }
     }
@@ -166,46 +194,53 @@ struct Target {
     }
   }
 
-  // target [C] of row i; returns its share of each positive, and of each class.
+  // target [C] of row i; returns its share of each positive, and of each class. Without a positive, the share is 0.
   std::pair<A, A> row(const Problem<A>& p, int64_t i, A* target) const {
     const auto& x = p.contrast;
-    const A* key = p.key.row(x.key_offset + i);
+    const bool own = p.has_own_key();
+    const A* key = own ? p.anchor(i) : nullptr;
     int64_t matches = 0;
     std::vector<A> match_sum(partials[0].match_sum.empty() ? 0 : p.c);
     for (const Partial<A>& slab : partials) {
       if (p.by_id != nullptr) matches += slab.matches[i];
       for (size_t f = 0; f < match_sum.size(); ++f) match_sum[f] += slab.match_sum[i * p.c + f];
     }
-    const int64_t positives = 1 + (x.same_id_positive ? matches : 0);
+    const int64_t positives = (own ? 1 : 0) + (x.same_id_positive ? matches : 0);
     const int64_t classes = 1 + candidates - (x.same_id_positive ? 0 : matches);
+    if (positives == 0) {
+      std::fill_n(target, p.c, A{0});
+      return {A{0}, A{0}};
+    }
     // A positive without negatives has the whole target, exactly: its gradient is 0, and a rounding error of 1e-8 would
     // be infinite after the division by a tiny norm.
-    const double share = classes == 1 ? 1 : (1 - x.label_smoothing) / static_cast<double>(positives);
-    const double floor = classes == 1 ? 0 : x.label_smoothing / static_cast<double>(classes);
+    const double share = own && classes == 1 ? 1 : (1 - x.label_smoothing) / static_cast<double>(positives);
+    const double floor = own && classes == 1 ? 0 : x.label_smoothing / static_cast<double>(classes);
     for (int64_t f = 0; f < p.c; ++f) {
       const double matched = match_sum.empty() ? 0 : match_sum[f];
+      const double k = own ? key[f] : 0;
       double all = 0;
       if (!column_sum.empty()) {
-        all = column_sum[f] + (x.in_batch ? 0 : key[f]) - (x.same_id_positive ? 0 : matched);
+        all = column_sum[f] + (x.in_batch ? 0 : k) - (x.same_id_positive ? 0 : matched);
       }
-      target[f] = static_cast<A>(share * (key[f] + (x.same_id_positive ? matched : 0)) + floor * all);
+      target[f] = static_cast<A>(share * (k + (x.same_id_positive ? matched : 0)) + floor * all);
     }
     return {static_cast<A>(share), static_cast<A>(floor)};
   }
 };
 
-// Merges the slabs of row i, adds the positive, and writes every output of the row. scratch [2, C]
+// Merges the slabs of row i, adds its own key, and writes every output of the row. scratch [2, C]
 template <typename A>
 void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& partials, const Target<A>* targets,
                 const InfoNceOptions& options, A* scratch, const InfoNceOutputs<A>& out) {
   const int64_t c = p.c;
   const A temperature = static_cast<A>(options.temperature);
-  const A row_weight = out.reduction == Reduction::kMean ? A{1} / static_cast<A>(p.n) : A{1};
+  A row_weight = out.reduction == Reduction::kMean ? A{1} / static_cast<A>(p.n) : A{1};
   const A eps = static_cast<A>(options.eps);
   const A positive = p.positive[i];
   const A* query = p.query.row(i);
-  const A* key = p.key.row(p.contrast.key_offset + i);
-  A max = positive;
+  const A* anchor = p.anchor(i);
+  const bool candidate = p.own_is_candidate();
+  A max = candidate ? positive : std::numeric_limits<A>::lowest();
   for (const Partial<A>& slab : partials) max = std::max(max, slab.max[i]);
   const auto slab_weight = [&](const Partial<A>& slab) { return std::exp2((slab.max[i] - max) * p.scale); };
   A sum = 0;
@@ -214,46 +249,53 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
     sum += slab.sum[i] * slab_weight(slab);
     above += slab.above[i];
   }
-  // Relative to the positive, so that a small loss is not the difference of two large numbers.
-  const A positive_weight = std::exp2((positive - max) * p.scale);
+  // Relative to the anchor, so that a small loss is not the difference of two large numbers.
+  const A own_weight = candidate ? std::exp2((positive - max) * p.scale) : A{0};
   const A plain_loss =
-      max > positive ? (max - positive) / temperature + std::log(sum + positive_weight) : std::log1p(sum);
-  out.positive_logit[i] = positive / temperature;
+      !candidate || max > positive ? (max - positive) / temperature + std::log(sum + own_weight) : std::log1p(sum);
   out.lse[i] = plain_loss + positive / temperature;
-  out.rank[i] = above;
+  out.rank[i] = anchor == nullptr ? -1 : above;
 
-  // The target: the key itself, of weight 1, unless asked for another. `rest` is its weight less its probability.
-  const A total = sum + positive_weight;
-  A rest = sum / total;  // 1 - p of the positive, without cancellation
-  const A* target = key;
-  A target_score = positive;
+  // The target: the anchor, of weight 1, unless asked for another. `rest` is the own key's weight in the target less
+  // its probability.
+  const A total = sum + own_weight;
+  const A own_probability = total == 0 ? 0 : own_weight / total;
+  A rest = total == 0 ? 1 : sum / total;  // 1 - p, without cancellation
+  const A* target = anchor;
+  A share = 1, floor = 0;  // of each positive, and of each class
   if (targets != nullptr) {
-    const auto [share, floor] = targets->row(p, i, scratch);
+    std::tie(share, floor) = targets->row(p, i, scratch);
     rest -= 1 - (share + floor);
-    if (out.weights != nullptr) {
-      out.weights[3 * i] = share;
-      out.weights[3 * i + 1] = floor;
-      out.weights[3 * i + 2] = -rest;
-    }
     target = scratch;
-    target_score = dot(query, target, c);
+  } else if (p.target != nullptr && p.has_own_key()) {
+    rest = -own_probability;
+    target = p.target + i * c;
   }
-  out.loss[i] = plain_loss + (positive - target_score) / temperature;
+  if (out.weights != nullptr) {
+    out.weights[3 * i] = total == 0 ? 0 : share;
+    out.weights[3 * i + 1] = floor;
+    out.weights[3 * i + 2] = p.has_own_key() ? -rest : 0;
+  }
+  const bool has_positive = share > 0;
+  const A target_score = target == anchor ? positive : dot(query, target, c);
+  out.positive_logit[i] = (anchor == nullptr ? target_score : positive) / temperature;
+  out.loss[i] = has_positive ? plain_loss + (positive - target_score) / temperature : 0;
+  if (!has_positive) row_weight = 0;
 
   if (out.grad_query != nullptr) {
     A* const expected = scratch + c;  // sum of p n over the negatives
     std::fill(expected, expected + c, A{0});
     for (const Partial<A>& slab : partials) {
-      const A weight = slab_weight(slab) / total;
+      const A weight = total == 0 ? 0 : slab_weight(slab) / total;  // without a candidate the loss is -inf
       const A* const acc = slab.acc.get() + p.panels.at(i, 0, c);
       const int64_t stride = p.panels.width(i / kPanelWidth);
       for (int64_t f = 0; f < c; ++f) expected[f] += weight * acc[f * stride];
     }
-    const A key_probability = positive_weight / total;
     A* g = out.grad_query + i * c;
     for (int64_t f = 0; f < c; ++f) {
       // One expression a case, so that the plain one does not take the key's probability from 1.
-      g[f] = (targets == nullptr ? expected[f] - rest * key[f] : expected[f] + key_probability * key[f] - target[f]) /
+      g[f] = (target == anchor ? expected[f] - rest * anchor[f]
+                               : expected[f] + (candidate ? own_probability * anchor[f] : 0) - target[f]) /
              temperature;
     }
     if (out.grad_temperature != nullptr) out.grad_temperature[i] = -dot(query, g, c) / temperature * row_weight;
@@ -263,7 +305,7 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
   if (out.grad_key != nullptr) {
     A* g = out.grad_key + i * c;
     for (int64_t f = 0; f < c; ++f) g[f] = -rest * query[f] / temperature;
-    if (options.normalize) normalize_backward(key, p.key.norm[i], eps, g, c);
+    if (options.normalize) normalize_backward(anchor, p.key.norm[i], eps, g, c);
     for (int64_t f = 0; row_weight != 1 && f < c; ++f) g[f] *= row_weight;
   }
 }
@@ -284,9 +326,9 @@ void reduce(const InfoNceOutputs<A>& rows, int64_t n, const InfoNceOutputs<A>& o
 }  // namespace
 
 template <typename Query, typename Queue>
-void info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-              const InfoNceOptions& options, const InfoNceContrast& contrast,
-              const InfoNceOutputs<accumulate_t<Queue>>& outputs) {
+void info_nce(const Host& host, const Query* query, const Query* key, const Queue* queue,
+              const accumulate_t<Queue>* target, const InfoNceShape& shape, const InfoNceOptions& options,
+              const InfoNceContrast& contrast, const InfoNceOutputs<accumulate_t<Queue>>& outputs) {
   using A = accumulate_t<Queue>;
   const auto [n, k, c] = shape;
   InfoNceOutputs<A> rows = outputs;
@@ -296,27 +338,29 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
     rows.grad_temperature = grad_temperature.data();
   }
   if (n == 0) return reduce(rows, n, outputs);  // the mean is NaN
-  const int64_t key_rows = contrast.in_batch ? contrast.keys : n;
+  const int64_t key_rows = key == nullptr ? 0 : contrast.keys;
   const UnitRows<A> queries(host, query, n, c, options);
   const UnitRows<A> keys(host, key, key_rows, c, options);
   const Panels panels{n};
   const AlignedArray<A> packed = panels.pack(queries.data.data(), c);
   const AlignedArray<A> positive(panels.padded(), A{0});
-  for (int64_t i = 0; i < n; ++i) positive[i] = dot(queries.row(i), keys.row(contrast.key_offset + i), c);
   std::optional<RowsById> by_id;
-  if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.key_offset, n);
+  if (contrast.row_ids != nullptr) by_id.emplace(contrast.row_ids, n);
   const Problem<A> problem{panels,
                            n,
                            c,
                            tile_keys(panels.width(0), c),
                            queries,
                            keys,
+                           target,
                            packed,
                            positive,
                            static_cast<A>(std::numbers::log2e / options.temperature),
                            by_id ? &*by_id : nullptr,
-                           by_id ? contrast.key_ids + contrast.key_offset : nullptr,
                            contrast};
+  for (int64_t i = 0; i < n; ++i) {
+    if (const A* const anchor = problem.anchor(i)) positive[i] = dot(queries.row(i), anchor, c);
+  }
 
   const int64_t batch_keys = contrast.in_batch ? key_rows : 0;
   const auto tiles = [&](int64_t count) { return (count + problem.tile - 1) / problem.tile; };
@@ -340,23 +384,24 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
     }
   });
 
-  const bool plain = !by_id && contrast.label_smoothing == 0;
-  const bool weighted = !plain || outputs.weights != nullptr;
+  // Not for a target that is given.
+  const bool plain = (!by_id && contrast.label_smoothing == 0) || target != nullptr;
   std::optional<Target<A>> targets;
-  if (weighted) targets.emplace(problem, partials, k);
+  if (!plain) targets.emplace(problem, partials, k);
   host.parallel_for(n, 1 + kRowWork / c, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const FlushSubnormals flush;
     std::vector<A> scratch(2 * c);
     for (int64_t i = begin; i < end; ++i) {
-      finish_row(i, problem, partials, weighted ? &*targets : nullptr, options, scratch.data(), rows);
+      finish_row(i, problem, partials, plain ? nullptr : &*targets, options, scratch.data(), rows);
     }
   });
   reduce(rows, n, outputs);
 }
 
-#define MOCO_INFO_NCE(Query, Queue)                                                                  \
-  template void info_nce(const Host&, const Query*, const Query*, const Queue*, const InfoNceShape&, \
-                         const InfoNceOptions&, const InfoNceContrast&, const InfoNceOutputs<accumulate_t<Queue>>&);
+#define MOCO_INFO_NCE(Query, Queue)                                                                         \
+  template void info_nce(const Host&, const Query*, const Query*, const Queue*, const accumulate_t<Queue>*, \
+                         const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&,                \
+                         const InfoNceOutputs<accumulate_t<Queue>>&);
 #define MOCO_INFO_NCE_QUEUES(Query) \
   MOCO_INFO_NCE(Query, float) MOCO_INFO_NCE(Query, bfloat16) MOCO_INFO_NCE(Query, float16)
 MOCO_INFO_NCE_QUEUES(float)

@@ -2,6 +2,7 @@
 // sides exchanged. A row's logsumexp is known by now, so there is no maximum to keep, and no slabs to merge: each
 // thread owns panels of key rows and walks all queries.
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <optional>
 
@@ -13,7 +14,7 @@ template <typename Query>
 void info_nce_keys_backward(const Host& host, const Query* query, const Query* key, const InfoNceShape& shape,
                             const InfoNceOptions& options, const InfoNceContrast& contrast,
                             const accumulate_t<Query>* lse, const accumulate_t<Query>* weights,
-                            const accumulate_t<Query>* upstream, accumulate_t<Query>* grad_key) {
+                            const accumulate_t<Query>* grad_loss, accumulate_t<Query>* grad_key) {
   using A = accumulate_t<Query>;
   const int64_t n = shape.n;
   const int64_t c = shape.c;
@@ -25,13 +26,15 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
   const TileLoops<A>& loops = tile_loops<A>();
   const A temperature = static_cast<A>(options.temperature);
   const A scale = static_cast<A>(std::numbers::log2e / options.temperature);
-  std::vector<A> shift(n), floor(n);
+  std::vector<A> shift(n), floor(n), upstream(n);
   for (int64_t i = 0; i < n; ++i) {
-    shift[i] = lse[i] * temperature;
+    const bool lost = weights[3 * i] == 0;  // a row without a loss, and perhaps with an lse of -inf
+    upstream[i] = lost ? 0 : grad_loss[i];
+    shift[i] = lost ? std::numeric_limits<A>::infinity() : lse[i] * temperature;
     floor[i] = weights[3 * i + 1];
   }
   std::optional<RowsById> by_id;
-  if (contrast.key_ids != nullptr) by_id.emplace(contrast.key_ids + contrast.key_offset, n);
+  if (contrast.row_ids != nullptr) by_id.emplace(contrast.row_ids, n);
 
   host.parallel_for(panels.count(), 1, [&](int64_t begin, int64_t end) {
     [[maybe_unused]] const FlushSubnormals flush;
@@ -46,13 +49,18 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
         const int64_t count = std::min(kMinTileKeys, n - row);
         const auto in_tile = [&](int64_t i) { return i >= row && i < row + count; };
         loops.scores(queries.row(row), packed.get() + at * c, scores.get(), count, c, width);
-        loops.weigh(scores.get(), count, width, scale, shift.data() + row, floor.data() + row, upstream + row);
+        loops.weigh(scores.get(), count, width, scale, shift.data() + row, floor.data() + row, upstream.data() + row);
         for (int64_t j = at; j < std::min(at + width, m); ++j) {
           const auto share = [&](int64_t i) { return upstream[i] * weights[3 * i]; };
           const auto score = [&](int64_t i) -> A& { return scores[(i - row) * width + j - at]; };
           const int64_t own_row = j - contrast.key_offset;  // the row whose positive this key is
           if (in_tile(own_row)) score(own_row) = upstream[own_row] * weights[3 * own_row + 2];  // without cancellation
           if (!by_id) continue;
+          for (int64_t i = row; contrast.same_id_only && i < row + count; ++i) {
+            const bool same = contrast.key_ids[j] >= 0 && contrast.row_ids[i] == contrast.key_ids[j];
+            if (i != own_row && !same) score(i) = 0;
+          }
+          if (contrast.same_id_only) continue;
           by_id->for_each(contrast.key_ids[j], [&](int64_t i) {
             if (i == own_row || !in_tile(i)) return;
             if (contrast.same_id_positive) {

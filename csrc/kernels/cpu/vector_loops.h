@@ -35,6 +35,8 @@ struct TileLoops {
   void (*softmax)(A* scores, int64_t keys, int64_t c, int64_t width, A scale, const PanelSoftmax<A>& rows);
   // scores [keys, width] -> weight * (exp2((score - shift) * scale) - minus); shift, minus, weight [keys]
   void (*weigh)(A* scores, int64_t keys, int64_t width, A scale, const A* shift, const A* minus, const A* weight);
+  // found [width]: whether a row has a score that is not up to its threshold, of scores [keys, width]
+  void (*any_above)(const A* scores, int64_t keys, int64_t width, const A* threshold, count_t<A>* found);
 };
 
 constexpr int64_t kPanelStep = 16;

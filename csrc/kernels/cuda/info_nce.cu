@@ -1,4 +1,6 @@
 // The InfoNCE kernels that do not depend on the tensor-core pass: those over rows, and the generic pass.
+#include <algorithm>
+
 #include "kernels/cuda/info_nce_generic.cuh"
 #include "kernels/cuda/info_nce_rows.cuh"
 #include "kernels/cuda/info_nce_target.cuh"
@@ -18,21 +20,22 @@ RowOptions row_options(const InfoNceShape& shape, const InfoNceOptions& options)
 }  // namespace
 
 template <typename Query, typename Operand>
-cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceShape& shape,
-                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
-                                    const InfoNceWorkspace& workspace, cudaStream_t stream) {
-  const auto prepare = [&](const Query* x, const Query* positives, int64_t n, int64_t padded,
+cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceAnchor<Query>& anchor,
+                                    const InfoNceShape& shape, const InfoNceOptions& options,
+                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                    cudaStream_t stream) {
+  const auto prepare = [&](const Query* x, const InfoNceAnchor<Query>& of_x, int64_t n, int64_t padded,
                            const InfoNceOperand<Operand>& operand) {
     const RowOptions rows{n, shape.c, options.eps, options.normalize};
-    return launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
-                  positives, rows, padded, operand);
+    return launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x, of_x,
+                  rows, padded, operand);
   };
   const InfoNceWorkspace& w = workspace;
   const cudaError_t error =
-      prepare(query, key + contrast.key_offset * shape.c, shape.n, w.n_padded,
+      prepare(query, anchor, shape.n, w.n_padded,
               {static_cast<Operand*>(w.query), w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished});
   if (error != cudaSuccess || !contrast.in_batch) return error;
-  return prepare(key, nullptr, contrast.keys, contrast.keys, {static_cast<Operand*>(w.keys), nullptr});
+  return prepare(key, {}, contrast.keys, contrast.keys, {static_cast<Operand*>(w.keys), nullptr});
 }
 
 template <typename Queue>
@@ -65,46 +68,55 @@ cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape
                    shape.c, workspace.column_sum);
     if (error != cudaSuccess) return error;
   }
-  if (contrast.key_ids == nullptr) return cudaSuccess;
-  const int64_t* const row_ids = contrast.key_ids + contrast.key_offset;
+  if (contrast.row_ids == nullptr) return cudaSuccess;
   const dim3 rows(static_cast<unsigned>(shape.n));
   if (workspace.match_sum != nullptr) {
     const cudaError_t error = launch(info_nce_match_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream,
-                                     of_queue, of_batch, row_ids, shape.c, workspace);
+                                     of_queue, of_batch, contrast.row_ids, shape.c, workspace);
     if (error != cudaSuccess) return error;
   }
   if (contrast.same_id_positive || workspace.partials.keys == nullptr) return cudaSuccess;
   return launch(info_nce_repair_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream, of_queue, of_batch,
-                row_ids, shape.n, shape.c, temperature_of(options), workspace);
+                contrast.row_ids, contrast.same_id_only, shape.c, temperature_of(options), workspace);
 }
 
 template <typename Query>
-cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const InfoNceShape& shape,
-                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
-                                    const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
-                                    cudaStream_t stream) {
-  // Few rows have many splits each, and need more warps to keep enough loads in flight.
-  const int warps = workspace.splits >= 4 * kCombineMaxWarps ? kCombineMaxWarps : 4;
-  const InfoNceTarget target{
-      contrast.plain(),         workspace.column_sum,          workspace.match_sum,
-      workspace.matches,        {shape.k, contrast.num_valid}, contrast.in_batch ? contrast.keys : 0,
-      contrast.label_smoothing, contrast.same_id_positive};
+cudaError_t launch_info_nce_combine(const Query* query, const InfoNceAnchor<Query>& anchor, const float* target,
+                                    const InfoNceShape& shape, const InfoNceOptions& options,
+                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                    const InfoNceOutputs& outputs, cudaStream_t stream) {
+  const int warps = static_cast<int>(std::clamp<int64_t>((workspace.splits + kCombineSplits - 1) / kCombineSplits,
+                                                         kCombineMinWarps, kCombineMaxWarps));
+  const bool own_key = anchor.key != nullptr;
+  const float* const given = own_key ? target : nullptr;
+  const bool plain = given == nullptr && contrast.row_ids == nullptr && contrast.label_smoothing == 0;
+  const InfoNceTarget row_target{plain || (!own_key && target != nullptr),
+                                 own_key,
+                                 own_key && contrast.own_key == OwnKey::kPositive,
+                                 given,
+                                 workspace.column_sum,
+                                 workspace.match_sum,
+                                 workspace.matches,
+                                 {shape.k, contrast.num_valid},
+                                 contrast.in_batch ? contrast.keys : 0,
+                                 contrast.label_smoothing,
+                                 contrast.same_id_positive};
   return launch(Start::kEarly, info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps),
-                0, stream, query, key + contrast.key_offset * shape.c, row_options(shape, options),
-                temperature_of(options), target, workspace, outputs);
+                0, stream, query, anchor, row_options(shape, options), temperature_of(options), row_target, workspace,
+                outputs);
 }
 
-#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                                \
-  template cudaError_t launch_info_nce_prepare<Query, Operand>(const Query*, const Query*, const InfoNceShape&, \
-                                                               const InfoNceOptions&, const InfoNceContrast&,   \
-                                                               const InfoNceWorkspace&, cudaStream_t);
-#define MOCO_INSTANTIATE_QUERY(Query)                                                                  \
-  MOCO_INSTANTIATE_PREPARE(Query, float)                                                               \
-  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                       \
-  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                              \
-  template cudaError_t launch_info_nce_combine<Query>(const Query*, const Query*, const InfoNceShape&, \
-                                                      const InfoNceOptions&, const InfoNceContrast&,   \
-                                                      const InfoNceWorkspace&, const InfoNceOutputs&, cudaStream_t);
+#define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                           \
+  template cudaError_t launch_info_nce_prepare<Query, Operand>(                                            \
+      const Query*, const Query*, const InfoNceAnchor<Query>&, const InfoNceShape&, const InfoNceOptions&, \
+      const InfoNceContrast&, const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INSTANTIATE_QUERY(Query)                                                                      \
+  MOCO_INSTANTIATE_PREPARE(Query, float)                                                                   \
+  MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                           \
+  MOCO_INSTANTIATE_PREPARE(Query, __half)                                                                  \
+  template cudaError_t launch_info_nce_combine<Query>(                                                     \
+      const Query*, const InfoNceAnchor<Query>&, const float*, const InfoNceShape&, const InfoNceOptions&, \
+      const InfoNceContrast&, const InfoNceWorkspace&, const InfoNceOutputs&, cudaStream_t);
 #define MOCO_INSTANTIATE_TARGET(Queue, Operand)                                                              \
   template cudaError_t launch_info_nce_target<Queue, Operand>(const Queue*, const InfoNceShape&,             \
                                                               const InfoNceOptions&, const InfoNceContrast&, \

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
   const int lane = thread % 32;
   const int warp = thread / 32;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * kGenericRows;
-  const int64_t split_row = blockIdx.y * n + block_row;
+  const auto slot = [&](int64_t row) { return partials.slot(block_row + row, blockIdx.y); };
   const int64_t k = count.value();
   const int64_t tiles = (k + kGenericKeys - 1) / kGenericKeys;
   const int64_t first_tile = tiles * blockIdx.y / gridDim.y;
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         }
         for (int j = 0; j < kGenericItemRows; ++j) {
           if (block_row + row + j >= n) break;
-          float* const total = partials.keys + (split_row + row + j) * c + column;
+          float* const total = partials.keys + slot(row + j) * c + column;
           *total = tile == first_tile ? sum[j] : *total * rescale[row + j] + sum[j];
         }
       }
@@ -115,16 +115,16 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
 
   if (first_tile == end_tile && partials.keys != nullptr) {  // fewer tiles than splits
     const int64_t rows = min(n - block_row, kGenericRows);
-    for (int64_t i = thread; i < rows * c; i += kGenericThreads) partials.keys[split_row * c + i] = 0.0f;
+    for (int64_t i = thread; i < rows * c; i += kGenericThreads) partials.keys[slot(i / c) * c + i % c] = 0.0f;
   }
   for (int r = 0; r < 2; ++r) {
     const int row = warp + kWarps * r;
     const float sum = warp_join(row_sum[r], Add{});
     const uint32_t rank = warp_join(row_rank[r], Add{});
     if (lane == 0 && block_row + row < n) {
-      partials.max[split_row + row] = row_max[r];
-      partials.sum[split_row + row] = sum;
-      partials.rank[split_row + row] = rank;
+      partials.max[slot(row)] = row_max[r];
+      partials.sum[slot(row)] = sum;
+      partials.rank[slot(row)] = rank;
     }
   }
 }

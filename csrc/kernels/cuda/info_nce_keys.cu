@@ -16,7 +16,7 @@ struct KeysWorkspace {
   void* key;               // [M_padded, C] operand
   float* key_norm;         // [M]
   InfoNceColumn* columns;  // [N]
-  float* sums;             // [splits, M, C] of W Q
+  float* sums;             // [M, splits, C] of W Q
   int64_t padded;
   int64_t splits;
   size_t bytes;
@@ -26,8 +26,9 @@ __global__ void info_nce_columns_kernel(const float* lse, const float* weights, 
                                         InfoNceColumn* columns) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  const float g = upstream[i];
-  columns[i] = {lse[i] * 1.44269504f, g, weights[3 * i + 1] * g, weights[3 * i] * g};
+  const bool lost = weights[3 * i] == 0.0f;  // a row without a loss, and perhaps with an lse of -inf
+  const float g = lost ? 0.0f : upstream[i];
+  columns[i] = {lost ? INFINITY : lse[i] * 1.44269504f, g, weights[3 * i + 1] * g, weights[3 * i] * g};
 }
 
 constexpr int kChunk = 64;  // queries whose weights are in shared memory
@@ -84,7 +85,7 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
   for (int64_t i = threadIdx.x; i < c; i += blockDim.x) {
     float sum = 0.0f;
     for (int64_t split = 0; split < workspace.splits; ++split) {
-      sum += workspace.sums[(split * options.n + row) * c + i];
+      sum += workspace.sums[(row * workspace.splits + split) * c + i];
     }
     gradient[i] = sum;
   }
@@ -148,8 +149,7 @@ template <typename Operand, typename Query>
 cudaError_t launch_operand(const Query* x, const RowOptions& options, int64_t padded, void* operand, float* norm,
                            cudaStream_t stream) {
   return launch(info_nce_prepare_kernel<Query, Operand>, row_blocks(padded), dim3(32 * kRowWarps), 0, stream, x,
-                static_cast<const Query*>(nullptr), options, padded,
-                InfoNceOperand<Operand>{static_cast<Operand*>(operand), norm});
+                InfoNceAnchor<Query>{}, options, padded, InfoNceOperand<Operand>{static_cast<Operand*>(operand), norm});
 }
 
 }  // namespace
@@ -176,9 +176,9 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
   const RowOptions queries{n, shape.c, options.eps, options.normalize};
   const RowOptions keys{m, shape.c, options.eps, options.normalize};
   const InfoNceTemperature temperature{options.temperature, options.temperature_ptr};
-  const int64_t* const query_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
   // Here the rows are keys: row j is the key of query j - key_offset.
-  const InfoNceMask mask{contrast.key_ids, query_ids, -contrast.key_offset, contrast.same_id_positive};
+  const InfoNceMask mask{contrast.key_ids, contrast.row_ids, -contrast.key_offset, contrast.same_id_positive,
+                         contrast.same_id_only};
 
   cudaError_t error = launch(info_nce_columns_kernel, dim3(static_cast<unsigned>((n + kThreads - 1) / kThreads)),
                              dim3(kThreads), 0, stream, lse, weights, upstream, n, w.columns);
@@ -191,7 +191,7 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
                                           static_cast<const Operand*>(w.query),
                                           nullptr,
                                           nullptr,
-                                          {nullptr, nullptr, nullptr, w.sums},
+                                          {nullptr, nullptr, nullptr, w.sums, w.splits},
                                           m,
                                           {n, nullptr},
                                           mask,

@@ -108,33 +108,36 @@ inline cudaError_t info_nce_of_no_rows(const InfoNceOutputs& outputs, cudaStream
 
 // prepare, the passes over queue and batch, combine.
 template <typename Query, typename Queue>
-cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const InfoNceShape& shape,
-                     const InfoNceOptions& options, const InfoNceContrast& contrast, const InfoNceOutputs& outputs,
-                     void* workspace, cudaStream_t stream) {
+cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const float* target,
+                     const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceContrast& contrast,
+                     const InfoNceOutputs& outputs, void* workspace, cudaStream_t stream) {
   if (shape.n == 0) return info_nce_of_no_rows(outputs, stream);
   const bool gradient = outputs.grad_query != nullptr;
   const InfoNcePass<Queue> pass = choose_pass(queue, shape, options, contrast, gradient);
   const InfoNceWorkspace w = pass_workspace(pass, workspace, shape, contrast, gradient);
-  const int64_t* const row_ids = contrast.key_ids == nullptr ? nullptr : contrast.key_ids + contrast.key_offset;
+  const bool own_key = key != nullptr && contrast.own_key != OwnKey::kExcluded;
+  const InfoNceAnchor<Query> anchor{own_key ? key + contrast.key_offset * shape.c : nullptr, target};
+  const int64_t* const row_ids = contrast.row_ids;
   const bool positive = contrast.same_id_positive;
   const auto run = [&]<typename Operand>() {  // the type of queries and keys in the passes
-    cudaError_t error = launch_info_nce_prepare<Query, Operand>(query, key, shape, options, contrast, w, stream);
+    cudaError_t error =
+        launch_info_nce_prepare<Query, Operand>(query, key, anchor, shape, options, contrast, w, stream);
     if (error == cudaSuccess && w.queue_splits > 0) {
-      error =
-          launch_pass(pass, queue, {shape.k, contrast.num_valid}, {row_ids, contrast.queue_ids, kNoPositive, positive},
-                      partials_from(w, shape, 0), w.queue_splits, shape, options, w, stream);
+      error = launch_pass(pass, queue, {shape.k, contrast.num_valid},
+                          {row_ids, contrast.queue_ids, kNoPositive, positive, contrast.same_id_only},
+                          partials_from(w, shape, 0), w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess && contrast.in_batch) {
       error =
           launch_pass(pass, static_cast<const Operand*>(w.keys), {contrast.keys, nullptr},
-                      {row_ids, contrast.key_ids, contrast.key_offset, positive},
+                      {row_ids, contrast.key_ids, contrast.key_offset, positive, contrast.same_id_only},
                       partials_from(w, shape, w.queue_splits), w.splits - w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess) {
       error = launch_info_nce_target<Queue, Operand>(queue, shape, options, contrast, w, stream);
     }
     if (error != cudaSuccess) return error;
-    return launch_info_nce_combine(query, key, shape, options, contrast, w, outputs, stream);
+    return launch_info_nce_combine(query, anchor, target, shape, options, contrast, w, outputs, stream);
   };
   if (pass.kind == PassKind::kGeneric) return run.template operator()<float>();
   return run.template operator()<Queue>();
@@ -146,9 +149,9 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
   MOCO_INSTANTIATE_INFO_NCE_PAIR(float, Queue)                                                              \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(__nv_bfloat16, Queue)                                                      \
   MOCO_INSTANTIATE_INFO_NCE_PAIR(__half, Queue)
-#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                                \
-  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const InfoNceShape&,        \
-                                              const InfoNceOptions&, const InfoNceContrast&, const InfoNceOutputs&, \
-                                              void*, cudaStream_t);
+#define MOCO_INSTANTIATE_INFO_NCE_PAIR(Query, Queue)                                                              \
+  template cudaError_t info_nce<Query, Queue>(const Query*, const Query*, const Queue*, const float*,             \
+                                              const InfoNceShape&, const InfoNceOptions&, const InfoNceContrast&, \
+                                              const InfoNceOutputs&, void*, cudaStream_t);
 
 }  // namespace moco_ext::cuda

@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     for (int r = 0; r < 2; ++r) {
       const int64_t this_row = first_row(at) + 16 * m + 8 * r;
       if (this_row >= n) continue;
-      const int64_t slot = blockIdx.y * n + this_row;
+      const int64_t slot = arguments.partials.slot(this_row, blockIdx.y);
       if (kPass != MmaPass::kKeys && first_column == 0) {
         arguments.partials.max[slot] = rows[m].max[r];
         arguments.partials.sum[slot] = rows[m].sum[r] * kUnbias;

@@ -1,5 +1,4 @@
-// The launcher of the Hopper pass. Written from the description of the instruction set and not yet run on a GPU: used
-// only with MOCO_EXT_SM90=1, on a device of compute capability 9.0.
+// The launcher of the Hopper pass, for devices of compute capability 9.0. MOCO_EXT_SM90=0 turns it off.
 #include <cudaTypedefs.h>
 
 #include <atomic>
@@ -13,7 +12,20 @@ namespace moco_ext::cuda {
 
 namespace {
 
-bool device_is_hopper() {
+// Compiled for anything but sm_90a, the kernel is empty.
+bool has_hopper_code() {
+#ifdef MOCO_EMULATE
+  return true;
+#else
+  cudaFuncAttributes attributes{};
+  const auto kernel = info_nce_sm90_kernel<__half, 1, 64, true, false>;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
+         attributes.numRegs > 64;
+#endif
+}
+
+// Of the current device, in this build.
+bool can_run_hopper() {
   static std::atomic<int> known[64];  // per device: 1 no, 2 yes
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= 64) return false;
@@ -22,7 +34,7 @@ bool device_is_hopper() {
   int minor = 0;
   const bool hopper = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
                       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-                      major == 9 && minor == 0;
+                      major == 9 && minor == 0 && has_hopper_code();
   known[device].store(hopper ? 2 : 1, std::memory_order_relaxed);
   return hopper;
 }
@@ -75,7 +87,8 @@ cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, 
       kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, true>
                         : info_nce_sm90_kernel<Queue, kTerms, columns, false, true>;
   }
-  return launch(Start::kEarly, kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
+  const Start start = arguments.mask.of_batch() ? Start::kAfterPrevious : Start::kEarly;
+  return launch(start, kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
 }
 
 template <typename Queue, int kTerms>
@@ -92,9 +105,9 @@ cudaError_t launch_width(Sm90Arguments& arguments, const Queue* keys, dim3 grid,
 bool sm90_enabled() {
   static const bool wanted = [] {
     const char* const set = std::getenv("MOCO_EXT_SM90");
-    return set != nullptr && std::strcmp(set, "1") == 0;
+    return set == nullptr || std::strcmp(set, "0") != 0;
   }();
-  return wanted && device_is_hopper() && encoder() != nullptr;
+  return wanted && can_run_hopper() && encoder() != nullptr;
 }
 
 template <typename Queue>

@@ -4,7 +4,8 @@
 // a tile twice, as the operand of S = Q K^T (rows) and of O += P K (columns). Scores, P and O stay in registers. A
 // softmax overlaps with products of its own warpgroup and of the other one (the order of FlashAttention-3):
 //   issue S(j+1) -> issue O += P(j) K -> wait for S -> softmax of S(j+1) -> wait for O -> release tile j -> rescale O
-// With up to 64 queries, both warpgroups have the same rows, and each its own split of the queue.
+// The warpgroups take turns to issue. Otherwise both would issue at once, and then need the other units at once, too.
+// With up to 64 queries, both warpgroups have the same rows, and each its own split of the queue, without turns.
 //
 // 16-bit tiles are tensor copies. float32 elements become the sum of kTerms bfloat16 terms, each the rounded remainder
 // of those before, in a plane of the tile each: three hold all 24 bits. The producer splits a tile once for the whole
@@ -46,7 +47,7 @@ struct Sm90Tile {
   // Even, so that with two streams a stage always has tiles of the same one. Otherwise a consumer would skip phases of
   // the stage's barrier, and parity cannot tell it two phases early.
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit / 2 * 2 : 8;
-  static_assert(kStages >= (kExact ? 2 : 4) && (2 * kStages + 1) * 8 <= 256);
+  static_assert(kStages >= (kExact ? 2 : 4) && (2 * kStages + 3) * 8 <= 256);
   static constexpr int kSharedBytes = kOtherBytes + 2 * kQueryBytes + kStages * kTileBytes;
   static constexpr int kThreads = 3 * 128;
 };
@@ -67,6 +68,27 @@ struct Sm90Arguments {
   InfoNceMask mask;
   InfoNceTemperature temperature;
 };
+
+// Rows `row` and `row + 8`, which a lane has part of.
+__device__ __forceinline__ SoftmaxRows start_rows(const Sm90Arguments& arguments, int64_t row) {
+  SoftmaxRows rows{};
+  const float log2_scale = 1.44269504f / arguments.temperature.value();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float row_scale = arguments.row_scale[row + 8 * r];
+    rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
+    rows.scale[r] = row_scale * log2_scale;
+    rows.max[r] = -INFINITY;
+  }
+  return rows;
+}
+
+__device__ __forceinline__ void write_row(const Sm90Arguments& arguments, const SoftmaxRows& rows, int r, int64_t slot,
+                                          float unbias) {
+  arguments.partials.max[slot] = rows.max[r];
+  arguments.partials.sum[slot] = rows.sum[r] * unbias;
+  arguments.partials.rank[slot] = rows.rank[r];
+}
 
 // The pass for more than 256 columns of 16 bits (info_nce_sm90_wide.cuh).
 template <typename Queue>
@@ -108,6 +130,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
   const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: its consumers have read it
   const uint32_t query_arrived = empty + Tile::kStages * 8;
+  const uint32_t turns = query_arrived + 8;  // [2]: the warps of the other warpgroup have issued
   const int thread = static_cast<int>(threadIdx.x);
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // tells the compiler that it is uniform
   const int streams = arguments.streams;
@@ -133,11 +156,12 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       sm90::barrier_init(empty + 8 * i, streams == 1 ? 2 : 1);
     }
     sm90::barrier_init(query_arrived, 1);
+    for (int i = 0; i < 2; ++i) sm90::barrier_init(turns + 8 * i, 4);
     sm90::barrier_init_done();
   }
   __syncthreads();
-  wait_for_previous_kernel();
 
+  // Consumers wait for the previous kernel. It writes the query, but not the keys: see InfoNceMask::of_batch.
   if (thread < 128) {
     sm90::release_registers<kProducerRegisters>();
     const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
@@ -199,13 +223,17 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     } else if (thread == 0) {
       sm90::prefetch_map(arguments.query_map);
       sm90::prefetch_map(arguments.key_map);
-      sm90::barrier_expect(query_arrived, 2 * Tile::kQueryBytes);
-      for (int i = 0; i < 2 * Tile::kPanels; ++i) {
-        const int to_group = i / Tile::kPanels;
-        sm90::copy_tensor(query + i * Tile::kQueryPanelBytes, arguments.query_map, i % Tile::kPanels * 64,
-                          static_cast<int>(block_row) + to_group * group_rows, query_arrived);
-      }
-      for (int slot = 0; slot < slots; ++slot) {
+      for (int slot = 0;; ++slot) {
+        if (slot == min(slots, Tile::kStages)) {
+          wait_for_previous_kernel();
+          sm90::barrier_expect(query_arrived, 2 * Tile::kQueryBytes);
+          for (int i = 0; i < 2 * Tile::kPanels; ++i) {
+            const int to_group = i / Tile::kPanels;
+            sm90::copy_tensor(query + i * Tile::kQueryPanelBytes, arguments.query_map, i % Tile::kPanels * 64,
+                              static_cast<int>(block_row) + to_group * group_rows, query_arrived);
+          }
+        }
+        if (slot == slots) break;
         const int stream = slot & (streams - 1);
         const int tile = slot >> (streams - 1);
         const uint32_t arrived = full + 8 * (slot % Tile::kStages);
@@ -223,6 +251,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     }
   } else {
     sm90::claim_registers<kConsumerRegisters>();
+    wait_for_previous_kernel();
     const typename Tile::Operand type{};
     const int lane = thread % 32;
     const int64_t n = arguments.n;
@@ -236,17 +265,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
     const auto valid_keys = [&](int tile) { return min(split_keys - tile * Tile::kKeys, Tile::kKeys); };
     constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
-    SoftmaxRows rows;
-    const float log2_scale = 1.44269504f / arguments.temperature.value();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float row_scale = arguments.row_scale[row + 8 * r];
-      rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
-      rows.scale[r] = row_scale * log2_scale;
-      rows.max[r] = -INFINITY;
-      rows.sum[r] = 0.0f;
-      rows.rank[r] = 0;
-    }
+    SoftmaxRows rows = start_rows(arguments, row);
 
     const uint32_t group_query = query + group * Tile::kQueryBytes;
     uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
@@ -406,11 +425,16 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         pack_weights();
         for (int tile = 0; tile < tiles - 1; ++tile) {
           wait_for(tile + 1);
+          if (streams == 1) sm90::barrier_wait(turns + 8 * group, (tile + group + 1) & 1);
           begin(s, o);
           issue_scores(tile + 1);
           sm90::products_commit();
           issue_outputs(o, tile, 0, 1);
           sm90::products_commit();
+          if (streams == 1) {  // every warp arrives, or the others could be two turns ahead of one that still waits
+            __syncwarp();
+            if (lane == 0) sm90::barrier_arrive(turns + 8 * (1 - group));
+          }
           sm90::products_wait<1>();
           sm90::pin(s);
           const bool grew = take_softmax(tile + 1);
@@ -470,12 +494,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if (row + 8 * r >= n || split >= arguments.splits) continue;
-      const int64_t slot = split * n + row + 8 * r;
-      if (lane % 4 == 0) {
-        arguments.partials.max[slot] = rows.max[r];
-        arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
-        arguments.partials.rank[slot] = rows.rank[r];
-      }
+      const int64_t slot = arguments.partials.slot(row + 8 * r, split);
+      if (lane % 4 == 0) write_row(arguments, rows, r, slot, kUnbias);
       if constexpr (kGradient) {
         float* const out = arguments.partials.keys + slot * c;
 #pragma unroll

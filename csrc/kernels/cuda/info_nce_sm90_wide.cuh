@@ -115,26 +115,16 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
     sm90::barrier_init_done();
   }
   __syncthreads();
-  wait_for_previous_kernel();
+  if (thread == 0) {
+    sm90::prefetch_map(arguments.key_map);
+    for (int unit = 0; unit < min(kUnits, kGroups * tiles); ++unit) load(unit);
+  }
+  wait_for_previous_kernel();  // it writes the query, but not the keys
 
   if (group < 0) {
     sm90::set_registers<Tile::kLaunchRegisters, Tile::kScoreRegisters>();
-    if (thread == 0) {
-      load_wide_query<Queue, columns>(query, query_arrived, arguments, block_row);
-      sm90::prefetch_map(arguments.key_map);
-      for (int unit = 0; unit < min(kUnits, kGroups * tiles); ++unit) load(unit);
-    }
-    SoftmaxRows rows;
-    const float log2_scale = 1.44269504f / arguments.temperature.value();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float row_scale = arguments.row_scale[row + 8 * r];
-      rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
-      rows.scale[r] = row_scale * log2_scale;
-      rows.max[r] = -INFINITY;
-      rows.sum[r] = 0.0f;
-      rows.rank[r] = 0;
-    }
+    if (thread == 0) load_wide_query<Queue, columns>(query, query_arrived, arguments, block_row);
+    SoftmaxRows rows = start_rows(arguments, row);
     constexpr int kScores = Tile::kKeys / 8;
     float s[kScores][4];  // of the tile that is multiplied
     float p[kScores][4];  // of the tile before
@@ -214,10 +204,7 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
     for (int r = 0; r < 2; ++r) {
       const int64_t end_row = block_row + end_thread / 32 * 16 + end_thread % 32 / 4 + 8 * r;
       if (end_row >= n || end_thread % 4 != 0) continue;
-      const int64_t slot = split * n + end_row;
-      arguments.partials.max[slot] = rows.max[r];
-      arguments.partials.sum[slot] = rows.sum[r] * kUnbias;
-      arguments.partials.rank[slot] = rows.rank[r];
+      write_row(arguments, rows, r, arguments.partials.slot(end_row, split), kUnbias);
     }
   } else {
     sm90::set_registers<Tile::kLaunchRegisters, Tile::kSumRegisters>();
@@ -277,10 +264,10 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
     }
     if constexpr (kGradient) {
       const int first_column = group * Tile::kGroupColumns + lane % 4 * 2;
-      float* out = arguments.partials.keys + (split * n + row) * c + first_column;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int columns_left = row + 8 * r < n ? c - first_column : 0;
+        float* const out = arguments.partials.keys + arguments.partials.slot(row + 8 * r, split) * c + first_column;
 #pragma unroll
         for (int i = 0; i < 2 * kOutputs; ++i) {
           const float (&sum)[4] = o[i / kOutputs][i % kOutputs];
@@ -288,7 +275,6 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
             *reinterpret_cast<float2*>(out + 8 * i) = make_float2(sum[2 * r] * kUnbias, sum[2 * r + 1] * kUnbias);
           }
         }
-        out += 8 * c;
       }
     }
   }

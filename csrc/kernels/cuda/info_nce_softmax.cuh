@@ -13,17 +13,41 @@ namespace moco_ext::cuda {
 struct SoftmaxRows {
   float positive[2];
   float scale[2];    // from a score to the exponent of 2
-  float max[2];      // of the scores, over the row's four lanes
+  float max[2];      // of the scores, over the row's four lanes; by kSlack in units of log 2 it may be too small
   float sum[2];      // over this lane's keys
   uint32_t rank[2];  // over this lane's keys
 };
 
+// How many of the lane's scores of row r are greater than `positive`, at two instructions a score. A comparison and a
+// conditional increment would be three, on units of half the rate, but need fewer registers. big * (s - positive),
+// exact in an fma but for the last rounding, is at least 1 if the scores differ by more than the smallest normal
+// number.
+template <int tiles>
+__device__ __forceinline__ uint32_t count_above(const float (&s)[tiles][4], int r, float positive) {
+  if constexpr (tiles <= 4) {
+    uint32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * tiles; ++i) count += s[i / 2][2 * r + i % 2] > positive;
+    return count;
+  } else {
+    // A power of two, so that positive * big is about 2^100, or less if big would overflow: 354 = 100 + 2 * 127.
+    const uint32_t exponent = __float_as_uint(positive) & 0x7f800000u;
+    const float big = __uint_as_float(min((354u << 23) - exponent, 253u << 23));
+    float count[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * tiles; ++i) count[i % 2] += saturated_fma(s[i / 2][2 * r + i % 2], big, -positive * big);
+    return static_cast<uint32_t>(count[0] + count[1]);
+  }
+}
+
 // Replaces scores by 2^bias times their weights relative to the running maximum. Returns whether the maximum of a row
-// of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`.
+// of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`. It only grows by more than
+// kSlack, which is rare after a row's first tile: until then weights above 1 do no harm.
 template <int kBias, int tiles>
 __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&rescale)[2]) {
   // Up to this maximum in units of log 2, the rounding error of max * scale changes a weight by less than 2^-17.
   constexpr float kLargestProduct = 256.0f;
+  constexpr float kSlack = kBias > 0 ? 3.0f : 8.0f;  // with the bias, fp16 holds 2^15
   float shift[2];
   float offset[2];
   bool grew = false;
@@ -37,22 +61,21 @@ __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRow
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
     above |= max > rows.positive[r];
-    max = fmaxf(max, rows.max[r]);
+    // Not if they are equal or one is NaN.
+    const bool grows = (max - rows.max[r]) * rows.scale[r] > kSlack;
+    if (!grows) max = rows.max[r];
     shift[r] = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
     rescale[r] = exp2_approx((rows.max[r] - shift[r]) * rows.scale[r]);
     offset[r] = -shift[r] * rows.scale[r];
     large |= !(fabsf(offset[r]) <= kLargestProduct);
     offset[r] += kBias;
-    grew |= max > rows.max[r];
+    grew |= grows;
     rows.max[r] = max;
     rows.sum[r] *= rescale[r];
   }
-  if (__any_sync(0xffffffffu, above || large)) {  // rare once positives score above most negatives
+  if (__any_sync(0xffffffffu, above || large)) {  // rarer as positives score above most negatives
 #pragma unroll
-    for (int j = 0; j < tiles; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rows.rank[i / 2] += s[j][i] > rows.positive[i / 2];
-    }
+    for (int r = 0; r < 2; ++r) rows.rank[r] += count_above<tiles>(s, r, rows.positive[r]);
     // Logits may have any size, and the rounding error of max * scale alone could overflow exp2: subtract first.
     if (__any_sync(0xffffffffu, large)) {
 #pragma unroll
@@ -112,8 +135,9 @@ __device__ __forceinline__ MaskBits<tiles> mask_bits(const InfoNceMask& mask, in
     const int64_t this_row = row + at / 2 % 2 * 8;
     if (this_row >= n || key_of_tile >= valid) continue;
     bits.positive |= static_cast<Bits>(mask.is_positive(this_row, key)) << at;
-    bits.same_id |= static_cast<Bits>(mask.same_id(this_row, key)) << at;
+    bits.same_id |= static_cast<Bits>(mask.equal_ids(this_row, key)) << at;
   }
+  if (mask.same_id_only) bits.same_id = ~bits.same_id;  // here, where few registers are in use
   bits.same_id &= ~bits.positive;
   return bits;
 }

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kMatchThreads)
   int64_t matches = 0;
   const auto gather = [&](const auto& source) {
     if (source.keys == nullptr || source.ids == nullptr) return;
-    const InfoNceMask mask{row_ids, source.ids, source.key_offset, false};
+    const InfoNceMask mask{row_ids, source.ids, source.key_offset, false, false};
     const int64_t k = source.count.value();
 #pragma unroll 1
     for (int64_t first = 0; first < k; first += kMatchThreads) {
@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(kMatchThreads)
 // A masked key has weight 0, but 0 * NaN is NaN. Rows whose sums are not finite are summed again, over the keys that
 // they see. A block per row; most find nothing to do.
 template <typename Queue, typename Operand>
-__global__ void __launch_bounds__(kMatchThreads)
-    info_nce_repair_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, const int64_t* row_ids, int64_t n,
-                           int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
+__global__ void __launch_bounds__(kMatchThreads, 2)  // without the 2, ptxas spills on some architectures
+    info_nce_repair_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, const int64_t* row_ids,
+                           bool same_id_only, int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
   constexpr int kChunk = 64;  // keys
   __shared__ float weights[kChunk];
   __shared__ bool masked[kChunk];
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kMatchThreads)
   const int lane = thread % 32;
   const int64_t row = blockIdx.x;
   const InfoNcePartials& partials = workspace.partials;
-  const auto expected = [&](int64_t split) { return partials.keys + (split * n + row) * c; };
+  const auto expected = [&](int64_t split) { return partials.keys + partials.slot(row, split) * c; };
   const int64_t splits = workspace.splits;
 
   if (thread == 0) broken = 0;
@@ -117,11 +117,12 @@ __global__ void __launch_bounds__(kMatchThreads)
   __syncthreads();
   if (broken == 0) return;
 
+  const float* const maxima = partials.max + partials.slot(row, 0);
   int64_t largest = 0;  // the split with the row's maximum gets the sum
   for (int64_t split = 1; split < splits; ++split) {
-    if (partials.max[split * n + row] > partials.max[largest * n + row]) largest = split;
+    if (maxima[split] > maxima[largest]) largest = split;
   }
-  const float max = partials.max[largest * n + row];
+  const float max = maxima[largest];
   const float scale = workspace.row_scale[row] * 1.44269504f / temperature.value();
   for (int64_t i = thread; i < c; i += kMatchThreads) {
     for (int64_t split = 0; split < splits; ++split) expected(split)[i] = 0.0f;
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kMatchThreads)
   const Operand* const query = static_cast<const Operand*>(workspace.query) + row * c;
   const auto add = [&](const auto& source) {
     if (source.keys == nullptr) return;
-    const InfoNceMask mask{row_ids, source.ids, source.key_offset, false};
+    const InfoNceMask mask{row_ids, source.ids, source.key_offset, false, same_id_only};
     const int64_t k = source.count.value();
     for (int64_t first = 0; first < k; first += kChunk) {
       const int count = static_cast<int>(min(k - first, int64_t{kChunk}));

@@ -22,10 +22,12 @@ struct InfoNceTemperature {
 
 // One row's partial results over one split, with p = exp((score - max) * row_scale / temperature).
 struct InfoNcePartials {
-  float* max;      // [splits, N] of the scores; a score is q . n / row_scale
-  float* sum;      // [splits, N] of p
-  uint32_t* rank;  // [splits, N] scores above the positive's
-  float* keys;     // [splits, N, C] sum of p n; null without gradient
+  float* max;      // [N, splits] of the scores, about: p may be up to 2^8. A score is q . n / row_scale
+  float* sum;      // [N, splits] of p
+  uint32_t* rank;  // [N, splits] scores above the positive's
+  float* keys;     // [N, splits, C] sum of p n; null without gradient
+  int64_t splits;  // of a row, those of other passes included
+  __device__ int64_t slot(int64_t row, int64_t split) const { return row * splits + split; }
 };
 
 constexpr int64_t kNoPositive = INT64_MIN;
@@ -36,6 +38,7 @@ struct InfoNceMask {
   const int64_t* key_ids;  // [K] or null
   int64_t key_offset;      // key key_offset + row is the positive of row; kNoPositive: there is none
   bool same_id_positive;
+  bool same_id_only;  // the others are masked out instead
 
   __host__ __device__ bool any() const { return key_ids != nullptr || of_batch(); }
   // The keys are the batch's, which prepare writes. Then the pass must not start early, because it loads keys first.
@@ -43,9 +46,11 @@ struct InfoNceMask {
   __device__ bool is_positive(int64_t row, int64_t key) const {
     return key_offset != kNoPositive && key == key_offset + row;
   }
-  __device__ bool same_id(int64_t row, int64_t key) const {
+  __device__ bool equal_ids(int64_t row, int64_t key) const {
     return key_ids != nullptr && row_ids[row] >= 0 && row_ids[row] == key_ids[key];
   }
+  // Of the ids that are masked out, or positive.
+  __device__ bool same_id(int64_t row, int64_t key) const { return equal_ids(row, key) != same_id_only; }
 };
 
 // The number of valid keys, known on the host or only on the device.
@@ -58,9 +63,19 @@ struct InfoNceKeyCount {
   }
 };
 
+// What a row's scores are compared with: its key, else its target, else 0.
+template <typename Query>
+struct InfoNceAnchor {
+  const Query* key;     // [N, C] the queries' own, or null
+  const float* target;  // [N, C] taken as it is, or null
+};
+
 // A target distribution, for combine.
 struct InfoNceTarget {
-  bool plain;               // only the positive
+  bool plain;               // only the anchor
+  bool own_key;             // a positive
+  bool candidate;           // it is in the denominator
+  const float* given;       // [N, C] beside an own key, or null
   const float* column_sum;  // [C] over all keys, or null without label smoothing
   const float* match_sum;   // [N, C] over the keys with the row's id, or null
   const int64_t* matches;   // [N], with match_sum
@@ -73,7 +88,7 @@ struct InfoNceTarget {
 struct InfoNceWorkspace {
   float* query_norm;        // [N]
   float* key_norm;          // [N]
-  float* positive;          // [N_padded] q . k, not divided by row_scale
+  float* positive;          // [N_padded] q . anchor, not divided by row_scale
   float* row_scale;         // [N_padded] power of two that scales the query operand's largest element to [0.5, 1)
   float* grad_temperature;  // [N], to be reduced
   unsigned* finished;       // [1] blocks of combine; prepare sets it to 0
@@ -92,7 +107,7 @@ struct InfoNceWorkspace {
 constexpr int kColumnParts = 128;
 
 inline bool needs_matches(const InfoNceContrast& contrast) {
-  return contrast.key_ids != nullptr && (contrast.same_id_positive || contrast.label_smoothing > 0);
+  return contrast.row_ids != nullptr && (contrast.same_id_positive || contrast.label_smoothing > 0);
 }
 
 // Divides memory into pieces. A null base gives the size.
@@ -146,22 +161,24 @@ inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape
   pieces.take(w.partials.sum, slots);
   pieces.take(w.partials.rank, slots);
   if (gradient) pieces.take(w.partials.keys, slots * shape.c);
+  w.partials.splits = w.splits;
   w.bytes = pieces.used();
   return w;
 }
 
-// The slots of the splits from `split` on.
+// Those of a pass whose first split is `split`.
 inline InfoNcePartials partials_from(const InfoNceWorkspace& w, const InfoNceShape& shape, int64_t split) {
-  const int64_t slot = split * shape.n;
   const InfoNcePartials& p = w.partials;
-  return {p.max + slot, p.sum + slot, p.rank + slot, p.keys == nullptr ? nullptr : p.keys + slot * shape.c};
+  return {p.max + split, p.sum + split, p.rank + split, p.keys == nullptr ? nullptr : p.keys + split * shape.c,
+          p.splits};
 }
 
 // Operand is the element type of `workspace.query`.
 template <typename Query, typename Operand>
-cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceShape& shape,
-                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
-                                    const InfoNceWorkspace& workspace, cudaStream_t stream);
+cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceAnchor<Query>& anchor,
+                                    const InfoNceShape& shape, const InfoNceOptions& options,
+                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                    cudaStream_t stream);
 
 // One pass over `keys` into `partials` of `splits` splits.
 template <typename Queue>
@@ -173,10 +190,10 @@ constexpr int64_t kGenericRows = 16;
 constexpr int64_t kGenericKeys = 32;
 
 template <typename Query>
-cudaError_t launch_info_nce_combine(const Query* query, const Query* key, const InfoNceShape& shape,
-                                    const InfoNceOptions& options, const InfoNceContrast& contrast,
-                                    const InfoNceWorkspace& workspace, const InfoNceOutputs& outputs,
-                                    cudaStream_t stream);
+cudaError_t launch_info_nce_combine(const Query* query, const InfoNceAnchor<Query>& anchor, const float* target,
+                                    const InfoNceShape& shape, const InfoNceOptions& options,
+                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                    const InfoNceOutputs& outputs, cudaStream_t stream);
 
 // Sums of keys for the target distribution, and a repair of sums that masked keys made NaN; launches nothing without
 // ids and label smoothing. Operand as for prepare.

@@ -85,6 +85,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// a b + c, but at least 0 and at most 1; NaN becomes 0.
+__device__ __forceinline__ float saturated_fma(float a, float b, float c) {
+  float y;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;\n" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+  return y;
+}
+
 #else  // MOCO_EMULATE
 
 using SharedAddress = unsigned char*;
@@ -172,6 +179,11 @@ inline int opaque(int x) { return x; }
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;
+}
+
+inline float saturated_fma(float a, float b, float c) {
+  const float y = std::fma(a, b, c);
+  return y > 0.0f ? std::min(y, 1.0f) : 0.0f;
 }
 
 #endif
