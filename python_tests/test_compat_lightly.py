@@ -151,6 +151,68 @@ def test_a_negative_temperature_inverts_similarities(size):
     torch.testing.assert_close(criterion(*views).double(), want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_nearest_neighbors(dtype, n):
+    memory = ours.NNMemoryBankModule((K, DIM))
+    memory.bank = 3 * features(5, K, DIM)  # of any norm, as NNCLR stores them
+    before, x = memory.bank.clone(), features(1, n, DIM).to(dtype).requires_grad_()
+    similarities = F.normalize(x.double(), dim=1) @ F.normalize(before.double(), dim=1).t()
+    got = memory(x)
+    assert torch.equal(got, before[similarities.argmax(1)])
+    assert not got.requires_grad
+    assert torch.equal(memory.bank, before)
+    assert torch.equal(memory(x, update=True), got)  # of the bank as it was
+    assert torch.equal(memory.bank[:n], x.float())
+    if n:
+        torch.testing.assert_close(memory(x), x.float(), rtol=0, atol=0)  # each is its own neighbor
+
+
+def test_nearest_neighbors_match_lightly():
+    """NNCLR's step: neighbors, the loss against the other view's predictions, backward."""
+    theirs = pytest.importorskip("lightly.models.modules").NNMemoryBankModule((K, DIM))
+    mine = ours.NNMemoryBankModule((K, DIM))
+    mine.bank = theirs.bank.clone()
+    criteria = ours.NTXentLoss(0.2), pytest.importorskip("lightly.loss").NTXentLoss(0.2)
+    for step in range(12):  # past the end of the bank
+        z0, z1, p0, p1 = features(step, 4, N, DIM)
+        results = []
+        for memory, criterion in zip((mine, theirs), criteria, strict=True):
+            predictions = [p.clone().requires_grad_() for p in (p0, p1)]
+            n0, n1 = memory(z0, update=False), memory(z1, update=True)
+            loss = 0.5 * (criterion(n0, predictions[1]) + criterion(n1, predictions[0]))
+            loss.backward()
+            results.append((n0, n1, loss.detach(), *(p.grad for p in predictions)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert torch.equal(mine.bank, theirs.bank)
+        assert torch.equal(mine.bank_ptr, theirs.bank_ptr)
+
+
+def test_a_bank_of_neighbors_needs_a_size():
+    for size in (0, (0, DIM)):
+        with pytest.raises(ValueError, match="size: expected at least one feature"):
+            ours.NNMemoryBankModule(size)
+    assert ours.NNMemoryBankModule(7)(features(0, 3, DIM)).shape == (3, DIM)
+
+
+def test_utils():
+    from moco_ext.compat.lightly import utils
+
+    model = encoder()
+    utils.deactivate_requires_grad(model)
+    assert not any(p.requires_grad for p in model.parameters())
+    utils.activate_requires_grad(model)
+    assert all(p.requires_grad for p in model.parameters())
+    x = features(0, 3, 2).requires_grad_()
+    assert torch.equal(utils.concat_all_gather(x), x)
+    assert not utils.concat_all_gather(x).requires_grad
+    for name, function in vars(utils).items():
+        assert function is getattr(ours, name)
+    peer = pytest.importorskip("lightly.models.utils")
+    assert all(callable(getattr(peer, name)) for name in vars(utils))
+
+
 def test_gathering_without_distributed_support(monkeypatch):
     monkeypatch.setattr(dist, "is_available", lambda: False)
     with pytest.raises(ValueError, match="gather_distributed: expected False"):
@@ -199,6 +261,9 @@ def run_rank(rank, world, path):
     assert not torch.equal(*orders)
 
     views = [features(10 * rank + i, 4, DIM) for i in range(2)]
+    gathered = ours.concat_all_gather(views[0].clone().requires_grad_())
+    assert torch.equal(gathered, torch.cat([features(10 * r, 4, DIM) for r in range(world)]))
+    assert not gathered.requires_grad
     bank = ours.NTXentLoss(0.1, (K, DIM), gather_distributed=True)
     bank(views[0].clone().requires_grad_(), views[1])
     everything = torch.cat([features(10 * r + 1, 4, DIM) for r in range(world)])

@@ -1,13 +1,15 @@
 """Lightly's loss, memory bank and momentum helpers, on this package's kernels.
 
-Replaces what a MoCo or SimCLR trainer imports from ``lightly.loss``, ``lightly.models.modules`` and
-``lightly.models.utils`` (Lightly 1.6). Encoders, heads and transforms are still Lightly's.
+Replaces what a MoCo, SimCLR or NNCLR trainer imports from ``lightly.loss``, ``lightly.models.modules`` and
+``lightly.models.utils`` (Lightly 1.6). Encoders, heads and transforms are still Lightly's. For code that says
+``utils.update_momentum``, import ``utils`` from here, which has the functions of ``lightly.models.utils``.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +17,20 @@ from torch.nn import functional as F
 
 from ..distributed import all_gather, all_gather_with_grad, rank, world_size
 from ..momentum import update_key_encoder_
-from ..ops import info_nce, l2_normalize
+from ..ops import info_nce, l2_normalize, nearest_keys
 from ..shuffle_bn import shared_permutation, start_shuffle
 
 __all__ = [
     "MemoryBankModule",
+    "NNMemoryBankModule",
     "NTXentLoss",
+    "activate_requires_grad",
     "batch_shuffle",
     "batch_unshuffle",
+    "concat_all_gather",
     "deactivate_requires_grad",
     "update_momentum",
+    "utils",
 ]
 
 
@@ -106,6 +112,47 @@ class MemoryBankModule(nn.Module):
         rows = torch.arange(len(batch), device=self.bank.device).minimum(size - 1 - self.bank_ptr)
         self.bank.index_copy_(0, self.bank_ptr + rows, batch.detach().to(self.bank)[rows])
         self.bank_ptr.copy_(torch.where(after >= size, 0, after))
+
+
+class NNMemoryBankModule(MemoryBankModule):
+    """A memory bank that returns the nearest neighbor of each feature (NNCLR, arXiv 2104.14548).
+
+    The similarities [B, size] are not stored, and the bank is copied once, to normalize it.
+
+    Args:
+        size: see :class:`MemoryBankModule`; not 0.
+
+    Raises:
+        ValueError: an invalid size, or 0, with which Lightly fails in the first step.
+
+    Example::
+
+        bank = NNMemoryBankModule((4096, 128))
+        z0, z1 = bank(z0, update=False), bank(z1, update=True)
+        loss = 0.5 * (criterion(z0, p1) + criterion(z1, p0))
+    """
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        super().__init__(size)
+        if self.size[0] == 0:
+            raise ValueError(f"size: expected at least one feature to choose from, got {size}")
+
+    @torch.no_grad()
+    def forward(self, output: Tensor, update: bool = False) -> Tensor:  # type: ignore[override]  # no labels, as in Lightly
+        """Return the bank's feature with the highest cosine similarity to each output, without gradient.
+
+        Args:
+            output: [B, dim] features, of any norm.
+            update: then write the output into the bank.
+
+        Returns:
+            [B, dim] rows of the bank as it was before, float32, as they were stored.
+        """
+        bank = self._ready(output)
+        nearest = bank[nearest_keys(output, l2_normalize(bank)).index[:, 0]]
+        if update:
+            self._dequeue_and_enqueue(output)
+        return nearest
 
 
 class NTXentLoss(nn.Module):
@@ -194,6 +241,19 @@ def deactivate_requires_grad(model: nn.Module) -> None:
     model.requires_grad_(False)
 
 
+def activate_requires_grad(model: nn.Module) -> None:
+    """Undo :func:`deactivate_requires_grad`."""
+    model.requires_grad_(True)
+
+
+def concat_all_gather(x: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks, [N, ...] each, to [world * N, ...], without gradient.
+
+    Without a process group, where Lightly's fails, it is the tensor itself, detached.
+    """
+    return all_gather(x)
+
+
 _shuffles = itertools.count()  # all ranks shuffle equally often, so they draw the same permutations
 
 
@@ -226,3 +286,14 @@ def batch_unshuffle(batch: Tensor, shuffle: Tensor, distributed: bool = False) -
     if not distributed:
         return batch[torch.argsort(shuffle)]
     return all_gather(batch)[shuffle.view(world_size(), -1)[rank()]]
+
+
+#: The functions of ``lightly.models.utils`` that are replaced here.
+utils = SimpleNamespace(
+    activate_requires_grad=activate_requires_grad,
+    batch_shuffle=batch_shuffle,
+    batch_unshuffle=batch_unshuffle,
+    concat_all_gather=concat_all_gather,
+    deactivate_requires_grad=deactivate_requires_grad,
+    update_momentum=update_momentum,
+)

@@ -1,8 +1,9 @@
-"""solo-learn's MoCo v2+ loss, queue and momentum updater, on this package's kernels.
+"""solo-learn's contrastive losses, MoCo v2+ queue and momentum updater, on this package's kernels.
 
-Replaces what ``solo/methods/mocov2plus.py`` imports from ``solo.losses`` and ``solo.utils.momentum``. A queue made by
-:func:`init_queue` has solo-learn's shape [2, C, K] and the memory layout of the kernels; any other works, too, but is
-transposed at each call.
+Replaces what ``solo/methods/mocov2plus.py``, ``mocov3.py``, ``nnclr.py`` and ``ressl.py`` import from ``solo.losses``
+and ``solo.utils.momentum``. In solo-learn, the queues of MoCo v2+ are [2, C, K], those of ReSSL and of the methods with
+nearest neighbors [K, C]. A queue made by :func:`init_queue` has the shape of the former and the memory layout of the
+kernels; any other works, too, but is transposed at each call.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distributed import all_gather, all_gather_with_grad, rank
 from ..momentum import update_key_encoder_
-from ..ops import enqueue_, info_nce
+from ..ops import enqueue_, expected_key, info_nce, nearest_keys
+from .moco_v3 import check_pairs
 
 __all__ = [
     "MomentumUpdater",
     "dequeue_and_enqueue_",
+    "find_nn",
     "init_queue",
     "initialize_momentum_params",
     "mocov2plus_loss_func",
+    "mocov3_loss_func",
+    "nnclr_loss_func",
+    "ressl_loss_func",
 ]
 
 
@@ -35,6 +42,82 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
     """
     key = key.to(query.dtype)
     return info_nce(query, key, queue.detach().t().contiguous(), temperature, normalize=False)
+
+
+def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
+    """``2 * temperature`` times the InfoNCE loss, 0-dim, of queries and the keys of all ranks (MoCo v3).
+
+    Args:
+        query: [N, C] of any norm.
+        key: [N, C] of any norm, of the same N on all ranks; row n is the positive of query n, all others are its
+            negatives. As in solo-learn, a key that requires a gradient gets it only without a process group.
+        temperature: positive.
+
+    Raises:
+        ValueError, TypeError: an argument of another type, shape, dtype or value; the message names it.
+    """
+    check_pairs(query=query, key=key)
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    keys = all_gather(key) if grouped else key
+    loss = info_nce(query, keys, None, temperature, in_batch=True, key_offset=rank() * len(query))
+    return loss * (2 * temperature)
+
+
+def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
+    """InfoNCE loss, 0-dim, of nearest neighbors and the predictions of all ranks (NNCLR, arXiv 2104.14548, Eq. 3).
+
+    Args:
+        nn: [N, C] nearest neighbors of one view, of any norm; see :func:`find_nn`.
+        p: [N, C] predictions of the other view, of any norm, of the same N on all ranks. Row n is the positive of row n
+            of ``nn``, all others are its negatives. Gradients reach the predictions of all ranks.
+        temperature: positive.
+
+    Raises:
+        ValueError, TypeError: an argument of another type, shape, dtype or value; the message names it.
+    """
+    check_pairs(nn=nn, p=p)
+    return info_nce(nn, all_gather_with_grad(p), None, temperature, in_batch=True, key_offset=rank() * len(nn))
+
+
+@torch.no_grad()
+def find_nn(z: Tensor, queue: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest neighbor of each row in the queue: the methods of this name, but for All4One's, as a function.
+
+    Args:
+        z: [N, C].
+        queue: [K, C] unit rows.
+
+    Returns:
+        The rows' numbers in the queue, [N] int64, and the rows, [N, C] of the queue's dtype.
+
+    Raises:
+        ValueError, TypeError: z or queue of another type, shape or dtype; the message names it.
+    """
+    index = nearest_keys(z, queue.contiguous(), normalize=False).index[:, 0]
+    return index, queue[index]
+
+
+def ressl_loss_func(
+    q: Tensor, k: Tensor, queue: Tensor, temperature_q: float = 0.1, temperature_k: float = 0.04
+) -> Tensor:
+    """Cross-entropy, 0-dim, of the softmax of ``q`` over the queue with that of ``k`` (ReSSL, arXiv 2107.09282, Eq. 4).
+
+    Args:
+        q: [N, C] student's features, taken as they are, with gradient.
+        k: [N, C] teacher's features, taken as they are, without gradient.
+        queue: [K, C] keys, without gradient.
+        temperature_q, temperature_k: of either softmax, positive.
+
+    Raises:
+        ValueError, TypeError: an argument of another type, shape, dtype or value; the message names it.
+    """
+    check_pairs(q=q, k=k)
+    for name, temperature in (("temperature_q", temperature_q), ("temperature_k", temperature_k)):
+        if not temperature > 0:
+            raise ValueError(f"{name}: expected a positive number, got {temperature}")
+    queue = queue.contiguous()
+    labels = expected_key(k, None, queue, temperature_k, normalize=False).keys
+    return info_nce(q, None, queue, temperature_q, normalize=False, target=labels)
 
 
 def init_queue(proj_output_dim: int, queue_size: int, queues: int = 2) -> Tensor:
