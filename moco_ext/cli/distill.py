@@ -1,0 +1,28 @@
+"""``moco-ext distill``: moco-ext pretrain from a teacher."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..evaluate.encoder import load_encoder
+from . import pretrain
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "teacher", metavar="TEACHER", help="a run, weights, torchvision:NAME, timm:NAME, or hf:USER/NAME"
+    )
+    pretrain.add_flags(parser)
+    parser.description = (
+        "Train an encoder of any architecture to relate images as a frozen teacher does: by the KL divergence between "
+        "their softmaxes over a queue of its features. Without labels, and with the flags of moco-ext pretrain."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if getattr(args, "dictionary", "distillation") != "distillation":
+        raise ValueError(f"dictionary: expected distillation, got {args.dictionary}")
+    args.dictionary = "distillation"
+    if not hasattr(args, "moco_dim"):
+        args.moco_dim = load_encoder(args.teacher)[0].num_features
+    return pretrain.run(args)
