@@ -1,0 +1,535 @@
+"""``moco-ext detect``: Faster R-CNN on an encoder, on a small generated data set."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from training import torchrun
+
+from moco_ext import MoCo, cli, encoders
+from moco_ext.checkpoints import files
+from moco_ext.checkpoints.detectron2 import detector_from_detectron2, detector_to_detectron2
+from moco_ext.checkpoints.training import save_checkpoint
+from moco_ext.data.detection import detection_batches, load_detection
+from moco_ext.evaluate.detection import average_precision, evaluate_detector
+from moco_ext.runs.options import RunOptions
+from moco_ext.train import detector as train_detector_module
+from moco_ext.train.detector import RECIPES, DetectorConfig, build_detector, restore, to_device, train_detector
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import detection_set
+
+for package in ("pycocotools", "tensorboard", "timm", "torchmetrics"):
+    pytest.importorskip(package)
+
+ARCH = "timm:test_resnet"  # of 0.5 M parameters
+SMALL = {
+    "min_size": (64,),
+    "anchors": (12, 18, 26, 38, 54),
+    "rois": 16,
+    "proposals": 20,
+    "roi_size": 7,
+    "bn_batches": 2,
+}
+CONFIG = DetectorConfig(4, (3,), warmup=2, batch_size=4, **SMALL)
+FLAGS = [
+    *("--min-size", "64", "--anchors", "12", "18", "26", "38", "54", "--rois", "16", "--proposals", "20", "-j", "0"),
+    *("--roi-size", "7", "--bn-batches", "2", "-b", "4", "--threads", "1", "--logger", "none", "--log-seconds", "0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def use_one_thread(one_thread):
+    pass
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Digits on 64x64 pixels, in both layouts."""
+    root = tmp_path_factory.mktemp("detection")
+    for layout in ("voc", "coco"):
+        detection_set.write(root / layout, layout, {"train": 24, "val": 5}, side=64, objects="digits")
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(folders):
+    return load_detection(folders / "voc")
+
+
+def detector(config: DetectorConfig = CONFIG, classes: int = 10, arch: str = ARCH):
+    torch.manual_seed(0)
+    return build_detector(encoders.build(arch, 1), classes, config)
+
+
+def options_in(folder, **options) -> RunOptions:
+    return RunOptions(folder, console=Console(quiet=True), logger="none", **options)
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_both_layouts_hold_the_same_objects(folders, data):
+    coco = load_detection(folders / "coco")
+    assert (data.layout, coco.layout) == ("voc", "coco")
+    assert data.classes == coco.classes == tuple("0123456789")
+    for ours, theirs, n in ((data.train, coco.train, 24), (data.test, coco.test, 5)):
+        assert len(ours) == len(theirs) == n
+        for position in range(n):
+            np.testing.assert_array_equal(ours.objects[position], theirs.objects[position])
+            assert torch.equal(ours.read(position)[0], theirs.read(position)[0])
+
+
+def test_boxes_are_those_of_the_annotations(data):
+    path = Path(data.train.paths[0])
+    text = (path.parents[1] / "Annotations" / f"{path.stem}.xml").read_text()
+    x1, y1, x2, y2 = (int(text.split(f"<{tag}>")[1].split("<")[0]) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    image, target = data.train.read(0)
+    assert target["boxes"][0].tolist() == [x1 - 1, y1 - 1, x2, y2]  # VOC counts pixels from 1, and includes the last
+    mirrored, other = data.train.read(0, flip=True)
+    assert torch.equal(mirrored, image.flip(-1))
+    assert other["boxes"][0].tolist() == [64 - x2, y1 - 1, 64 - x1 + 1, y2]
+
+
+def test_years_of_voc_are_united(folders, tmp_path):
+    for year, names in (("VOC2007", ("trainval", "test")), ("VOC2012", ("trainval", "test"))):
+        shutil.copytree(folders / "voc", tmp_path / year)
+        sets = tmp_path / year / "ImageSets/Main"
+        for old, new in zip(("train", "val"), names, strict=True):
+            (sets / f"{old}.txt").rename(sets / f"{new}.txt")
+    (tmp_path / "VOC2012/ImageSets/Main/test.txt").write_text("2012_000001\n")  # published without annotations
+    data = load_detection(tmp_path)
+    assert (len(data.train), len(data.test)) == (48, 5)
+    assert len(load_detection(tmp_path / "VOC2007").train) == 24
+
+
+def test_crowds_and_empty_images(folders, tmp_path):
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    for name in ("train", "val"):
+        path = tmp_path / "coco/annotations" / f"instances_{name}.json"
+        content = json.loads(path.read_text())
+        for entry in content["annotations"]:
+            if entry["image_id"] == 1:
+                entry["iscrowd"] = 1
+            if entry["image_id"] == 2:
+                entry["bbox"][2] = 0  # without area
+        path.write_text(json.dumps(content))
+    data = load_detection(tmp_path / "coco")
+    assert len(data.train) == 22
+    assert data.test.read(0)[1]["iscrowd"].all()
+    assert len(data.test.read(1)[1]["boxes"]) == 0
+
+
+def without(path: Path, tag: str) -> None:
+    path.write_text(re.sub(rf"<{tag}>.*?</{tag}>", "", path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: root / "nowhere", "expected a folder in the layout of VOC or COCO, got .*nowhere"),
+        (lambda root: root / "JPEGImages", r"expected annotations \(COCO\) or ImageSets/Main, .* got train00000.jpg"),
+        (lambda root: (root / "Annotations/train00003.xml").unlink(), "expected annotations in .*train00003.xml"),
+        (
+            lambda root: (root / "Annotations/train00003.xml").write_text("<a>"),
+            "expected annotations of voc in .*ParseError",
+        ),
+        (
+            lambda root: without(root / "Annotations/train00003.xml", "xmax"),
+            "expected annotations of voc in .*bndbox/xmax",
+        ),
+        (
+            lambda root: (root / "ImageSets/Main/val.txt").write_text(""),
+            "expected test images with objects .* got none",
+        ),
+    ],
+)
+def test_wrong_folders(folders, tmp_path, change, message):
+    shutil.copytree(folders / "voc", tmp_path / "voc")
+    changed = change(tmp_path / "voc")
+    with pytest.raises(ValueError, match=f"^data: {message}"):
+        load_detection(changed if isinstance(changed, Path) else tmp_path / "voc")
+
+
+def test_wrong_layouts(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"^data: expected annotations in .*voc, got Annotations, ImageSets, JPEG"):
+        load_detection(folders / "voc", "coco")
+    (tmp_path / "annotations").mkdir()
+    with pytest.raises(ValueError, match=r"^data: expected one instances_train\*.json in .*annotations, got 0"):
+        load_detection(tmp_path)
+
+
+def test_a_category_has_one_name(folders, tmp_path):
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    path = tmp_path / "coco/annotations/instances_val.json"
+    content = json.loads(path.read_text())
+    content["categories"][0]["name"] = "another"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^data: expected one name for each category's id .*another"):
+        load_detection(tmp_path / "coco")
+
+
+def test_batches_depend_on_the_iteration_alone(data):
+    def boxes(batches):
+        return [torch.cat([target["boxes"] for _, target in batch]) for batch in batches]
+
+    whole = boxes(detection_batches(data.train, 4, stop=7, seed=1))
+    later = boxes(detection_batches(data.train, 4, start=4, stop=7, seed=1))
+    assert len(whole) == 7
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], later, strict=True))
+    halves = [boxes(detection_batches(data.train, 2, stop=7, seed=1, rank=rank, world=2)) for rank in (0, 1)]
+    assert all(torch.equal(a, torch.cat(pair)) for a, *pair in zip(whole, *halves, strict=True))
+
+
+# --- average precision ------------------------------------------------------------------------------------------------
+
+
+class Oracle(nn.Module):
+    """Detects what a split holds, in its order; ``shift`` moves each box by a share of its width."""
+
+    def __init__(self, split, shift=0.0):
+        super().__init__()
+        self.targets, self.shift = iter([split.read(position)[1] for position in range(len(split))]), shift
+
+    def forward(self, images):
+        target = next(self.targets)
+        boxes = target["boxes"].clone()
+        boxes[:, [0, 2]] += self.shift * (boxes[:, [2]] - boxes[:, [0]])
+        return [{"boxes": boxes, "labels": target["labels"], "scores": torch.ones(len(boxes))}]
+
+
+def test_perfect_detections_score_100(data):
+    assert evaluate_detector(Oracle(data.test), data.test) == pytest.approx({"AP": 100, "AP50": 100, "AP75": 100})
+
+
+def test_shifted_detections_score_by_their_overlap(data):
+    # IoU (1 - s) / (1 + s) = 0.667 at s = 0.2: found at the thresholds 0.5 to 0.65, which are 4 of 10.
+    found = evaluate_detector(Oracle(data.test, shift=0.2), data.test)
+    assert found == pytest.approx({"AP": 40, "AP50": 100, "AP75": 0})
+
+
+def test_ignored_objects_are_neither_found_nor_missed():
+    box, other = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 90]])
+    found = {"boxes": box, "scores": torch.ones(1), "labels": torch.ones(1, dtype=torch.int64)}
+    target = {"boxes": other, "labels": torch.ones(2, dtype=torch.int64), "iscrowd": torch.tensor([0, 1])}
+    assert average_precision([found], [target])["AP"] == pytest.approx(100)
+    target["iscrowd"][1] = 0
+    assert average_precision([found], [target])["AP"] == pytest.approx(100 * 51 / 101)  # recall 0 to 0.5 of 101 points
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("neck", ["c4", "fpn"])
+@pytest.mark.parametrize("arch", [ARCH, "resnet10-small"])
+def test_the_encoder_is_the_backbone_and_all_of_it_is_trained(neck, arch):
+    encoder = encoders.build(arch, 1).requires_grad_(False)
+    expected = state_of(encoder)
+    model = build_detector(encoder, 3, dataclasses.replace(CONFIG, neck=neck))
+    state = model.state_dict()
+    prefixes = ("backbone.", "roi_heads.box_head.0.") if neck == "c4" else ("backbone.body.",)
+    layers = [name for name in expected if not name.startswith(("fc.", "head."))]
+    for name in layers:
+        place = prefixes[-1] + name.removeprefix("layer4.") if name.startswith("layer4.") and neck == "c4" else None
+        assert torch.equal(state[place or prefixes[0] + name], expected[name]), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    norms = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    new = [name for name in norms if not name.startswith((*prefixes, "backbone.bn1", "backbone.layer"))]
+    if neck == "c4":
+        assert new == ["roi_heads.box_head.1"]
+    else:
+        assert len([name for name in new if name.startswith("backbone.fpn.")]) == 8  # 4 levels, 2 convolutions each
+        assert len([name for name in new if name.startswith("roi_heads.box_head.")]) == 4
+    assert not any("Frozen" in type(layer).__name__ for layer in model.modules())
+
+
+def test_resnet50_c4_is_the_published_one():
+    model = build_detector(encoders.build("resnet50", 1), 20, RECIPES["voc"])
+    assert model.backbone.out_channels == 1024
+    pool = model.roi_heads.box_roi_pool
+    assert (pool.output_size, pool.scale, pool.sampling_ratio) == ((14, 14), 1 / 16, 0)
+    assert model.roi_heads.box_head[1].num_features == 2048
+    assert model.rpn.head.cls_logits.out_channels == 15
+    assert model.roi_heads.box_predictor.cls_score.out_features == 21
+    assert model.transform.min_size == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (12000, 2000)
+    model.eval()
+    assert (model.rpn.pre_nms_top_n(), model.rpn.post_nms_top_n()) == (6000, 1000)
+
+
+def test_recipes_and_the_learning_rate():
+    voc, once, twice = (RECIPES[name] for name in ("voc", "coco-1x", "coco-2x"))
+    assert (voc.iterations, voc.schedule, voc.warmup, voc.lr, voc.batch_size) == (24000, (18000, 22000), 100, 0.02, 16)
+    assert (once.iterations, once.schedule, once.warmup) == (90000, (60000, 80000), 1000)
+    assert (twice.iterations, twice.schedule, twice.min_size) == (
+        180000,
+        (120000, 160000),
+        (640, 672, 704, 736, 768, 800),
+    )
+    rates = [voc.lr_at(iteration) for iteration in (0, 50, 100, 17999, 18000, 22000)]
+    assert rates == pytest.approx([2e-5, 0.02 * 0.5005, 0.02, 0.02, 0.002, 0.0002])
+
+
+@pytest.mark.parametrize("arch", ["vit_small", "resnet8-small", "convnext_tiny"])
+def test_other_encoders_are_an_error(arch):
+    with pytest.raises(
+        ValueError, match=r"^arch: expected a ResNet with layer1, .* for detection, got \w+ with [03] of"
+    ):
+        build_detector(encoders.build(arch, 1), 3, CONFIG)
+
+
+def test_settings_that_make_no_sense():
+    with pytest.raises(ValueError, match=r"^anchors: expected 5 sizes, one for each level of fpn, got 1"):
+        dataclasses.replace(CONFIG, neck="fpn", anchors=(32,))
+    with pytest.raises(ValueError, match=r"^neck: expected one of c4, fpn"):
+        dataclasses.replace(CONFIG, neck="c5")
+
+
+@pytest.mark.parametrize("kind", [pytest.param("basic", id="18"), pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_detectron2_names_and_back(kind, tmp_path):
+    model = detector(classes=3, arch="resnet10" if kind == "basic" else kind)
+    state = state_of(model)
+    for name, value in state.items():
+        if value.is_floating_point():
+            value.normal_()
+        if name.startswith("roi_heads.box_predictor.bbox_pred."):
+            value[:4] = 0  # of the background
+    files.write(tmp_path / "x.pkl", detector_to_detectron2(state))
+    content = files.read(tmp_path / "x.pkl")["model"]
+    assert is_equal(detector_from_detectron2(content), state)
+    names = {
+        "backbone.stem.conv1.weight": "backbone.conv1.weight",
+        "backbone.stem.conv1.norm.running_mean": "backbone.bn1.running_mean",
+        "backbone.res2.0.conv1.weight": "backbone.layer1.0.conv1.weight",
+        "backbone.res4.0.shortcut.norm.bias": "backbone.layer3.0.downsample.1.bias",
+        "roi_heads.res5.0.conv2.norm.weight": "roi_heads.box_head.0.0.bn2.weight",
+        "roi_heads.res5.norm.weight": "roi_heads.box_head.1.weight",
+        "proposal_generator.rpn_head.conv.bias": "rpn.head.conv.0.0.bias",
+    }
+    for theirs, ours in names.items():
+        assert torch.equal(content[theirs], state[ours]), theirs
+    # Anchor (size s, ratio r) is 3 s + r there and 5 r + s here; the background is the last class there.
+    logits, deltas = (
+        content[f"proposal_generator.rpn_head.{name}.bias"] for name in ("objectness_logits", "anchor_deltas")
+    )
+    assert torch.equal(logits[3 * 4 + 1], state["rpn.head.cls_logits.bias"][5 * 1 + 4])
+    assert torch.equal(deltas[4 * 13 : 4 * 14], state["rpn.head.bbox_pred.bias"][4 * 9 : 4 * 10])
+    scores, boxes = (content[f"roi_heads.box_predictor.{name}.bias"] for name in ("cls_score", "bbox_pred"))
+    assert torch.equal(scores[3], state["roi_heads.box_predictor.cls_score.bias"][0])
+    assert torch.equal(boxes[:4], state["roi_heads.box_predictor.bbox_pred.bias"][4:8])
+    with pytest.raises(ValueError, match=r"^state: expected the tensors of a detector with neck c4, got backbone.body"):
+        detector_to_detectron2(detector(dataclasses.replace(CONFIG, neck="fpn")).state_dict())
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("neck", "half", "factor"), [("c4", 12, 0.8), ("fpn", 3, 1)])
+def test_the_loss_falls_and_everything_moves(data, tmp_path, neck, half, factor):
+    config = dataclasses.replace(
+        CONFIG, neck=neck, iterations=2 * half, schedule=(2 * half - 2,), eval_every=half, rois=half, proposals=5
+    )
+    model = detector(config)
+    before = state_of(model)
+    records = train_detector(model, data, config, options_in(tmp_path, print_freq=1), name="detect", arch=ARCH)
+    assert [record["step"] for record in records] == [half, 2 * half]
+    assert records[1]["loss"] < factor * records[0]["loss"]
+    assert records[1]["lr"] == pytest.approx(0.002)
+    assert all(0 <= record[name] <= 100 for record in records for name in ("AP", "AP50", "AP75"))
+    background = {f"roi_heads.box_predictor.bbox_pred.{name}" for name in ("weight", "bias")}
+    state = model.state_dict()
+    still = [name for name in state if name.startswith("backbone.") and torch.equal(state[name], before[name])]
+    assert not [name for name in still if state[name].ndim > 1]  # steps of 2e-5 are too small for a weight near 1
+    assert not any(state[name][:4].any() for name in background)
+    groups = torch.load(tmp_path / "detect.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0]
+
+
+def test_resuming_changes_nothing(data, tmp_path):
+    whole, first, second = detector(), detector(), detector()
+    run = {"data": data, "name": "detect", "arch": ARCH}
+    config = dataclasses.replace(CONFIG, eval_every=2)
+    train_detector(whole, config=config, options=options_in(tmp_path / "whole"), **run)
+    train_detector(
+        first, config=dataclasses.replace(config, iterations=2), options=options_in(tmp_path / "parts"), **run
+    )
+    checkpoint = tmp_path / "parts" / "detect.pth"
+    records = train_detector(second, config=config, options=options_in(tmp_path / "parts", resume=checkpoint), **run)
+    assert [record["step"] for record in records] == [2, 4]
+    assert is_equal(state_of(whole), state_of(second))
+    with pytest.raises(ValueError, match=r"^iterations: expected more than the 4 already done, got 4"):
+        train_detector(second, config=config, options=options_in(tmp_path / "parts", resume=checkpoint), **run)
+    with pytest.raises(ValueError, match=rf"^resume: expected a checkpoint of {ARCH}-fpn, got one of {ARCH}-c4"):
+        restore(detector(), checkpoint, f"{ARCH}-fpn")
+    with pytest.raises(ValueError, match=r"^resume: .*detect.pth is of another configuration: .*box_predictor"):
+        restore(detector(classes=3), checkpoint, f"{ARCH}-c4")
+
+
+def test_sigterm_saves_the_iteration(data, tmp_path, monkeypatch):
+    whole, model = detector(), detector()
+    run = {"data": data, "config": CONFIG, "name": "detect", "arch": ARCH}
+    train_detector(whole, options=options_in(tmp_path / "whole"), **run)
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_detector_module, "_finite", lambda loss, *_: os.kill(os.getpid(), signal.SIGTERM) or loss)
+        with pytest.raises(SystemExit) as stopped:
+            train_detector(model, options=options_in(folder, print_freq=1), **run)
+    assert stopped.value.code == 143
+    assert torch.load(folder / "detect.pth", weights_only=True)["iteration"] == 1
+    train_detector(model, options=options_in(folder, resume=folder / "detect.pth"), **run)
+    assert is_equal(state_of(whole), state_of(model))
+
+
+def test_statistics_of_batchnorm_are_averages(data, tmp_path):
+    """Of the last model over ``bn_batches``, not of the models that training went through."""
+    model = detector()
+    train_detector(model, data, CONFIG, options_in(tmp_path), name="detect", arch=ARCH)
+    sums = torch.zeros(model.backbone.bn1.num_features)
+
+    def add(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        sums.add_(inputs[0].mean((0, 2, 3)) / 2)
+
+    hook = model.backbone.bn1.register_forward_pre_hook(add)
+    for batch in detection_batches(data.train, 4, stop=2, seed=CONFIG.seed):
+        with torch.no_grad():
+            model(*to_device(batch, torch.device("cpu")))
+    hook.remove()
+    torch.testing.assert_close(
+        torch.load(tmp_path / "detect.pth")["state_dict"]["module.backbone.bn1.running_mean"], sums
+    )
+
+
+def test_an_infinite_loss_stops_and_leaves_nothing(data, tmp_path):
+    config = dataclasses.replace(CONFIG, lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"^loss: expected a finite number, got nan by iteration \d"):
+        train_detector(detector(), data, config, options_in(tmp_path, print_freq=1), name="detect", arch=ARCH)
+    assert not (tmp_path / "detect.pth").exists()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def answer(capsys, *arguments) -> dict:
+    assert cli.main(["detect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command(folders, tmp_path, capsys):
+    torch.save(encoders.build(ARCH, 1).state_dict(), tmp_path / "weights.pth")
+    start = ("--pretrained", tmp_path / "weights.pth", "-a", ARCH, "--output", tmp_path / "run")
+    found = answer(capsys, folders / "voc", *start, *FLAGS, "--iterations", 2, "--export", tmp_path / "d2.pkl")
+    assert found["schedule"] == [2, 2]  # 18,000 and 22,000 of 24,000
+    assert (found["warmup"], found["lr"], found["neck"]) == (100, 0.02, "c4")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"detect.json", "detect.pth", "detect"}
+    assert json.loads((tmp_path / "run/detect.json").read_text()).items() >= found.items()
+    again = answer(capsys, folders / "voc", *start, *FLAGS, "--evaluate")
+    assert [again[name] for name in ("iterations", "AP", "AP50", "AP75")] == [
+        2,
+        *(found[n] for n in ("AP", "AP50", "AP75")),
+    ]
+    more = answer(capsys, folders / "voc", *start, *FLAGS, "--iterations", 3, "--resume", "auto")
+    assert more["iterations"] == 3
+    assert "roi_heads.res5.norm.weight" in files.read(tmp_path / "d2.pkl")["model"]
+
+
+def test_the_query_encoder_of_a_run_with_its_normalization(folders, tmp_path, capsys):
+    model = MoCo(ARCH, dim=8, K=16)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    transform = {"size": 28, "mean": [0.25], "std": [0.5], "crop_pct": 1.0}  # of gray images
+    save_checkpoint(
+        tmp_path / "checkpoint.pth", epoch=1, arch=ARCH, model=model, optimizer=optimizer, transform=transform
+    )
+    built = []
+
+    def keep(*arguments):
+        built.append(build_detector(*arguments))
+        return built[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moco_ext.cli.detect.build_detector", keep)
+        patch.setattr(
+            "moco_ext.cli.detect.train_detector", lambda *_, **__: [{"AP": 1, "AP50": 1, "AP75": 1, "seconds": 1}]
+        )
+        answer(capsys, folders / "voc", "--pretrained", tmp_path, *FLAGS)
+    [detector] = built
+    assert torch.equal(detector.backbone.layer1[0].conv1.weight, model.encoder_q.layer1[0].conv1.weight)
+    assert (detector.transform.image_mean, detector.transform.image_std) == ([0.25] * 3, [0.5] * 3)
+
+
+def test_the_command_from_scratch_on_coco(folders, tmp_path, capsys):
+    flags = [*FLAGS, "--iterations", 1, "--neck", "fpn", "--rois", 4, "--proposals", 4, "--output", tmp_path]
+    found = answer(capsys, folders / "coco", "--scratch", "-a", ARCH, *flags)
+    assert found["warmup"] == 1000
+    assert found["pretrained"] is None
+    assert (tmp_path / "detect-scratch.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["DATA"], "pretrained: expected --pretrained WEIGHTS, or --scratch with --arch ARCH, got neither"),
+        (["DATA", "--scratch"], "got --scratch alone"),
+        (["DATA", "--scratch", "-a", "resnet10", "--pretrained", "x"], "got both"),
+        (["DATA", "--pretrained", "nowhere.pth"], "checkpoint: no such file: nowhere.pth"),
+        (["nowhere", "--scratch", "-a", ARCH], "data: expected a folder in the layout of VOC or COCO, got nowhere"),
+        (["DATA", "--scratch", "-a", "vit_small"], "arch: expected a ResNet"),
+        (["DATA", "--scratch", "-a", ARCH, "-e", "--output", "nowhere"], "no such file: nowhere/detect-scratch.pth"),
+        (
+            ["DATA", "--scratch", "-a", ARCH, "--export", "x.pth"],
+            "export: expected a name that ends in .pkl, got x.pth",
+        ),
+        (["DATA", "--scratch", "-a", ARCH, "-b", "200"], "data: expected at least 200 images for one step, got 24"),
+    ],
+)
+def test_errors_are_one_line(folders, capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(folders / "voc") if argument == "DATA" else argument for argument in arguments]
+    assert cli.main(["detect", *arguments, "-j", "0"]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["torchmetrics", "pycocotools"])
+def test_a_missing_package_is_one_line(folders, capsys, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.detection", None)
+    assert cli.main(["detect", str(folders / "voc"), "--scratch", "-a", ARCH]) == 1
+    expected = f"this needs {package}, which is not installed: pip install {package} (all that detection needs, from a"
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(folders, tmp_path):
+    """On CPUs each process has its own statistics of BatchNorm, and those of rank 0 are evaluated and saved."""
+    data = ("detect", folders / "voc", "--scratch", "-a", ARCH, "--device", "cpu")
+    done = torchrun(2, "-m", "moco_ext", *data, *FLAGS, "--iterations", 3, "--output", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["iterations"] == 3
+    assert math.isfinite(found["AP"])
+    config = dataclasses.replace(CONFIG, iterations=3)
+    model = detector(config)
+    restore(model, tmp_path / "detect-scratch.pth", f"{ARCH}-c4")
+    alone = evaluate_detector(model, load_detection(folders / "voc").test)  # in one process: the same images
+    assert {name: found[name] for name in alone} == pytest.approx(alone, abs=0.01)
