@@ -25,7 +25,7 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow docs bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-rehearsal clean
+.PHONY: demo test test-slow docs bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
@@ -74,6 +74,7 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 	git ls-files | xargs $(BIN)/codespell
 	$(BIN)/python bench/readme.py --check
+	$(BIN)/python bench/ablations.py --check
 
 # Runs the CUDA kernels' source on the host and compares with float64 loops. Needs the CUDA headers but no GPU.
 native-test: $(VENV)/installed
@@ -85,14 +86,14 @@ native-test: $(VENV)/installed
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --parallel 2
 
-# On a machine with a GPU, with the torch of $(PYTHON); needs no network. JSON goes to $(OUT). STAGE="1 2" or gpu-1 .. gpu-4
+# On a machine with a GPU, with the torch of $(PYTHON); needs no network. JSON goes to $(OUT). STAGE="1 2" or gpu-1 .. gpu-5
 # selects stages, MINUTES limits each, ONLY=expression selects cases.
 OUT ?= build/gpu
 COMMIT ?= $(shell git describe --always --abbrev=40 --dirty 2>/dev/null)
-gpu gpu-1 gpu-2 gpu-3 gpu-4: export COMMIT := $(COMMIT)
+gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5: export COMMIT := $(COMMIT)
 gpu:
 	$(PYTHON) tools/gpu.py $(STAGE) --out $(OUT) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only '$(ONLY)')
-gpu-1 gpu-2 gpu-3 gpu-4: gpu-%:
+gpu-1 gpu-2 gpu-3 gpu-4 gpu-5: gpu-%:
 	$(MAKE) gpu STAGE=$*
 
 # The same script with stand-ins for the programs of a GPU machine.

@@ -20,7 +20,7 @@ def bench_host(compare, device, N):
     columns = queue.t().contiguous()
     labels = torch.zeros(N, dtype=torch.long, device=device)
     operator = torch.ops.moco_ext.info_nce_forward.default
-    no_options = (False, 0, None, None, 0.0, None, None, False)
+    no_options = (False, 0, None, None, 0.0, None, None, False, None, None, 0)
     plain = (query, key, queue, None, 0.07, True, 1, False, False, False, 3, *no_options)
 
     def gradient(loss):

@@ -1,6 +1,7 @@
-"""Does ours learn as well as the others? One encoder, one start, the same batches, three trainers side by side.
+"""Does ours learn as well as the others? One encoder, one start, the same batches, four trainers side by side.
 
     python bench/compare_learning.py --seeds 0 1 2 --out bench/results/learning.json
+    python bench/compare_learning.py --data digits --epochs 80 --curve 5 --seeds 0 1 2 3 4
     python bench/compare_learning.py --out bench/results/learning.json --table docs/learning.md
 
 Each batch goes to every trainer before the next is drawn, in an order that turns: views cannot differ, and whatever
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python_tests"))
 import official
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = "fashion-mnist"
+PLOT = "learning/{data}-{epochs}-epochs.svg"  # beside the page
 
 
 class Trainer(Protocol):
     encoder: nn.Module  # what is evaluated
+    modules: list[nn.Module]  # all of it
     parameters: list[nn.Parameter]  # what the optimizer trains
 
     def loss(self, im_q: Tensor, im_k: Tensor) -> Tensor: ...
@@ -50,9 +52,13 @@ class Trainer(Protocol):
 
 class Ours:
     def __init__(self, start: moco_ext.MoCo) -> None:
-        self.model = copy.deepcopy(start)
+        self.model = self.build(start)
+        self.modules: list[nn.Module] = [self.model]
         self.encoder: nn.Module = self.model.encoder_q
         self.parameters = list(self.encoder.parameters())
+
+    def build(self, start: moco_ext.MoCo) -> moco_ext.MoCo | moco_ext.EndToEnd:
+        return copy.deepcopy(start)
 
     def loss(self, im_q: Tensor, im_k: Tensor) -> Tensor:
         self.out = self.model(im_q, im_k)
@@ -67,6 +73,7 @@ class Official:
         dim = start.queue.shape[1]
         self.model = official.MoCo(lambda num_classes: copy.deepcopy(start.encoder_q), dim, start.K, start.m, start.T)
         self.model.load_state_dict(start.state_dict())
+        self.modules: list[nn.Module] = [self.model]
         self.encoder: nn.Module = self.model.encoder_q
         self.parameters = list(self.encoder.parameters())
 
@@ -86,18 +93,20 @@ class Lightly:
         from lightly.models.utils import deactivate_requires_grad, update_momentum
 
         self.encoder: nn.Module = copy.deepcopy(start.encoder_q)
-        layers: Any = self.encoder.fc
-        hidden, _, last = layers
+        self.head: nn.Module = self.encoder.fc  # a linear one is torch's
         self.encoder.fc = nn.Identity()
-        self.head = MoCoProjectionHead(hidden.in_features, hidden.out_features, last.out_features)
-        for ours, theirs in zip((hidden, last), (self.head.layers[0], self.head.layers[2]), strict=True):
-            theirs.load_state_dict(ours.state_dict())
+        if isinstance(self.head, nn.Sequential):
+            hidden, _, last = self.head
+            self.head = MoCoProjectionHead(hidden.in_features, hidden.out_features, last.out_features)
+            for ours, theirs in zip((hidden, last), (self.head.layers[0], self.head.layers[2]), strict=True):
+                theirs.load_state_dict(ours.state_dict())
         self.encoder_momentum, self.head_momentum = copy.deepcopy(self.encoder), copy.deepcopy(self.head)
         deactivate_requires_grad(self.encoder_momentum)
         deactivate_requires_grad(self.head_momentum)
-        self.criterion = NTXentLoss(temperature=start.T, memory_bank_size=(start.K, last.out_features))
+        self.criterion = NTXentLoss(temperature=start.T, memory_bank_size=(start.K, start.queue.shape[1]))
         self.criterion.memory_bank.bank.copy_(start.queue)
         self.parameters = [*self.encoder.parameters(), *self.head.parameters()]
+        self.modules = [self.encoder, self.head, self.encoder_momentum, self.head_momentum, self.criterion]
         self.update_momentum, self.m = update_momentum, start.m
 
     def loss(self, im_q: Tensor, im_k: Tensor) -> Tensor:
@@ -112,11 +121,33 @@ class Lightly:
         pass
 
 
-TRAINERS: dict[str, Callable[[moco_ext.MoCo], Trainer]] = {"ours": Ours, "official": Official, "lightly": Lightly}
-NAMES = {"ours": "moco_ext", "official": "official formulation", "lightly": "Lightly", "untrained": "untrained encoder"}
+class InBatch(Ours):
+    """As in SimCLR, in one direction: the keys are those of the batch, without a queue, and gradients reach them."""
+
+    def build(self, start: moco_ext.MoCo) -> moco_ext.EndToEnd:
+        dim = start.queue.shape[1]
+        return moco_ext.EndToEnd(lambda num_classes: copy.deepcopy(start.encoder_q), dim, start.T)
 
 
-def train(config: PretrainConfig, data: datasets.ImageData, names: list[str]) -> dict[str, dict]:
+TRAINERS: dict[str, Callable[[moco_ext.MoCo], Trainer]] = {
+    "ours": Ours,
+    "official": Official,
+    "lightly": Lightly,
+    "in-batch": InBatch,
+}
+NAMES = {
+    "ours": "moco_ext",
+    "official": "official formulation",
+    "lightly": "Lightly",
+    "in-batch": "in-batch keys (`EndToEnd`)",
+    "untrained": "untrained encoder",
+}
+COLORS = {"ours": "#2f6fdb", "official": "#888888", "lightly": "#4c9a6a", "in-batch": "#d9772b"}
+
+
+def train(
+    config: PretrainConfig, data: datasets.ImageData, names: list[str], device: torch.device, curve: int
+) -> dict[str, dict]:
     """Every trainer on the same batches: the figures of each by name, and the untrained encoder's.
 
     Only full batches: the published queue takes no other.
@@ -126,15 +157,25 @@ def train(config: PretrainConfig, data: datasets.ImageData, names: list[str]) ->
         resolve(config.arch), config.moco_dim, config.moco_k, config.moco_m, config.moco_t, config.mlp
     )
     trainers = {name: TRAINERS[name](start) for name in names}
+    for trainer in trainers.values():
+        for module in trainer.modules:
+            module.to(device)
     optimizers = {
         name: torch.optim.SGD(t.parameters, config.lr, config.momentum, weight_decay=config.weight_decay)
         for name, t in trainers.items()
     }
     loader = datasets.TrainLoader(
-        data, config.augmentation(data), config.batch_size, seed=config.seed, drop_last=True, channels_last=True
+        data,
+        config.augmentation(data),
+        config.batch_size,
+        seed=config.seed,
+        drop_last=True,
+        channels_last=True,
+        device=device,
     )
     losses: dict[str, list[list[float]]] = {name: [] for name in names}  # per epoch, per step
     ms: dict[str, list[float]] = {name: [] for name in names}
+    curves: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for epoch in range(config.epochs):
         began = time.perf_counter()
         lr = config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
@@ -153,6 +194,9 @@ def train(config: PretrainConfig, data: datasets.ImageData, names: list[str]) ->
                 t.after_step()
                 ms[name].append((time.perf_counter() - clock) * 1e3)
                 losses[name][-1].append(loss.item())
+        for name in names if curve and (epoch + 1) % curve == 0 else ():
+            knn = round(knn_score(data, trainers[name].encoder, config, device), 2)
+            curves[name].append({"epoch": epoch + 1, "seconds": round(sum(ms[name]) / 1e3, 2), "knn_top1": knn})
         means = ", ".join(f"{name} {statistics.fmean(losses[name][-1]):.4f}" for name in names)
         took = time.perf_counter() - began
         print(f"seed {config.seed}, epoch {epoch + 1} of {config.epochs}: loss {means}; {took:.0f} s", flush=True)
@@ -163,18 +207,34 @@ def train(config: PretrainConfig, data: datasets.ImageData, names: list[str]) ->
             "seconds": round(sum(ms[name]) / 1e3, 2),
             "step_ms_deciles": [round(decile, 2) for decile in statistics.quantiles(ms[name], n=10)],
         }
-        | top1(trainers[name].encoder, data, config)
+        | ({"curve": curves[name]} if curve else {})
+        | top1(trainers[name].encoder, data, config, device)
         for name in names
     }
-    estimate_batchnorm_(start.encoder_q, data, data.train)
-    return figures | {"untrained": top1(start.encoder_q, data, config)}
+    start.to(device)
+    estimate_batchnorm_(start.encoder_q, data, data.train, device=device)
+    return figures | {"untrained": top1(start.encoder_q, data, config, device)}
 
 
-def top1(encoder: nn.Module, data: datasets.ImageData, config: PretrainConfig) -> dict[str, float]:
-    train, test = (encoder_features(encoder, data, split) for split in data.splits)
-    train_labels, test_labels = (split.labels for split in data.splits)
-    task = (train, train_labels, test, test_labels)
-    return {"knn_top1": knn_top1(*task, k=config.knn_k), "linear_top1": linear_top1(*task)}
+Task = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def features(data: datasets.ImageData, encoder: nn.Module, device: torch.device) -> Task:
+    (train, train_labels), (test, test_labels) = (
+        (encoder_features(encoder, data, split, device=device), split.labels) for split in data.splits
+    )
+    return train, train_labels, test, test_labels
+
+
+def knn_score(data: datasets.ImageData, encoder: nn.Module, config: PretrainConfig, device: torch.device) -> float:
+    return knn_top1(*features(data, encoder, device), k=config.knn_k, device=device)
+
+
+def top1(
+    encoder: nn.Module, data: datasets.ImageData, config: PretrainConfig, device: torch.device
+) -> dict[str, float]:
+    task = features(data, encoder, device)
+    return {"knn_top1": knn_top1(*task, k=config.knn_k, device=device), "linear_top1": linear_top1(*task)}
 
 
 def subset(data: datasets.ImageData, images: int) -> datasets.ImageData:
@@ -186,7 +246,7 @@ def subset(data: datasets.ImageData, images: int) -> datasets.ImageData:
     return dataclasses.replace(data, train=train)
 
 
-def setting() -> dict:
+def setting(device: torch.device) -> dict:
     """What the figures were made with."""
 
     def git(*arguments: str) -> str:
@@ -195,7 +255,7 @@ def setting() -> dict:
     cpu = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) or [platform.processor()]
     packages = [name for name in ("torch", "lightly", "scikit-learn") if installed(name)]
     return {
-        "device": cpu[0].strip(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu[0].strip(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": git("rev-parse", "--short=10", "HEAD"),
         "script_changed": bool(
@@ -212,16 +272,18 @@ def installed(name: str) -> bool:
     return True
 
 
-def tables(runs: list[dict]) -> str:
-    """Means and deviations over the seeds, then ours minus each other on the same seed and batches."""
+def tables(runs: list[dict], page: Path | None = None) -> str:
+    """Means and deviations over the seeds, then ours minus each other on the same seed and batches.
+
+    Plots go beside the page.
+    """
     parts = []
-    for budget in sorted({(run["images"], run["epochs"], run["threads"]) for run in runs}):
-        group = [run for run in runs if (run["images"], run["epochs"], run["threads"]) == budget]
-        images, epochs, threads = budget
+    for group in budgets(runs):
+        data, images, epochs, threads = (group[0][name] for name in BUDGET)
         versions = ", ".join(f"{name} {version}" for name, version in group[0]["versions"].items())
         commits = ", ".join(sorted({run["commit"] for run in group}))
         lines = [
-            f"{images:,} images, {epochs} epochs, {group[0]['device']}, {threads} thread{'s' * (threads > 1)}; "
+            f"{data}: {images:,} images, {epochs} epochs, {group[0]['device']}, {threads} thread{'s' * (threads > 1)}; "
             f"{versions}; commit {commits}. Mean ± standard deviation over the seeds.",
             "",
             "| | seeds | kNN top-1, % | linear top-1, % | loss of the last epoch | ms a step, median |",
@@ -242,15 +304,60 @@ def tables(runs: list[dict]) -> str:
         parts.append("\n".join(lines))
         paired = [
             f"| {NAMES[name]} | {difference(by_name, name, 'knn_top1')} | {difference(by_name, name, 'linear_top1')} |"
-            for name in ("official", "lightly")
-            if {name, "ours"} <= by_name.keys()
+            for name in TRAINERS
+            if name != "ours" and {name, "ours"} <= by_name.keys()
         ]
-        if paired:
+        if paired:  # on equal batches
             head = "| ours minus | kNN top-1 | linear top-1 |\n|---|---|---|"
             parts.append(
                 "Points of top-1, seed by seed: mean ± standard error (each seed's).\n\n" + "\n".join([head, *paired])
             )
+        if any("curve" in run for run in group):
+            name = PLOT.format(data=data, epochs=epochs)
+            if page is not None:
+                draw(group, page.parent / name)
+            parts.append(f"![kNN accuracy by epochs and by time]({name})")
     return "\n\n".join(parts)
+
+
+BUDGET = ("data", "images", "epochs", "threads")
+
+
+def budgets(runs: list[dict]) -> list[list[dict]]:
+    """The runs of each budget."""
+    keys = sorted({tuple(run[name] for name in BUDGET) for run in runs}, reverse=True)
+    return [[run for run in runs if tuple(run[name] for name in BUDGET) == key] for key in keys]
+
+
+def draw(group: list[dict], path: Path) -> None:
+    """kNN accuracy along the runs of a budget: a line per seed, the mean in bold."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    untrained = statistics.fmean(run["knn_top1"] for run in group if run["trainer"] == "untrained")
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "learning", "axes.spines.top": False, "font.size": 9}):
+        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
+        plots = figure.subplots(1, 2, sharey=True)
+        for plot, axis in zip(plots, ("epoch", "seconds"), strict=True):
+            for name, color in COLORS.items():
+                curves = [run["curve"] for run in group if run["trainer"] == name and "curve" in run]
+                if not curves:
+                    continue
+                for curve in curves:
+                    points = [0, *(point[axis] for point in curve)]
+                    values = [untrained, *(point["knn_top1"] for point in curve)]
+                    plot.plot(points, values, color=color, alpha=0.2, lw=0.8)
+                means = [
+                    [statistics.fmean(point[of] for point in points) for points in zip(*curves, strict=True)]
+                    for of in (axis, "knn_top1")
+                ]
+                plot.plot([0, *means[0]], [untrained, *means[1]], color=color, label=NAMES[name].replace("`", ""))
+            plot.set_xlabel({"epoch": "epochs", "seconds": "seconds of training steps"}[axis])
+            plot.spines["right"].set_visible(False)
+        plots[0].set_ylabel("kNN top-1 (%)")
+        plots[1].legend(frameon=False)
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -272,7 +379,7 @@ def write_table(runs: list[dict], page: str) -> None:
         print(tables(runs))
         return
     text = Path(page).read_text()
-    section = tables(runs)
+    section = tables(runs, Path(page))
     pattern = r"(<!-- learning:start -->\n).*?(<!-- learning:end -->)"
     filled, found = re.subn(pattern, lambda match: f"{match[1]}{section}\n{match[2]}", text, flags=re.DOTALL)
     if not found:
@@ -285,6 +392,9 @@ def main() -> int:
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--data", default="fashion-mnist")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--curve", type=int, default=0, metavar="N", help="kNN every N epochs; 0: only after the last")
     parser.add_argument("--images", type=int, default=60000, help="training images, drawn once if fewer than all")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "learning.json")
@@ -300,17 +410,18 @@ def main() -> int:
     if "lightly" in names and not installed("lightly"):
         print("lightly: skipped, it is not installed (pip install lightly==1.6.0)", flush=True)
         names.remove("lightly")
-    data = subset(datasets.load(DATA), arguments.images)
-    budget = {"images": len(data.train), "epochs": arguments.epochs, "threads": arguments.threads}
+    data = subset(datasets.load(arguments.data), arguments.images)
+    values = (arguments.data, len(data.train), arguments.epochs, arguments.threads)
+    budget = dict(zip(BUDGET, values, strict=True))
     for seed in arguments.seeds:
         done = {run["trainer"] for run in runs if run["seed"] == seed and budget.items() <= run.items()}
         todo = [name for name in names if name not in done]
         if not todo:
             print(f"seed {seed}: kept, {arguments.out} has it", flush=True)
             continue
-        config = resolve_config(DATA, {"epochs": arguments.epochs, "seed": seed})
-        made_with = setting()
-        for name, figures in train(config, data, todo).items():
+        config = resolve_config(arguments.data, {"epochs": arguments.epochs, "seed": seed})
+        made_with = setting(arguments.device)
+        for name, figures in train(config, data, todo, arguments.device, arguments.curve).items():
             if name not in done:
                 runs.append({"trainer": name, "seed": seed} | budget | figures | made_with)
             print(

@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from table import heading, ratios, table
+from table import commits, heading, ratios, table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,6 +55,10 @@ def run_section(summary: dict) -> str:
     ]
     for key, label in (("knn_top1", "weighted kNN"), ("linear_top1", "linear probe")):
         lines.append(f"| {label} | " + " | ".join(f"{summary[key][column]:.1f}" for column in columns) + " |")
+    if few := summary.get("few_labels"):
+        cells = [f"{few['linear_top1'][column]:.1f} ± {few['linear_std'][column]:.1f}" for column in columns]
+        label = f"linear probe, {few['labels_per_class']} labels per class (mean ± sd of {few['subsets']} subsets)"
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -147,7 +151,7 @@ def linear_section(report: dict) -> str:
 
 
 def loader_section(report: dict) -> str:
-    machine, commit = report["machine_info"], report["commit_info"]["id"][:10]
+    machine, commit = report["machine_info"], commits(report)
     name = machine["cpu"].get("brand_raw", machine["machine"])
     lines = [
         f"Images per second on one core ({name}, torch {machine['torch']}, commit {commit}; two views of each image; a "
@@ -180,6 +184,8 @@ def compat_sections(report: dict) -> dict[str, str]:
         if (match := re.match(r"compat (\w+): (.*), cpu", benchmark["group"])) is None:
             continue
         rows = benchmark["extra_info"]["rows"]
+        if not {"before", "after"} <= rows.keys():  # why is in "skipped"
+            continue
         cells = [f"{statistics.median(rows[name]['ms']):.3g}" for name in ("before", "after")]
         cells.append(f"{statistics.median(ratios(rows['before'], rows['after'])):.2f}")
         cells += [f"{rows[name]['peak_bytes'] / 2**20:.0f}" for name in ("before", "after")]
@@ -193,10 +199,45 @@ def compat_sections(report: dict) -> dict[str, str]:
     return {marker: "\n".join([*head, *lines]) for marker, lines in steps.items()}
 
 
+def detection_section(report: dict) -> str:
+    """AP of each start by iteration, mean and standard deviation over the seeds."""
+    runs = report["runs"]
+    starts = list(dict.fromkeys(run["start"] for run in runs))
+    seeds = {start: sorted(run["seed"] for run in runs if run["start"] == start) for start in starts}
+    first = runs[0]
+    lines = [
+        f"Faster R-CNN on {first['arch']}, `{first['flags']}`; {first['device']}, torch {first['torch']}, commit "
+        f"{', '.join(sorted({run['commit'] for run in runs}))}. Mean ± standard deviation over "
+        f"{len(seeds[starts[0]])} seeds, %.",
+        "",
+        "| iterations | "
+        + " | ".join(f"{name}, {start}" for name in ("AP", "AP50", "AP75") for start in starts)
+        + " |",
+        "|--:" * (1 + 3 * len(starts)) + "|",
+    ]
+    for number, record in enumerate(first["records"]):
+        cells = [
+            spread([run["records"][number][name] for run in runs if run["start"] == start])
+            for name in ("AP", "AP50", "AP75")
+            for start in starts
+        ]
+        lines.append(f"| {record['step']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def sections() -> dict[str, str]:
     filled = {}
-    if (RESULTS / "compat.json").is_file():
-        filled |= compat_sections(json.loads((RESULTS / "compat.json").read_text()))
+    for name in ("compat", "compat-family"):
+        if (RESULTS / f"{name}.json").is_file():
+            filled |= compat_sections(json.loads((RESULTS / f"{name}.json").read_text()))
+    if (RESULTS / "label-efficiency.json").is_file():
+        import label_efficiency  # it needs the training dependencies
+
+        filled["labels"] = label_efficiency.sections(json.loads((RESULTS / "label-efficiency.json").read_text()))
     for marker, name in RUNS.items():
         if (RESULTS / f"{name}.json").is_file():
             filled[marker] = run_section(json.loads((RESULTS / f"{name}.json").read_text()))
@@ -206,8 +247,10 @@ def sections() -> dict[str, str]:
         "cpu": ("cpu", report_section),
         "sweep": ("sweep", sweep_section),
         "linear": ("linear-cross-entropy", linear_section),
+        "family": ("family", report_section),
         "h200": ("h200", report_section),
         "loader": ("loader", loader_section),
+        "detection": ("detection", detection_section),
     }
     for marker, (name, make) in makers.items():
         if (RESULTS / f"{name}.json").is_file():

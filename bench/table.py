@@ -8,11 +8,16 @@ from pathlib import Path
 HEAD = "| | ms | 10 to 90 % | time / ours | GFLOP | MB | over limit | extra MB | error |\n" + "|---" * 9 + "|"
 
 
+def commits(report: dict) -> str:
+    """The commit of a report, or several, if runs of several commits were put together (extra_info has each one's)."""
+    return ", ".join(commit[:10] for commit in report["commit_info"]["id"].split(", "))
+
+
 def heading(report: dict) -> str:
     """The machine, the versions and the commit that a report is of."""
     machine, commit = report["machine_info"], report["commit_info"]
     name = machine["gpu"] or f"{machine['cpu'].get('brand_raw', machine['machine'])} ({machine['cpu_capability']})"
-    commit = f"{commit['id'][:10]}{'+' if commit['dirty'] else ''}"
+    commit = f"{commits(report)}{'+' if commit['dirty'] else ''}"
     threads = f"{machine['threads']} CPU threads"
     return f"{name}, {threads}, torch {machine['torch']}, commit {commit}, {report['datetime'][:10]}"
 

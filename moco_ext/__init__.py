@@ -3,12 +3,22 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .clip import clip_loss
 from .end_to_end import EndToEnd
 from .memory_bank import MemoryBank, MemoryBankOutput
 from .moco import MoCo, MoCoOutput
 from .moco_v3 import MoCoV3
 from .momentum import flatten_parameters_
-from .ops import enqueue_, info_nce, l2_normalize, momentum_update_
+from .ops import (
+    ExpectedKey,
+    NearestKeys,
+    enqueue_,
+    expected_key,
+    info_nce,
+    l2_normalize,
+    momentum_update_,
+    nearest_keys,
+)
 from .queue import KeyQueue
 from .stats import InfoNCEStats
 
@@ -23,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EndToEnd",
+    "ExpectedKey",
     "InfoNCEStats",
     "KeyQueue",
     "MemoryBank",
@@ -30,11 +41,15 @@ __all__ = [
     "MoCo",
     "MoCoOutput",
     "MoCoV3",
+    "NearestKeys",
+    "clip_loss",
     "enqueue_",
+    "expected_key",
     "flatten_parameters_",
     "info_nce",
     "l2_normalize",
     "momentum_update_",
+    "nearest_keys",
 ]
 
 # Not in __all__: they need torchvision, and are imported when they are used.

@@ -15,6 +15,7 @@ from .distributed import all_gather, start_all_gather
 from .encoders import encode
 from .mechanism import Mechanism, check_momentum, check_temperature
 from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encoder_
+from .objectives import OBJECTIVES
 from .ops import info_nce, momentum_update_
 from .queue import KeyQueue
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
@@ -79,6 +80,9 @@ class MoCo(Mechanism, KeyQueue):
             keys of all ranks. With ``same_id`` ("mask" or "positive"), ``forward`` and ``update`` need ``ids``; with
             None, other views of the query's image in the queue are negatives, as published.
         empty: start with an empty queue instead of K random keys.
+        objective: ``"infonce"``; ``"nnclr"``, where the key's nearest neighbor in the queue is the positive; or
+            ``"ressl"``, where the query's softmax over the queue learns the key's, at temperature ``teacher_T``. See
+            moco_ext/objectives.py. The last two have none of the loss's options, and need a full queue.
         flatten_parameters: keep each encoder's parameters in one buffer (:func:`moco_ext.flatten_parameters_`), so that
             the momentum update is one launch over two buffers. If False, they are left where they are.
 
@@ -105,6 +109,8 @@ class MoCo(Mechanism, KeyQueue):
         in_batch: bool = False,
         same_id: str | None = None,
         empty: bool = False,
+        objective: str = "infonce",
+        teacher_T: float = 0.04,
         flatten_parameters: bool = True,
     ) -> None:
         super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty)
@@ -120,6 +126,14 @@ class MoCo(Mechanism, KeyQueue):
             raise ValueError(f"same_id: expected None, 'mask' or 'positive', got {same_id!r}")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+        if objective not in ("infonce", *OBJECTIVES):
+            expected = ", ".join(map(repr, ("infonce", *OBJECTIVES)))
+            raise ValueError(f"objective: expected one of {expected}, got {objective!r}")
+        if objective != "infonce" and (label_smoothing or in_batch or same_id or empty):
+            raise ValueError(
+                f"objective: expected 'infonce' with label_smoothing, in_batch, same_id or empty, got {objective!r}"
+            )
+        self.objective, self.teacher_T = objective, check_temperature(teacher_T)
         self.label_smoothing, self.in_batch, self.same_id = label_smoothing, in_batch, same_id
         self.m = check_momentum(m)
         self.T = check_temperature(T)
@@ -160,6 +174,10 @@ class MoCo(Mechanism, KeyQueue):
         self._warn_if_update_is_forgotten()
         q, keys = self._encode(im_q, im_k, key_order)  # [N, dim], [world * N, dim]
         n, offset = len(q), distributed.rank() * len(q)
+        if self.objective != "infonce":
+            contrast = OBJECTIVES[self.objective]
+            loss, stats = contrast(q, keys[offset:][:n], self.queue, self.T, self.teacher_T)
+            return MoCoOutput(loss, keys, stats)
         if self.in_batch and ids is not None:
             ids = all_gather(ids)
         loss, stats = info_nce(

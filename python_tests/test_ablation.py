@@ -61,6 +61,17 @@ def test_a_default_queue_dtype_follows_the_mechanism():
     assert [run.config.queue_dtype for run in explicit.runs] == ["fp16", "fp16"]
 
 
+def test_another_mechanism_loses_what_it_does_not_have():
+    axes = {"dictionary": ["queue", "end-to-end"], "batch_size": [8, 16]}
+    runs = make_grid(tiny(same_image="mask", lr_base=0.12), axes, [0], full=True).runs
+    assert [(r.config.dictionary, r.config.batch_size, r.config.same_image) for r in runs] == [
+        ("queue", 8, "mask"), ("queue", 16, "mask"), ("end-to-end", 8, "negative"), ("end-to-end", 16, "negative"),
+    ]  # fmt: skip
+    assert [r.config.learning_rate(0, 1) for r in runs[:2]] == [0.12 * 8 / 256, 0.12 * 16 / 256]
+    one = make_grid(tiny(), {"batch_size": [64, 16]}, [0])
+    assert one.tables["batch_size"] == [("16", "batch_size=16"), ("32", "base"), ("64", "batch_size=64")]
+
+
 def test_the_base_is_in_every_table_even_if_unlisted():
     grid = make_grid(tiny(moco_k=100, split_bn=8), {"moco_k": [200, 50], "shuffle_bn": ["auto", "none"]}, [0])
     assert grid.tables["moco_k"] == [("50", "moco_k=50"), ("100", "base"), ("200", "moco_k=200")]

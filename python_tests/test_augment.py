@@ -227,7 +227,11 @@ def test_shift_hue_agrees_with_torchvision(shift):
     torch.testing.assert_close(shift_hue(images, torch.tensor(shift).view(1, 1, 1, 1)), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("recipe", [Augmentation.v1, Augmentation.v2])
+def deformed(size):
+    return Augmentation.v2(size, rotate=15.0, elastic=50.0, erase_p=0.5)
+
+
+@pytest.mark.parametrize("recipe", [Augmentation.v1, Augmentation.v2, deformed])
 def test_a_view_does_not_depend_on_its_batch(recipe):
     """Bit for bit: alone, in another order, or in a batch large enough to be processed in chunks."""
     images = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8, generator=generator())
@@ -344,6 +348,43 @@ def test_solarization_is_pils():
     some = color_transform(images.expand(2000, -1, -1, -1), still(16, solarize_p=0.2), seeds(2000))
     share = (some == got).flatten(1).all(1).double().mean().item()
     assert share == pytest.approx(0.2, abs=0.04)  # 4.5 standard errors
+
+
+def test_rotation_is_torchvisions():
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    images = torch.rand(8, 1, 16, 16, generator=generator())
+    got = color_transform(images, still(16, rotate=30.0), seeds(8))
+    angles = 30 * (2 * uniforms(seeds(8), 1, start=33)[:, 0] - 1)
+    assert np.abs(angles).max() > 15
+    for image, angle, view in zip(images, angles.tolist(), got, strict=True):
+        want = functional.rotate(image, angle, InterpolationMode.BILINEAR)
+        torch.testing.assert_close(view[:, 4:12, 4:12], want[:, 4:12, 4:12], atol=1e-4, rtol=0)  # inside of the edges
+
+
+def test_elastic_deformation_is_as_strong_as_torchvisions():
+    from torchvision.transforms.v2 import ElasticTransform
+
+    image = torch.linspace(0, 1, 64).expand(1, 64, 64)  # values are positions, so differences are displacements
+    ours = color_transform(image.expand(600, 1, 64, 64), still(64, elastic=50.0), seeds(600)) - image
+    torch.manual_seed(0)
+    theirs = torch.stack([ElasticTransform(50.0, 5.0)(image) for _ in range(600)]) - image
+    spread, wanted = (shift[..., 20:44, 20:44].std().item() for shift in (ours, theirs))
+    assert spread == pytest.approx(wanted, rel=0.09)  # 3 standard errors
+    assert 0.5 < 63 * spread < 1.5  # pixels
+
+
+def test_erasing_sets_a_box_to_0_and_changes_nothing_else():
+    images = torch.rand(2000, 1, 28, 28, generator=generator()) + 0.01
+    plain, erased = (augment_batch(images, still(28, flip_p=0.5, erase_p=p), seeds(2000)) for p in (0.0, 0.25))
+    gone = erased == 0
+    assert torch.equal(erased, plain.masked_fill(gone, 0))
+    area = gone[:, 0].double().mean((1, 2))
+    assert (area > 0).double().mean() == pytest.approx(0.25, abs=0.04)  # 4 standard errors
+    assert 0.01 < area[area > 0].min() < area.max() < 0.36  # torchvision's 0.02 to 0.33, and whole pixels
+    for box in gone[area > 0, 0]:
+        rows, columns = box.any(1), box.any(0)
+        assert torch.equal(box, rows[:, None] & columns)
 
 
 def test_each_view_has_its_own_augmentation():

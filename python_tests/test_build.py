@@ -194,3 +194,19 @@ def test_make_installs_a_cpu_build_of_torch_without_a_gpu(monkeypatch, tmp_path,
     commands = log.read_text().splitlines()
     assert f"-m pip install {options}{expected}" in commands
     assert "-m pip install --quiet --group build --editable .[train,test]" in commands
+
+
+def test_the_libraries_hold_no_copy_of_libstdcxx():
+    """With parts of two copies, formatting a number in an error message writes nothing, or crashes."""
+    from moco_ext.library import LIBRARY_FOLDER
+
+    nm = shutil.which("nm")
+    if nm is None or sys.platform != "linux":
+        pytest.skip("needs nm")
+    libraries = sorted(LIBRARY_FOLDER.glob("*.so"))
+    assert libraries
+    for library in libraries:
+        defined = subprocess.run(
+            [nm, "-D", "--defined-only", library], capture_output=True, text=True, check=True
+        ).stdout
+        assert not re.findall(r"_ZNSo\w+|_ZTISt13runtime_error", defined), library

@@ -35,6 +35,7 @@ from moco_ext.train.classifier import (
 pytest.importorskip("tensorboard")
 
 ARCH = "resnet8-small"
+NO_BN = "timm:test_convnext"  # LayerNorm
 LINEAR = ClassifierConfig(epochs=2, lr=0.1, schedule=(1,), batch_size=50, crop_min=0.5)
 FINETUNE = dataclasses.replace(LINEAR, lr=0.01, lr_head=0.1, weight_decay=1e-4)
 
@@ -307,6 +308,12 @@ def results_of(folder, data: mdata.ImageData) -> dict:
         model = Classifier(copy.deepcopy(encoder), 10, 8, frozen=frozen)
         records = train_classifier(model, data, protocol, options_in(folder, local_world=world), name=name, arch=ARCH)
         results[name] = model.state_dict(), records, evaluate(model, data)
+    torch.manual_seed(1)
+    larger = dataclasses.replace(data, size=32)
+    without_bn = Classifier(encoders.resolve(NO_BN)(num_classes=1), 10, larger.size)
+    few_labels = dataclasses.replace(FINETUNE, epochs=1, fraction=0.4, batch_size=20)
+    train_classifier(without_bn, larger, few_labels, options_in(folder, local_world=world), name="few", arch=NO_BN)
+    results["few labels"] = without_bn.state_dict()
     return results
 
 
@@ -371,3 +378,37 @@ def test_processes_finetune_one_model(ranks):
         assert torch.equal(value, second[name]), name
     assert ranks[0]["finetune"][2] == ranks[1]["finetune"][2]
     assert ranks[0]["finetune"][1][1]["loss"] < ranks[0]["finetune"][1][0]["loss"]
+
+
+def test_two_processes_finetune_on_few_labels_like_one(ranks, alone):
+    """The same images in the same views: without BatchNorm, only the order of summation differs."""
+    for name, value in alone["few labels"].items():
+        for results in ranks:
+            torch.testing.assert_close(results["few labels"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's SyncBatchNorm needs a GPU")
+def test_synchronized_batchnorm_makes_two_processes_finetune_like_one(tmp_path, exact_convolutions):
+    """Both processes on one GPU, with gloo."""
+    mp.start_processes(_finetune_on_gpu, args=(str(tmp_path), 2), nprocs=2, start_method="spawn")
+    _finetune_on_gpu(0, str(tmp_path), 1)
+    alone, *ranks = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    for name, value in alone.items():
+        for state in ranks:
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def _finetune_on_gpu(rank: int, folder: str, world: int) -> None:
+    if world > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    data, device = few_digits(), torch.device("cuda", 0)
+    torch.manual_seed(1)
+    model = Classifier(encoder_of(data), 10, 8, head_bn=True)
+    few_labels = dataclasses.replace(FINETUNE, epochs=1, fraction=0.4, batch_size=20)
+    options = options_in(Path(folder) / str(world), local_world=world, device=device)
+    train_classifier(model, data, few_labels, options, name="finetune", arch=ARCH)
+    torch.save({name: value.cpu() for name, value in model.state_dict().items()}, f"{folder}/{world}-{rank}.pt")
+    if world > 1:
+        leave_group()

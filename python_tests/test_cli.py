@@ -31,7 +31,7 @@ def test_pretrain_trains_evaluates_and_reports(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {"checkpoint.pth", "metrics.jsonl", "summary.json", "config.json", "report.html"}
     summary = json.loads((finished / "summary.json").read_text())
-    assert summary.keys() == {"data", "seconds", "knn_top1", "linear_top1", "test_images"}
+    assert summary.keys() == {"data", "seconds", "knn_top1", "linear_top1", "test_images", "few_labels"}
     assert summary["data"] == "digits"
     assert summary["seconds"] > 0
     for protocol in ("knn_top1", "linear_top1"):

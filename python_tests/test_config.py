@@ -7,7 +7,7 @@ import re
 import pytest
 
 pytest.importorskip("torchvision")
-from training import tiny
+from training import few_digits, tiny
 
 from moco_ext.cli.launch import LaunchOptions
 from moco_ext.runs.options import RunOptions
@@ -41,6 +41,16 @@ def test_recipes_are_the_published_ones():
     assert billion.learning_rate(62_499, 1) == 0.12
     assert billion.learning_rate(62_500, 1) == pytest.approx(0.12 * 0.9)
     assert billion.learning_rate(1_249_999, 1) == pytest.approx(0.12 * 0.9**19)
+
+
+def test_the_cifar10_recipe_is_the_notebooks():
+    config = resolve_config("cifar10", {"epochs": 800, "symmetric": True}, "cifar10")
+    assert (config.epochs, config.symmetric, config.mlp, config.moco_dim) == (800, True, False, 128)
+    assert (config.moco_k, config.moco_m, config.moco_t, config.split_bn) == (4096, 0.99, 0.1, 8)
+    assert (config.batch_size, config.lr, config.weight_decay, config.cos) == (512, 0.06, 5e-4, True)
+    views = config.augmentation(dataclasses.replace(few_digits(), size=32, flip=True))
+    assert (views.scale, views.jitter, views.jitter_p) == ((0.08, 1.0), (0.4, 0.4, 0.4, 0.1), 0.8)
+    assert (views.gray_p, views.blur_p, views.flip_p) == (0.2, 0.0, 0.5)
 
 
 def test_a_recipe_keeps_only_what_belongs_to_the_data():

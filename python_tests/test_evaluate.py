@@ -1,6 +1,9 @@
 """Weighted kNN, the linear classifier, their features, and the scores of several representations."""
 
+import dataclasses
+import io
 import math
+import statistics
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from training import few_digits, run_in, tiny
 
 from moco_ext import data as mdata
 from moco_ext import encoders
+from moco_ext.data.datasets import labeled_subset
 from moco_ext.evaluate import (
     encoder_features,
     estimate_batchnorm_,
@@ -19,7 +23,8 @@ from moco_ext.evaluate import (
     pixel_features,
 )
 from moco_ext.evaluate.features import check_finite
-from moco_ext.evaluate.scores import all_features, representations, split_features, top1
+from moco_ext.evaluate.scores import all_features, few_label_top1, representations, split_features, top1
+from moco_ext.runs import console
 from moco_ext.train import build_model
 
 pytest.importorskip("sklearn")
@@ -188,6 +193,38 @@ def test_every_representation_is_scored_by_both_protocols(tmp_path):
         assert scores["linear_top1"][name] == round(linear_top1(*task), 2)
 
 
+def test_one_deviation_keeps_the_relative_scales_of_features():
+    """A small feature that decides is as good as any if each has its own deviation, and lost if all have one."""
+    x = torch.randn(400, 20, generator=torch.Generator().manual_seed(0))
+    labels = (x[:, 0] > 0).long()
+    x[:, 0] *= 1e-3
+    task = x[:300], labels[:300], x[300:], labels[300:]
+    assert linear_top1(*task, C=0.01) > 80
+    assert linear_top1(*task, C=0.01, per_feature=False) < 65
+    whole = linear_top1(*(1000 * part if part.is_floating_point() else part for part in task), per_feature=False)
+    assert whole == linear_top1(*task, per_feature=False)
+
+
+def test_few_labels_per_class(tmp_path):
+    """The mean over subsets; every image standardizes the features, labeled or not."""
+    from sklearn.linear_model import LogisticRegression
+
+    few = few_digits()
+    rows = (torch.cat([few.train.images[:, 0, 0].float(), torch.rand(150, 3)], 1), torch.rand(60, 11))
+    scores = few_label_top1(few, {"rows": rows})
+    each = []
+    for seed in range(5):
+        chosen = labeled_subset(few.train.labels, per_class=10, seed=seed)
+        assert few.train.labels[chosen].bincount().tolist() == [10] * 10
+        standard = [(part - rows[0].mean(0)) / rows[0].std(0).clamp_min(1e-9) for part in rows]
+        fitted = LogisticRegression(max_iter=200).fit(standard[0][chosen].numpy(), few.train.labels[chosen])
+        each.append(100 * fitted.score(standard[1].numpy(), few.test.labels))
+    assert scores["linear_top1"]["rows"] == pytest.approx(statistics.fmean(each), abs=0.4)
+    assert scores["linear_std"]["rows"] == pytest.approx(statistics.stdev(each), abs=0.4)
+    assert (scores["labels_per_class"], scores["subsets"]) == (10, 5)
+    assert few_label_top1(few_digits(90), {"rows": (rows[0][:90], rows[1])}) == {}  # too few images of a class
+
+
 def test_representations_are_computed_one_at_a_time(tmp_path, monkeypatch):
     """So that the features of two large sets of images need not fit in memory together."""
     asked = []
@@ -205,3 +242,12 @@ def test_an_encoder_that_has_diverged_is_named(tmp_path):
         all_features(few_digits(), run_in(tmp_path), trained=encoder)
     with pytest.raises(FloatingPointError, match=r"features of run b \(training"):
         split_features(few_digits(), run_in(tmp_path), encoder, "run b")
+
+
+def test_long_evaluations_report_outside_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "_LINE_EVERY", -1.0)
+    data, out = few_digits(48), io.StringIO()
+    encoder = build_model(tiny()).encoder_q
+    options = dataclasses.replace(run_in(tmp_path), console=console.make_console(file=out))
+    split_features(data, options, encoder, "trained")
+    assert out.getvalue().startswith("trained encoder: 48 of 48 images, 0 min left\n")

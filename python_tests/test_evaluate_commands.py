@@ -95,6 +95,20 @@ def test_finetune_and_the_comparison_from_scratch(run, tmp_path, capsys):
     }
 
 
+def test_few_labels(run, tmp_path, capsys):
+    flags = ("--labels-per-class", 3, "--seed", 1, "--output", tmp_path, "--threads", 1)
+    solved, voted = (answer(capsys, command, run, *flags) for command in ("linear", "knn"))
+    assert solved["solver"] == "lbfgs"
+    assert (solved["labels_per_class"], voted["seed"]) == (3, 1)
+    for name in ("pixels", "trained"):
+        assert solved["linear_top1"][name] < answer(capsys, "linear", run)["linear_top1"][name] - 5
+        assert 20 < voted["knn_top1"][name] < 95
+    flags = (*flags, "--epochs", 1, "-b", 10)
+    assert answer(capsys, "linear", run, *flags)["solver"] == "sgd"
+    assert answer(capsys, "finetune", run, *flags)["labels_per_class"] == 3
+    assert json.loads((tmp_path / "finetune" / "metrics.jsonl").read_text())["step"] == 3  # of 10 images
+
+
 def test_an_image_folder_and_torchvision_weights(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # runs/ is made here
     torch.save(encoders.resolve("resnet10")(num_classes=1000).state_dict(), "weights.pth")
@@ -118,6 +132,9 @@ def test_an_image_folder_and_torchvision_weights(photos, tmp_path, capsys, monke
         (["linear", "RUN", "-e", "--output", "nowhere"], "checkpoint: no such file: nowhere/linear.pth"),
         (["linear", "RUN", "-a", "resnet18"], f"arch: expected {ARCH}"),
         (["finetune", "RUN", "--fraction", "0"], "fraction: expected a share"),
+        (["finetune", "RUN", "--fraction", "0.1", "--labels-per-class", "3"], "labels_per_class: expected no fraction"),
+        (["linear", "RUN", "--labels-per-class", "1000"], "labels_per_class: expected 1 to 122, the images of the sm"),
+        (["linear", "RUN", "--solver", "lbfgs", "--seed", "3"], "solver: expected no --seed with lbfgs"),
         (["finetune", "digits", "--pretrained", "torchvision:DEFAULT"], "arch: expected --arch"),
         (["finetune", "RUN", "--epochs", "0"], "epochs: expected at least 1"),
     ],

@@ -40,8 +40,11 @@ def test_a_run_prints_its_accuracies(tmp_path, monkeypatch):
     for name, label in (("pixels", "raw pixels"), ("untrained", "untrained encoder"), ("trained", "trained encoder")):
         assert summary["knn_top1"].keys() == summary["linear_top1"].keys() >= {name}
         scores = [f"{summary[protocol][name]:.1f}" for protocol in ("knn_top1", "linear_top1")]
+        few = summary["few_labels"]
+        scores.append(f"{few['linear_top1'][name]:.1f} ± {few['linear_std'][name]:.1f}")
         row = next(line for line in text.splitlines() if f" {label} " in line)
         assert [cell.strip() for cell in row.split("│")[1:-1]] == [label, *scores]
+    assert "linear, 10 labels per class" in text
     assert f"trained in {summary['seconds']:.0f} s" in text
 
 

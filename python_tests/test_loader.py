@@ -17,6 +17,7 @@ from PIL import Image
 from moco_ext import data as mdata
 from moco_ext.data import Augmentation, SupervisedLoader, TensorSplit, TrainLoader, augment, datasets
 from moco_ext.data import images as image_files
+from moco_ext.data.datasets import labeled_subset
 from moco_ext.data.sampler import EpochBatchSampler
 
 pytest.importorskip("torchvision")
@@ -248,7 +249,7 @@ def test_every_rank_gets_the_same_number_and_no_image_twice(images, world, batch
 
 @pytest.mark.parametrize("augment_on", ["loader", "device"])
 def test_views_depend_neither_on_workers_nor_on_augment_on(folder, augment_on):
-    data, recipe = load(folder), Augmentation.v2(64)
+    data, recipe = load(folder), Augmentation.v2(64, rotate=10.0, elastic=50.0, erase_p=0.5)
     want = views(TrainLoader(data, recipe, 4).epoch(0))
     for workers in (0, 2):
         got = views(TrainLoader(data, recipe, 4, workers=workers, augment_on=augment_on).epoch(0))
@@ -465,6 +466,20 @@ def test_a_fraction_of_the_labels_is_stratified_and_the_same_every_epoch():
     assert sorted(next(one_each.epoch(0))[1].tolist()) == [0, 1, 2, 3]
 
 
+def test_labels_per_class_are_balanced_nested_and_seeded():
+    data = numbered(200, classes=4)
+
+    def used(n: int, seed: int) -> set[int]:
+        batches = SupervisedLoader(data, 4, labels_per_class=n, seed=seed, crop_min=1.0).epoch(0)
+        return set(torch.cat([shown(images) for images, _ in batches]).tolist())
+
+    few, more = used(5, 0), used(15, 0)
+    assert [sum(image % 4 == c for image in few) for c in range(4)] == [5, 5, 5, 5]
+    assert few < more
+    assert few != used(5, 1)
+    assert few == set(labeled_subset(data.train.labels, fraction=0.1).tolist())  # the images of the fraction
+
+
 def test_supervised_ranks_see_together_what_one_process_sees(folder):
     one = next(SupervisedLoader(load(folder), 6).epoch(0))
     ranks = [next(SupervisedLoader(load(folder), 3, rank=r, world=2, workers=r).epoch(0)) for r in range(2)]
@@ -485,11 +500,20 @@ def test_an_unreadable_supervised_image_is_replaced_with_its_label(damaged):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"fraction": 0.0}, "fraction: expected"), ({"crop_min": 1.5}, "crop_min: expected")]
+    ("options", "message"),
+    [
+        ({"fraction": 0.0}, "fraction: expected"),
+        ({"crop_min": 1.5}, "crop_min: expected"),
+        ({"labels_per_class": 17}, "labels_per_class: expected 1 to 16, the images of the smallest class, got 17"),
+        (
+            {"labels_per_class": 2, "fraction": 0.5},
+            "labels_per_class: expected no fraction with it, got 2 and fraction 0.5",
+        ),
+    ],
 )
 def test_supervised_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        SupervisedLoader(numbered(50), 4, **options)
+        SupervisedLoader(numbered(50, classes=3), 4, **options)
 
 
 def test_sampling_from_large_data_costs_one_permutation():

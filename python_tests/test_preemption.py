@@ -1,6 +1,7 @@
 """Signals: a run saves before it ends, and a group with a stopped rank ends."""
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -15,9 +16,11 @@ import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
-from training import environment
+from training import environment, few_digits, run_in, tiny
 
 from moco_ext.data.workers import leave_signals_to_parent, sigterm_held
+from moco_ext.train import pretrain
+from moco_ext.train.trainer import Trainer
 
 PRETRAIN = [sys.executable, "-m", "moco_ext", "pretrain", "--data", "digits", "--device", "cpu", "--threads", "1"]
 LONG = ["--epochs", "900", "--online-knn", "0", "--moco-k", "100", "-b", "64", "-p", "2"]
@@ -58,6 +61,24 @@ def test_a_signal_to_the_process_group_saves_and_ends(tmp_path, launcher):
         assert run.returncode == 143
     step = torch.load(output / "checkpoint.pth", weights_only=True)["trainer"]["step"]
     assert f"SIGTERM after step {step:,}" in out
+
+
+def test_a_signal_ends_an_evaluation(tmp_path, monkeypatch):
+    """It may take longer than a scheduler waits. The last one too, before the evaluation that follows training."""
+
+    def evaluate(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    monkeypatch.setattr(Trainer, "_knn", evaluate)
+    config, data, started = tiny(steps=6, log_every=3, online_knn=3), few_digits(), time.monotonic()
+    for step, resume in ((3, None), (6, "auto")):
+        with pytest.raises(SystemExit, match="143"):
+            pretrain(config, data, run_in(tmp_path, resume=resume))
+        assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["trainer"]["step"] == step
+    assert time.monotonic() - started < 30
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], "knn_top1" in record) for record in records] == [(3, False), (6, False)]
 
 
 @pytest.mark.slow

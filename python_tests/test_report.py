@@ -25,6 +25,7 @@ from moco_ext.checkpoints.training import save_checkpoint
 from moco_ext.cli.report import distinct_names
 from moco_ext.data import FolderSplit, ImageData
 from moco_ext.evaluate import encoder_features
+from moco_ext.evaluate.scores import LABELS
 from moco_ext.report import Gallery, ReportedRun, compose, galleries, read_run, write_report
 from moco_ext.report import gallery as pictures
 from moco_ext.runs.environment import environment
@@ -267,6 +268,23 @@ def test_scores_of_the_commands(tmp_path):
     page = compose([read_run(folder, "run")], [])
     assert "<th>linear, SGD</th><th>fine-tuned, 1 % of labels</th>" in page
     assert cells(page, "trained encoder") == ["60.0", "&ndash;", "67.5", "71.2"]
+    (folder / "linear.json").write_text(json.dumps({"linear_top1": {"trained": 50.0}, "labels_per_class": 3}))
+    (folder / "finetune.json").write_text(json.dumps({"fraction": 1.0, "labels_per_class": 3, "top1": 40.0}))
+    page = compose([read_run(folder, "run")], [])
+    assert "<th>fine-tuned, 3 labels per class</th>" in page
+    assert cells(page, "trained encoder") == ["60.0", "&ndash;", "40.0"]  # the linear column is that of all labels
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_few_labels_have_a_column():
+    means, stds = {"pixels": 65.0, "untrained": 60.0, "trained": 75.25}, dict.fromkeys(LABELS, 1.5)
+    few = {"labels_per_class": 10, "subsets": 5, "linear_top1": means, "linear_std": stds}
+    page = compose([reported(summary=SUMMARY | {"few_labels": few})], [])
+    assert "<th>linear, 10 labels per class</th>" in page
+    assert "over random subsets" in page
+    assert cells(page, "untrained encoder")[-1] == "60.0 ± 1.5"
+    both = compose([reported("a", summary=SUMMARY | {"few_labels": few}), reported("b")], [])
+    assert re.findall(r"<td><b>(\d\d.\d ± 1.5|&ndash;)</b></td>", both) == ["65.0 ± 1.5", "75.2 ± 1.5", "&ndash;"]
 
 
 @pytest.mark.usefixtures("no_curves")

@@ -67,6 +67,7 @@ def same_records(one, other):
             0,
             marks=pytest.mark.slow,
         ),
+        ({"rotate": 10.0, "elastic": 20.0, "erase": 0.5}, 2),
         ({"steps": 9, "log_every": 4, "moco_m_cos": True}, 0),
         ({"same_image": "mask", "empty_queue": True, "in_batch": True, "label_smoothing": 0.1}, 0),
     ],

@@ -127,7 +127,7 @@ def test_one_rank_on_nccl(tmp_path):
 
     data, config = few_digits(), tiny(epochs=1)
     alone = pretrain(config, data, run_in(tmp_path / "alone", device=torch.device("cuda")))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29555", RANK="0", LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(launching._free_port()), RANK="0", LOCAL_RANK="0")
     os.environ.update(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     found = []
 

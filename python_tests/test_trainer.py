@@ -130,10 +130,14 @@ def test_the_plain_copy(digits, tmp_path):
         assert torch.equal(key, query)
 
 
-def test_momentum_schedule_reaches_one(digits, tmp_path):
-    model = build_model(tiny())
-    pretrain(tiny(moco_m_cos=True), digits, run_in(tmp_path), model)
-    assert model.m == pytest.approx(1 - 0.001 * (math.cos(math.pi * 9 / 10) + 1) / 2)
+def test_momentum_schedule(digits, tmp_path, monkeypatch):
+    """The update after step t is the published one at the start of step t + 1, and the last one changes nothing."""
+    used = []
+    update = MoCo.update
+    monkeypatch.setattr(MoCo, "update", lambda self, *keys: (used.append(self.m), update(self, *keys)))
+    pretrain(tiny(moco_m_cos=True), digits, run_in(tmp_path))
+    assert used == pytest.approx([1 - 0.001 * (math.cos(math.pi * t / 10) + 1) / 2 for t in range(1, 11)])
+    assert used[-1] == 1
 
 
 # --- steps ----------------------------------------------------------------------------------------------------
@@ -242,6 +246,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(digits, tmp_path):
         ({"shuffle_bn": "loader"}, MoCo),
         ({"same_image": "positive", "empty_queue": True, "in_batch": True, "symmetric": True}, MoCo),
         ({"augment_on": "device", "aug_plus": True, "queue_dtype": "bf16"}, MoCo),
+        ({"rotate": 10.0, "elastic": 20.0, "erase": 0.5}, MoCo),
         pytest.param({"compile": True}, MoCo, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -13,9 +13,11 @@ from .flags import Parser
 
 COMMANDS = {
     "pretrain": "train an encoder with momentum contrast, evaluate it, write a report",
+    "distill": "train an encoder to relate images as a frozen teacher does",
     "knn": "weighted k-nearest-neighbor top-1 accuracy of a trained encoder",
     "linear": "linear classification top-1 accuracy of a trained encoder",
     "finetune": "train all layers for classification, on all labels or a fraction",
+    "detect": "train Faster R-CNN on a trained encoder, on data in the layout of VOC or COCO",
     "embed": "the features of a folder of images, to .parquet, .npy, .npz or .safetensors",
     "neighbors": "the nearest images of a query, in a file of features",
     "export": "an encoder for torchvision, timm, ONNX, torch.export or the Hugging Face hub",

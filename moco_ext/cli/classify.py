@@ -44,6 +44,13 @@ def configuration(args: argparse.Namespace, data: ImageData, defaults: Classifie
     return dataclasses.replace(defaults, **preset | given(args, ClassifierConfig))
 
 
+def resolve_resume(options: RunOptions, name: str, evaluate: bool) -> None:
+    """Replace ``auto``, or no ``--resume`` of a command that only evaluates, by the checkpoint of the output."""
+    if options.resume == "auto" or (evaluate and options.resume is None):
+        checkpoint = options.output / f"{name}.pth"
+        options.resume = checkpoint if evaluate or checkpoint.is_file() else None
+
+
 def train(
     inputs: Inputs,
     args: argparse.Namespace,
@@ -65,17 +72,15 @@ def train(
     """
     torch.manual_seed(config.seed)
     model = Classifier(encoder, len(data.classes), data.size, frozen=reference is not None, head_bn=head_bn)
-    checkpoint = options.output / f"{name}.pth"
-    if options.resume == "auto" or (args.evaluate and options.resume is None):
-        options.resume = checkpoint if args.evaluate or checkpoint.is_file() else None
-
+    resolve_resume(options, name, args.evaluate)
     result = {"data": inputs.data, "arch": arch, "solver": "sgd", **dataclasses.asdict(config)}
     title = f"{data.name}: {name}, %"
     columns = ("", "top-1", "top-5")
     # Loaded again, not copied: it is the file that the encoder is compared with.
     frozen = None if reference is None else Classifier(reference, 1, data.size).backbone.state_dict()
     if args.evaluate:
-        epoch, _ = restore(model, Path(options.resume or checkpoint), arch)
+        assert options.resume is not None
+        epoch, _ = restore(model, Path(options.resume), arch)
         if frozen is not None:
             check_unchanged(model.backbone, frozen)
         scores = evaluate(model.to(options.device), data, device=options.device, workers=options.workers)

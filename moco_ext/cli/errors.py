@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 # Where the name is not that of the module.
 _PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "faiss": "faiss-cpu"}
+_OF_DETECTION = ("torchmetrics", "pycocotools")
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # in torch's RuntimeErrors
 
 
@@ -40,9 +41,10 @@ def _explained(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.split(".")[0]
         package = _PACKAGES.get(module, module)
+        work, extra = ("detection", "detection") if module in _OF_DETECTION else ("training", "train")
         return (
             f"this needs {module}, which is not installed: pip install {package} "
-            "(all that training needs, from a checkout: pip install '.[train]')"
+            f"(all that {work} needs, from a checkout: pip install '.[{extra}]')"
         )
     first = (str(error).splitlines() or [""])[0]
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):

@@ -23,6 +23,8 @@ from . import launch
 from .config_file import add_config_flag
 from .flags import add_data_flags, add_settings, name_of
 
+_CAPTION = ("solver", "k", "temperature", "C", "fraction", "labels_per_class")
+
 
 class Inputs(NamedTuple):
     """What is evaluated.
@@ -134,7 +136,7 @@ def show(
     if as_json:
         print(json.dumps(result))
         return
-    options = {name: result[name] for name in ("solver", "k", "temperature", "C", "fraction") if name in result}
+    options = {name: result[name] for name in _CAPTION if result.get(name) is not None}
     table = Table(columns[0], title=title, caption=" ".join(f"{name}={value}" for name, value in options.items()))
     for column in columns[1:]:
         table.add_column(column, justify="right")

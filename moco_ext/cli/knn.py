@@ -9,8 +9,11 @@ from ..distributed import rank
 from ..evaluate.scores import knn_score, representations
 from ..runs.directory import report_unreadable
 from ..runs.options import RunOptions
+from ..runs.settings import settings
+from ..train.classifier import ClassifierConfig
 from . import evaluate
 from .evaluate import Inputs, load_inputs, percent, show, write_result
+from .flags import add_settings, given
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +26,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t", "--temperature", type=float, default=0.07, metavar="T", help="temperature of the votes (default: 0.07)"
     )
+    subset = settings(ClassifierConfig, "labels_per_class", "seed")
+    add_settings(parser, subset | {"seed": subset["seed"]._replace(help="seed of the labeled subset")})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
     encoder, _, data = load_inputs(inputs, args)
     k = inputs.config.get("knn_k", 200) if args.knn_k is None else args.knn_k
-    voting: dict[str, Any] = {"k": k, "temperature": args.temperature}
+    voting: dict[str, Any] = {"k": k, "temperature": args.temperature} | given(args, ClassifierConfig)
     scores = {
         name: percent(knn_score(data, rows, **voting, device=options.device, sharded=True))
         for name, rows in representations(data, options, trained=encoder)

@@ -16,15 +16,17 @@ from ..runs.settings import settings
 from ..train.classifier import ClassifierConfig
 from . import classify, evaluate
 from .evaluate import Inputs, load_inputs, percent, show, write_result
+from .flags import given
 
 # Those of main_lincls.py.
 _DEFAULTS = ClassifierConfig(epochs=100, lr=30.0, schedule=(60, 80), weight_decay=0.0)
-# All layers that are trained are new, and all labels are used.
+# All layers that are trained are new.
 _SETTINGS = {
     name: setting
     for name, setting in (settings(ClassifierConfig) | classify.RUN_SETTINGS).items()
     if name not in ("lr_head", "fraction")
 }
+_SUBSET = ("labels_per_class", "seed")  # which images are labeled, for both solvers
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,8 @@ def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
 
 
 def _solver(args: argparse.Namespace, data: ImageData) -> str:
-    of_sgd = [f"--{name.replace('_', '-')}" for name in _SETTINGS if hasattr(args, name)]
+    shared = _SUBSET if hasattr(args, "labels_per_class") else ()
+    of_sgd = [f"--{name.replace('_', '-')}" for name in _SETTINGS if hasattr(args, name) and name not in shared]
     of_sgd += ["--evaluate"] if args.evaluate else []
     small = isinstance(data.train, TensorSplit)
     solver = args.solver or ("lbfgs" if args.C is not None or (small and not of_sgd) else "sgd")
@@ -69,11 +72,12 @@ def _solve(
     inputs: Inputs, args: argparse.Namespace, options: RunOptions, encoder: nn.Module, arch: str, data: ImageData
 ) -> int:
     C = 1.0 if args.C is None else args.C
+    subset = given(args, ClassifierConfig)
     features = all_features(data, options, trained=encoder)
     report_unreadable(options, data.unreadable)
     if rank() == 0:  # the problem has one solution: the other ranks need not find it too
-        scores = {name: percent(linear_score(data, rows, C=C)) for name, rows in features.items()}
-        result = {"data": inputs.data, "arch": arch, "solver": "lbfgs", "C": C, "linear_top1": scores}
+        scores = {name: percent(linear_score(data, rows, C=C, **subset)) for name, rows in features.items()}
+        result = {"data": inputs.data, "arch": arch, "solver": "lbfgs", "C": C, **subset, "linear_top1": scores}
         write_result(options.output, "linear", result)
         rows = [("raw pixels", scores["pixels"]), ("encoder", scores["trained"])]
         show(result, f"{data.name}: linear top-1, %", ("features", "linear"), rows, as_json=args.json)

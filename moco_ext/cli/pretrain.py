@@ -13,6 +13,7 @@ from ..experiments.pretrain import pretrain_and_evaluate
 from ..runs.options import RunOptions
 from ..runs.settings import settings
 from ..train.config import DTYPES, PretrainConfig
+from ..train.mechanisms import has_setting
 from ..train.memory import device_memory
 from ..train.recipes import RECIPES
 from . import launch
@@ -76,10 +77,11 @@ def _work(args: argparse.Namespace, options: RunOptions) -> int:
     show_choices(plan, options)
     length = f"{config.steps:,} steps" if config.steps else f"{config.epochs} epochs"
     world = distributed.world_size()
+    symbols = {"moco_k": "K", "moco_m": "m", "moco_t": "T"}
+    values = [f"{of} = {getattr(config, x):,}" for x, of in symbols.items() if has_setting(config.dictionary, x)]
     print_(
-        f"{data.name}: {len(data.train):,} images, {config.arch}, K = {config.moco_k:,}, m = {config.moco_m:g}, "
-        f"T = {config.moco_t:g}, {length} of batch {config.batch_size} on {options.device}"
-        + (f", {world} processes" if world > 1 else ""),
+        f"{data.name}: {len(data.train):,} images, {config.arch}, {', '.join(values)}, "
+        f"{length} of batch {config.batch_size} on {options.device}" + (f", {world} processes" if world > 1 else ""),
         highlight=False,
     )
     pretrain_and_evaluate(config, data, options)
@@ -91,6 +93,8 @@ def check_memory(config: PretrainConfig, device: torch.device) -> None:
 
     Beyond its memory, a machine may end the process without a message rather than refuse to allocate.
     """
+    if not has_setting(config.dictionary, "moco_k"):
+        return
     memory = device_memory(device)
     needed = config.moco_k * config.moco_dim * DTYPES[config.queue_dtype].itemsize
     if needed > memory:

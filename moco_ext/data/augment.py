@@ -22,7 +22,11 @@ from .seeds import uniforms
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in PIL
 _MIN_BLURRED = 64  # pixels; the official blur would erase a smaller image
 _TRIES = 10  # of RandomResizedCrop, before it falls back to a center crop
-_CROP_NUMBERS = 2 * _TRIES + 2  # a view's first random numbers; the color transform takes the next
+_CROP_NUMBERS = 2 * _TRIES + 2  # a view's first random numbers; the next 11 are those of colors, blur and flip
+_ROTATE = _CROP_NUMBERS + 11  # where the random numbers of rotation, erasing and elastic deformation start
+_ERASE = _ROTATE + 1
+_ELASTIC = _ERASE + 1 + _CROP_NUMBERS
+_ELASTIC_SIGMA = 5.0  # pixels, as in torchvision
 _BLUR_SIGMAS = 3  # a kernel's radius
 _ORDERS = np.array(list(itertools.permutations(range(4))))  # [24, 4]
 _CPU_CHUNK = 2**18  # values; so few stay in the cache from step to step
@@ -30,7 +34,7 @@ _CPU_CHUNK = 2**18  # values; so few stay in the cache from step to step
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Parameters of the random crop, color jitter, grayscale, blur and flip that make a view.
+    """Parameters of the random crop, color jitter, grayscale, blur, flip and deformations that make a view.
 
     Attributes:
         size: side of a view in pixels.
@@ -44,6 +48,9 @@ class Augmentation:
         blur_sigma: range of the Gaussian's sigma in pixels.
         solarize_p: probability of solarization: values of 0.5 and above are inverted.
         flip_p: probability of a horizontal flip.
+        rotate: largest rotation in degrees, in either direction; the edge pixels fill the corners.
+        elastic: strength of the elastic deformation, alpha of torchvision's ``ElasticTransform`` with sigma 5.
+        erase_p: probability that a box is set to 0, of the sizes of torchvision's ``RandomErasing``.
         second: of the second of two views, if it differs.
     """
 
@@ -58,6 +65,9 @@ class Augmentation:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
     flip_p: float = 0.5
+    rotate: float = 0.0
+    elastic: float = 0.0
+    erase_p: float = 0.0
     second: Augmentation | None = None
 
     @staticmethod
@@ -151,7 +161,8 @@ def file_crops(image: Tensor, augmentation: Augmentation, seeds: Tensor) -> list
 
 
 def color_transform(images: Tensor, augmentation: Augmentation, seeds: Tensor) -> Tensor:
-    """Apply what follows the crop: jitter and grayscale, blur, solarization, flip.
+    """Apply what follows the crop: rotation and elastic deformation, jitter and grayscale, blur, solarization, flip and
+    erasing.
 
     Args:
         images: uint8, or float32 in [0, 1], [N, C, H, W], C = 1 or 3, on any device.
@@ -226,6 +237,8 @@ class _Choices(NamedTuple):
     kernels: Tensor  # [N, 2 r + 1], r the largest possible radius
     flip: np.ndarray  # [N] bool
     solarize: np.ndarray  # [N] bool
+    grid: Tensor | None  # [N, size, size, 2] where pixels are sampled, for grid_sample
+    erased: Tensor | None  # [N, 1, size, size] bool
 
     @staticmethod
     def of(a: Augmentation, seeds: Tensor, device: torch.device) -> _Choices:
@@ -242,15 +255,18 @@ class _Choices(NamedTuple):
         kernels = gaussian_kernels(torch.from_numpy(sigmas), math.ceil(_BLUR_SIGMAS * a.blur_sigma[1]))
         on_device = [values.to(device, non_blocking=True) for values in (factors.view(-1, 4, 1, 1, 1), kernels)]
         applied = gray < a.gray_p, flip < a.flip_p, solarized < a.solarize_p
-        return _Choices(applied[0], steps, on_device[0], radius, on_device[1], *applied[1:])
+        grid = _deformed_grid(a, seeds).to(device, non_blocking=True) if a.rotate or a.elastic else None
+        erased = _erased(a, seeds).to(device, non_blocking=True) if a.erase_p else None
+        return _Choices(applied[0], steps, on_device[0], radius, on_device[1], *applied[1:], grid, erased)
 
     def of_rows(self, rows: slice) -> _Choices:
-        gray, order, factors, radius, kernels, flip, solarize = self
-        return _Choices(gray[rows], order[rows], factors[rows], radius[rows], kernels[rows], flip[rows], solarize[rows])
+        return _Choices._make(values if values is None else values[rows] for values in self)
 
 
 def _transform_colors(images: Tensor, a: Augmentation, choices: _Choices) -> Tensor:
     """float32 images, overwritten."""
+    if choices.grid is not None:
+        images = F.grid_sample(images, choices.grid, padding_mode="border", align_corners=False)
     color = images.shape[1] == 3
     if color and a.gray_first:
         images = _on_rows(images, choices.gray, _grayscale)
@@ -266,7 +282,33 @@ def _transform_colors(images: Tensor, a: Augmentation, choices: _Choices) -> Ten
     kernels = choices.kernels[:, spare : choices.kernels.shape[1] - spare]
     images = _on_rows(images, choices.radius > 0, blur, kernels)
     images = _on_rows(images, choices.solarize, _solarize)
-    return _on_rows(images, choices.flip, lambda rows: rows.flip(3))
+    images = _on_rows(images, choices.flip, lambda rows: rows.flip(3))
+    return images if choices.erased is None else images.masked_fill_(choices.erased, 0)
+
+
+def _deformed_grid(a: Augmentation, seeds: Tensor) -> Tensor:
+    """Where the pixels of each view are sampled, in the coordinates of grid_sample: float32 [N, size, size, 2]."""
+    angle = np.radians(a.rotate) * (2 * uniforms(seeds, 1, start=_ROTATE).astype(np.float64) - 1)
+    cos, sin = (torch.from_numpy(values.astype(np.float32))[:, :, None] for values in (np.cos(angle), np.sin(angle)))
+    x = (torch.arange(a.size) + 0.5) * 2 / a.size - 1
+    y = x[:, None]
+    grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
+    if a.elastic:
+        noise = torch.from_numpy(2 * uniforms(seeds, 2 * a.size**2, start=_ELASTIC) - 1)
+        kernel = gaussian_kernels(torch.tensor([_ELASTIC_SIGMA]), math.ceil(_BLUR_SIGMAS * _ELASTIC_SIGMA))
+        shifts = blur(noise.view(-1, 2, a.size, a.size), kernel.expand(len(noise), -1))
+        grid += shifts.permute(0, 2, 3, 1) * (a.elastic / a.size)
+    return grid
+
+
+def _erased(a: Augmentation, seeds: Tensor) -> Tensor:
+    """Bool [N, 1, size, size]: the pixels of each view that are erased."""
+    numbers = uniforms(seeds, 1 + _CROP_NUMBERS, start=_ERASE)
+    boxes = crop_boxes(numbers[:, 1:], a.size, a.size, (0.02, 0.33), (0.3, 3.3), whole=True)
+    top, left, height, width = boxes.T[..., None]
+    at = np.arange(a.size)
+    inside = ((at >= top) & (at < top + height))[:, :, None] & ((at >= left) & (at < left + width))[:, None]
+    return torch.from_numpy((inside & (numbers[:, :1, None] < a.erase_p))[:, None])
 
 
 def _on_rows(images: Tensor, chosen: np.ndarray, step: Callable[..., Tensor], *parameters: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from .files import ImageFiles, few, find_images
 from .images import UnreadableImageError, read_image
+from .seeds import hash_seeds
 from .workers import leave_signals_to_parent, sigterm_held
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
@@ -255,6 +256,30 @@ def stratified_split(labels: Tensor, test_fraction: float, seed: int = 0, at_lea
         chosen = torch.randperm(len(members), generator=generator)
         held_out[members[chosen[: max(at_least, round(test_fraction * len(members)))]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def labeled_subset(labels: Tensor, *, fraction: float = 1.0, per_class: int | None = None, seed: int = 0) -> Tensor:
+    """Draw images of each class at random: ``per_class`` of them, or a share, at least one.
+
+    At the same seed, a larger subset contains a smaller one.
+
+    Args:
+        labels: int64 [N].
+
+    Returns:
+        Sorted indices.
+
+    Raises:
+        ValueError: both a share and a number are given, or a class has fewer images.
+    """
+    if per_class is None:
+        return stratified_split(labels, fraction, int(hash_seeds(seed)), at_least=1)[1]
+    if fraction < 1:
+        raise ValueError(f"labels_per_class: expected no fraction with it, got {per_class} and fraction {fraction:g}")
+    least = int(labels.unique(return_counts=True)[1].min())
+    if not 1 <= per_class <= least:
+        raise ValueError(f"labels_per_class: expected 1 to {least}, the images of the smallest class, got {per_class}")
+    return stratified_split(labels, 0.0, int(hash_seeds(seed)), at_least=per_class)[1]
 
 
 def _in_memory(name: str, classes, train: TensorSplit, test: TensorSplit, *, flip: bool) -> ImageData:

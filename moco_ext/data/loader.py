@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .augment import Augmentation, augment_batch, color_transform, of_each_view
-from .datasets import ImageData, Normalize, TensorSplit, stratified_split
+from .datasets import ImageData, Normalize, TensorSplit, labeled_subset
 from .images import check_readable
 from .sampler import EpochBatchSampler
-from .seeds import hash_seeds
 from .views import ViewDataset, Views
 from .workers import leave_signals_to_parent, sigterm_held
 
@@ -199,12 +198,13 @@ class SupervisedLoader:
     Args:
         data: the dataset; its ``train`` split is used.
         batch_size: images of one rank's batch, at least 2.
-        seed: of the order, the views and the fraction.
+        seed: of the order, the views and the labeled subset.
         rank: this process, 0 to ``world - 1``.
         world: number of processes.
         workers: loader processes; 0 loads in this process.
         device: of the batches.
         fraction: share of each class's images to use, at least one; the same in every epoch.
+        labels_per_class: number of images of each class to use, instead of ``fraction``.
         crop_min: smallest share of an image's area in a crop.
 
     Raises:
@@ -223,6 +223,7 @@ class SupervisedLoader:
         workers: int = 0,
         device: torch.device | str = "cpu",
         fraction: float = 1.0,
+        labels_per_class: int | None = None,
         crop_min: float = 0.08,
     ) -> None:
         if not 0 < fraction <= 1:
@@ -230,8 +231,8 @@ class SupervisedLoader:
         if not 0 < crop_min <= 1:
             raise ValueError(f"crop_min: expected a share of the area in (0, 1], got {crop_min}")
         device, members = torch.device(device), None
-        if fraction < 1:
-            members = stratified_split(data.train.labels, fraction, int(hash_seeds(seed)), at_least=1)[1]
+        if fraction < 1 or labels_per_class is not None:
+            members = labeled_subset(data.train.labels, fraction=fraction, per_class=labels_per_class, seed=seed)
         images = len(data.train) if members is None else len(members)
         self._sampler = EpochBatchSampler(
             images, batch_size, seed=seed, rank=rank, world=world, views=1, members=members

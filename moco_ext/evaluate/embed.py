@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.functional import normalize as unit_rows
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -25,13 +22,13 @@ from ..data import EvalTransform, FolderSplit, ImageData, Normalize, TensorSplit
 from ..data.workers import leave_signals_to_parent, sigterm_held
 from ..distributed import rank, wait_for_all, world_size
 from ..encoders import restored_modes
+from ..runs.console import ImageProgress
 from ..runs.files import remove_temporaries, write_atomically
 from .encoder import Encoder, load_encoder
 from .feature_files import DTYPES, Table, check_output, write_table
 from .features import check_finite, to_device
 
 _READ_ROWS = 4096  # of a shard at a time
-_LINE_EVERY = 30.0  # seconds, outside a terminal
 
 
 class Embedded(NamedTuple):
@@ -112,7 +109,7 @@ def embed(
                 encoder.to(device),
                 images,
                 mine,
-                _Progress(console if rank() == 0 else None, len(mine)),
+                ImageProgress(console if rank() == 0 else None, len(mine)),
                 normalize=normalize,
                 dtype=np.dtype(dtype),
                 batch_size=batch_size,
@@ -243,7 +240,7 @@ def _write_shard(
     encoder: Encoder,
     images: _Everything,
     rows: range,
-    progress: _Progress,
+    progress: ImageProgress,
     *,
     normalize: bool,
     dtype: np.dtype,
@@ -278,32 +275,3 @@ def _list_unreadable(output: Path, unreadable: list[str]) -> None:
         write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in unreadable).encode()))
     else:
         path.unlink(missing_ok=True)  # of the output that was replaced
-
-
-class _Progress(contextlib.AbstractContextManager):
-    """A bar in a terminal; elsewhere a line every half minute."""
-
-    def __init__(self, console: Console | None, total: int) -> None:
-        self._console, self._total, self._done = console, total, 0
-        self._started = self._said = time.monotonic()
-        columns = TextColumn("images"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
-        terminal = console is not None and console.is_terminal
-        self._bar = Progress(*columns, console=console, disable=not terminal, expand=True, transient=True)
-        self._task = self._bar.add_task("embed", total=total)
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def advance(self, images: int) -> None:
-        self._done += images
-        self._bar.advance(self._task, images)
-        now = time.monotonic()
-        if self._bar.disable and self._console is not None and now - self._said > _LINE_EVERY:
-            self._said = now
-            left = (self._total - self._done) * (now - self._started) / self._done
-            line = f"{self._done:,} of {self._total:,} images, {math.ceil(left / 60)} min left"
-            self._console.print(line, highlight=False, soft_wrap=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ def encoder_features(
     batch_size: int = 512,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    advance: Callable[[int], object] = lambda images: None,
 ) -> Tensor:
     """Pooled features under the head of the images without augmentation, float32 [N, D] on the CPU.
 
@@ -33,7 +35,7 @@ def encoder_features(
     its share of the images and gets all rows.
 
     The row of an image that cannot be decoded is NaN (see :func:`is_missing`), and its path is in ``data.unreadable``.
-    NaN that the encoder computes becomes infinity.
+    NaN that the encoder computes becomes infinity. ``advance`` is called with the number of images of each batch.
 
     Raises:
         UnreadableImageError: more than half of the images, on all ranks.
@@ -45,7 +47,7 @@ def encoder_features(
             rows = model(to_device(images, device)).flatten(1).float().cpu()
             return rows.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
-        return _all_rows(features, data, split, batch_size, workers, device)
+        return _all_rows(features, data, split, batch_size, workers, advance, device)
 
 
 def is_missing(rows: Tensor) -> Tensor:
@@ -91,6 +93,7 @@ def _all_rows(
     split: Split,
     batch_size: int,
     workers: int,
+    advance: Callable[[int], object],
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The features [N, D] of all images, each rank's share gathered; NaN for images that cannot be decoded."""
@@ -100,6 +103,7 @@ def _all_rows(
         if rows is None:
             rows = found.new_full((len(share), found.shape[1]), math.nan)
         rows[index] = found
+        advance(len(index))
     if rows is None:  # every rank must know D
         width = features(torch.zeros(1, 3, data.size, data.size)).shape[1]
         rows = torch.full((len(share), width), math.nan)
@@ -136,21 +140,39 @@ def estimate_batchnorm_(
 
     This makes an encoder with random weights a fair baseline: its initial statistics fit no data.
     """
-    layers = [layer for layer in encoder.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    with averaged_batchnorm(encoder):
+        model = backbone(encoder)
+        for images, _ in eval_batches(data, split, batch_size, workers):
+            if len(images) > 1:  # one image has no variance
+                model(to_device(images, device))
+
+
+@contextlib.contextmanager
+def averaged_batchnorm(module: nn.Module) -> Iterator[None]:
+    """Within the block, a module is in training mode and each forward pass counts equally in the running statistics of
+    its BatchNorm, which start anew. Modes and momenta are restored."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
-    with restored_modes(encoder):
-        model = backbone(encoder.train())
-        for images, _ in eval_batches(data, split, batch_size, workers):
-            if len(images) > 1:  # one image has no variance
-                model(to_device(images, device))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    try:
+        with restored_modes(module):
+            module.train()
+            yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
-def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: int = 0) -> Tensor:
+def pixel_features(
+    data: ImageData,
+    split: Split,
+    *,
+    size: int = 32,
+    workers: int = 0,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Tensor:
     """The pixels of each image as a row, float32 [N, D]: the baseline for any encoder.
 
     Images of a set that is held in memory keep all pixels and channels, in [0, 1]. Images on disk are averaged down to
@@ -163,7 +185,7 @@ def pixel_features(data: ImageData, split: Split, *, size: int = 32, workers: in
     def averages(images: Tensor) -> Tensor:
         return nn.functional.adaptive_avg_pool2d(images, size).flatten(1)
 
-    return _all_rows(averages, data, split, 256, workers)
+    return _all_rows(averages, data, split, 256, workers, advance)
 
 
 def check_finite(name: str, rows: Tensor, error: type[Exception] = ValueError) -> None:

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import all_reduce, rank, world_size
+from ..ops import nearest_keys
 from .features import check_finite, collective_device
+
+_CHUNK_NUMBERS = 1 << 25  # of a bank, normalized at a time
 
 
 @torch.no_grad()
@@ -30,8 +33,8 @@ def knn_predict(
         train_labels: int64 [N], classes 0 to n - 1.
         test_features: [M, D].
         k: number of neighbors; clipped to N.
-        chunk: number of test and of training rows compared at a time. Memory beyond the arguments is
-            O(chunk * (chunk + k + D)), whatever N and M are.
+        chunk: number of test rows, and the least number of training rows, compared at a time. Memory beyond the
+            arguments is O(chunk * (k + D)) and pieces of 128 MB, whatever N and M are.
         device: where to compute, by default the device of test_features; features are copied there in chunks.
 
     Returns:
@@ -96,7 +99,7 @@ def nearest(bank_features: Tensor, features: Tensor, k: int, chunk: int = 4096) 
 
 
 def _chunks(bank: Tensor, chunk: int, k: int) -> Iterable[Tensor]:
-    return bank.split(max(chunk, min(k, len(bank))))
+    return bank.split(max(chunk, min(k, len(bank)), _CHUNK_NUMBERS // max(bank.shape[1], 1)))
 
 
 def nearest_in(rows: Tensor, chunks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
@@ -110,9 +113,9 @@ def nearest_in(rows: Tensor, chunks: Iterable[Tensor], k: int) -> tuple[Tensor, 
     start = 0
     for chunk in chunks:
         part = F.normalize(chunk.to(rows.device).float(), dim=1)
-        similarity, index = (rows @ part.T).topk(min(k, len(part)), dim=1)
+        similarity, index = nearest_keys(rows, part, min(k, len(part)), normalize=False)
         merged, indices = torch.cat([best, similarity], 1), torch.cat([where, index + start], 1)
-        best, order = merged.topk(min(k, merged.shape[1]), dim=1)
+        best, order = (x[:, :k] for x in merged.sort(dim=1, descending=True, stable=True))
         where = indices.gather(1, order)
         start += len(part)
     return best, where

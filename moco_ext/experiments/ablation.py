@@ -1,4 +1,4 @@
-"""Ablations: the effect of the mechanism, m, K, T and shuffling BN, by runs that differ in nothing else."""
+"""Ablations: the effect of the mechanism, batch, m, K, T and shuffling BN, by runs that differ in nothing else."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ from ..runs.environment import environment
 from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
-from ..train.mechanisms import MECHANISMS, has_setting, own_momentum
+from ..train.mechanisms import MECHANISMS, PARAMETERS, has_setting, own_momentum
 from ..train.model import build_model
 from ..train.trainer import pretrain
 
-_AXES = ("moco_m", "moco_k", "moco_t", "shuffle_bn", "key_encoder")
+_AXES = ("objective", "moco_m", "moco_k", "moco_t", "shuffle_bn", "key_encoder")
 # The axes that apply to each mechanism: others would only repeat a run, or mean something else.
 AXES = {
-    name: ("dictionary", *(axis for axis in _AXES if has_setting(name, axis) and axis not in own_momentum(name)))
+    name: (
+        "dictionary",
+        "batch_size",
+        *(axis for axis in _AXES if has_setting(name, axis) and axis not in own_momentum(name)),
+    )
     for name in MECHANISMS
 }
 Setting = dict[str, Any]  # axis -> value, where a run differs from the base
@@ -102,7 +106,7 @@ def make_grid(
         labels = {_configure(base, {axis: value}, groups): _label(axis, value, groups) for value in values}
         labels.setdefault(base, _base_label(axis, base))
         names = {config: _name(distinct[config]) for config in labels}
-        if axis in ("moco_m", "moco_k", "moco_t"):
+        if not isinstance(values[0], str):
             labels = dict(sorted(labels.items(), key=lambda item: getattr(item[0], axis)))
         tables[axis] = [(label, names[config]) for config, label in labels.items()]
     return Grid(runs, tables)
@@ -169,9 +173,17 @@ def _configure(base: PretrainConfig, setting: Setting, groups: int) -> PretrainC
         changes["split_bn"] = groups
     if changes.get("dictionary", base.dictionary) != base.dictionary:
         changes.setdefault("key_encoder", None)
+        # What the other mechanism does not have: the masks of a queue, for example.
+        optional = PARAMETERS.keys() - {*AXES["queue"], "queue_dtype"}
+        defaults: Setting = {
+            field.name: field.default
+            for field in dataclasses.fields(base)
+            if field.name in optional and not has_setting(changes["dictionary"], field.name)
+        }
         default: Setting = {"queue_dtype": None}
         if base == dataclasses.replace(base, **default):  # it depends on the mechanism
-            changes |= default
+            defaults |= default
+        changes = defaults | changes
         changes |= own_momentum(changes["dictionary"])
     return dataclasses.replace(base, **changes)
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from .. import distributed
 from ..data import ImageData
 from ..evaluate.label_free import label_free_scores, scored_split
-from ..evaluate.scores import LABELS, Features, all_features, top1
+from ..evaluate.scores import LABELS, Features, all_features, few_label_cells, few_label_top1, top1
 from ..mechanism import Mechanism
 from ..report import write_report
 from ..runs.console import phase
@@ -31,9 +31,10 @@ _EVALUATED = 200_000  # images; with more, features and the linear classifier wo
 def pretrain_and_evaluate(config: PretrainConfig, data: ImageData, options: RunOptions) -> dict[str, Any]:
     """Everything ``moco-ext pretrain`` does; returns the content of ``summary.json``.
 
-    The summary is ``{"data", "seconds", "knn_top1", "linear_top1"}``: training time, and top-1 accuracy in percent of
-    ``"pixels"``, ``"untrained"`` (the encoder at its random start, with BatchNorm statistics of the training images)
-    and ``"trained"``. It has no accuracies without labeled test images or with more than 200,000 images; without
+    The summary is ``{"data", "seconds", "knn_top1", "linear_top1", "few_labels"}``: training time, and top-1 accuracy
+    in percent of ``"pixels"``, ``"untrained"`` (the encoder at its random start, with BatchNorm statistics of the
+    training images) and ``"trained"``. ``"few_labels"`` is :func:`moco_ext.evaluate.scores.few_label_top1`, left out
+    without enough images. It has no accuracies without labeled test images or with more than 200,000 images; without
     labeled test images it has ``"label_free"``, :func:`moco_ext.evaluate.label_free_scores` of both encoders.
 
     Files that cannot be decoded are listed in ``unreadable.txt`` and left out of the evaluation.
@@ -68,6 +69,7 @@ def _pretrain_and_evaluate(
         report_unreadable(options, data.unreadable)
         if first and not reason:
             summary |= top1(data, features, config.knn_k) | {"test_images": len(data.splits[1])}
+            summary |= {"few_labels": few} if (few := few_label_top1(data, features)) else {}
         elif first and data.why_not_scored:
             summary["label_free"] = _label_free(config, data, options, untrained=untrained, trained=model.encoder_q)
     if not first:
@@ -128,9 +130,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     caption = f"trained in {summary['seconds']:.0f} s"
     table = Table("features", title=f"{summary['data']}: top-1 on the test images, %", caption=caption)
     protocols = {"kNN": summary["knn_top1"], "linear": summary["linear_top1"]}
-    for protocol in protocols:
+    few = few_label_cells(summary)
+    for protocol in (*protocols, *few):
         table.add_column(protocol, justify="right")
     for name in summary["knn_top1"]:
-        scores = (f"{accuracies[name]:.1f}" for accuracies in protocols.values())
+        scores = [f"{accuracies[name]:.1f}" for accuracies in protocols.values()] + [few[key][name] for key in few]
         table.add_row(LABELS[name], *scores, style="bold" if name == "trained" else None)
     return table

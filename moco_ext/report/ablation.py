@@ -17,6 +17,8 @@ from ..runs.files import write_json
 
 _TITLES = {
     "dictionary": "mechanism",
+    "batch_size": "images per batch",
+    "objective": "objective",
     "moco_m": "momentum m of the key encoder",
     "moco_k": "K, keys in the queue",
     "moco_t": "temperature T",
@@ -32,7 +34,7 @@ _COLUMNS = {  # heading -> metric, digits
     "key drift": ("key_drift", 2),
     "seconds": ("seconds", 0),
 }
-_NUMBERS = ("moco_m", "moco_k", "moco_t")
+_NUMBERS = ("batch_size", "moco_m", "moco_k", "moco_t")
 _PROTOCOLS = {"knn_top1": ("kNN", "#2b6cb0", "o"), "linear_top1": ("linear", "#c05621", "s")}
 _LINES = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5")
 _STYLE: dict[Any, Any] = {
@@ -126,7 +128,8 @@ def _setting(results: dict[str, Any]) -> str:
         f"{results['data']}, {results['images']:,} training images, {length} of batch {base['batch_size']}; base: "
         f"{base['arch']}{', MLP head' if base['mlp'] else ''}, {base['dictionary']}, m = {base['moco_m']:g}, "
         f"K = {base['moco_k']:,}, T = {base['moco_t']:g}, lr {base['lr']:g}. {all_of('device')}, {all_of('threads')} "
-        f"threads, torch {all_of('torch')}, commit {all_of('commit')}{changed}. Mean ± standard error over the seeds."
+        f"thread{'s' * (all_of('threads') != '1')}, torch {all_of('torch')}, commit "
+        f"{all_of('commit')}{changed}. Mean ± standard error over the seeds."
     )
     untrained = [run for run in results["runs"] if run["name"].startswith("untrained")]
     pixels = [run for run in results["runs"] if run["name"] == "pixels"]

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from ..data import ImageData
-from ..evaluate.scores import LABELS
+from ..evaluate.scores import LABELS, few_label_cells
 from ..runs.files import read_json, write_atomically
 from ..train.config import PretrainConfig
 from ..train.mechanisms import has_setting
@@ -166,6 +166,7 @@ def _results(runs: Sequence[ReportedRun], images: ImageSet, title: str) -> dict[
         "data": title,
         "rows": rows if any(row.scores or row.others for row in rows) else [],
         "others": list(dict.fromkeys(name for row in rows for name in row.others)),
+        "few": any(few_label_cells(run.summary) for _, run in numbered),
         "floor": max(0, math.floor(lowest / 10 - 1e-9) * 10),
         "nearest": f"{ks[0]} nearest" if len(ks) == 1 else f"nearest ({', '.join(map(str, ks))}: see knn_k)",
         "baseline": baseline,
@@ -176,7 +177,7 @@ def _rows_of_one(run: ReportedRun) -> list[_Row]:
     rows = []
     for name, label in LABELS.items():
         scores, trained = run.scores(name), name == "trained"
-        others = _supervised(run) if trained else {}
+        others = _few_labels(run, name) | (_supervised(run) if trained else {})
         if scores or others:
             rows.append(_Row(label, "run0" if trained else name, scores, "trained" if trained else "", others=others))
     return rows
@@ -185,26 +186,46 @@ def _rows_of_one(run: ReportedRun) -> list[_Row]:
 def _rows_of_several(numbered: Sequence[tuple[int, ReportedRun]]) -> list[_Row]:
     """Raw pixels (once, if all runs agree on them) and the encoder of each run."""
     pixels: dict[tuple, list[str]] = {}
+    few: dict[tuple, dict[str, str]] = {}
     encoders = []
     for i, run in numbered:
         if run.scores("pixels"):
-            pixels.setdefault(tuple(run.scores("pixels").items()), []).append(run.name)
+            pixels.setdefault(scores := tuple(run.scores("pixels").items()), []).append(run.name)
+            few.setdefault(scores, {}).update(_few_labels(run, "pixels"))
         color = f"run{i % RUN_COLORS}"
         encoders.append(
-            _Row(run.name, color, run.scores("trained"), f"r{i}", run.scores("untrained"), _supervised(run))
+            _Row(
+                run.name,
+                color,
+                run.scores("trained"),
+                f"r{i}",
+                run.scores("untrained"),
+                _few_labels(run, "trained") | _supervised(run),
+            )
         )
     label = LABELS["pixels"]
     labels = {s: label if len(pixels) == 1 else f"{label}, as in {', '.join(names)}" for s, names in pixels.items()}
-    return [_Row(labels[scores], "pixels", dict(scores)) for scores in pixels] + encoders
+    return [_Row(labels[scores], "pixels", dict(scores), others=few[scores]) for scores in pixels] + encoders
+
+
+def _few_labels(run: ReportedRun, representation: str) -> dict[str, str]:
+    cells = few_label_cells(run.summary)
+    return {column: values[representation] for column, values in cells.items() if representation in values}
 
 
 def _supervised(run: ReportedRun) -> dict[str, str]:
     """Top-1 of the classifiers trained by SGD, from the results of ``moco-ext linear`` and ``finetune``."""
     linear, finetune = run.evaluations.get("linear", {}), run.evaluations.get("finetune", {})
-    scores = {"linear, SGD": linear["top1"]} if "top1" in linear else {}
+    scores = {f"linear, SGD{_labels(linear, ', ')}": linear["top1"]} if "top1" in linear else {}
     if "top1" in finetune:
-        scores[f"fine-tuned, {100 * finetune['fraction']:g} % of labels"] = finetune["top1"]
+        used = _labels(finetune) or f"{100 * finetune['fraction']:g} % of labels"
+        scores[f"fine-tuned, {used}"] = finetune["top1"]
     return {name: f"{score:.1f}" for name, score in scores.items()}
+
+
+def _labels(result: dict[str, Any], before: str = "") -> str:
+    per_class = result.get("labels_per_class")
+    return f"{before}{per_class} labels per class" if per_class else ""
 
 
 def _label_free(run: ReportedRun) -> tuple[list[tuple[str, dict[str, float]]], str]:

@@ -58,8 +58,9 @@ class ReportedRun:
 
     def top1(self, protocol: str) -> dict[str, float]:
         """Top-1 of ``"knn"`` or ``"linear"`` by representation (pixels, untrained, trained); empty if unknown."""
-        scores = self.summary.get(f"{protocol}_top1")
-        return scores or self.evaluations.get(protocol, {}).get(f"{protocol}_top1", {})
+        evaluation = self.evaluations.get(protocol, {})
+        few = evaluation.get("labels_per_class")  # the summary has the scores of all labels
+        return self.summary.get(f"{protocol}_top1") or ({} if few else evaluation.get(f"{protocol}_top1", {}))
 
     def scores(self, representation: str) -> dict[str, float]:
         """Top-1 of a representation by protocol; empty if unknown."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY = 30.0  # seconds
 
 
 def make_console(**options: Any) -> Console:
@@ -26,6 +30,43 @@ def phase(console: Console, name: str) -> Iterator[None]:
     else:
         console.print(f"{time.strftime('%H:%M:%S')}  {name}", highlight=False)
         yield
+
+
+class ImageProgress(contextlib.AbstractContextManager["ImageProgress"]):
+    """A bar in a terminal; elsewhere a line every half minute.
+
+    Args:
+        console: None shows nothing.
+        total: number of images.
+        what: start of the lines.
+        bar: False: no bar, for blocks of :func:`phase`, which shows something else.
+    """
+
+    def __init__(self, console: Console | None, total: int, what: str = "", *, bar: bool = True) -> None:
+        self._console, self._total, self._what, self._done = console, total, what, 0
+        self._started = self._said = time.monotonic()
+        columns = TextColumn("images"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn()
+        terminal = console is not None and console.is_terminal
+        self._lines = console is not None and not terminal
+        self._bar = Progress(*columns, console=console, disable=not (terminal and bar), expand=True, transient=True)
+        self._task = self._bar.add_task("images", total=total)
+
+    def __enter__(self) -> ImageProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def advance(self, images: int) -> None:
+        self._done += images
+        self._bar.advance(self._task, images)
+        now = time.monotonic()
+        if self._lines and self._console is not None and now - self._said > _LINE_EVERY:
+            self._said = now
+            left = (self._total - self._done) * (now - self._started) / self._done
+            line = f"{self._what}{self._done:,} of {self._total:,} images, {math.ceil(left / 60)} min left"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -26,7 +26,7 @@ _WRITTEN = (
     *("config.json", "environment.json", "loggers.json", "metrics.jsonl", "metrics.csv", "checkpoint*.pth"),
     *("nonfinite.pth", _UNREADABLE, "summary.json", "report.html"),
 )
-_EVALUATIONS = ("knn", "linear", "finetune", "scratch")
+_EVALUATIONS = ("knn", "linear", "finetune", "scratch", "detect", "detect-scratch")
 
 
 @contextlib.contextmanager

@@ -241,6 +241,8 @@ class RunLog:
             "acc5": lambda v: f"acc@5 {v:.1f}",
             "val_acc1": lambda v: f"val acc@1 {v:.2f} %",
             "val_acc5": lambda v: f"val acc@5 {v:.2f} %",
+            "AP": lambda v: f"AP {v:.2f} %",
+            "AP50": lambda v: f"AP50 {v:.2f} %",
             "images_per_second": lambda v: f"{v:,.0f} images/s" if v >= 10 else f"{v:.2f} images/s",
             "wait": lambda v: f"wait {100 * v:.0f} %",
             "knn_top1": lambda v: f"kNN {v:.1f} %",

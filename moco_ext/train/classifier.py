@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,8 @@ from ..runs.options import RunOptions
 from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, check_settings, setting
 from .preemption import Interrupts
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierConfig:
@@ -40,6 +42,7 @@ class ClassifierConfig:
         lr_head: learning rate of the new layers; None: ``lr``.
         schedule: epochs at which both rates fall tenfold.
         fraction: share of each class's training labels that is used.
+        labels_per_class: number of each class's training labels that is used, instead of ``fraction``.
         crop_min: smallest share of a training image's area that a view shows.
 
     Raises:
@@ -60,10 +63,13 @@ class ClassifierConfig:
         0.0, flags=("--wd", "--weight-decay"), metavar="W", valid=NOT_NEGATIVE, help="weight decay"
     )
     fraction: float = setting(1.0, metavar="F", valid=SHARE, help="share of each class's labels to train on")
+    labels_per_class: int | None = setting(
+        None, valid=at_least(1), shown="all", help="labeled images of each class to train on"
+    )
     crop_min: float = setting(
         0.08, metavar="A", valid=SHARE, help="smallest share of the image's area in a training view"
     )
-    seed: int = setting(0, help="seed of new weights, order and augmentations")
+    seed: int = setting(0, help="seed of new weights, order, augmentations and the labeled subset")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -174,6 +180,15 @@ def evaluate(
     return _means(total)
 
 
+def synchronize_batchnorm(model: M, device: torch.device) -> M:
+    """Share the statistics of every BatchNorm between the processes, in place; on CPUs, a warning that they differ."""
+    if world_size() > 1 and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if world_size() > 1 and rank() == 0:
+        warnings.warn("SyncBatchNorm needs GPUs: each process normalizes its own images", stacklevel=3)
+    return model
+
+
 def train_classifier(
     model: Classifier,
     data: ImageData,
@@ -207,11 +222,8 @@ def train_classifier(
     model = model.to(device)
     if device.type == "cpu":  # the memory format of the images, or DDP has to copy each gradient
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if world > 1 and not model.frozen:
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        elif rank() == 0:
-            warnings.warn("SyncBatchNorm needs GPUs: each process normalizes its own images", stacklevel=2)
+    if not model.frozen:
+        model = synchronize_batchnorm(model, device)
     batch_size = config.batch_size // options.local_world
     loader = SupervisedLoader(
         data,
@@ -222,6 +234,7 @@ def train_classifier(
         workers=options.workers,
         device=device,
         fraction=config.fraction,
+        labels_per_class=config.labels_per_class,
         crop_min=config.crop_min,
     )
     optimizer = _optimizer(model, config)

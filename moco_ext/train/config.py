@@ -8,6 +8,7 @@ import math
 import torch
 
 from ..data import Augmentation, ImageData
+from ..objectives import OBJECTIVES
 from ..runs.options import GROUP as LOGGING
 from ..runs.settings import (
     BELOW_1,
@@ -15,6 +16,7 @@ from ..runs.settings import (
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
+    Valid,
     at_least,
     check_settings,
     one_of,
@@ -27,7 +29,10 @@ from .optimizer import check_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OPTIMIZATION, _CONTRAST, _VIEWS = "optimization", "momentum contrast", "views"
+_DISTILLATION = "distillation and relations"
 _QUEUE, _BATCH = "momentum contrast with a queue", "momentum contrast without a queue (MoCo v3)"
+
+_UP_TO_180 = Valid("a number from 0 to 180", lambda value: 0 <= value <= 180)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +58,15 @@ class PretrainConfig:
         same_image: how other views of the query's image in the queue count: as negatives (as published), masked out,
             or as further positives.
         in_batch: use the other keys of the batch as negatives too.
+        objective: the loss, as for :class:`moco_ext.MoCo`, with ``teacher_t``.
+        teacher: of distillation, for :func:`moco_ext.load_encoder`.
         empty_queue: start with an empty queue instead of random keys.
         queue_dtype: of the keys in memory; None becomes ``precision`` for a queue, and "fp32" for a memory bank: its
             features move by (1 - m), which 16 bits would round away at a large m.
         symmetric: use each view as query and as key; the loss is the mean of both.
         views: whole images, or sets of ``patches`` patches.
         crop_min: smallest share of the image's area that a view shows.
+        rotate, elastic, erase: as in :class:`moco_ext.data.Augmentation`; 0: off, as published.
         drop_last: drop an epoch's last partial batch, as the official trainer does.
         knn_k: neighbors in the kNN evaluation; ``online_knn``: epochs (when training by steps, steps) between
             evaluations; 0: evaluate only at the end.
@@ -209,6 +217,26 @@ class PretrainConfig:
         False, help="use the other keys of the batch (of all ranks) as negatives too", group=_QUEUE
     )
     empty_queue: bool = setting(False, help="start with an empty queue instead of random keys", group=_QUEUE)
+    objective: str = setting(
+        "infonce",
+        valid=one_of("infonce", *OBJECTIVES),
+        help="contrast with the key, its nearest neighbor (nnclr), or learn its relations to the queue (ressl)",
+        group=_QUEUE,
+    )
+    teacher: str | None = setting(
+        None,
+        metavar="WEIGHTS",
+        shown="none",
+        help="with --dictionary distillation: the frozen encoder to learn from, like --init",
+        group=_DISTILLATION,
+    )
+    teacher_t: float = setting(
+        0.04,
+        metavar="T",
+        valid=POSITIVE,
+        help="temperature of the teacher's softmax, or of the key's with ressl",
+        group=_DISTILLATION,
+    )
     symmetric: bool = setting(
         False, help="use each view as query and as key; the loss is the mean of both", group=_CONTRAST
     )
@@ -234,6 +262,15 @@ class PretrainConfig:
     )
     crop_min: float = setting(
         0.2, metavar="A", valid=FROM_0_TO_1, help="smallest share of the image's area in a view", group=_VIEWS
+    )
+    rotate: float = setting(
+        0.0, metavar="DEGREES", valid=_UP_TO_180, help="largest rotation of a view, in either direction", group=_VIEWS
+    )
+    elastic: float = setting(
+        0.0, metavar="ALPHA", valid=NOT_NEGATIVE, help="strength of elastic deformation of a view", group=_VIEWS
+    )
+    erase: float = setting(
+        0.0, metavar="P", valid=FROM_0_TO_1, help="probability that a box of a view is erased", group=_VIEWS
     )
     views: str = setting("image", valid=one_of("image", "patches"), help="whole images, or patches", group=_VIEWS)
     patches: int = setting(9, metavar="P", valid=at_least(1), help="patches per image, a square number", group=_VIEWS)
@@ -272,6 +309,9 @@ class PretrainConfig:
             raise ValueError(
                 "symmetric: expected both views on the same rank, got shuffle_bn loader, which sends keys elsewhere"
             )
+        if (self.teacher is None) == (self.dictionary == "distillation"):
+            expected = "weights" if self.dictionary == "distillation" else "none"
+            raise ValueError(f"teacher: expected {expected} with dictionary {self.dictionary}, got {self.teacher}")
         for name, declared in settings(PretrainConfig).items():
             value = getattr(self, name)
             if name not in PARAMETERS or has_setting(self.dictionary, name):
@@ -288,7 +328,14 @@ class PretrainConfig:
         """Views of MoCo v1, with ``aug_plus`` v2 or with ``aug_byol`` v3, at the size of the data; flipped only if
         ``data.flip``."""
         published = Augmentation.v2 if self.aug_plus else Augmentation.byol if self.aug_byol else Augmentation.v1
-        return published(data.size, scale=(self.crop_min, 1.0), flip_p=0.5 if data.flip else 0.0)
+        return published(
+            data.size,
+            scale=(self.crop_min, 1.0),
+            flip_p=0.5 if data.flip else 0.0,
+            rotate=self.rotate,
+            elastic=self.elastic,
+            erase_p=self.erase,
+        )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.steps or self.epochs * steps_per_epoch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from ..distillation import Distillation
 from ..end_to_end import EndToEnd
 from ..mechanism import Mechanism
 from ..memory_bank import MemoryBank
@@ -16,6 +17,7 @@ MECHANISMS: dict[str, type[Mechanism]] = {
     "batch": MoCoV3,
     "end-to-end": EndToEnd,
     "memory-bank": MemoryBank,
+    "distillation": Distillation,
 }
 
 # Settings of a run -> parameters of the models.
@@ -34,6 +36,8 @@ PARAMETERS = {
     "label_smoothing": "label_smoothing",
     "in_batch": "in_batch",
     "empty_queue": "empty",
+    "objective": "objective",
+    "teacher_t": "teacher_T",
 }
 
 

@@ -8,10 +8,12 @@ import signal
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from .. import distributed
 
@@ -45,6 +47,13 @@ class Interrupts:
         raise KeyboardInterrupt
 
 
+T = TypeVar("T")
+
+
+class _Abandoned(BaseException):
+    """SIGTERM has come during work that need not be finished."""
+
+
 class Preemption:
     """Notes SIGTERM, so that the current step is finished and saved.
 
@@ -59,6 +68,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self._received = False
+        self._abandons = False
         self._steps = 0
 
     def __enter__(self) -> Preemption:
@@ -86,8 +96,36 @@ class Preemption:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         return bool(distributed.all_reduce(torch.tensor(float(self._received), device=device)).item())
 
+    def stop(self, console: Console, step: int) -> NoReturn:
+        """End the process with status 143, after the step has been saved."""
+        if distributed.rank() == 0:
+            console.print(
+                f"stopped by {self.name} after step {step:,}; saved, --resume auto continues from there",
+                highlight=False,
+            )
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def unless_stopped(self, work: Callable[[], T]) -> T | None:
+        """``work()``, or None if SIGTERM came before its end: schedulers do not wait long.
+
+        Several ranks finish it, as they wait for each other.
+        """
+        alone = distributed.world_size() == 1
+        if alone and self._received:
+            return None
+        self._abandons = alone
+        try:
+            return work()
+        except _Abandoned:
+            return None
+        finally:
+            self._abandons = False
+
     def _note(self, *_: Any) -> None:
         self._received = True
+        if self._abandons:
+            self._abandons = False
+            raise _Abandoned
 
     def _watch(self) -> None:
         """Start a thread that learns of signals through a pipe: while a collective waits, no Python handler runs."""

@@ -42,6 +42,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "crop_min": 0.08,
         "stop_grad_conv1": True,
     },
+    # The official repository's CIFAR-10 notebook. Its views have no blur, and neither have ours at 32 pixels.
+    "cifar10": {
+        "arch": "resnet18-small",
+        "batch_size": 512,
+        "lr": 0.06,
+        "weight_decay": 5e-4,
+        "cos": True,
+        "moco_k": 4096,
+        "moco_m": 0.99,
+        "moco_t": 0.1,
+        "split_bn": 8,
+        "aug_plus": True,
+        "crop_min": 0.08,
+        "drop_last": True,
+    },
     # Section 4 of the MoCo paper, for a billion images: 64 GPUs, about 1.4 epochs.
     "moco-v1-1b": {"batch_size": 1024, "lr": 0.12, "steps": 1_250_000, "lr_gamma": 0.9, "lr_every": 62_500},
 }

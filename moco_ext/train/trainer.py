@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from .model import build_model
 from .optimizer import build_optimizer
 from .preemption import Preemption
 from .step import NonFiniteLoss, OptimizerStep
+from .teacher import attach_teacher
 
 
 def pretrain(
@@ -75,6 +75,8 @@ class Trainer:
         wanted = config.channels_last
         channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
         self.model = (model or build_model(config, len(data.train), data.size)).to(options.device)
+        if config.teacher is not None:
+            attach_teacher(self.model, config.teacher, data)
         queue = self.model.key_queue()
         if queue is not None and len(queue) > len(data.train) and config.same_image == "negative" and self.rank == 0:
             warnings.warn(
@@ -159,12 +161,14 @@ class Trainer:
                     done = self.step == self.total
                     every = config.log_every if config.steps else self.per_epoch
                     if done or self.step % every == 0:
-                        self._record(log)
+                        self._record(log, preemption)
                     recorded = done or self.step % every == 0
                     if recorded or (options.save_every and self.step % options.save_every == 0):
                         self._save(last=done)
-                    if not done and preemption.agreed(self.step % options.print_freq == 0):
-                        self._stop_for(preemption, saved=recorded)
+                    if preemption.agreed(done or self.step % options.print_freq == 0):
+                        if not recorded:
+                            self._save(last=True)
+                        preemption.stop(options.console, self.step)
                     if done:
                         break
         return log.records
@@ -175,7 +179,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         if self.model.m is not None:
-            self.model.m = config.key_momentum(self.step, self.per_epoch)
+            # The published update opens the next step.
+            self.model.m = config.key_momentum(self.step + 1, self.per_epoch)
         health: dict[str, float] = {}
 
         def examine(scale: float) -> None:
@@ -198,7 +203,7 @@ class Trainer:
         self.waited += waited
         log.step(self.step, result.metrics | health | {"images": result.images, "wait": waited, "lr": lr})
 
-    def _record(self, log: RunLog) -> None:
+    def _record(self, log: RunLog, preemption: Preemption) -> None:
         means = _mean_over_ranks(self.averages.means(), self.options.device)
         record: dict[str, Any] = {"step": self.step, "epoch": _whole(self.step / self.per_epoch), **means}
         record |= {
@@ -209,7 +214,8 @@ class Trainer:
             **self.health_averages.means(),
         }
         if not self.data.why_not_scored and self._evaluation_is_due():
-            record["knn_top1"] = self._knn()
+            top1 = preemption.unless_stopped(self._knn)
+            record |= {} if top1 is None else {"knn_top1": top1}
         unreadable = len(distributed.unite(self.data.unreadable))
         counts = {"skipped_images": unreadable, "skipped_steps": self.skipped_steps}
         record |= {name: count for name, count in counts.items() if count}
@@ -341,16 +347,6 @@ class Trainer:
         torch.set_rng_state(random["cpu"][self.rank])
         if "cuda" in random and self.options.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"][self.rank], self.options.device)
-
-    def _stop_for(self, preemption: Preemption, saved: bool) -> NoReturn:
-        if not saved:
-            self._save(last=True)
-        if self.rank == 0:
-            self.options.console.print(
-                f"stopped by {preemption.name} after step {self.step:,}; saved, --resume auto continues from there",
-                highlight=False,
-            )
-        raise SystemExit(128 + signal.SIGTERM)
 
     def _dump(self, error: NonFiniteLoss, lr: float) -> NoReturn:
         path = self.options.output / "nonfinite.pth"
