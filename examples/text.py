@@ -1,14 +1,18 @@
-"""Momentum contrast on text, as in Contriever (arXiv 2112.09118): python examples/text.py
+"""Momentum contrast on text: python examples/text.py [--seed 0]
 
-Two random spans of a passage are a positive pair; a queue of momentum keys holds the negatives. Features are compared
-as they are, without normalization, so logits are unbounded. The passages are Python's own reference documentation,
-which every installation ships; a passage has several spans in the queue, and those are left out by its id.
+The description of a function and its code are a positive pair, and a queue of momentum keys holds the negatives. The
+functions are those of Python's own standard library, which every installation has. A function has several keys in the
+queue: those are left out by its id. After training, descriptions of functions that were held out find their code.
 """
 
+import argparse
+import ast
 import copy
 import math
 import re
-from pydoc_data.topics import topics
+import sysconfig
+from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,73 +20,87 @@ from torch.nn import functional as F
 
 from moco_ext import KeyQueue, flatten_parameters_, info_nce, momentum_update_
 
-PASSAGE, SPAN, VOCABULARY = 64, 24, 4096  # words
-WIDTH, K, T, M = 128, 2048, 1.0, 0.98
-BATCH, STEPS = 64, 400
+LENGTH, VOCABULARY, HELD_OUT = 40, 8192, 500  # words of a text, words, functions
+WIDTH, K, T, M = 256, 4096, 0.07, 0.99
+BATCH, STEPS = 128, 600
 
 
 class Encoder(nn.Module):
-    """A small transformer and the mean of its outputs: words [N, L] int64 -> [N, WIDTH]."""
+    """The mean of the words' embeddings and a residual MLP: words [N, L] int64 -> [N, WIDTH]."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words = nn.Embedding(VOCABULARY, WIDTH)
-        self.places = nn.Parameter(0.02 * torch.randn(SPAN, WIDTH))
-        layer = nn.TransformerEncoderLayer(WIDTH, 4, 2 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.words = nn.EmbeddingBag(VOCABULARY, WIDTH, padding_idx=0)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.ReLU(), nn.Linear(2 * WIDTH, WIDTH))
 
     def forward(self, words: Tensor) -> Tensor:
-        return self.layers(self.words(words) + self.places).mean(1)
+        mean = self.words(words)
+        return mean + self.mlp(mean)
 
 
-def load_passages() -> Tensor:
-    """[P, PASSAGE] int64 numbers of words; rare ones share a number."""
-    texts = [re.findall(r"[a-z_]+|[^\sa-z_]", text.lower()) for _, text in sorted(topics.items())]
-    counts: dict[str, int] = {}
-    for word in (word for text in texts for word in text):
-        counts[word] = counts.get(word, 0) + 1
-    known = {word: 1 + i for i, word in enumerate(sorted(counts, key=lambda w: (-counts[w], w))[: VOCABULARY - 1])}
-    cut = [text[i : i + PASSAGE] for text in texts for i in range(0, len(text) - PASSAGE + 1, PASSAGE)]
-    return torch.tensor([[known.get(word, 0) for word in passage] for passage in cut])
+def load_functions() -> list[tuple[str, str]]:
+    """Description and code, without the name, of the functions of the standard library."""
+    pairs = {}
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests"} & set(path.relative_to(library).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # samples for the tests of other modules
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (text := ast.get_docstring(node)):
+                pairs[text.split("\n\n")[0]] = "\n".join(map(ast.unparse, node.body[1:]))
+    return list(pairs.items())
 
 
-def spans(passages: Tensor) -> Tensor:
-    """A random span of each passage: [N, PASSAGE] -> [N, SPAN]."""
-    start = torch.randint(PASSAGE - SPAN + 1, (len(passages), 1), device=passages.device)
-    return passages.gather(1, start + torch.arange(SPAN, device=passages.device))
+def load_pairs() -> Tensor:
+    """[P, 2, LENGTH] int64: numbers of the words of descriptions and code; 0 where a text has ended, 1 for rare words."""
+    texts = [
+        [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", text)][:LENGTH]
+        for pair in load_functions()
+        for text in pair
+    ]
+    counts = Counter(word for text in texts for word in text)
+    numbers = {word: 2 + i for i, (word, _) in enumerate(counts.most_common(VOCABULARY - 2))}
+    rows = [[numbers.get(word, 1) for word in text] + [0] * (LENGTH - len(text)) for text in texts]
+    return torch.tensor(rows).view(-1, 2, LENGTH)
 
 
 @torch.no_grad()
-def retrieval(encoder: nn.Module, passages: Tensor) -> float:
-    """Percent of passages of which one random span finds another, by cosine, among those of all passages."""
-    one, other = (F.normalize(encoder(spans(passages)), dim=1) for _ in range(2))
-    scores = one @ other.t()
-    return 100 * (scores.argmax(1) == torch.arange(len(passages), device=scores.device)).float().mean().item()
+def retrieval(encoder: nn.Module, pairs: Tensor) -> str:
+    """How often, in percent, a description finds its code first, and among the first ten, by cosine."""
+    texts, code = (F.normalize(encoder(words), dim=1) for words in pairs.unbind(1))
+    scores = texts @ code.t()
+    rank = (scores > scores.diagonal()[:, None]).sum(1)
+    return ", ".join(f"recall@{k} {100 * (rank < k).float().mean():.1f} %" for k in (1, 10))
 
 
 def main() -> None:
-    torch.manual_seed(0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    torch.manual_seed(parser.parse_args().seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    passages = load_passages().to(device)
-    held_out, passages = passages[::10], passages[torch.arange(len(passages), device=device) % 10 != 0]
+    pairs = load_pairs()
+    held_out, pairs = pairs[torch.randperm(len(pairs))].to(device).tensor_split([HELD_OUT])
     encoder_q = Encoder().to(device)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
     flat_q, flat_k = flatten_parameters_(encoder_q), flatten_parameters_(encoder_k)
     queue = KeyQueue(WIDTH, K, ids=True, empty=True).to(device)
-    optimizer = torch.optim.AdamW(encoder_q.parameters(), lr=1e-3)
-    print(f"{len(passages)} passages to learn from, {len(held_out)} held out; chance: loss {math.log(K + 1):.2f}")
-    print(f"step 0: retrieval among {len(held_out)} held-out passages {retrieval(encoder_q, held_out):.0f} %")
+    optimizer = torch.optim.AdamW(encoder_q.parameters(), lr=2e-3)
+    print(f"{len(pairs)} functions to learn from, {len(held_out)} held out; chance: loss {math.log(K + 1):.2f}")
+    print(f"step 0: {retrieval(encoder_q, held_out)}")
     for step in range(1, STEPS + 1):
-        ids = torch.randperm(len(passages), device=device)[:BATCH]
+        ids = torch.randperm(len(pairs), device=device)[:BATCH]
+        query_words, key_words = pairs[ids].unbind(1) if step % 2 else pairs[ids].flip(1).unbind(1)
         with torch.no_grad():
-            keys = encoder_k(spans(passages[ids]))
+            keys = encoder_k(key_words)
         loss, stats = info_nce(
-            encoder_q(spans(passages[ids])),
+            encoder_q(query_words),
             keys,
             queue.queue,
             T,
-            normalize=False,
-            label_smoothing=0.1,
             num_valid=queue.queue_valid,
             query_ids=ids,
             queue_ids=queue.queue_ids,
@@ -92,12 +110,10 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         momentum_update_([flat_k], [flat_q], M)
-        queue.enqueue(keys, ids, normalize=False)
+        queue.enqueue(keys, ids)
         if step % 100 == 0:
-            score = retrieval(encoder_q, held_out)
-            print(
-                f"step {step}: loss {loss:.2f}, contrast accuracy {stats.accuracy()[0]:.0f} %, retrieval {score:.0f} %"
-            )
+            accuracy = stats.accuracy()[0]
+            print(f"step {step}: loss {loss:.2f}, contrast accuracy {accuracy:.0f} %, {retrieval(encoder_q, held_out)}")
 
 
 if __name__ == "__main__":
