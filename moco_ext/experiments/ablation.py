@@ -20,6 +20,7 @@ from ..runs.options import RunOptions
 from ..train.config import PretrainConfig
 from ..train.mechanisms import MECHANISMS, PARAMETERS, has_setting, own_momentum
 from ..train.model import build_model
+from ..train.teacher import load_teacher
 from ..train.trainer import pretrain
 
 _AXES = ("objective", "moco_m", "moco_k", "moco_t", "shuffle_bn", "key_encoder")
@@ -116,7 +117,7 @@ def run_grid(grid: Grid, base: PretrainConfig, data: ImageData, options: RunOpti
     """Train and evaluate the runs that ``options.output`` does not have yet; returns :func:`collect`.
 
     An interrupted run resumes from its newest checkpoint. A run that diverges is recorded as failed, with its error.
-    Raw pixels and, for each seed, the untrained encoder are evaluated as baselines.
+    Raw pixels, a teacher and, for each seed, the untrained encoder are evaluated as baselines.
 
     Raises:
         ValueError: the directory has runs of another configuration or number of images.
@@ -128,7 +129,7 @@ def run_grid(grid: Grid, base: PretrainConfig, data: ImageData, options: RunOpti
         folder = options.output / run.name
         if (folder / "result.json").is_file():
             continue
-        _evaluate_untrained(dataclasses.replace(base, seed=run.config.seed), data, options)
+        _evaluate_baselines(dataclasses.replace(base, seed=run.config.seed), data, options)
         left = f", about {(len(grid.runs) - number + 1) * took / done / 60:.0f} minutes left" if done else ""
         options.console.print(f"run {number} of {len(grid.runs)}: {run.name}{left}", highlight=False)
         started = time.perf_counter()
@@ -146,7 +147,7 @@ def run_grid(grid: Grid, base: PretrainConfig, data: ImageData, options: RunOpti
 def collect(grid: Grid, base: PretrainConfig, images: int, output: Path) -> dict[str, Any]:
     """The content of ``results.json``: data, images, base, tables, and each finished or failed run."""
     seeds = dict.fromkeys(run.config.seed for run in grid.runs)
-    names = ["pixels", *(f"untrained,seed={seed}" for seed in seeds), *(run.name for run in grid.runs)]
+    names = ["pixels", "teacher", *(f"untrained,seed={seed}" for seed in seeds), *(run.name for run in grid.runs)]
     results = (read_json(output / name / "result.json") for name in names)
     return {
         "data": base.data,
@@ -247,15 +248,19 @@ def _train(run: AblationRun, data: ImageData, options: RunOptions) -> dict[str, 
     return result | scores | {"records": records, "curves": _curves(options.output / "tensorboard")}
 
 
-def _evaluate_untrained(config: PretrainConfig, data: ImageData, options: RunOptions) -> None:
-    """Evaluate raw pixels and the untrained encoder of the base, unless their results exist."""
+def _evaluate_baselines(config: PretrainConfig, data: ImageData, options: RunOptions) -> None:
+    """Evaluate raw pixels, the untrained encoder of the base and its teacher, if any, unless their results exist."""
     names = {"pixels": "pixels", "untrained": f"untrained,seed={config.seed}"}
+    if config.teacher is not None:
+        names["teacher"] = "teacher"
     paths = {key: options.output / name / "result.json" for key, name in names.items()}
     if all(path.is_file() for path in paths.values()):
         return
-    options.console.print("evaluating pixels and the untrained encoder", highlight=False)
-    untrained = build_model(config, len(data.train), data.size).encoder_q
-    for key, rows in representations(data, options, untrained=untrained):
+    options.console.print(f"evaluating {', '.join(names)}", highlight=False)
+    encoders = {"untrained": build_model(config, len(data.train), data.size).encoder_q}
+    if config.teacher is not None and not paths["teacher"].is_file():
+        encoders["teacher"] = load_teacher(config.teacher, data)[0].eval()
+    for key, rows in representations(data, options, **encoders):
         if paths[key].is_file():
             continue
         result = {"name": names[key], "status": "untrained", "made_with": environment(options.device)}

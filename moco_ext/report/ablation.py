@@ -131,9 +131,8 @@ def _setting(results: dict[str, Any]) -> str:
         f"thread{'s' * (all_of('threads') != '1')}, torch {all_of('torch')}, commit "
         f"{all_of('commit')}{changed}. Mean ± standard error over the seeds."
     )
-    untrained = [run for run in results["runs"] if run["name"].startswith("untrained")]
-    pixels = [run for run in results["runs"] if run["name"] == "pixels"]
-    for what, runs in (("Raw pixels", pixels), ("The untrained encoder", untrained)):
+    for what, start in (("Raw pixels", "pixels"), ("The untrained encoder", "untrained"), ("The teacher", "teacher")):
+        runs = [run for run in results["runs"] if run["name"].split(",")[0] == start]
         scores = [
             f"{name} {mean_and_error([run[key] for run in runs], 2)} %" for key, (name, _, _) in _PROTOCOLS.items()
         ]

@@ -37,6 +37,7 @@ PARAMETERS = {
     "in_batch": "in_batch",
     "empty_queue": "empty",
     "objective": "objective",
+    "teacher": "teacher",
     "teacher_t": "teacher_T",
 }
 

@@ -34,6 +34,7 @@ def build_model(config: PretrainConfig, images: int = 0, size: int | None = None
         "images": images,
         "queue_dtype": dtype,
         "bank_dtype": dtype,
+        "teacher": None,  # the trainer attaches it
         "same_id": None if config.same_image == "negative" else config.same_image,
     }
     if config.key_encoder is None:

@@ -20,12 +20,20 @@ class Renormalized(nn.Module):
     def __init__(self, module: nn.Module, own: tuple[Tensor, Tensor], given: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.module = module
+        self.head = nn.Identity()  # what evaluations take off
         (mean, std), (given_mean, given_std) = own, given
         self.register_buffer("scale", (given_std / std).expand(3).view(1, 3, 1, 1).clone())
         self.register_buffer("shift", ((given_mean - mean) / std).expand(3).view(1, 3, 1, 1).clone())
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.module(torch.addcmul(self.shift, images, self.scale))
+        return self.head(self.module(torch.addcmul(self.shift, images, self.scale)))
+
+
+def load_teacher(source: str, data: ImageData) -> tuple[nn.Module, int]:
+    """The encoder of :func:`moco_ext.load_encoder`, for images normalized as those of ``data``; number of features."""
+    encoder, transform = load_encoder(source)
+    own, given = ((torch.tensor(x.mean), torch.tensor(x.std)) for x in (transform, data))
+    return Renormalized(encoder, own, given), encoder.num_features
 
 
 def attach_teacher(model: Mechanism, source: str, data: ImageData) -> None:
@@ -38,9 +46,8 @@ def attach_teacher(model: Mechanism, source: str, data: ImageData) -> None:
         ValueError: the encoder has another number of features than the model's queue.
     """
     assert isinstance(model, Distillation)
-    encoder, transform = load_encoder(source)
+    teacher, features = load_teacher(source, data)
     dim = model.queue.shape[1]
-    if encoder.num_features != dim:
-        raise ValueError(f"moco_dim: expected the teacher's {encoder.num_features} features, got {dim}")
-    own, given = ((torch.tensor(x.mean), torch.tensor(x.std)) for x in (transform, data))
-    model.set_teacher(Renormalized(encoder, own, given).to(model.queue.device))
+    if features != dim:
+        raise ValueError(f"moco_dim: expected the teacher's {features} features, got {dim}")
+    model.set_teacher(teacher.to(model.queue.device))
