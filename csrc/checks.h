@@ -176,7 +176,8 @@ struct Span {
   bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
 };
 
-inline void check_enqueue(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys) {
+inline void check_enqueue(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, int64_t row_offset,
+                          std::optional<int64_t> K) {
   check_queue(queue);
   check(queue_ptr.dim() == 1 && queue_ptr.numel() == 1, "queue_ptr: expected shape [1], got ", shape_name(queue_ptr));
   check_int64(queue_ptr, "queue_ptr");
@@ -188,6 +189,10 @@ inline void check_enqueue(const Tensor& queue, const Tensor& queue_ptr, const Te
   check_all_float64(keys, "keys", queue, "queue");
   check(keys.size(1) == queue.size(1), "keys: expected ", queue.size(1), " features as in queue, got shape ",
         shape_name(keys));
+  const int64_t others = K.value_or(queue.size(0)) - queue.size(0);
+  check(others >= 0, "K: expected at least the ", queue.size(0), " rows of queue, got ", K.value_or(0));
+  check(row_offset >= 0 && row_offset <= others, "row_offset: expected 0 to ", others,
+        " (K less the rows of queue), got ", row_offset);
 }
 
 // Whether the elements fill one range of memory, one each, in any order of dimensions.

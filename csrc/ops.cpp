@@ -27,7 +27,7 @@ STABLE_TORCH_LIBRARY(moco_ext, m) {
       "info_nce_backward(Tensor query, Tensor key, Tensor? temperature_tensor, float temperature, bool normalize, "
       "int terms, int key_offset, Tensor? query_ids, int same_id, Tensor? key_ids, Tensor lse, "
       "Tensor weights, Tensor grad_loss) -> Tensor grad_key");
-  m.def("enqueue_(Tensor(a!) queue, Tensor(b!) queue_ptr, Tensor keys, bool normalize) -> ()");
+  m.def("enqueue_(Tensor(a!) queue, Tensor(b!) queue_ptr, Tensor keys, bool normalize, int row_offset=0, int? K=None) -> ()");
   m.def(
       "momentum_update_(Tensor(a!)[] key_params, Tensor[] query_params, Tensor? m_tensor, float m, "
       "Tensor(b!)[] low_precision) -> ()");

@@ -139,14 +139,16 @@ Tensor info_nce_keys(const InfoNceArguments& a, const Tensor& lse, const Tensor&
   return grad_key;
 }
 
-void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize) {
-  check_enqueue(queue, queue_ptr, keys);
+void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize, int64_t row_offset,
+              std::optional<int64_t> K) {
+  check_enqueue(queue, queue_ptr, keys, row_offset, K);
   const Launch launch(queue);
   const Tensor rows = keys_to_write(queue, queue_ptr, keys);
   dispatch(rows, [&]<typename Key>() {
     dispatch(queue, [&]<typename Queue>() {
-      STD_CUDA_CHECK(cuda::enqueue(data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows), queue.size(0),
-                                   rows.size(0), queue.size(1), normalize, kEps, launch.stream()));
+      STD_CUDA_CHECK(cuda::enqueue(data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows),
+                                   K.value_or(queue.size(0)), rows.size(0), queue.size(1), row_offset, queue.size(0),
+                                   normalize, kEps, launch.stream()));
     });
   });
 }

@@ -56,7 +56,7 @@ def load_functions() -> list[tuple[str, str]]:
 
 
 def load_pairs() -> Tensor:
-    """[P, 2, LENGTH] int64: numbers of the words of descriptions and code; 0 where a text has ended, 1 for rare words."""
+    """[P, 2, LENGTH] int64: words of descriptions and code by number; 0 after the end of a text, 1 for rare words."""
     texts = [
         [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", text)][:LENGTH]
         for pair in load_functions()

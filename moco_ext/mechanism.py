@@ -70,7 +70,7 @@ class Mechanism(nn.Module):
         self.updates += 1
 
     def key_queue(self) -> Tensor | None:
-        """The keys [K, dim] that stay in the dictionary from one step to the next, or None if there are none."""
+        """The keys [K, dim] that stay in the dictionary from one step to the next; None if not all are here."""
         return None
 
     @property

@@ -18,6 +18,7 @@ from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encod
 from .objectives import OBJECTIVES
 from .ops import info_nce, momentum_update_
 from .queue import KeyQueue
+from .sharded_queue import sharded_info_nce
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
 from .stats import InfoNCEStats
 
@@ -83,6 +84,9 @@ class MoCo(Mechanism, KeyQueue):
         objective: ``"infonce"``; ``"nnclr"``, where the key's nearest neighbor in the queue is the positive; or
             ``"ressl"``, where the query's softmax over the queue learns the key's, at temperature ``teacher_T``. See
             moco_ext/objectives.py. The last two have none of the loss's options, and need a full queue.
+        queue_sharding: divide the queue among the processes, K / world keys each. Queries then go to the keys, see
+            moco_ext/sharded_queue.py; losses and gradients are those of one queue up to rounding. The process group
+            must exist when the model is made.
         flatten_parameters: keep each encoder's parameters in one buffer (:func:`moco_ext.flatten_parameters_`), so that
             the momentum update is one launch over two buffers. If False, they are left where they are.
 
@@ -111,9 +115,10 @@ class MoCo(Mechanism, KeyQueue):
         empty: bool = False,
         objective: str = "infonce",
         teacher_T: float = 0.04,
+        queue_sharding: bool = False,
         flatten_parameters: bool = True,
     ) -> None:
-        super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty)
+        super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty, sharded=queue_sharding)
         if key_encoder not in KEY_ENCODERS:
             raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
         if low_precision not in (None, torch.bfloat16, torch.float16):
@@ -132,6 +137,11 @@ class MoCo(Mechanism, KeyQueue):
         if objective != "infonce" and (label_smoothing or in_batch or same_id or empty):
             raise ValueError(
                 f"objective: expected 'infonce' with label_smoothing, in_batch, same_id or empty, got {objective!r}"
+            )
+        if queue_sharding and (label_smoothing or in_batch or same_id == "positive" or objective != "infonce"):
+            raise ValueError(
+                "queue_sharding: expected False with label_smoothing, in_batch, same_id 'positive' or another "
+                "objective than 'infonce', got True"
             )
         self.objective, self.teacher_T = objective, check_temperature(teacher_T)
         self.label_smoothing, self.in_batch, self.same_id = label_smoothing, in_batch, same_id
@@ -177,6 +187,19 @@ class MoCo(Mechanism, KeyQueue):
         if self.objective != "infonce":
             contrast = OBJECTIVES[self.objective]
             loss, stats = contrast(q, keys[offset:][:n], self.queue, self.T, self.teacher_T)
+            return MoCoOutput(loss, keys, stats)
+        if self.shards > 1:
+            rows = slice(self.row_offset, self.row_offset + len(self.queue))
+            valid = None if self.queue_valid is None else (self.queue_valid - rows.start).clamp(0, len(self.queue))
+            loss, stats = sharded_info_nce(
+                q,
+                keys,
+                self.queue,
+                self.T,
+                num_valid=valid,
+                query_ids=None if ids is None else all_gather(ids),
+                queue_ids=None if self.queue_ids is None else self.queue_ids[rows],
+            )
             return MoCoOutput(loss, keys, stats)
         if self.in_batch and ids is not None:
             ids = all_gather(ids)
@@ -226,8 +249,8 @@ class MoCo(Mechanism, KeyQueue):
         out = self(im_q, im_k, key_order=key_order, ids=ids)
         return out.loss, out.stats, (out.keys, all_gather(ids))
 
-    def key_queue(self) -> Tensor:
-        return self.queue
+    def key_queue(self) -> Tensor | None:
+        return self.queue if self.shards == 1 else None
 
     @torch.no_grad()
     def update(self, keys: Tensor, ids: Tensor | None = None) -> None:

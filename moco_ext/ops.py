@@ -462,7 +462,7 @@ class _InfoNCE(torch.autograd.Function):
             grads[3] = total.to(temperature.dtype).view(temperature.shape)
         if torch.is_grad_enabled():  # create_graph=True, torch.func
             inputs = [x for x in (query, key, temperature) if x is not None]
-            grads = [None if grad is None else _NotTwice.apply(grad, *inputs) for grad in grads]
+            grads = [None if grad is None else NotTwice.apply(grad, *inputs) for grad in grads]
         return tuple(grads)
 
 
@@ -479,7 +479,7 @@ class _TransformedInfoNCE(_InfoNCE):
         _InfoNCE.save(ctx, inputs, output)
 
 
-class _NotTwice(torch.autograd.Function):
+class NotTwice(torch.autograd.Function):
     """The identity, whose derivative with respect to the inputs of the loss is an error instead of zero."""
 
     @staticmethod
@@ -621,9 +621,52 @@ def expected_key(
     Raises:
         ValueError, TypeError: as :func:`info_nce`.
     """
-    _check_tensors(query=query, **{} if key is None else {"key": key})
     if own_key not in ("positive", "excluded"):
         raise ValueError(f"own_key: expected 'positive' or 'excluded', got {own_key!r}")
+    candidates = expected_candidates(
+        query,
+        key,
+        queue,
+        temperature,
+        normalize=normalize,
+        in_batch=in_batch,
+        key_offset=key_offset,
+        num_valid=num_valid,
+        query_ids=query_ids,
+        key_ids=key_ids,
+        queue_ids=queue_ids,
+        own_key=own_key,
+    )
+    return ExpectedKey(candidates.keys, candidates.lse)
+
+
+class ExpectedCandidates(NamedTuple):
+    """The candidates of each row: their mean [N, C] under their softmax, its logsumexp [N], and the number [N] of those
+    that score above the row's own key."""
+
+    keys: Tensor
+    lse: Tensor
+    rank: Tensor
+
+
+@torch.no_grad()
+def expected_candidates(
+    query: Tensor,
+    key: Tensor | None,
+    queue: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    normalize: bool = True,
+    in_batch: bool = False,
+    key_offset: int = 0,
+    num_valid: int | Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    own_key: str = "positive",
+) -> ExpectedCandidates:
+    """:func:`expected_key`; with ``"decoupled"``, of the queue alone, while the ranks refer to the own key [N, C]."""
+    _check_tensors(query=query, **{} if key is None else {"key": key})
     if query.dim() == 3:
         raise ValueError(f"query: expected [N, C], got {list(query.shape)}; call it for each group")
     tensor, value = _scalar("temperature", temperature)
@@ -631,12 +674,14 @@ def expected_key(
     query = _over_temperature(
         _wide_rows(query, normalize), torch.tensor(value, dtype=torch.float64) if tensor is None else tensor
     )
+    key = None if key is None else _wide_rows(key, normalize)
+    decoupled = own_key == "decoupled"
     results = _Results._make(
         _native(
             torch.ops.moco_ext.info_nce_forward.default,
             *_Arguments(
                 query,
-                None if key is None else _wide_rows(key, normalize),
+                key,
                 queue,
                 None,
                 1.0,
@@ -655,12 +700,13 @@ def expected_key(
                 queue_ids,
                 _SAME_IDS["mask"],
                 key_ids,
-                torch.zeros_like(query),
+                None if decoupled else torch.zeros_like(query),
                 _OWN_KEYS[own_key],
             ),
         )
     )
-    return ExpectedKey(results.grad_query, results.lse)
+    mean = results.grad_query + key if decoupled and key is not None else results.grad_query
+    return ExpectedCandidates(mean, results.lse, results.rank)
 
 
 # --- nearest_keys -----------------------------------------------------------------------------------------------------
@@ -775,7 +821,15 @@ torch.library.register_kernel("moco_ext::nearest_keys", "cuda", nearest_keys_in_
 
 
 @torch.no_grad()
-def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor, *, normalize: bool = False) -> None:
+def enqueue_(
+    queue: Tensor,
+    queue_ptr: Tensor,
+    keys: Tensor,
+    *,
+    normalize: bool = False,
+    row_offset: int = 0,
+    K: int | None = None,
+) -> None:
     """Write a batch of keys into the circular queue, in place, and advance its pointer (Algorithm 1 of the paper).
 
     Overwrites rows ``[ptr, ptr + B) mod K``, cast to the queue's dtype. Any B is allowed; of more than K keys, the last
@@ -788,17 +842,19 @@ def enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor, *, normalize: bool 
         keys: [B, C] float rows, with any strides. They may be a view of the queue: all keys are read before any row
             is written.
         normalize: scale each key to unit length.
+        row_offset, K: the queue has K rows, of which ``queue`` has ``row_offset`` and the following ones: the shard of
+            this process. Only keys for these rows are written. Default: all of it.
 
     Raises:
-        ValueError: wrong shape, dtype or device, a pointer in the queue's memory, or a freed storage. Nothing is
-            written.
+        ValueError: wrong shape, dtype or device, rows outside the K, a pointer in the queue's memory, or a freed
+            storage. Nothing is written.
     """
-    torch.ops.moco_ext.enqueue_(queue, queue_ptr, keys, normalize)
+    torch.ops.moco_ext.enqueue_(queue, queue_ptr, keys, normalize, row_offset, K)
     torch.autograd.graph.increment_version((queue, queue_ptr))
 
 
 @torch.library.register_fake("moco_ext::enqueue_")
-def _(queue, queue_ptr, keys, normalize):
+def _(queue, queue_ptr, keys, normalize, row_offset=0, K=None):
     _check_devices(queue=queue, queue_ptr=queue_ptr, keys=keys)
 
 

@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
+from . import distributed
 from .ops import enqueue_
+
+_BLOCK = 65536  # first keys that one seed gives
 
 
 class KeyQueue(nn.Module):
@@ -28,6 +33,9 @@ class KeyQueue(nn.Module):
         dtype: of the stored keys; bfloat16 takes half the memory and the traffic of float32.
         ids: also store the id of each key, ``queue_ids`` [K] int64 (-1: unknown), and its age (``ages``).
         empty: start without keys; ``queue_valid`` [1] int64 is then the number of valid keys, to pass to the loss.
+        sharded: divide the rows among the processes. ``queue`` then has the K / world rows of this process, from
+            ``row_offset`` on; ids, pointer and ``queue_valid`` are those of the whole queue on every rank. In the state
+            dict, ``queue`` is a DTensor [dim, K]. It loads the checkpoint of a whole queue, too.
 
     The state of ``ids`` and ``empty`` is in the state dict, too. A checkpoint without it loads as a full queue of keys
     with unknown ids.
@@ -46,12 +54,22 @@ class KeyQueue(nn.Module):
     queue_writes: Tensor | None  # [1] number of enqueues so far
 
     def __init__(
-        self, dim: int, K: int, dtype: torch.dtype = torch.float32, *, ids: bool = False, empty: bool = False
+        self,
+        dim: int,
+        K: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        ids: bool = False,
+        empty: bool = False,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         K, dim = check_size("K", K), check_size("dim", dim)
-        keys = torch.randn(K, dim, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("queue", nn.functional.normalize(keys, dim=1).to(dtype))
+        self.shards = distributed.world_size() if sharded else 1
+        if K % self.shards:
+            raise ValueError(f"K: expected a multiple of the {self.shards} processes that share the queue, got {K}")
+        self.row_offset = distributed.rank() * (K // self.shards) if sharded else 0
+        self.register_buffer("queue", _first_keys(K, dim, dtype, self.row_offset, K // self.shards))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.register_buffer("queue_ids", torch.full((K,), -1) if ids else None)
         self.register_buffer("queue_written", torch.full((K,), -1) if ids else None)
@@ -60,7 +78,7 @@ class KeyQueue(nn.Module):
 
     @property
     def K(self) -> int:
-        return self.queue.shape[0]
+        return self.queue.shape[0] * self.shards
 
     @property
     def ages(self) -> Tensor:
@@ -98,23 +116,42 @@ class KeyQueue(nn.Module):
             self.queue_writes += 1
         if self.queue_valid is not None:
             self.queue_valid.add_(B).clamp_(max=self.K)
-        enqueue_(self.queue, self.queue_ptr, keys, normalize=normalize)
+        enqueue_(self.queue, self.queue_ptr, keys, normalize=normalize, row_offset=self.row_offset, K=self.K)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # A copy, because safetensors, and the tools that use it, refuse a transposed view, which is not contiguous.
         transposed = destination[prefix + "queue"].t()
         destination[prefix + "queue"] = transposed.clone(memory_format=torch.contiguous_format)
+        if self.shards > 1:
+            mesh = init_device_mesh(self.queue.device.type, (self.shards,))
+            destination[prefix + "queue"] = DTensor.from_local(destination[prefix + "queue"], mesh, [Shard(1)])
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         name = prefix + "queue"
         if name in state_dict and state_dict[name].dim() == 2:
-            state_dict[name] = state_dict[name].t().contiguous()  # rows, also for load_state_dict(assign=True)
+            keys = state_dict[name]
+            if isinstance(keys, DTensor):
+                keys = keys.full_tensor() if self.shards == 1 else keys.redistribute(placements=[Shard(1)]).to_local()
+            elif self.shards > 1 and keys.shape[1] == self.K:
+                keys = keys[:, self.row_offset :][:, : len(self.queue)]
+            state_dict[name] = keys.t().contiguous()  # rows, also for load_state_dict(assign=True)
             full = {"queue_ids": -1, "queue_written": -1, "queue_writes": 0, "queue_valid": self.K}
             for extra, value in full.items():
                 if (own := getattr(self, extra)) is not None:
                     state_dict.setdefault(prefix + extra, torch.full_like(own, value))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _first_keys(K: int, dim: int, dtype: torch.dtype, first: int, rows: int) -> Tensor:
+    """Rows ``first`` and following of the [K, dim] random unit vectors, without the memory for the others."""
+    keys = torch.empty(rows, dim, dtype=dtype)
+    for block in range(first // _BLOCK, -(-(first + rows) // _BLOCK)):
+        start = block * _BLOCK
+        drawn = torch.randn(min(_BLOCK, K - start), dim, generator=torch.Generator().manual_seed(block))
+        begin, end = max(first, start), min(first + rows, start + _BLOCK)
+        keys[begin - first : end - first] = nn.functional.normalize(drawn, dim=1)[begin - start : end - start]
+    return keys
 
 
 def check_size(name: str, value: Any) -> int:

@@ -154,13 +154,44 @@ def test_writes_are_seen_by_autograd(device):
         y.backward()
 
 
+@pytest.mark.parametrize("start", [0, 5, 9])
+@pytest.mark.parametrize("batch", [0, 1, 4, 10, 23])
+@pytest.mark.parametrize("shards", [[10], [5, 5], [3, 4, 3], [1, 9]], ids=str)
+def test_shards_are_parts_of_the_queue(device, start, batch, shards):
+    whole, at = torch.randn(10, 3, device=device), pointer(start, device)
+    parts, pointers = [part.clone() for part in whole.split(shards)], [at.clone() for _ in shards]
+    keys, offset = torch.randn(batch, 3, device=device), 0
+    for part, own in zip(parts, pointers, strict=True):
+        moco_ext.enqueue_(part, own, keys, normalize=True, row_offset=offset, K=10)
+        offset += len(part)
+    moco_ext.enqueue_(whole, at, keys, normalize=True)
+    assert torch.equal(torch.cat(parts), whole)
+    assert all(torch.equal(own, at) for own in pointers)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"K": 4}, "K: expected at least the 5 rows of queue, got 4"),
+        ({"K": 8, "row_offset": 4}, r"row_offset: expected 0 to 3 .*, got 4"),
+        ({"row_offset": -1}, r"row_offset: expected 0 to 0 .*, got -1"),
+    ],
+)
+def test_shard_outside_the_queue(device, rows, message):
+    queue, queue_ptr = torch.zeros(5, 3, device=device), pointer(0, device)
+    with pytest.raises(ValueError, match=message):
+        moco_ext.enqueue_(queue, queue_ptr, torch.ones(2, 3, device=device), **rows)
+    assert queue.eq(0).all()
+    assert queue_ptr.item() == 0
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(device, dtype, normalize):
     queue = unit_rows(7, 5, dtype, device)
     opcheck(
         torch.ops.moco_ext.enqueue_.default,
-        (queue, pointer(5, device), torch.randn(4, 5, device=device), normalize),
+        (queue, pointer(5, device), torch.randn(4, 5, device=device), normalize, 2, 12),
     )
 
 

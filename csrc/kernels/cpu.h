@@ -90,10 +90,11 @@ void nearest_keys(const Host& host, const Query* query, const Queue* queue, cons
 template <typename T>
 void l2_normalize(const Host& host, const T* x, T* out, accumulate_t<T>* norm, int64_t rows, int64_t cols, double eps);
 
-// queue [K, C], queue_ptr [1], keys [B, C]: rows [ptr, ptr + B) mod K, then ptr = (ptr + B) mod K.
+// queue [K, C], queue_ptr [1], keys [B, C]: rows [ptr, ptr + B) mod K, then ptr = (ptr + B) mod K. Of a queue over
+// several processes, `queue` [rows, C] has the rows from `first` on, and only those are written.
 template <typename Key, typename Queue>
 void enqueue(const Host& host, Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c,
-             bool normalize, double eps);
+             int64_t first, int64_t rows, bool normalize, double eps);
 
 // key = m * key + (1 - m) * query over elements [begin, end); on the calling thread, so that the caller can spread a
 // whole list of tensors over the threads at once.

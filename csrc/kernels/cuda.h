@@ -90,10 +90,11 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
 template <typename T>
 cudaError_t l2_normalize(const T* x, T* out, float* norm, int64_t rows, int64_t cols, float eps, cudaStream_t stream);
 
-// queue [K, C], queue_ptr [1] on the device, keys [B, C]: rows [ptr, ptr + B) mod K, then ptr = (ptr + B) mod K.
+// queue [K, C], queue_ptr [1] on the device, keys [B, C]: rows [ptr, ptr + B) mod K, then ptr = (ptr + B) mod K. Of a
+// queue over several devices, `queue` [rows, C] has the rows from `first` on, and only those are written.
 template <typename Key, typename Queue>
-cudaError_t enqueue(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, bool normalize,
-                    float eps, cudaStream_t stream);
+cudaError_t enqueue(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, int64_t first,
+                    int64_t rows, bool normalize, float eps, cudaStream_t stream);
 
 // key = m * key + (1 - m) * query over one list of tensors of mixed dtypes.
 enum class Dtype : int32_t { kFloat32, kBFloat16, kFloat16 };

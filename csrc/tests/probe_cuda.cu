@@ -218,7 +218,9 @@ int enqueue(int64_t b) {
   check::cuda(cudaMemsetAsync(pointer.data, 0, sizeof(int64_t), stream));
   return report(
       0, (4.0 + sizeof(Queue)) * b * c, 4e-3,
-      [&](int) { check::cuda(cuda::enqueue(queue.data, pointer.data, keys.data, k, b, c, false, 1e-12f, stream)); },
+      [&](int) {
+        check::cuda(cuda::enqueue(queue.data, pointer.data, keys.data, k, b, c, 0, k, false, 1e-12f, stream));
+      },
       [&] { return std::abs(check::value(queue.host(b * c - 1, 1)[0]) - keys.host(b * c - 1, 1)[0]); });
 }
 

@@ -12,14 +12,16 @@ using moco_ext::cuda::enqueue;
 
 struct Shape {
   int64_t k, b, c, ptr;
+  int64_t first, rows;  // of the k rows, those that are here
   bool normalize;
   size_t key_offset, queue_offset;  // elements of misalignment
 
   std::string text() const {
-    char out[160];
-    snprintf(out, sizeof out, "K %lld B %lld C %lld ptr %lld normalize %d offsets %zu %zu", static_cast<long long>(k),
-             static_cast<long long>(b), static_cast<long long>(c), static_cast<long long>(ptr), normalize, key_offset,
-             queue_offset);
+    char out[200];
+    snprintf(out, sizeof out, "K %lld B %lld C %lld ptr %lld rows %lld + %lld normalize %d offsets %zu %zu",
+             static_cast<long long>(k), static_cast<long long>(b), static_cast<long long>(c),
+             static_cast<long long>(ptr), static_cast<long long>(first), static_cast<long long>(rows), normalize,
+             key_offset, queue_offset);
     return out;
   }
 };
@@ -37,19 +39,20 @@ double factor(const Key* row, int64_t c, bool normalize) {
 
 template <typename Key, typename Queue>
 void run(const Shape& s, Random& random, const std::vector<Key>& keys) {
-  const auto before = check::normal<Queue>(random, static_cast<size_t>(s.k * s.c));
+  const auto before = check::normal<Queue>(random, static_cast<size_t>(s.rows * s.c));
   const Device<Key> device_keys(keys, s.key_offset);
   const Device<Queue> queue(before, s.queue_offset);
   const Device<int64_t> ptr(std::vector<int64_t>{s.ptr});
-  check::cuda(enqueue(queue.data(), ptr.data(), device_keys.data(), s.k, s.b, s.c, s.normalize, kEps, nullptr));
+  check::cuda(enqueue(queue.data(), ptr.data(), device_keys.data(), s.k, s.b, s.c, s.first, s.rows, s.normalize, kEps,
+                      nullptr));
 
   std::vector<int64_t> source(static_cast<size_t>(s.k), -1);
   const int64_t start = (s.ptr % s.k + s.k) % s.k;
   for (int64_t i = 0; i < s.b; ++i) source[static_cast<size_t>((start + i) % s.k)] = i;
   const auto got = queue.host();
   bool good = true;
-  for (int64_t row = 0; row < s.k; ++row) {
-    const int64_t from = source[static_cast<size_t>(row)];
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const int64_t from = source[static_cast<size_t>(s.first + row)];
     const double scale = from < 0 ? 0 : factor(&keys[static_cast<size_t>(from * s.c)], s.c, s.normalize);
     for (int64_t j = 0; j < s.c; ++j) {
       const auto at = static_cast<size_t>(row * s.c + j);
@@ -80,6 +83,8 @@ void test_shapes(Random& random, int draws) {
     s.ptr = i % 5 == 0 ? check::uniform(random, -7 * s.k, 7 * s.k) : check::uniform(random, 0, s.k - 1);
     if (i % 16 == 6) s.ptr = kLargest;
     if (i % 16 == 7) s.ptr = -kLargest - 1;
+    s.first = i % 2 == 0 ? 0 : check::uniform(random, 0, s.k - 1);
+    s.rows = i % 2 == 0 ? s.k : check::uniform(random, 1, s.k - s.first);
     s.normalize = i % 3 != 0;
     s.key_offset = i % 4 == 1 ? 1 : 0;
     s.queue_offset = i % 4 == 3 ? 1 : 0;
@@ -97,7 +102,7 @@ void test_queues(Random& random, int draws) {
 void test_norms(Random& random) {
   check::group("norms: zero, tiny, huge");
   for (const int64_t c : {1, 64, 128, 130, 1100}) {
-    const Shape s{16, 8, c, 3, true, 0, 0};
+    const Shape s{16, 8, c, 3, 0, 16, true, 0, 0};
     std::vector<float> keys;
     for (const double scale : {0.0, 1e-30, 1e-15, 1e-4, 1e4, 1e18, 1e30, 1e36}) {
       const auto row = check::normal<float>(random, static_cast<size_t>(c), scale);
@@ -110,7 +115,7 @@ void test_norms(Random& random) {
   keys[5] = NAN;
   const Device<float> device_keys(keys), queue(std::vector<float>(4 * 128));
   const Device<int64_t> ptr(std::vector<int64_t>{0});
-  check::cuda(enqueue(queue.data(), ptr.data(), device_keys.data(), 4, 2, 128, true, kEps, nullptr));
+  check::cuda(enqueue(queue.data(), ptr.data(), device_keys.data(), 4, 2, 128, 0, 4, true, kEps, nullptr));
   const auto got = queue.host();
   check::that(std::all_of(got.begin(), got.begin() + 128, [](float x) { return std::isnan(x); }), "all of it is NaN");
   check::that(std::none_of(got.begin() + 128, got.end(), [](float x) { return std::isnan(x); }), "no other row is");
@@ -119,7 +124,7 @@ void test_norms(Random& random) {
 void test_many_blocks(Random& random) {
   check::group("more rows than the grid takes at once");
   for (const int64_t b : {20000, 41000}) {
-    const Shape s{35001, b, 4, 34000, true, 0, 0};
+    const Shape s{35001, b, 4, 34000, 0, 35001, true, 0, 0};
     run<float, __nv_bfloat16>(s, random, check::normal<float>(random, static_cast<size_t>(s.b * s.c)));
   }
 }
@@ -135,7 +140,7 @@ void test_sequence(Random& random) {
     const int64_t b = check::uniform(random, 0, 70);
     const auto keys = check::normal<float>(random, static_cast<size_t>(b * kCols));
     const Device<float> device_keys(keys);
-    check::cuda(enqueue(queue.data(), ptr.data(), device_keys.data(), kRows, b, kCols, false, kEps, nullptr));
+    check::cuda(enqueue(queue.data(), ptr.data(), device_keys.data(), kRows, b, kCols, 0, kRows, false, kEps, nullptr));
     for (int64_t i = 0; i < b; ++i) {
       std::copy_n(&keys[static_cast<size_t>(i * kCols)], kCols, &model[static_cast<size_t>((at + i) % kRows * kCols)]);
     }
@@ -146,10 +151,11 @@ void test_sequence(Random& random) {
 
 void test_arguments() {
   check::group("arguments");
-  check::that(enqueue<float, float>(nullptr, nullptr, nullptr, 0, 1, 1, false, kEps, nullptr) != cudaSuccess, "K = 0");
-  check::that(
-      enqueue<float, float>(nullptr, nullptr, nullptr, int64_t{1} << 39, 1, 1, false, kEps, nullptr) != cudaSuccess,
-      "K = 2^39");
+  check::that(enqueue<float, float>(nullptr, nullptr, nullptr, 0, 1, 1, 0, 0, false, kEps, nullptr) != cudaSuccess,
+              "K = 0");
+  check::that(enqueue<float, float>(nullptr, nullptr, nullptr, int64_t{1} << 39, 1, 1, 0, 1, false, kEps, nullptr) !=
+                  cudaSuccess,
+              "K = 2^39");
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ from ..encoders import build
 from ..runs.files import read_json
 from ..runs.options import RunOptions
 from ..runs.settings import settings
+from ..sharded_queue import exchanged_bytes
 from ..train import guide
 from ..train.config import PretrainConfig
 from ..train.guide import Choice, Machine
@@ -108,7 +109,8 @@ def check_step_memory(plan: Plan, options: RunOptions) -> None:
     if options.device.type != "cpu":
         return
     batch = plan.config.batch_size // options.local_world
-    needed = options.local_world * sum(estimate(plan.config, plan.data.size, len(plan.data.train), batch).values())
+    parts = estimate(plan.config, plan.data.size, len(plan.data.train), batch, distributed.world_size())
+    needed = options.local_world * sum(parts.values())
     memory = device_memory(options.device)
     if needed > memory:
         raise MemoryError(f"a step needs about {needed / 2**30:.1f} GiB, and there are {memory / 2**30:.1f} GiB")
@@ -136,7 +138,7 @@ def print_dry_run(plan: Plan, options: RunOptions) -> None:
         f"{steps:,} steps",
         highlight=False,
     )
-    parts = estimate(config, data.size, len(data.train), batch)
+    parts = estimate(config, data.size, len(data.train), batch, world)
     memory = Table("memory", "MB", title=f"{options.device}, batch of {batch}", title_justify="left")
     memory.columns[1].justify = "right"
     for name, size in parts.items():
@@ -144,6 +146,14 @@ def print_dry_run(plan: Plan, options: RunOptions) -> None:
     memory.add_row("all", f"{sum(parts.values()) / 1e6:,.1f}", style="bold")
     memory.add_row("there is", f"{device_memory(options.device) / 1e6:,.1f}")
     console.print(memory)
+    if config.shard_queue and world > 1:
+        views = batch * (1 + config.symmetric)
+        megabytes = exchanged_bytes(world, views, config.moco_dim) / 1e6
+        console.print(
+            f"queue of {config.moco_k:,} keys over {world} processes: {megabytes:,.1f} MB sent and received by each in "
+            "a step, and the keys",
+            highlight=False,
+        )
 
 
 def _choose(
@@ -160,7 +170,7 @@ def _choose(
         def memory(settings: dict[str, Any], images: int) -> int:
             settings = {name: value for name, value in settings.items() if name != "batch_size"}
             wanted = resolve_config(config.data, settings)
-            return sum(estimate(wanted, wanted.image_size or data.size, len(data.train), images).values())
+            return sum(estimate(wanted, wanted.image_size or data.size, len(data.train), images, world).values())
 
         side = guide.typical_side(data.train)
         shared = [guide.choose(len(data.train), side, machine, explicit, memory, mlp=_takes_mlp(explicit.get("arch")))]

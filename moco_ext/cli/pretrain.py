@@ -60,7 +60,7 @@ def _dry_run(args: argparse.Namespace, output: Path) -> int:
 
 
 def _plan(args: argparse.Namespace, options: RunOptions) -> Plan:
-    check_memory(configuration(args), options.device)
+    check_memory(configuration(args), options.device, max(distributed.world_size(), options.local_world))
     plan = make_plan(args, options)
     if not plan.config.steps and options.start_epoch >= plan.config.epochs:
         raise ValueError(f"start_epoch: expected less than the {plan.config.epochs} epochs, got {options.start_epoch}")
@@ -88,7 +88,7 @@ def _work(args: argparse.Namespace, options: RunOptions) -> int:
     return 0
 
 
-def check_memory(config: PretrainConfig, device: torch.device) -> None:
+def check_memory(config: PretrainConfig, device: torch.device, world: int = 1) -> None:
     """Raise a ValueError if the dictionary is larger than the memory of the device.
 
     Beyond its memory, a machine may end the process without a message rather than refuse to allocate.
@@ -96,7 +96,8 @@ def check_memory(config: PretrainConfig, device: torch.device) -> None:
     if not has_setting(config.dictionary, "moco_k"):
         return
     memory = device_memory(device)
-    needed = config.moco_k * config.moco_dim * DTYPES[config.queue_dtype].itemsize
+    shards = world if config.shard_queue else 1
+    needed = config.moco_k * config.moco_dim * DTYPES[config.queue_dtype].itemsize // shards
     if needed > memory:
         raise ValueError(
             f"moco_k, moco_dim: expected a queue that fits in the {memory / 2**30:.1f} GiB of {device}, got "

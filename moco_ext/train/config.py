@@ -61,6 +61,7 @@ class PretrainConfig:
         objective: the loss, as for :class:`moco_ext.MoCo`, with ``teacher_t``.
         teacher: of distillation, for :func:`moco_ext.load_encoder`.
         empty_queue: start with an empty queue instead of random keys.
+        shard_queue: divide the queue among the processes, as ``queue_sharding`` of :class:`moco_ext.MoCo`.
         queue_dtype: of the keys in memory; None becomes ``precision`` for a queue, and "fp32" for a memory bank: its
             features move by (1 - m), which 16 bits would round away at a large m.
         symmetric: use each view as query and as key; the loss is the mean of both.
@@ -217,6 +218,7 @@ class PretrainConfig:
         False, help="use the other keys of the batch (of all ranks) as negatives too", group=_QUEUE
     )
     empty_queue: bool = setting(False, help="start with an empty queue instead of random keys", group=_QUEUE)
+    shard_queue: bool = setting(False, help="divide the queue among the processes: K / world keys each", group=_QUEUE)
     objective: str = setting(
         "infonce",
         valid=one_of("infonce", *OBJECTIVES),

@@ -36,6 +36,7 @@ PARAMETERS = {
     "label_smoothing": "label_smoothing",
     "in_batch": "in_batch",
     "empty_queue": "empty",
+    "shard_queue": "queue_sharding",
     "objective": "objective",
     "teacher": "teacher",
     "teacher_t": "teacher_T",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -13,13 +14,14 @@ from .model import build_model
 from .optimizer import state_size
 
 
-def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) -> dict[str, int]:
+def estimate(config: PretrainConfig, size: int, images: int, batch_size: int, world: int = 1) -> dict[str, int]:
     """Bytes of each part of a training step on one device.
 
     Args:
         size: side of the views, in pixels.
         images: size of the training set; a memory bank stores a feature of each image.
         batch_size: images per device.
+        world: number of processes, among which the queue is divided with ``config.shard_queue``.
 
     Returns:
         Bytes of the encoders' parameters, gradients, optimizer state, dictionary, images of a batch, and
@@ -27,7 +29,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
         allocator fragmentation, the CUDA context).
     """
     with torch.device("meta"):
-        model = build_model(config, images, size)
+        model = build_model(dataclasses.replace(config, shard_queue=False), images, size)
         shape: tuple[int, ...] = (batch_size, 3, size, size)
         if config.views == "patches":
             grid = round(config.patches**0.5)
@@ -46,12 +48,16 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int) ->
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         encode(model.encoder_q, views)
+    dictionary = sum(b.nbytes for b in model.buffers(recurse=False))
+    if config.shard_queue:
+        queue = model.get_buffer("queue").nbytes
+        dictionary -= queue - queue // world
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return {
         "encoders": sum(p.nbytes for p in model.parameters()),
         "gradients": trained,
         "optimizer": round(trained * state_size(config.optimizer)),
-        "dictionary": sum(b.nbytes for b in model.buffers(recurse=False)),
+        "dictionary": dictionary,
         "images": 2 * views.nbytes,
         "activations": sum(t.nbytes for t in kept.values()) * (1 + (config.symmetric or model.symmetric)),
     }

@@ -17,10 +17,11 @@ constexpr int64_t kMaxBlocks = 2048;  // fills any device; more would wait for t
 constexpr int kPointerBits = 40;
 constexpr int64_t kPointerLimit = int64_t{1} << (kPointerBits - 1);
 
-// queue [K, C], keys [B, C]. A warp takes a row.
+// keys [B, C] into a queue of K rows, of which `queue` [rows, C] has those from `first` on. A warp takes a row.
 template <int width, bool fits, typename Key, typename Queue>
 __global__ __launch_bounds__(kThreads, kRowBlocksPerMultiprocessor<fits>) void enqueue_kernel(
-    Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, bool normalize, float eps) {
+    Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, int64_t first, int64_t rows,
+    bool normalize, float eps) {
   __shared__ int64_t first_slot;
   const int64_t skipped = b > k ? b - k : 0;  // rows that later rows of the same batch would overwrite
   if (threadIdx.x == 0) {
@@ -47,7 +48,8 @@ __global__ __launch_bounds__(kThreads, kRowBlocksPerMultiprocessor<fits>) void e
     know_slot = true;
     int64_t slot = first_slot + (i + warp - skipped);  // < 2 K
     if (slot >= k) slot -= k;
-    if (has_row) row.store(queue + slot * c, factor);
+    slot -= first;
+    if (has_row && slot >= 0 && slot < rows) row.store(queue + slot * c, factor);
   }
 }
 
@@ -55,31 +57,32 @@ __global__ __launch_bounds__(kThreads, kRowBlocksPerMultiprocessor<fits>) void e
 
 template <int width, typename Key, typename Queue>
 cudaError_t launch_rows(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c,
-                        bool normalize, float eps, cudaStream_t stream) {
-  const int64_t rows = b < k ? b : k;
-  const int64_t blocks = rows == 0 ? 1 : (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+                        int64_t first, int64_t rows, bool normalize, float eps, cudaStream_t stream) {
+  const int64_t written = b < k ? b : k;
+  const int64_t blocks = written == 0 ? 1 : (written + kRowsPerBlock - 1) / kRowsPerBlock;
   constexpr bool kShort = width > 1;  // the scalar path has no variant for short rows
   auto kernel = enqueue_kernel<width, false, Key, Queue>;
   if (kShort && c <= kWarp * width) kernel = enqueue_kernel<width, kShort, Key, Queue>;
   return launch(kernel, static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks), kThreads, 0, stream, queue,
-                queue_ptr, keys, k, b, c, normalize, eps);
+                queue_ptr, keys, k, b, c, first, rows, normalize, eps);
 }
 
 }  // namespace
 
 // Pointers are taken modulo K. One outside [-2^39, 2^39) is not advanced correctly; no write is out of bounds.
 template <typename Key, typename Queue>
-cudaError_t enqueue(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, bool normalize,
-                    float eps, cudaStream_t stream) {
+cudaError_t enqueue(Queue* queue, int64_t* queue_ptr, const Key* keys, int64_t k, int64_t b, int64_t c, int64_t first,
+                    int64_t rows, bool normalize, float eps, cudaStream_t stream) {
   if (k <= 0 || k >= kPointerLimit) return cudaErrorInvalidValue;
   constexpr int kWidth = kVectorWidth<Key, Queue>;
   const bool vectors = c % kWidth == 0 && is_aligned<kWidth>(keys) && is_aligned<kWidth>(queue);
-  return vectors ? launch_rows<kWidth>(queue, queue_ptr, keys, k, b, c, normalize, eps, stream)
-                 : launch_rows<1>(queue, queue_ptr, keys, k, b, c, normalize, eps, stream);
+  return vectors ? launch_rows<kWidth>(queue, queue_ptr, keys, k, b, c, first, rows, normalize, eps, stream)
+                 : launch_rows<1>(queue, queue_ptr, keys, k, b, c, first, rows, normalize, eps, stream);
 }
 
-#define MOCO_ENQUEUE(Key, Queue) \
-  template cudaError_t enqueue(Queue*, int64_t*, const Key*, int64_t, int64_t, int64_t, bool, float, cudaStream_t);
+#define MOCO_ENQUEUE(Key, Queue)                                                                                       \
+  template cudaError_t enqueue(Queue*, int64_t*, const Key*, int64_t, int64_t, int64_t, int64_t, int64_t, bool, float, \
+                               cudaStream_t);
 #define MOCO_ENQUEUE_QUEUES(Key) \
   MOCO_ENQUEUE(Key, float)       \
   MOCO_ENQUEUE(Key, __nv_bfloat16) MOCO_ENQUEUE(Key, __half)
