@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import tiled  # noqa: F401  # registers itself
 from .clip import clip_loss
 from .end_to_end import EndToEnd
 from .memory_bank import MemoryBank, MemoryBankOutput

@@ -267,7 +267,7 @@ def info_nce(
         key = None if key is None else _wide_rows(key, normalize)
         temperature_tensor, temperature_value, normalize = None, 1.0, False
     grad = torch.is_grad_enabled()
-    arguments = _Arguments(
+    arguments = Arguments(
         query,
         key,
         queue,
@@ -335,7 +335,7 @@ def _over_temperature(rows: Tensor, temperature: Tensor) -> Tensor:
     return rows / temperature
 
 
-def _summed_positives(a: _Arguments) -> tuple[Tensor, ...]:
+def _summed_positives(a: Arguments) -> tuple[Tensor, ...]:
     """The logsumexp of all candidates less that of the positives: the losses of a target of zero."""
     run = _info_nce_groups if a.query.dim() == 3 else _info_nce_rows
     # Wide, so that the two gradients, which may cancel, are rounded to the inputs' dtype as a sum.
@@ -355,7 +355,7 @@ def _summed_positives(a: _Arguments) -> tuple[Tensor, ...]:
     return losses, losses.detach(), lse, logit, rank
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of ``info_nce_forward``, in the order of its schema."""
 
     query: Tensor
@@ -387,7 +387,7 @@ _NO_TENSORS = dict.fromkeys(
 )
 
 
-class _Results(NamedTuple):
+class Results(NamedTuple):
     """The results of ``info_nce_forward``; a gradient that was not asked for is empty."""
 
     loss: Tensor
@@ -401,7 +401,7 @@ class _Results(NamedTuple):
     weights: Tensor
 
 
-def _info_nce_rows(arguments: _Arguments) -> tuple[Tensor, ...]:
+def _info_nce_rows(arguments: Arguments) -> tuple[Tensor, ...]:
     """The reduced loss, and the stats [N] without gradient."""
     if arguments.query_grad or arguments.key_grad or arguments.temperature_grad:
         function = _TransformedInfoNCE if torch._C._are_functorch_transforms_active() else _InfoNCE
@@ -429,7 +429,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def save(ctx, arguments, results):
-        a, r = _Arguments._make(arguments), _Results._make(results)
+        a, r = Arguments._make(arguments), Results._make(results)
         ctx.set_materialize_grads(False)
         ctx.arguments = a._replace(**_NO_TENSORS)
         ctx.in_batch_gradient = a.in_batch and a.key_grad
@@ -438,7 +438,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        grads: list[Tensor | None] = [None] * len(_Arguments._fields)
+        grads: list[Tensor | None] = [None] * len(Arguments._fields)
         if grad_loss is None:
             return tuple(grads)
         a = ctx.arguments
@@ -495,7 +495,7 @@ class NotTwice(torch.autograd.Function):
         raise RuntimeError("info_nce: second derivatives are not implemented (the gradient is computed in forward)")
 
 
-def _info_nce_groups(a: _Arguments) -> tuple[Tensor, ...]:
+def _info_nce_groups(a: Arguments) -> tuple[Tensor, ...]:
     """G problems, stats [G, N]. Groups that share a queue, and no keys of the batch, are one batch."""
     groups, n = a.query.shape[:2]
     if groups == 0:
@@ -540,7 +540,7 @@ def _info_nce_groups(a: _Arguments) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("moco_ext::info_nce_forward")
 def _(*arguments):
-    a = _Arguments(*arguments)
+    a = Arguments(*arguments)
     tensors = {name: x for name in ("query", "key", "queue", "target") if (x := getattr(a, name)) is not None}
     _check_devices(**tensors)
     n, c = a.query.shape
@@ -676,10 +676,10 @@ def expected_candidates(
     )
     key = None if key is None else _wide_rows(key, normalize)
     decoupled = own_key == "decoupled"
-    results = _Results._make(
+    results = Results._make(
         _native(
             torch.ops.moco_ext.info_nce_forward.default,
-            *_Arguments(
+            *Arguments(
                 query,
                 key,
                 queue,
@@ -750,8 +750,6 @@ def nearest_keys(
     """
     _check_tensors(query=query, queue=queue)
     tensor, number = (num_valid, None) if isinstance(num_valid, Tensor) else (None, num_valid)
-    if query.device.type not in ("cpu", "cuda", "meta"):
-        return NearestKeys(*nearest_keys_in_pieces(query, queue, k, normalize, tensor, number))
     return NearestKeys(*_native(torch.ops.moco_ext.nearest_keys.default, query, queue, k, normalize, tensor, number))
 
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from moco_ext import library, ops
+from moco_ext import ops
 from moco_ext.cli import info
 
 
@@ -44,18 +44,3 @@ def test_every_instruction_set_computes_the_same(isa):
     assert run.returncode == 0, run.stdout + run.stderr
     used = json.loads(run.stdout)["cpu_instruction_set"]
     assert used == isa or ["baseline", "avx2", "avx512"].index(used) < ["baseline", "avx2", "avx512"].index(isa)
-
-
-def test_a_missing_cuda_kernel_says_why(monkeypatch, tmp_path):
-    monkeypatch.setattr(library, "CUDA_LIBRARY", tmp_path / "absent.so")
-    with pytest.raises(RuntimeError, match="this build is for the CPU only"):
-        library.missing_cuda_kernel()
-    monkeypatch.setattr(library, "CUDA_LIBRARY", library.LIBRARY_FOLDER / "libmoco_ext.so")
-    with pytest.raises(RuntimeError, match="has no CUDA"):
-        library.missing_cuda_kernel()
-
-
-@pytest.mark.parametrize("op", library.OPERATORS)
-def test_every_operator_is_registered_for_cuda(op):
-    """With its kernel, or with one that reports that it is missing."""
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moco_ext::{op}", "CUDA")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import _C, __version__, library, ops, reference
+from .. import _C, __version__, library, ops, reference, tiled
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,11 +37,10 @@ def collect() -> dict[str, Any]:
     """
     build = _C.build_info()
     libraries = sorted(library.LIBRARY_FOLDER.glob("*.so"))
-    has_cuda_library = any("cuda" in path.name for path in libraries)
     gpus = [_describe_gpu(i) for i in range(torch.cuda.device_count())]
     started = time.perf_counter()
     tests = {}
-    for device in ["cpu", *(["cuda"] if gpus and has_cuda_library and torch.version.cuda else [])]:
+    for device in ["cpu", *(["cuda"] if gpus and library.has_cuda_kernels() else [])]:
         tests.update(_self_test(torch.device(device)))
     return {
         "moco_ext": __version__,
@@ -57,7 +56,8 @@ def collect() -> dict[str, Any]:
             "torch_at_least": build["torch_target"],
         },
         "cuda_archs": build["cuda_archs"].split(),
-        "cuda_library_loaded": has_cuda_library and torch.version.cuda is not None,
+        "cuda_library_loaded": library.has_cuda_kernels(),
+        "tiled_devices": tiled.devices(),
         "cpu_instruction_set": build["instruction_set"],
         "cpu_threads": torch.get_num_threads(),
         "gpus": gpus,
@@ -82,6 +82,7 @@ def _show(facts: dict[str, Any], passed: bool) -> None:
     ]
     if archs and not facts["cuda_library_loaded"]:
         rows.append(("", "not loaded: this torch build has no CUDA"))
+    rows.append(("plain torch", f"on {', '.join(facts['tiled_devices'])}: no kernels, see docs/kernels.md"))
     rows += [("GPU", gpu) for gpu in facts["gpus"]] or [("GPU", "none")]
     for name, value in rows:
         print(f"{name:<15}{value}")
