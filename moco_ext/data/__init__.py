@@ -1,9 +1,10 @@
 """Datasets, augmentations and data loaders."""
 
 from .augment import Augmentation, TwoCropsTransform, augment_batch
-from .datasets import BUILT_IN, FolderSplit, ImageData, Normalize, Split, TensorSplit, eval_batches, load
+from .datasets import BUILT_IN, FileSplit, FolderSplit, ImageData, Normalize, Split, TensorSplit, eval_batches, load
 from .images import UnreadableImageError
 from .loader import Batch, SupervisedLoader, TrainLoader
+from .shards import ShardSplit
 from .transform import EvalTransform
 
 __all__ = [
@@ -11,9 +12,11 @@ __all__ = [
     "Augmentation",
     "Batch",
     "EvalTransform",
+    "FileSplit",
     "FolderSplit",
     "ImageData",
     "Normalize",
+    "ShardSplit",
     "Split",
     "SupervisedLoader",
     "TensorSplit",
