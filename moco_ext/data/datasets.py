@@ -126,7 +126,7 @@ class ImageData:
 
 
 def load(
-    name: str, data_root: str | Path = "data", *, val_fraction: float = 0.0, image_size: int | None = None
+    name: str | Path, data_root: str | Path = "data", *, val_fraction: float = 0.0, image_size: int | None = None
 ) -> ImageData:
     """Load a built-in dataset by name, or images by path.
 
@@ -150,7 +150,7 @@ def load(
         raise ValueError(f"image_size: expected a number of pixels of at least 1, got {image_size}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction: expected a share of the images in [0, 1), got {val_fraction}")
-    data = _load(name, Path(data_root), val_fraction)
+    data = _load(str(name), Path(data_root), val_fraction)
     return data if image_size is None else dataclasses.replace(data, size=image_size)
 
 

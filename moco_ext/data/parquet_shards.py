@@ -17,6 +17,7 @@ from .urls import open_file
 
 _CACHE_BYTES = 256 * 2**20  # decompressed row groups of a process
 _OPEN_FILES = 16
+_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
 class ParquetShards:
@@ -86,10 +87,13 @@ def image_column(url: str) -> str | None:
     """The column of encoded images of a Parquet file; None if it has none, as a list of paths.
 
     Raises:
-        ValueError: pyarrow is not installed, the file is not Parquet, or several columns hold bytes.
+        ValueError: pyarrow is not installed, the file is not Parquet, or several columns hold bytes and
+            their names do not tell which are the images.
     """
     schema = _open_parquet(url).schema_arrow
     found = [column for field in schema if (column := _bytes_of(field)) is not None]
+    if len(found) > 1:  # with masks, for example
+        found = [column for column in found if column.partition(".")[0].lower() in _IMAGE_COLUMNS] or found
     if len(found) > 1:
         raise ValueError(f"data: expected one column of images in {url}, got {', '.join(found)}")
     return found[0] if found else None
