@@ -34,7 +34,7 @@ class ShardSplit:
     Attributes:
         shards: where the images are.
         labels: int64 [N], -1 where there are no classes.
-        rows: int64 [N] the images' positions in ``shards``; None: all of them, in order.
+        rows: int64 [N] the images' positions in ``shards``, ascending; None: all of them.
     """
 
     shards: TarShards | ParquetShards
@@ -43,6 +43,11 @@ class ShardSplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Position of the first image of each shard (Parquet: row group), and N: int64 [S + 1]."""
+        return self.shards.starts if self.rows is None else np.searchsorted(self.rows, self.shards.starts)
 
     def name(self, position: int) -> str:
         """The shard and the image in it, as a path."""
@@ -57,7 +62,7 @@ class ShardSplit:
         return decode(lambda: self.open(position), lambda: self.name(position))
 
     def take(self, rows: Tensor) -> ShardSplit:
-        """The images at the positions ``rows``, int64 [M]."""
+        """The images at the positions ``rows``, int64 [M]; ascending, unless ``starts`` is not used."""
         positions = rows.numpy() if self.rows is None else self.rows[rows.numpy()]
         return ShardSplit(self.shards, self.labels[rows], positions)
 
