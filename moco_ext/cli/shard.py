@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from ..data import load
-from ..data.write_shards import write_shards
+from ..data import load, write_shards
 from ..runs.console import ImageProgress, make_console
 from ..runs.directory import exclusive
 from ..runs.settings import settings

@@ -6,6 +6,7 @@ from .images import UnreadableImageError
 from .loader import Batch, SupervisedLoader, TrainLoader
 from .shards import ShardSplit
 from .transform import EvalTransform
+from .write_shards import WrittenShards, write_shards
 
 __all__ = [
     "BUILT_IN",
@@ -23,7 +24,9 @@ __all__ = [
     "TrainLoader",
     "TwoCropsTransform",
     "UnreadableImageError",
+    "WrittenShards",
     "augment_batch",
     "eval_batches",
     "load",
+    "write_shards",
 ]
