@@ -369,6 +369,26 @@ def test_a_split_is_pickled_without_its_files(shards):
     assert contents(pickle.loads(pickle.dumps(split))) == before
 
 
+SPAWNED = """
+import multiprocessing, sys
+import torch
+from moco_ext import data as mdata
+from test_shards import views_of
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    torch.save([tuple(batch) for batch in views_of(mdata.load(sys.argv[1]), workers=2)], sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_not_forked(shards, tmp_path):
+    (tmp_path / "spawned.py").write_text(SPAWNED)
+    command = [sys.executable, tmp_path / "spawned.py", shards, tmp_path / "views.pt"]
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same_batches(views_of(mdata.load(shards)), torch.load(tmp_path / "views.pt"))
+
+
 @pytest.mark.parametrize("shuffled_keys", [False, True])
 def test_two_ranks_read_each_image_once(shards, shuffled_keys):
     """As queries; with the keys of --shuffle-bn loader, once more as keys, of which some are on the other rank."""
@@ -578,6 +598,10 @@ def test_urls_that_cannot_be_read(in_memory, monkeypatch):
         mdata.load("memory://bucket/none.tar")
     with pytest.raises(ValueError, match=r"^data: expected a URL that fsspec can read, got nope://a.tar: Protocol"):
         mdata.load("nope://a.tar")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(in_memory), "size", lambda *_: 1 / 0)
+        with pytest.raises(OSError, match=r"^data: expected to read memory://bucket/a.tar, got ZeroDivisionError: "):
+            mdata.load("memory://bucket/a.tar")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ValueError, match=r"^data: reading memory://bucket/a.tar needs fsspec: pip install fsspec$"):
         mdata.load("memory://bucket/a.tar")

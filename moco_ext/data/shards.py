@@ -7,9 +7,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class ShardSplit:
 
     shards: TarShards | ParquetShards
     labels: Tensor
-    rows: np.ndarray | None = None
+    rows: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,7 +47,7 @@ class ShardSplit:
     @property
     def starts(self) -> np.ndarray:
         """Position of the first image of each shard (Parquet: row group), and N: int64 [S + 1]."""
-        return self.shards.starts if self.rows is None else np.searchsorted(self.rows, self.shards.starts)
+        return self.shards.starts if self.rows is None else np.searchsorted(self.rows.numpy(), self.shards.starts)
 
     def name(self, position: int) -> str:
         """The shard and the image in it, as a path."""
@@ -63,8 +63,7 @@ class ShardSplit:
 
     def take(self, rows: Tensor) -> ShardSplit:
         """The images at the positions ``rows``, int64 [M]; ascending, unless ``starts`` is not used."""
-        positions = rows.numpy() if self.rows is None else self.rows[rows.numpy()]
-        return ShardSplit(self.shards, self.labels[rows], positions)
+        return ShardSplit(self.shards, self.labels[rows], rows if self.rows is None else self.rows[rows])
 
     def _row(self, position: int) -> int:
         return position if self.rows is None else int(self.rows[position])
@@ -151,8 +150,8 @@ def sorted_names(names: set[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
 
 
-def _existing(read):  # type: ignore[no-untyped-def]
-    def checked(url: str):  # type: ignore[no-untyped-def]
+def _existing(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def checked(url: str) -> Any:
         try:
             return read(url)
         except FileNotFoundError:

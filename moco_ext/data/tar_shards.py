@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+import torch
 
 from ..runs.files import write_atomically
 from .files import IMAGES, LABEL_COLUMNS
@@ -29,7 +30,7 @@ class TarIndex(NamedTuple):
     Attributes:
         headers: int64 [n] offset of each image's first header.
         offsets: int64 [n] offset of its content.
-        sizes: uint32 [n] its size.
+        sizes: int32 [n] its size.
         labels: int32 [n] index into ``names``; -1 without a label.
         names: labels as they are in the shard, such as ``"7"``.
     """
@@ -47,9 +48,11 @@ class TarShards:
     def __init__(self, urls: Sequence[str], stamps: Sequence[Stamp], indexes: Sequence[TarIndex]) -> None:
         self.urls, self.stamps = list(urls), list(stamps)
         self.starts = np.cumsum([0, *(len(index.sizes) for index in indexes)])
-        self.offsets = np.concatenate([index.offsets for index in indexes])
-        self.sizes = np.concatenate([index.sizes for index in indexes])
-        self.header_sizes = np.concatenate([(index.offsets - index.headers).astype(np.int32) for index in indexes])
+        # Tensors, as torch shares their memory with workers that are not forked.
+        self.offsets = torch.from_numpy(np.concatenate([index.offsets for index in indexes]))
+        self.sizes = torch.from_numpy(np.concatenate([index.sizes for index in indexes]))
+        headers = [(index.offsets - index.headers).astype(np.int32) for index in indexes]
+        self.header_sizes = torch.from_numpy(np.concatenate(headers))
         self._file = functools.lru_cache(_OPEN_FILES)(self._open)
 
     def __len__(self) -> int:
@@ -197,12 +200,12 @@ def _read_headers(file: BinaryIO, url: str) -> TarIndex:
         if file.read(_BLOCK) != bytes(_BLOCK):  # tarfile takes a damaged header for the end
             raise ValueError(f"no header and no end of archive at byte {end:,}: damaged, or cut short")
         table = np.array(images, np.int64).reshape(-1, 3)
-        if len(table) and table[:, 2].max() >= 2**32:
+        if len(table) and table[:, 2].max() >= 2**31:
             raise ValueError(f"an image of {table[:, 2].max():,} bytes")
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise ValueError(f"data: expected a complete, uncompressed tar file, got {url}: {error}") from None
     headers, offsets, sizes = table.T
-    return TarIndex(headers, offsets, sizes.astype(np.uint32), np.array(labels, np.int32), tuple(number_of))
+    return TarIndex(headers, offsets, sizes.astype(np.int32), np.array(labels, np.int32), tuple(number_of))
 
 
 def _regular_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 _SEPARATOR = re.compile(rf"(?<!:){re.escape(os.pathsep)}(?!:|//)")  # not the colon of s3://, nor fsspec's ::
@@ -79,6 +81,17 @@ def filesystem(url: str) -> tuple[Any, str]:
         raise ValueError(f"data: expected a URL that fsspec can read, got {url}: {error}") from None
 
 
+@contextlib.contextmanager
+def _named(url: str) -> Iterator[None]:
+    """An error that names the URL: file systems raise errors of their own packages, without credentials for example."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise OSError(f"data: expected to read {url}, got {type(error).__name__}: {error}") from error
+
+
 def files_in(folder: str) -> list[str]:
     """Sorted paths or URLs of what is directly in a folder, without hidden names; empty if there is no such folder."""
     if not is_url(folder):
@@ -91,14 +104,16 @@ def _matching(pattern: str) -> list[str]:
     if not is_url(pattern):
         return sorted(glob.glob(pattern))
     files, path = filesystem(pattern)
-    return [files.unstrip_protocol(found) for found in sorted(files.glob(path))]
+    with _named(pattern):
+        return [files.unstrip_protocol(found) for found in sorted(files.glob(path))]
 
 
 def stamp(path: str) -> Stamp:
     """Raises a FileNotFoundError if there is no such file."""
     if is_url(path):
         files, inner = filesystem(path)
-        return Stamp(int(files.size(inner)), 0)
+        with _named(path):
+            return Stamp(int(files.size(inner)), 0)
     status = os.stat(path)
     return Stamp(status.st_size, status.st_mtime_ns)
 

@@ -144,7 +144,7 @@ def _manifest(split: FileSplit, classes: tuple[str, ...], images_per_shard: int)
     names = split.paths if isinstance(split, FolderSplit) else split.shards.urls
     known = hashlib.sha256(split.labels.contiguous().numpy().tobytes())
     if not isinstance(split, FolderSplit) and split.rows is not None:
-        known.update(split.rows.tobytes())
+        known.update(split.rows.numpy().tobytes())
     for name in names:
         known.update(os.fsencode(os.path.basename(name)) + b"\0")
     return {
