@@ -32,8 +32,8 @@ from moco_ext.data import Augmentation, Normalize, TwoCropsTransform
 from moco_ext.data.augment import color_transform
 from moco_ext.data.sampler import MicroBatch
 from moco_ext.data.seeds import hash_seeds
+from moco_ext.data.shard_writer import write_shards
 from moco_ext.data.views import ViewDataset
-from moco_ext.data.write_shards import write_shards
 
 IMAGES, BATCH = 256, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -27,9 +27,9 @@ from moco_ext import cli
 from moco_ext import data as mdata
 from moco_ext.data import Augmentation, TrainLoader, tar_shards
 from moco_ext.data.sampler import EpochBatchSampler
+from moco_ext.data.shard_writer import write_shards
 from moco_ext.data.tar_shards import index_of
 from moco_ext.data.urls import expand, split_sources
-from moco_ext.data.write_shards import write_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ODD_NAME = "émile/" + "x" * 150  # longer than the field of a tar header
@@ -761,6 +761,8 @@ def test_the_command(folder, shards, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "error: output: expected no shards, or those of an interrupted command" in error
     assert "with another images_per_shard" in error
+    assert cli.main(["shard", f"{folder}/train", str(out), "-n", "7"]) == 1  # no val: next to train/, it would be lost
+    assert f"error: output: expected no other shards in {out}, got {out}/" in capsys.readouterr().err
     assert files_of(out) == files_of(shards)
     again = tmp_path / "again"  # from shards to shards
     assert cli.main(["shard", str(out / "train"), str(again), "-n", "24", "--val-fraction", "0.25"]) == 0
@@ -807,10 +809,11 @@ def test_files_without_a_suffix(tmp_path):
 
 
 def test_what_cannot_be_written(folder, tmp_path):
-    with pytest.raises(ValueError, match="data: expected a folder, a list or shards of images, got digits, held in"):
+    with pytest.raises(ValueError, match="data: expected a folder, a list or shards of images, got digits, in memory"):
         write_shards(mdata.load("digits"), tmp_path)
     with pytest.raises(ValueError, match="images_per_shard: expected at least 1, got 0"):
         write_shards(mdata.load(folder), tmp_path, images_per_shard=0)
+    assert cli.main(["shard", "digits", str(tmp_path / "out")]) == 1
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "train").mkdir()
     write_tar(tmp_path / "train" / "other.tar", {})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from ..data import load, write_shards
+from ..data import load
+from ..data.shard_writer import ShardWriter
 from ..runs.console import ImageProgress, make_console
 from ..runs.directory import exclusive
 from ..runs.settings import settings
@@ -38,14 +39,9 @@ def run(args: argparse.Namespace) -> int:
     console, output = make_console(), Path(args.output)
     data = load(args.data, val_fraction=getattr(args, "val_fraction", 0.0))
     total = len(data.train) + (0 if data.test is None else len(data.test))
+    writer = ShardWriter(data, output, images_per_shard=args.images_per_shard, shuffle=args.shuffle)
     with exclusive(output, lambda: None), ImageProgress(console, total) as progress:
-        done = write_shards(
-            data,
-            output,
-            images_per_shard=args.images_per_shard,
-            shuffle=args.shuffle,
-            advance=progress.advance,
-        )
+        done = writer.write(progress.advance)
     if done.missing:
         warnings.warn(
             f"{len(done.missing):,} files could not be read and are empty in the shards, such as {done.missing[0]}",

@@ -4,9 +4,9 @@ from .augment import Augmentation, TwoCropsTransform, augment_batch
 from .datasets import BUILT_IN, FileSplit, FolderSplit, ImageData, Normalize, Split, TensorSplit, eval_batches, load
 from .images import UnreadableImageError
 from .loader import Batch, SupervisedLoader, TrainLoader
+from .shard_writer import WrittenShards, write_shards
 from .shards import ShardSplit
 from .transform import EvalTransform
-from .write_shards import WrittenShards, write_shards
 
 __all__ = [
     "BUILT_IN",

@@ -56,41 +56,53 @@ def write_shards(
             exists but cannot be read.
         OSError: a shard cannot be written.
     """
-    if images_per_shard < 1:
-        raise ValueError(f"images_per_shard: expected at least 1, got {images_per_shard}")
-    output = Path(output)
-    parts = (
-        [(output, data.train)] if data.test is None else [(output / "train", data.train), (output / "val", data.test)]
-    )
-    images = shards = 0
-    missing: list[str] = []
-    plans: list[tuple[Path, FileSplit]] = []
-    for folder, split in parts:
-        if isinstance(split, TensorSplit):
-            raise ValueError(f"data: expected a folder, a list or shards of images, got {data.name}, held in memory")
-        if shuffle is not None:
-            generator = torch.Generator().manual_seed(int(hash_seeds(shuffle)))
-            split = split.take(torch.randperm(len(split), generator=generator))
-        plans.append((folder, split))
-    manifests = [_manifest(split, data.classes, images_per_shard) for _, split in plans]
-    for (folder, _), manifest in zip(plans, manifests, strict=True):
-        _check_same(folder, manifest)
-    for (folder, split), manifest in zip(plans, manifests, strict=True):
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(folder, "shard-*.tar", MANIFEST)
-        write_json(folder / MANIFEST, manifest)
-        for number, start in enumerate(range(0, len(split), images_per_shard)):
-            path = folder / f"shard-{number:06}.tar"
-            positions = range(start, min(start + images_per_shard, len(split)))
-            if path.exists():
-                advance(len(positions))
-            else:
-                shard = _Shard(split, positions, bool(data.classes), missing, advance)
-                write_atomically(path, shard.write)
-            index_of(str(path))
-            shards += 1
-        images += len(split)
-    return WrittenShards(images, shards, missing)
+    return ShardWriter(data, output, images_per_shard=images_per_shard, shuffle=shuffle).write(advance)
+
+
+class ShardWriter:
+    """What :func:`write_shards` will write. The constructor checks everything and writes nothing."""
+
+    def __init__(
+        self, data: ImageData, output: str | Path, *, images_per_shard: int = 10_000, shuffle: int | None = None
+    ) -> None:
+        if images_per_shard < 1:
+            raise ValueError(f"images_per_shard: expected at least 1, got {images_per_shard}")
+        root, parts = Path(output), [data.train, data.test]
+        folders = [root] if data.test is None else [root / "train", root / "val"]
+        self.images_per_shard, self.labeled = images_per_shard, bool(data.classes)
+        self.parts: list[tuple[Path, FileSplit, dict[str, object]]] = []
+        for folder, split in zip(folders, parts, strict=False):
+            if split is None or isinstance(split, TensorSplit):
+                raise ValueError(f"data: expected a folder, a list or shards of images, got {data.name}, in memory")
+            if shuffle is not None:
+                generator = torch.Generator().manual_seed(int(hash_seeds(shuffle)))
+                split = split.take(torch.randperm(len(split), generator=generator))
+            manifest = _manifest(split, data.classes, images_per_shard)
+            _check_same(folder, manifest)
+            self.parts.append((folder, split, manifest))
+        others = [path for path in (*root.glob("*.tar"), *root.glob("*/*.tar")) if path.parent not in folders]
+        if others:  # which would be read instead of these, or not at all
+            raise ValueError(f"output: expected no other shards in {root}, got {others[0]}")
+
+    def write(self, advance: Callable[[int], object] = lambda images: None) -> WrittenShards:
+        images = shards = 0
+        missing: list[str] = []
+        for folder, split, manifest in self.parts:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(folder, "shard-*.tar", MANIFEST)
+            write_json(folder / MANIFEST, manifest)
+            for number, start in enumerate(range(0, len(split), self.images_per_shard)):
+                path = folder / f"shard-{number:06}.tar"
+                positions = range(start, min(start + self.images_per_shard, len(split)))
+                if path.exists():
+                    advance(len(positions))
+                else:
+                    shard = _Shard(split, positions, self.labeled, missing, advance)
+                    write_atomically(path, shard.write)
+                index_of(str(path))
+                shards += 1
+            images += len(split)
+        return WrittenShards(images, shards, missing)
 
 
 class _Shard(NamedTuple):
