@@ -525,6 +525,8 @@ def test_a_window_holds_whole_shards():
     assert changes[-1] > 6  # the last shard is not read before the first window ends
     assert order_of() == order
     assert order_of(epoch=1) != order
+    firsts = {tuple(sorted({image // 7 for image in order_of(epoch=epoch)[:3]})) for epoch in range(20)}
+    assert len({shard for first in firsts for shard in first}) == 4  # any shard may be in the first window
     assert order_of(seed=1) != order
     assert sorted(order_of(window=99)) == list(range(24))
     assert order_of(window=0) == order_of(window=0, shards=(0, 24))
@@ -540,6 +542,12 @@ def test_a_window_is_part_of_a_resumed_run(shards, folder):
     other.load_state_dict(state)
     with pytest.raises(ValueError, match="shard_window: expected 0, or with shards a number of them, got 2"):
         TrainLoader(mdata.load(folder), Augmentation.v1(16), 4, shard_window=2)
+
+
+def test_images_of_held_out_images(shards):
+    split = mdata.load(f"{shards}/train", val_fraction=0.5).train
+    all_of_them, rows = contents(split), torch.tensor([1, 4, 5])
+    assert contents(split.take(rows)) == [all_of_them[row] for row in rows.tolist()]
 
 
 def test_windows_of_held_out_shards(shards):
@@ -656,6 +664,19 @@ def test_parquet_shards(folder, tmp_path, hugging_face, workers):
     assert contents(pickle.loads(pickle.dumps(other.train))) == contents(one.train)
 
 
+def test_parquet_shards_at_a_url(tmp_path):
+    files = pytest.importorskip("fsspec").filesystem("memory")
+    for number in range(2):
+        images = [encoded(i) for i in range(12 * number, 12 * number + 12)]
+        write_parquet(tmp_path / f"{number}.parquet", images, hugging_face=True)
+        files.pipe(f"/parquet/{number}.parquet", (tmp_path / f"{number}.parquet").read_bytes())
+    one, other = mdata.load(tmp_path), mdata.load("memory://parquet")
+    other.train.read(3)  # opens a file that the workers must not share
+    assert_same_batches(views_of(one), views_of(other, workers=2))
+    assert other.train.name(12) == "memory:///parquet/1.parquet/0"
+    files.rm("/parquet", recursive=True)
+
+
 def test_parquet_without_labels_or_bytes(tmp_path):
     write_parquet(tmp_path / "0.parquet", [encoded(0), None, encoded(2)], hugging_face=False, labels=["x", None, "y"])
     data = mdata.load(tmp_path)
@@ -677,6 +698,21 @@ def test_a_parquet_file_of_masks_too(tmp_path):
     parquet.write_table(table.rename_columns(["mask", "other"]), tmp_path / "0.parquet")
     with pytest.raises(ValueError, match=r"^data: expected one column of images in .*, got mask, other$"):
         mdata.load(tmp_path)
+
+
+def test_each_process_opens_its_own_file(tmp_path, monkeypatch):
+    """A forked worker would share the position in the file with its parent and the other workers."""
+    from moco_ext.data import parquet_shards
+
+    write_parquet(tmp_path / "0.parquet", [encoded(i) for i in range(20)], hugging_face=True)
+    split, opened = mdata.load(tmp_path).train, []
+    monkeypatch.setattr(parquet_shards, "open_file", lambda url: opened.append(url) or open(url, "rb"))
+    assert contents(split) == [encoded(i) for i in range(20)]
+    assert len(opened) == 1
+    split.shards._cache.clear()
+    monkeypatch.setattr(os, "getpid", lambda: 0)
+    assert contents(split) == [encoded(i) for i in range(20)]
+    assert len(opened) == 2
 
 
 def test_few_row_groups_are_kept(tmp_path, monkeypatch):
@@ -749,6 +785,19 @@ def test_an_interrupted_command_resumes(folder, shards, tmp_path):
     assert sum(progress) == 30
     assert files_of(tmp_path) == files_of(shards)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # they are not written again
+
+
+@pytest.mark.slow
+def test_a_killed_command_resumes(folder, shards, tmp_path):
+    command = [sys.executable, "-m", "moco_ext", "shard", str(folder), str(tmp_path / "out"), "-n", "7"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not list(tmp_path.glob("out/train/*.tar")):
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "out") == files_of(shards)
 
 
 def test_the_command(folder, shards, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import collections
 import functools
 import json
@@ -32,6 +31,7 @@ class ParquetShards:
         self.urls, self.columns = list(urls), list(columns)
         self.groups = [(file, number) for file, sizes in enumerate(row_groups) for number in range(len(sizes))]
         self.starts = np.cumsum([0, *(rows for sizes in row_groups for rows in sizes)])
+        self.file_starts = np.cumsum([0, *(sum(sizes) for sizes in row_groups)])
         self._start_caches()
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class ParquetShards:
 
     def content(self, row: int) -> bytes:
         """An encoded image. Raises an OSError if the file cannot be read, a ValueError without an image in this row."""
-        group = bisect.bisect_right(self.starts, row) - 1
+        group = int(np.searchsorted(self.starts, row, side="right")) - 1
         content = self._images(group)[row - int(self.starts[group])].as_py()
         if content is None:
             raise ValueError("no bytes in this row")
@@ -58,9 +58,8 @@ class ParquetShards:
 
     def name(self, row: int) -> str:
         """``FILE/ROW``."""
-        file, _ = self.groups[bisect.bisect_right(self.starts, row) - 1]
-        first = next(start for start, (other, _) in zip(self.starts, self.groups, strict=False) if other == file)
-        return f"{self.urls[file]}/{row - int(first)}"
+        file = int(np.searchsorted(self.file_starts, row, side="right")) - 1
+        return f"{self.urls[file]}/{row - int(self.file_starts[file])}"
 
     def _images(self, group: int) -> Any:
         """The encoded images of a row group."""
@@ -69,7 +68,7 @@ class ParquetShards:
             return self._cache[group]
         file, number = self.groups[group]
         column = self.columns[file]
-        # The process is part of the key, as file systems do not survive a fork.
+        # The process is part of the key: after a fork, files share a position, and file systems do not work.
         table = self._file(file, os.getpid()).read_row_group(number, columns=[column], use_threads=False)
         images = table.column(0).combine_chunks()
         self._cache[group] = images.field("bytes") if column.endswith(".bytes") else images
