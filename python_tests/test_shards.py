@@ -705,8 +705,8 @@ def test_each_process_opens_its_own_file(tmp_path, monkeypatch):
     from moco_ext.data import parquet_shards
 
     write_parquet(tmp_path / "0.parquet", [encoded(i) for i in range(20)], hugging_face=True)
-    split, opened = mdata.load(tmp_path).train, []
-    monkeypatch.setattr(parquet_shards, "open_file", lambda url: opened.append(url) or open(url, "rb"))
+    split, opened, open_file = mdata.load(tmp_path).train, [], parquet_shards.open_file
+    monkeypatch.setattr(parquet_shards, "open_file", lambda url: opened.append(url) or open_file(url))
     assert contents(split) == [encoded(i) for i in range(20)]
     assert len(opened) == 1
     split.shards._cache.clear()

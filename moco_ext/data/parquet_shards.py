@@ -67,11 +67,9 @@ class ParquetShards:
             self._cache.move_to_end(group)
             return self._cache[group]
         file, number = self.groups[group]
-        column = self.columns[file]
         # The process is part of the key: after a fork, files share a position, and file systems do not work.
-        table = self._file(file, os.getpid()).read_row_group(number, columns=[column], use_threads=False)
-        images = table.column(0).combine_chunks()
-        self._cache[group] = images.field("bytes") if column.endswith(".bytes") else images
+        table = self._file(file, os.getpid()).read_row_group(number, columns=[self.columns[file]], use_threads=False)
+        self._cache[group] = table.flatten().column(0)
         while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
             self._cache.popitem(last=False)
         return self._cache[group]
