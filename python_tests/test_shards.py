@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -787,17 +788,31 @@ def test_an_interrupted_command_resumes(folder, shards, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before  # they are not written again
 
 
-@pytest.mark.slow
+KILLED = """
+import os, signal, sys
+from moco_ext import cli
+from moco_ext.runs.console import ImageProgress
+images = []
+
+def advance(self, done):
+    images.append(done)
+    if len(images) == 17:  # in the third shard
+        os.kill(os.getpid(), signal.SIGKILL)
+
+ImageProgress.advance = advance
+cli.main(sys.argv[1:])
+"""
+
+
 def test_a_killed_command_resumes(folder, shards, tmp_path):
-    command = [sys.executable, "-m", "moco_ext", "shard", str(folder), str(tmp_path / "out"), "-n", "7"]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(tmp_path.glob("out/train/*.tar")):
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert files_of(tmp_path / "out") == files_of(shards)
+    command = ["shard", str(folder), str(tmp_path), "-n", "7"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=environment(), timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    left = [path.name for path in tmp_path.glob("train/*.tar")] + [path.name for path in tmp_path.glob("train/.*.tmp")]
+    assert sorted(left)[1:] == ["shard-000000.tar", "shard-000001.tar"]
+    assert min(left).startswith(".shard-000002.tar.")
+    assert cli.main(command) == 0
+    assert files_of(tmp_path) == files_of(shards)
 
 
 def test_the_command(folder, shards, tmp_path, capsys):
