@@ -1,13 +1,20 @@
 """Two views of JPEGs on one core: the official pipeline (PIL, torchvision's transforms) against ours.
 
-    pytest bench/bench_loader.py --benchmark-json=bench/results/loader.json
+    pytest bench/bench_loader.py -k 'not shards' --benchmark-json=bench/results/loader.json
+    pytest bench/bench_loader.py -k shards --rounds 40 --benchmark-json=bench/results/shards.json
 
 A sample is a batch of 16 images: 16e3 / ms images per second and core. "Loader part" is a worker's share with
 augment_on="device"; "device part" is the rest, here on the CPU.
+
+bench_shards reads and decodes the same JPEGs from a folder, from our shards and through other loaders, in one process
+on one core, from the page cache.
 """
 
 import itertools
+import os
 import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +32,7 @@ from moco_ext.data import Augmentation, Normalize, TwoCropsTransform
 from moco_ext.data.augment import color_transform
 from moco_ext.data.sampler import MicroBatch
 from moco_ext.data.seeds import hash_seeds
+from moco_ext.data.shard_writer import write_shards
 from moco_ext.data.views import ViewDataset
 
 IMAGES, BATCH = 256, 16
@@ -115,6 +123,102 @@ def bench_loader(compare, device, folder, one_thread, recipe):
     kilobytes = size // BATCH // 1000
     group = f"loader {recipe}, two views of {BATCH} JPEGs of 500x375 ({kilobytes} kB), 1 thread"
     compare(group, rows, torch.ones(1))
+
+
+@pytest.fixture
+def one_core():
+    """For threads of the loaders too; those that run already keep their cores."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+def decoded(content: bytes) -> torch.Tensor:
+    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+
+
+def litdata_item(path: str) -> dict:
+    return {"image": Path(path).read_bytes()}
+
+
+def webdataset_reader(shards: list[str], decode: str | Callable) -> Callable[[], Iterator]:
+    """Endless passes over tar files, by WebDataset; ``decode``: one of its names, or a function of the bytes."""
+    import webdataset
+
+    def images():
+        found = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).repeat()
+        found = found.map_dict(jpg=decode) if callable(decode) else found.decode(decode)
+        return (sample["jpg"] for sample in found)
+
+    return images
+
+
+def litdata_reader(files: list[str], folder: Path) -> Callable[[], Iterator]:
+    """The same by LitData: passes over chunks of encoded images."""
+    import litdata
+
+    chunks = str(folder / "litdata")
+    litdata.optimize(litdata_item, files, chunks, chunk_bytes="64MB", num_workers=1, start_method="fork", verbose=False)
+
+    def images():
+        dataset = litdata.StreamingDataset(chunks)
+        while True:
+            yield from (decoded(item["image"]) for item in dataset)
+
+    return images
+
+
+def bench_shards(compare, device, folder, tmp_path, one_thread, one_core):
+    """Reading and decoding; ours at random, the others in order, which is what they do."""
+    if device.type != "cpu":
+        pytest.skip("images are loaded on the CPU")
+    data = mdata.load(folder)
+    files = data.train.paths
+    write_shards(data, tmp_path / "shards", images_per_shard=IMAGES // 4)
+    ours = mdata.load(tmp_path / "shards").train
+    tars = sorted(map(str, (tmp_path / "shards").glob("*.tar")))
+    in_memory = [Path(path).read_bytes() for path in files]
+    size = sum(map(len, in_memory)) * BATCH // IMAGES
+
+    def at_random(read: Callable[[int], torch.Tensor]) -> Callable[[], Iterator]:
+        def images():
+            for epoch in itertools.count():
+                yield from map(read, np.random.default_rng(epoch).permutation(IMAGES).tolist())
+
+        return images
+
+    readers, skipped = {}, {}
+    readers["ours, shards"] = at_random(ours.read)
+    readers["ours, folder"] = at_random(data.train.read)
+    for name, reader in {
+        "webdataset, its decoder": lambda: webdataset_reader(tars, "torchrgb8"),
+        "webdataset, torchvision's decoder": lambda: webdataset_reader(tars, decoded),
+        "litdata, torchvision's decoder": lambda: litdata_reader(files, tmp_path),
+    }.items():
+        try:
+            readers[name] = reader()
+        except ImportError as error:
+            skipped[name] = str(error)
+    readers["limit: decode"] = at_random(lambda position: decoded(in_memory[position]))
+
+    def brightness(images: Iterator) -> torch.Tensor:
+        """Of all images, whatever their order."""
+        return torch.tensor([image.double().mean() for image in itertools.islice(images, IMAGES)]).sort().values
+
+    def row(name: str, images: Callable[[], Iterator]) -> Row:
+        endless = images()
+        return Row(
+            name,
+            lambda: list(itertools.islice(endless, BATCH)),
+            bytes=size,
+            value=None if name.startswith("limit") else lambda: brightness(images()),
+            tolerance=1e-3,  # PIL and torchvision may round a color differently
+        )
+
+    rows = [row(*reader) for reader in readers.items()]
+    group = f"shards, reading and decoding {BATCH} JPEGs of 500x375 ({size // BATCH // 1000} kB), 1 thread"
+    compare(group, rows, brightness(map(decoded, in_memory)), skipped)
 
 
 @pytest.mark.parametrize("recipe", ["v1", "v2"])

@@ -150,22 +150,38 @@ def linear_section(report: dict) -> str:
     return "\n".join(lines)
 
 
-def loader_section(report: dict) -> str:
+def shards_section(report: dict) -> str:
+    return loader_section(
+        report,
+        prefix="shards",
+        base="limit",
+        what="in one process, from the page cache; moco_ext reads at random, the others in order",
+        file="bench/bench_loader.py -k shards",
+    )
+
+
+def loader_section(
+    report: dict,
+    prefix: str = "loader",
+    base: str = "official",
+    what: str = "two views of each image",
+    file: str = "bench/bench_loader.py",
+) -> str:
     machine, commit = report["machine_info"], commits(report)
     name = machine["cpu"].get("brand_raw", machine["machine"])
     lines = [
-        f"Images per second on one core ({name}, torch {machine['torch']}, commit {commit}; two views of each image; a "
-        "ratio is the median within rounds). `pytest bench/bench_loader.py` measures it.",
+        f"Images per second on one core ({name}, torch {machine['torch']}, commit {commit}; {what}; a "
+        f"ratio is the median within rounds). `pytest {file}` measures it.",
         "",
-        "| work | implementation | images/s | speed / official |",
+        f"| work | implementation | images/s | speed / {base} |",
         "|---|---|---|---|",
     ]
     for benchmark in report["benchmarks"]:
         rows, group = benchmark["extra_info"]["rows"], benchmark["group"]
-        if not group.startswith("loader"):
+        if not group.startswith(prefix):
             continue
         images = int(re.search(r"(\d+) (?:JPEGs|views)", group)[1])
-        first = next((row for label, row in rows.items() if "official" in label), None)
+        first = next((row for label, row in rows.items() if base in label), None)
         for i, (label, row) in enumerate(rows.items()):
             ratio = (
                 ""
@@ -250,6 +266,7 @@ def sections() -> dict[str, str]:
         "family": ("family", report_section),
         "h200": ("h200", report_section),
         "loader": ("loader", loader_section),
+        "shards": ("shards", shards_section),
         "detection": ("detection", detection_section),
     }
     for marker, (name, make) in makers.items():

@@ -95,7 +95,8 @@ def test_image_folder_without_val(tmp_path, capsys):
         (["pretrain", "some", "--data", "digits"], "data: expected DIR or --data, got both: some and digits"),
         (
             ["pretrain", "a", "--lr", "1", "b"],
-            "data: expected one of digits, fashion-mnist, cifar10, cifar100, or a folder or list of images, got 'a:b'",
+            "data: expected one of digits, fashion-mnist, cifar10, cifar100, or a folder, list or shards of images, "
+            "got 'a:b'",
         ),
         (["pretrain", ""], "data: expected folders of images or lists of them, got ['']"),
         (["pretrain", "-a", "resnet19"], "arch: expected a torchvision model"),

@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "an encoder for torchvision, timm, ONNX, torch.export or the Hugging Face hub",
     "convert": "convert between checkpoint formats",
     "ablate": "train a grid of runs (mechanism, m, K, T, shuffling BN), compare them in tables and plots",
+    "shard": "pack a folder of images into tar files for fast reading, here or from a URL",
     "report": "one HTML page about a run, or comparing several",
     "info": "versions, libraries, devices and a self-test",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,7 +83,8 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
         "--data",
         metavar="NAME|DIR",
         help="digits, fashion-mnist, cifar10, cifar100, a folder of images, with or without class folders, train/ and "
-        f"val/, or a list of them: .txt, .csv, .tsv, .parquet (default: {default})",
+        "val/, a list of them: .txt, .csv, .tsv, .parquet, or shards: a folder or a pattern such as "
+        f"'shards-{{000..999}}.tar' of .tar or .parquet files, or a URL of them (default: {default})",
     )
     add_data_root(parser)
 
@@ -94,8 +96,13 @@ def add_data_root(parser: argparse.ArgumentParser) -> None:
 
 
 def name_of(data: str) -> str:
-    """The last part of the path of the data, for the name of a directory, which TensorBoard needs to be text."""
-    return Path(data).name.encode(errors="ignore").decode()
+    """The last part of the path of the data, for the name of a directory, which TensorBoard needs to be text.
+
+    Of a pattern only what precedes its braces and wildcards, or else the folder's name.
+    """
+    path = Path(data)
+    name = path.name if path.exists() else re.sub(r"[-_.]*[{*?\[].*", "", path.name) or path.parent.name
+    return name.encode(errors="ignore").decode()
 
 
 def _shown(default: Any) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
 
 from .. import distributed
+from ..data.urls import split_sources
 from ..experiments.pretrain import pretrain_and_evaluate
 from ..runs.options import RunOptions
 from ..runs.settings import settings
@@ -29,7 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "chosen by the number of images and the device."
     )
     add = parser.add_argument
-    add("dir", nargs="*", metavar="DIR", help="folders of images or lists of them; the same as --data DIR")
+    add("dir", nargs="*", metavar="DIR", help="folders, lists or shards of images; the same as --data DIR")
     add_data_flags(parser, "digits")
     add("--output", metavar="DIR", help="run directory: checkpoints, metrics, report (default: runs/DATA)")
     add_recipe(parser)
@@ -47,7 +47,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = configuration(args)  # errors in flags are reported before processes are started or data is read
-    output = Path(args.output or f"runs/{name_of(config.data.split(os.pathsep)[0])}")
+    output = Path(args.output or f"runs/{name_of(split_sources(config.data)[0])}")
     if args.dry_run:
         return _dry_run(args, output)
     return launch.run(_work, args, output)

@@ -1,9 +1,11 @@
 """Datasets, augmentations and data loaders."""
 
 from .augment import Augmentation, TwoCropsTransform, augment_batch
-from .datasets import BUILT_IN, FolderSplit, ImageData, Normalize, Split, TensorSplit, eval_batches, load
+from .datasets import BUILT_IN, FileSplit, FolderSplit, ImageData, Normalize, Split, TensorSplit, eval_batches, load
 from .images import UnreadableImageError
 from .loader import Batch, SupervisedLoader, TrainLoader
+from .shard_writer import WrittenShards, write_shards
+from .shards import ShardSplit
 from .transform import EvalTransform
 
 __all__ = [
@@ -11,16 +13,20 @@ __all__ = [
     "Augmentation",
     "Batch",
     "EvalTransform",
+    "FileSplit",
     "FolderSplit",
     "ImageData",
     "Normalize",
+    "ShardSplit",
     "Split",
     "SupervisedLoader",
     "TensorSplit",
     "TrainLoader",
     "TwoCropsTransform",
     "UnreadableImageError",
+    "WrittenShards",
     "augment_batch",
     "eval_batches",
     "load",
+    "write_shards",
 ]

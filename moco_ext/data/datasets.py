@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
-import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from .files import ImageFiles, few, find_images
-from .images import UnreadableImageError, read_image
+from .images import UnreadableImageError, open_regular, read_image
 from .seeds import hash_seeds
+from .shards import ShardSplit, find_shards, open_shards, sorted_names
+from .urls import split_sources
 from .workers import leave_signals_to_parent, sigterm_held
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
@@ -39,6 +40,10 @@ class TensorSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows: Tensor) -> TensorSplit:
+        """The images at the positions ``rows``, int64 [M]."""
+        return TensorSplit(self.images[rows], self.labels[rows])
+
 
 @dataclasses.dataclass(frozen=True)
 class FolderSplit:
@@ -50,8 +55,25 @@ class FolderSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def name(self, position: int) -> str:
+        """The path of an image."""
+        return self.paths[position]
 
-Split = TensorSplit | FolderSplit
+    def open(self, position: int) -> BinaryIO:
+        """The encoded image."""
+        return open_regular(self.paths[position])
+
+    def read(self, position: int) -> Tensor:
+        """Decode an image: uint8 [3, H, W]. Raises an :class:`UnreadableImageError` if it cannot be."""
+        return read_image(self.paths[position])
+
+    def take(self, rows: Tensor) -> FolderSplit:
+        """The images at the positions ``rows``, int64 [M]."""
+        return FolderSplit([self.paths[row] for row in rows.tolist()], self.labels[rows])
+
+
+FileSplit = FolderSplit | ShardSplit  # decoded when they are read
+Split = TensorSplit | FileSplit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +81,7 @@ class ImageData:
     """A dataset for training and evaluation.
 
     Attributes:
-        name: a built-in name, or the path of a folder or list.
+        name: a built-in name, or the path of a folder, list or shards.
         classes: class names; a label is an index into them. Empty without classes.
         size: side of the square images the encoder takes, in pixels.
         mean: per channel, of pixel values in [0, 1]; one or three entries.
@@ -104,30 +126,31 @@ class ImageData:
 
 
 def load(
-    name: str, data_root: str | Path = "data", *, val_fraction: float = 0.0, image_size: int | None = None
+    name: str | Path, data_root: str | Path = "data", *, val_fraction: float = 0.0, image_size: int | None = None
 ) -> ImageData:
     """Load a built-in dataset by name, or images by path.
 
     Args:
         name: ``"digits"`` (1,797 images of 8x8, included in scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
-            ``"cifar100"``, or a path: a folder of images at any depth, or a list of them (``.txt`` with a path per
-            line; ``.csv``, ``.tsv`` or ``.parquet`` with a column ``path`` and perhaps ``label``). Several paths are
-            separated by ``os.pathsep``. Training and test images may be in ``train/`` and ``val/``, ``valid/`` or
-            ``validation/``. Folders are classes, as for torchvision's ``ImageFolder``, if all images are in two or
-            more of them.
+            ``"cifar100"``, or a path: a folder of images at any depth; a list of them (``.txt`` with a path per line;
+            ``.csv``, ``.tsv`` or ``.parquet`` with a column ``path`` and perhaps ``label``); or shards, tar or Parquet
+            files in a folder or named by a pattern such as ``shards-{000..999}.tar``, on disk or at a URL. Several
+            paths are separated by ``os.pathsep``. Training and test images may be in ``train/`` and ``val/``,
+            ``valid/`` or ``validation/``. Folders are classes, as for torchvision's ``ImageFolder``, if all images are
+            in two or more of them.
         data_root: torchvision's download folder.
         val_fraction: share of the images, of each class if there are classes, to hold out as test images; not used if
             the data has test images.
         image_size: side of the images that the encoder takes, in pixels; by default 224, or that of the built-in set.
 
     Raises:
-        ValueError: an unknown name, no images, or a list that cannot be read.
+        ValueError: an unknown name, no images, or a list or a shard that cannot be read.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected a number of pixels of at least 1, got {image_size}")
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction: expected a share of the images in [0, 1), got {val_fraction}")
-    data = _load(name, Path(data_root), val_fraction)
+    data = _load(str(name), Path(data_root), val_fraction)
     return data if image_size is None else dataclasses.replace(data, size=image_size)
 
 
@@ -139,9 +162,17 @@ def _load(name: str, data_root: Path, val_fraction: float) -> ImageData:
             return _fashion_mnist(data_root)
         case "cifar10" | "cifar100":
             return _cifar(name, data_root)
-    sources = [Path(name)] if os.path.exists(name) else [Path(part) for part in name.split(os.pathsep) if part]
+    parts = split_sources(name)
+    found = [find_shards(part) for part in parts]
+    if found and all(found):
+        return _shards(name, [shards for shards in found if shards], val_fraction)
+    sources = [Path(part) for part in parts]
     if not (sources and all(source.exists() for source in sources)):
-        raise ValueError(f"data: expected one of {', '.join(BUILT_IN)}, or a folder or list of images, got {name!r}")
+        raise ValueError(
+            f"data: expected one of {', '.join(BUILT_IN)}, or a folder, list or shards of images, got {name!r}"
+        )
+    if any(found):
+        raise ValueError(f"data: expected only shards, or only folders and lists, got {name!r}")
     return _files(name, sources, val_fraction)
 
 
@@ -187,7 +218,7 @@ def eval_batches(
         for index in torch.arange(len(split)).split(batch_size) if len(split) else ():
             yield _resized(normalize(split.images[index]), data.size), index
         return
-    batches = BatchSampler(SequentialSampler(split.paths), batch_size, drop_last=False)
+    batches = BatchSampler(SequentialSampler(range(len(split))), batch_size, drop_last=False)
     dataset, start = _EvalImages(split, data.size), leave_signals_to_parent
     with sigterm_held():
         loader = iter(DataLoader(dataset, None, sampler=batches, num_workers=workers, worker_init_fn=start))
@@ -209,7 +240,7 @@ class _EvalImages(Dataset):
     An item is uint8 [B, 3, size, size], the positions [B] of these images, and why the others are unreadable, by path.
     """
 
-    def __init__(self, split: FolderSplit, size: int) -> None:
+    def __init__(self, split: FileSplit, size: int) -> None:
         self.split, self.size = split, size
 
     def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, dict[str, str]]:
@@ -217,16 +248,12 @@ class _EvalImages(Dataset):
         read: list[int] = []
         unreadable: dict[str, str] = {}
         for position in index:
-            path = self.split.paths[position]
             try:
-                images[len(read)] = self._image(path)
+                images[len(read)] = eval_crop(self.split.read(position), self.size)
                 read.append(position)
             except UnreadableImageError as error:
-                unreadable[path] = str(error)
+                unreadable[self.split.name(position)] = str(error)
         return images[: len(read)], torch.tensor(read, dtype=torch.int64), unreadable
-
-    def _image(self, path: str) -> Tensor:
-        return eval_crop(read_image(path), self.size)
 
 
 def eval_crop(image: Tensor, size: int) -> Tensor:
@@ -358,13 +385,27 @@ def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
         )
     if len(classes) < 2 or (test is not None and not test.names):  # one class says nothing
         classes = ()
-    images = _folder_split(train, classes)
     held_out = None if test is None else _folder_split(test, classes)
+    return _on_disk(name, classes, _folder_split(train, classes), held_out, val_fraction)
+
+
+def _shards(name: str, found: list[tuple[list[str], list[str]]], val_fraction: float) -> ImageData:
+    """Images in shards. Few test images may lack a class; so the classes are those of training and test images."""
+    train, test = ([url for part in parts for url in part] for parts in zip(*found, strict=True))
+    opened = [open_shards(urls) for urls in (train, test) if urls]
+    classes = sorted_names({name for part in opened for name in part.names})
+    if len(classes) < 2 or not all(part.names for part in opened):
+        classes = ()
+    images, *held_out = (part.split(classes) for part in opened)
+    return _on_disk(name, classes, images, held_out[0] if held_out else None, val_fraction)
+
+
+def _on_disk(
+    name: str, classes: tuple[str, ...], images: FileSplit, held_out: FileSplit | None, val_fraction: float
+) -> ImageData:
+    """Without test images, hold some out."""
     if held_out is None and val_fraction > 0:
-        images, held_out = (
-            FolderSplit([images.paths[i] for i in rows.tolist()], images.labels[rows])
-            for rows in stratified_split(images.labels, val_fraction)
-        )
+        images, held_out = (images.take(rows) for rows in stratified_split(images.labels, val_fraction))
         if not len(held_out):
             raise ValueError(
                 f"val_fraction: expected a share that holds out an image of {len(images):,}, got {val_fraction}"

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
-_IMAGES = (
+IMAGES = (
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
-_LABEL_COLUMNS = ("label", "class", "target")
+LABEL_COLUMNS = ("label", "class", "target")
 
 
 class ImageFiles(NamedTuple):
@@ -97,7 +97,7 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
                 continue
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 folders.append(entry.name)
-            elif entry.name.lower().endswith(_IMAGES) and (entry.is_symlink() or entry.is_file()):
+            elif entry.name.lower().endswith(IMAGES) and (entry.is_symlink() or entry.is_file()):
                 images.append(entry.name)
     return sorted(images), sorted(folders)
 
@@ -121,7 +121,7 @@ def _of_list(path: Path) -> ImageFiles:
             raise ValueError(f"data: expected a path{' and a class' if names else ''} in row {number} of {path}")
         item = os.path.join(folder, row)
         # Of 10^6 files on a network disk, to ask if each is a folder would take minutes.
-        is_folder = not row.lower().endswith(_IMAGES) and os.path.isdir(item)
+        is_folder = not row.lower().endswith(IMAGES) and os.path.isdir(item)
         found = find_images([Path(item)]).paths if is_folder else [item]
         paths += found
         classes += [name] * len(found)
@@ -171,7 +171,7 @@ def _columns(path: Path, names: Sequence[str]) -> tuple[int, int | None]:
         raise ValueError(
             f"data: expected a column of paths in {path}, named {' or '.join(_PATH_COLUMNS)}, got {few(names)}"
         )
-    return place, next((number for number, name in enumerate(lower) if name in _LABEL_COLUMNS), None)
+    return place, next((number for number, name in enumerate(lower) if name in LABEL_COLUMNS), None)
 
 
 def few(names: Collection[str]) -> str:

@@ -7,8 +7,9 @@ import functools
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -42,20 +43,34 @@ def check_readable(unreadable: int, files: int) -> None:
 def read_image(path: str | Path) -> Tensor:
     """Read an image file as uint8 [3, H, W].
 
+    Raises:
+        UnreadableImageError: not a regular file, missing, or as for :func:`decode`.
+    """
+    return decode(lambda: open_regular(path), lambda: os.fsdecode(path))
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading; an error if it is no regular file: opening a FIFO would block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    return open(path, "rb")
+
+
+def decode(open_file: Callable[[], BinaryIO], name: Callable[[], str]) -> Tensor:
+    """Decode an encoded image to uint8 [3, H, W].
+
     The image is turned as its EXIF orientation says, unlike in the official training code. Grayscale is repeated to
     three channels, transparency is dropped, 16-bit channels keep their upper 8 bits, and an animation gives its first
     frame.
 
     Raises:
-        UnreadableImageError: not a regular file, missing, empty, truncated, not an image, of more than ``MAX_PIXELS``
-            pixels, or of floating-point values, whose range is unknown.
+        UnreadableImageError: cannot be opened, empty, truncated, not an image, of more than ``MAX_PIXELS`` pixels, or
+            of floating-point values, whose range is unknown. The message has ``name()``.
     """
     from torchvision.io import ImageReadMode, decode_image
 
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would block
-            raise ValueError("not a regular file")
-        with open(path, "rb") as file, _pil().open(file) as image:
+        with open_file() as file, _pil().open(file) as image:
             if image.width * image.height > MAX_PIXELS:  # PIL has read no more than the header
                 raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             if image.format not in _TORCHVISION_FORMATS or (image.format == "WEBP" and image.info.get("exif")):
@@ -71,9 +86,11 @@ def read_image(path: str | Path) -> Tensor:
             return pixels if pixels.dtype == torch.uint8 else (pixels.int() >> 8).to(torch.uint8)
     except Exception as error:  # decoders raise anything on damaged files, which must not end a long run
         reason = str(error).partition(" <_io.")[0]  # PIL shows the file object
-        if os.fsdecode(path).lower().endswith((".heic", ".heif")) and "pillow_heif" not in sys.modules:
+        if name().lower().endswith((".heic", ".heif")) and "pillow_heif" not in sys.modules:
             reason = "needs pillow-heif: pip install pillow-heif"
-        raise UnreadableImageError(f"data: expected an image, got {type(error).__name__} in {path}: {reason}") from None
+        raise UnreadableImageError(
+            f"data: expected an image, got {type(error).__name__} in {name()}: {reason}"
+        ) from None
 
 
 @functools.cache

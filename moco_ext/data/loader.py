@@ -15,6 +15,7 @@ from .augment import Augmentation, augment_batch, color_transform, of_each_view
 from .datasets import ImageData, Normalize, TensorSplit, labeled_subset
 from .images import check_readable
 from .sampler import EpochBatchSampler
+from .shards import ShardSplit
 from .views import ViewDataset, Views
 from .workers import leave_signals_to_parent, sigterm_held
 
@@ -67,6 +68,7 @@ class TrainLoader:
         drop_last: drop an epoch's last optimizer step if it is short, as the official training code does.
         shuffled_keys: give each rank key views of all ranks' images, permuted by ``key_order``: shuffling BN without
             sending images.
+        shard_window: shuffle the images of so many shards at a time (:class:`EpochBatchSampler`); 0: all images.
         patches: P = g * g splits each view into a g x g grid of patches with side s' = s // g; 0 keeps it whole.
         augment_on: ``"loader"``, or ``"device"``: workers only decode and crop, and the rest runs on ``device``, a
             batch at a time. Both give the same views up to rounding.
@@ -91,6 +93,7 @@ class TrainLoader:
         workers: int = 0,
         drop_last: bool = False,
         shuffled_keys: bool = False,
+        shard_window: int = 0,
         patches: int = 0,
         augment_on: str = "loader",
         device: torch.device | str = "cpu",
@@ -103,6 +106,9 @@ class TrainLoader:
             raise ValueError(
                 f"patches: expected 0 or a square number, of at most {augmentation.size}^2 patches, got {patches}"
             )
+        shards = data.train.starts if isinstance(data.train, ShardSplit) else None
+        if shard_window < 0 or (shard_window and shards is None):
+            raise ValueError(f"shard_window: expected 0, or with shards a number of them, got {shard_window}")
         self._sampler = EpochBatchSampler(
             len(data.train),
             batch_size,
@@ -112,6 +118,8 @@ class TrainLoader:
             world=world,
             drop_last=drop_last,
             shuffled_keys=shuffled_keys,
+            shards=shards,
+            window=shard_window,
         )
         device = torch.device(device)
         self._device_augmentation = augmentation if augment_on == "device" else None
@@ -151,6 +159,7 @@ class TrainLoader:
             ValueError: the state has other data, another seed or another batch size, and so other epochs; or its
                 position is not one.
         """
+        state = {"shard_window": 0} | state  # older checkpoints
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise ValueError(f"state: expected {name} = {mine} as in this loader, got {state.get(name)}")
@@ -168,6 +177,7 @@ class TrainLoader:
             "images": sampler.images,
             "global_batch_size": sampler.world * sampler.batch_size,
             "accumulate": sampler.accumulate,
+            "shard_window": sampler.window,
         }
 
     def _finish(self, views: Views) -> Tensor:

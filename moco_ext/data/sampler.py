@@ -56,6 +56,9 @@ class EpochBatchSampler(Sampler[MicroBatch]):
         views: 2 for queries and keys, or 1.
         shuffled_keys: permute the keys across ranks by ``key_order``.
         members: int64 [images] positions of the images to use; None: all.
+        shards: int64 [S + 1] first image of each shard, and the number of images; used with ``window``.
+        window: 0 permutes all images. Otherwise the shards are permuted, and then the images of each ``window``
+            successive ones, so that images read at about the same time are in few shards.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class EpochBatchSampler(Sampler[MicroBatch]):
         views: int = 2,
         shuffled_keys: bool = False,
         members: Tensor | None = None,
+        shards: np.ndarray | None = None,
+        window: int = 0,
     ) -> None:
         if batch_size < 2:
             raise ValueError(f"batch_size: expected at least 2 (BatchNorm needs two samples), got {batch_size}")
@@ -80,6 +85,9 @@ class EpochBatchSampler(Sampler[MicroBatch]):
             raise ValueError(f"rank: expected one of world = {world} ranks, got {rank}")
         self.images, self.batch_size, self.accumulate, self.seed = images, batch_size, accumulate, seed
         self.rank, self.world, self.views, self.shuffled_keys, self.members = rank, world, views, shuffled_keys, members
+        if window < 0 or (window and shards is None):
+            raise ValueError(f"window: expected 0 or, of images in shards, a number of shards, got {window}")
+        self.shards, self.window = shards, window
         full, rest = divmod(images, world * batch_size)
         self.tail = 0 if drop_last or rest // world < 2 else rest // world  # images a rank of the last micro-batch
         self.full = full // accumulate * accumulate if drop_last else full
@@ -97,10 +105,21 @@ class EpochBatchSampler(Sampler[MicroBatch]):
     def __iter__(self) -> Iterator[MicroBatch]:
         epoch = self.epoch
         generator = torch.Generator().manual_seed(int(hash_seeds(self.seed, epoch, _ORDER)))
-        permutation = torch.randperm(self.images, generator=generator)  # 8 bytes an image
+        permutation = self._permutation(generator)  # 8 bytes an image
         order = (permutation if self.members is None else self.members[permutation]).numpy()
         for number in range(self.first_step * self.accumulate, self.micro_batches_per_epoch):
             yield self._micro_batch(order, epoch, number)
+
+    def _permutation(self, generator: torch.Generator) -> Tensor:
+        if self.shards is None or not self.window:
+            return torch.randperm(self.images, generator=generator)
+        ranges = np.stack([self.shards[:-1], self.shards[1:]], 1)
+        ranges = ranges[torch.randperm(len(ranges), generator=generator).numpy()]
+        parts = []
+        for start in range(0, len(ranges), self.window):
+            images = torch.cat([torch.arange(*span) for span in ranges[start : start + self.window].tolist()])
+            parts.append(images[torch.randperm(len(images), generator=generator)])
+        return torch.cat(parts)
 
     def _micro_batch(self, order: np.ndarray, epoch: int, number: int) -> MicroBatch:
         start = number * self.world * self.batch_size

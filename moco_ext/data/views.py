@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .augment import Augmentation, augment_batch, color_transform, file_crops, of_each_view
-from .datasets import FolderSplit, Split, TensorSplit
-from .images import UnreadableImageError, read_image
+from .datasets import FileSplit, Split, TensorSplit
+from .images import UnreadableImageError
 from .sampler import MicroBatch
 from .seeds import hash_seeds
 
@@ -65,7 +65,7 @@ class ViewDataset(Dataset):
             images = of_each_view(color_transform, images, self.augmentation, seeds)
         return Views(micro, images, index, unreadable)
 
-    def _crops(self, split: FolderSplit, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, dict[str, str]]:
+    def _crops(self, split: FileSplit, index: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, dict[str, str]]:
         rows_of: dict[int, list[int]] = {}
         for row, position in enumerate(index.tolist()):
             rows_of.setdefault(position, []).append(row)
@@ -74,22 +74,21 @@ class ViewDataset(Dataset):
         shown = index.clone()
         unreadable: dict[str, str] = {}
         for position, rows in rows_of.items():
-            path = split.paths[position]
             try:
-                image = read_image(path)
+                image = split.read(position)
             except UnreadableImageError as error:
-                unreadable[path] = str(error)
+                unreadable[split.name(position)] = str(error)
                 image, shown[rows] = self._replacement(split, position)
             for row, view in zip(rows, file_crops(image, self.augmentation, seeds[rows]), strict=True):
                 images[row] = view
         return images, shown, unreadable
 
-    def _replacement(self, split: FolderSplit, position: int) -> tuple[Tensor, int]:
+    def _replacement(self, split: FileSplit, position: int) -> tuple[Tensor, int]:
         members = range(len(split)) if self.members is None else self.members
         for attempt in range(100):  # even if half of the files are damaged, 100 in a row mean a failing disk
             other = int(members[int(hash_seeds(position, attempt)) % len(members)])
             try:
-                return read_image(split.paths[other]), other
+                return split.read(other), other
             except UnreadableImageError as error:
                 reason = error
         raise UnreadableImageError(f"data: expected images, got 100 unreadable files in a row; the last: {reason}")

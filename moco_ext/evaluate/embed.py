@@ -18,7 +18,8 @@ from torch.nn.functional import normalize as unit_rows
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .. import __version__
-from ..data import EvalTransform, FolderSplit, ImageData, Normalize, TensorSplit, UnreadableImageError, load
+from ..data import EvalTransform, ImageData, Normalize, TensorSplit, UnreadableImageError, load
+from ..data.urls import is_url
 from ..data.workers import leave_signals_to_parent, sigterm_held
 from ..distributed import rank, wait_for_all, world_size
 from ..encoders import restored_modes
@@ -165,14 +166,17 @@ class _Everything:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, row: int) -> str | Tensor:
-        """A path, or uint8 [C, H, W]."""
+    def __getitem__(self, row: int) -> Tensor:
+        """uint8 [C, H, W]. Raises an UnreadableImageError if it cannot be decoded."""
         _, split, row = self._find(row)
-        return split.images[row] if isinstance(split, TensorSplit) else split.paths[row]
+        return split.images[row] if isinstance(split, TensorSplit) else split.read(row)
 
     def name(self, row: int) -> str:
         name, split, row = self._find(row)
-        return os.path.abspath(split.paths[row]) if isinstance(split, FolderSplit) else f"{self._data}/{name}/{row}"
+        if isinstance(split, TensorSplit):
+            return f"{self._data}/{name}/{row}"
+        path = split.name(row)
+        return path if is_url(path) else os.path.abspath(path)
 
     def _find(self, row: int) -> tuple[str, Any, int]:
         for name, split in self.splits:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data import FolderSplit, ImageData, Split, TensorSplit, eval_batches
+from ..data import ImageData, Split, TensorSplit, eval_batches
 from ..data.images import check_readable
 from ..distributed import all_gather, rank, world_size
 from ..encoders import backbone, restored_modes
@@ -71,10 +71,7 @@ def take(split: Split, rows: Sequence[int]) -> Split:
     """The images at these positions."""
     if rows == range(len(split)):
         return split
-    index = torch.tensor(rows, dtype=torch.int64)
-    if isinstance(split, TensorSplit):
-        return TensorSplit(split.images[index], split.labels[index])
-    return FolderSplit([split.paths[i] for i in rows], split.labels[index])
+    return split.take(torch.tensor(rows, dtype=torch.int64))
 
 
 def collective_device(device: torch.device | str | None) -> torch.device:

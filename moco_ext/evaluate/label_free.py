@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..data import Augmentation, FolderSplit, ImageData, Split, TrainLoader
+from ..data import Augmentation, ImageData, Split, TensorSplit, TrainLoader
 from ..encoders import backbone, restored_modes
 from .features import take, to_device
 
@@ -61,8 +61,8 @@ def label_free_scores(
             views.append((one, other))
             index += batch.index.tolist()
     raw, other = (torch.cat(part).double() for part in zip(*views, strict=True))
-    if isinstance(sample.train, FolderSplit):  # other images take the place of unreadable ones
-        kept = torch.tensor([sample.train.paths[position] not in data.unreadable for position in index])
+    if not isinstance(sample.train, TensorSplit):  # other images take the place of unreadable ones
+        kept = torch.tensor([sample.train.name(position) not in data.unreadable for position in index])
         raw, other = raw[kept], other[kept]
     one, other = normalize(raw, dim=1), normalize(other, dim=1)
     nearest = (one @ other.T).argmax(1)

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import FolderSplit, Split
-from ..data.images import read_image
+from ..data import Split, TensorSplit
 from ..evaluate import nearest
 from .plots import TSNE_POINTS, feature_maps
 from .read import Gallery
@@ -101,14 +100,14 @@ def feature_map(gallery: Gallery) -> dict[str, Any]:
 
 
 def _name(split: Split, index: int) -> str:
-    return Path(split.paths[index]).stem if isinstance(split, FolderSplit) else str(index)
+    return str(index) if isinstance(split, TensorSplit) else Path(split.name(index)).stem
 
 
 def image_source(split: Split, index: int) -> str:
     """A data URI: a small JPEG of a photograph, a PNG of an image held in memory."""
     buffer = io.BytesIO()
-    if isinstance(split, FolderSplit):
-        image = Image.fromarray(read_image(split.paths[index]).permute(1, 2, 0).numpy())
+    if not isinstance(split, TensorSplit):
+        image = Image.fromarray(split.read(index).permute(1, 2, 0).numpy())
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         kind = "jpeg"
         image.save(buffer, kind, quality=85)

@@ -69,6 +69,7 @@ class PretrainConfig:
         crop_min: smallest share of the image's area that a view shows.
         rotate, elastic, erase: as in :class:`moco_ext.data.Augmentation`; 0: off, as published.
         drop_last: drop an epoch's last partial batch, as the official trainer does.
+        shard_window: read images of so many shards at a time, in an order that is nearly random; 0: of all shards.
         knn_k: neighbors in the kNN evaluation; ``online_knn``: epochs (when training by steps, steps) between
             evaluations; 0: evaluate only at the end.
         log_every: steps between records when training by steps; otherwise there is one record per epoch.
@@ -278,6 +279,14 @@ class PretrainConfig:
     patches: int = setting(9, metavar="P", valid=at_least(1), help="patches per image, a square number", group=_VIEWS)
     augment_on: str = setting(
         "loader", valid=one_of("loader", "device"), help="where color jitter and blur are computed", group=_VIEWS
+    )
+    shard_window: int = setting(
+        0,
+        metavar="N",
+        valid=NOT_NEGATIVE,
+        shown="shuffle all images",
+        help="with shards: shuffle the images of N shards (Parquet: row groups) at a time",
+        group=_VIEWS,
     )
     drop_last: bool = setting(False, help="drop an epoch's last partial batch", group=_VIEWS)
     precision: str = setting("fp32", valid=one_of(*DTYPES), help="autocast; fp16 scales the loss", group=_OPTIMIZATION)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ..data import BUILT_IN, FolderSplit, Split
+from ..data import BUILT_IN, Split, TensorSplit
 from .mechanisms import MECHANISMS, has_setting, own_momentum
 
 # Published for ImageNet, 1.28 million images: He et al., arXiv 1911.05722.
@@ -125,14 +125,14 @@ def choose(
 
 def typical_side(split: Split, sample: int = 64) -> int:
     """Median of the shorter sides of some images, in pixels; from their headers. Unreadable ones do not count."""
-    if not isinstance(split, FolderSplit):
+    if isinstance(split, TensorSplit):
         return min(split.images.shape[-2:])
     from PIL import Image
 
     sides = []
     for position in range(0, len(split), max(1, len(split) // sample)):
         try:
-            with Image.open(split.paths[position]) as image:
+            with split.open(position) as file, Image.open(file) as image:
                 sides.append(min(image.size))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue

@@ -97,6 +97,7 @@ class Trainer:
             workers=options.workers,
             drop_last=config.drop_last,
             shuffled_keys=config.shuffle_bn == "loader",
+            shard_window=config.shard_window,
             patches=config.patches if config.views == "patches" else 0,
             augment_on=config.augment_on,
             device=options.device,
