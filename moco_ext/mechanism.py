@@ -47,6 +47,7 @@ class Mechanism(nn.Module):
     sync_batchnorm = False
     updates: int = 0
     query_hook: Callable[[Tensor], object] | None = None
+    _low_precision: Any = None  # the LowPrecisionWeights of a key encoder that has them
 
     def forward_batch(
         self, im_q: Tensor, im_k: Tensor, *, index: Tensor, key_order: Tensor | None = None
