@@ -43,7 +43,7 @@ class AsyncWriter:
     def __init__(self) -> None:
         # A group of its own, because its collectives run at the same time as those of training.
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
-        self._pending: Future[Any] | None = None
+        self._pending: tuple[Future[Any], Path] | None = None  # and the temporary folder
 
     def start(self, path: Path, content: Mapping[str, Any], then: Callable[[], object]) -> None:
         """Copy a checkpoint to the CPU, and start to write it to the folder ``path``.
@@ -64,7 +64,7 @@ class AsyncWriter:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         future = dcp.async_save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
         assert isinstance(future, Future)
-        self._pending = future
+        self._pending = future, writer.temporary
 
     def finish(self, progress: Callable[[], object] = lambda: None) -> None:
         """Wait until the checkpoint that was started is complete.
@@ -75,14 +75,16 @@ class AsyncWriter:
         Raises:
             OSError: it could not be written, on any rank; the message is that of the first failure.
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self._pending is None:
             return
-        while not wait([pending], timeout=1).done:
+        (future, temporary), self._pending = self._pending, None
+        while not wait([future], timeout=1).done:
             progress()
         try:
-            pending.result()
+            future.result()
         except CheckpointException as error:  # not an Exception
+            if rank() == 0:
+                remove(temporary)
             failed, (reason, _) = min(error.failures.items())
             raise OSError(f"rank {failed}: {reason}") from None
 
@@ -92,15 +94,15 @@ class _Writer(dcp.FileSystemWriter):
 
     def __init__(self, path: Path, then: Callable[[], object]) -> None:
         # The same name on all ranks. The lock on the run directory excludes other writers.
-        self._temporary = path.with_name(f".{path.name}.0.tmp")
-        super().__init__(self._temporary)
+        self.temporary = path.with_name(f".{path.name}.0.tmp")
+        super().__init__(self.temporary)
         self._final, self._then = path, then
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:  # on rank 0, after all have written
         super().finish(metadata, results)
-        _sync(self._temporary)
+        _sync(self.temporary)
         remove(self._final)  # of a step that is computed again
-        os.replace(self._temporary, self._final)
+        os.replace(self.temporary, self._final)
         _sync(self._final.parent)
         self._then()
 
@@ -143,7 +145,7 @@ class _Unpickler(pickle.Unpickler):
             ("torch.distributed.checkpoint.metadata", name)
             for name in (
                 "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-                "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+                "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
             )
         ),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
@@ -165,6 +167,8 @@ def _check(path: Path, found: Metadata) -> None:
     others = [name for name, about in found.state_dict_metadata.items() if not isinstance(about, TensorStorageMetadata)]
     if others:
         raise ValueError(f"expected only tensors, got {', '.join(others[:4])}")
+    if _REST not in found.state_dict_metadata:
+        raise ValueError(f"expected a tensor for {_REST}, got none")
     tensors = [about for about in found.state_dict_metadata.values() if isinstance(about, TensorStorageMetadata)]
     needed = sum(about.size.numel() * about.properties.dtype.itemsize for about in tensors)
     if needed > sum(file.stat().st_size for file in path.glob("*.distcp")):

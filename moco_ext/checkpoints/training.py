@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
@@ -74,6 +75,8 @@ class Checkpoints:
     """The checkpoints of a run directory: ``checkpoint_STEP``, the last ``keep`` of them, of which ``checkpoint.pth``
     points to the newest. In a process group every rank must make and use it.
 
+    At the end of a ``with`` block a checkpoint that is still being written is waited for.
+
     Args:
         folder: the run directory.
         keep: number of checkpoints to keep.
@@ -121,6 +124,13 @@ class Checkpoints:
         """
         if self._writer is not None:
             self._writer.finish(progress)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(Exception) if kind is not None else contextlib.nullcontext():
+            self.finish()
 
 
 def rotate(path: Path, keep: int) -> None:

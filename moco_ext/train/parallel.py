@@ -48,7 +48,7 @@ def shard_(model: Mechanism, device: torch.device, dtype: torch.dtype | None = N
             layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)
         ]
         if dtype is not None and norms:
-            fully_shard(norms, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+            fully_shard([*norms], mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
         for block in _blocks(network):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(network, mesh=mesh, mp_policy=policy)

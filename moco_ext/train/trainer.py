@@ -172,7 +172,7 @@ class Trainer:
             config=dataclasses.asdict(config),
             enabled=self.rank == 0,
         )
-        with log, Preemption() as preemption:
+        with log, Preemption() as preemption, self.checkpoints:
             while self.step < self.total:
                 self.model.train()
                 epoch = self.step // self.per_epoch
