@@ -18,7 +18,7 @@ def shard_(model: Mechanism, device: torch.device, dtype: torch.dtype | None = N
     """Shard the networks of a model over all processes with FSDP2 (``fully_shard``), in place: each block (an element
     of an ``nn.Sequential`` or ``nn.ModuleList`` that has layers of its own) and what is left of each network.
 
-    Weights and buffers become those of rank 0. The queue stays as it is. Make the optimizer afterwards.
+    The networks' weights and buffers become those of rank 0. The queue stays as it is. Make the optimizer afterwards.
 
     Args:
         dtype: of the weights in the forward and backward passes, which are gathered in it; takes the place of the
@@ -38,8 +38,9 @@ def shard_(model: Mechanism, device: torch.device, dtype: torch.dtype | None = N
         raise ValueError("parallel: expected ddp with encoders that share layers, got fsdp")
     if model.sync_batchnorm and device.type == "cuda":
         convert_sync_batchnorm(model)
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), 0)
+    for network in networks_of(model):
+        for tensor in (*network.parameters(), *network.buffers()):
+            dist.broadcast(tensor.detach(), 0)
     model._low_precision = None
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
