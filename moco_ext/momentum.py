@@ -101,16 +101,15 @@ def update_key_encoder_(
         ValueError: the encoders' parameters differ in number, shape or sharding; the message names the first that does.
         TypeError: sharded parameters with ``low_precision``, or other tensor subclasses.
     """
-    # FSDP2 leaves the parameters of a root module gathered after a forward pass without gradient. An update of these
-    # copies would be lost.
-    reshard(key_encoder)
-    reshard(query_encoder)
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
     if not keys and not queries:
         return  # for example, an nn.Identity as the head
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
     same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
+        # FSDP2 leaves the parameters of a root module gathered after a forward pass without gradient. An update of
+        # these copies would be lost.
+        keys, queries = (list(_parameters(resharded(encoder))) for encoder in (key_encoder, query_encoder))
         _check_same_structure(key_encoder, query_encoder)
         flatten = flatten and not any(map(is_sharded, keys + queries))
         if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
@@ -132,15 +131,15 @@ def update_key_encoder_(
         )
 
 
-def reshard(module: nn.Module) -> None:
-    """Free the parameters that FSDP2 has gathered in a module; its parameters are then the shards of this rank."""
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.fsdp import FSDPModule
+def resharded(module: nn.Module) -> nn.Module:
+    """The module, without the parameters that FSDP2 has gathered in it: they are again the shards of this rank."""
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
 
-    for child in module.modules():
-        if isinstance(child, FSDPModule):
-            child.reshard()
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()
+    return module
 
 
 class LowPrecisionWeights:

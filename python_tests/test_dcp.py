@@ -18,11 +18,19 @@ pytest.importorskip("tensorboard")
 from test_distributed import WORLD, in_two_processes, learned
 from test_resume import Interrupted, interrupt_at, same_records
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.tensor import DTensor
 from training import assert_equal_states, environment, few_digits, run_in, state_of, tiny
 
 import moco_ext
 from moco_ext.checkpoints import convert, dcp
-from moco_ext.checkpoints.training import Checkpoints, gathered, load_checkpoint, load_newest, official_layout
+from moco_ext.checkpoints.training import (
+    Checkpoints,
+    gathered,
+    load_checkpoint,
+    load_newest,
+    official_layout,
+    sharded_tensors,
+)
 from moco_ext.runs.directory import claim
 from moco_ext.runs.options import RunOptions
 from moco_ext.train import build_model, pretrain
@@ -296,6 +304,20 @@ def loaded(folder: Path, options: RunOptions) -> dict:
     return gathered({name: layout[name] for name in ("state_dict", "optimizer")}, everywhere=True)
 
 
+def read_shards(run: Path, options: RunOptions) -> None:
+    """Of weights and momentum, a rank reads its shards, and these are the whole."""
+    path = run / "checkpoint_00000003"
+    with claim(options):
+        trainer = Trainer(tiny(epochs=1), few_digits(), options, None)
+    checkpoint = load_checkpoint(path, sharded_tensors(trainer.model, trainer.optimizer))
+    parameters = dict(trainer.model.named_parameters())
+    assert all(isinstance(checkpoint["state_dict"][name], DTensor) for name in parameters)
+    momentum = [slot["momentum_buffer"] for slot in checkpoint["optimizer"]["state"].values()]
+    assert len(momentum) == len(parameters) / 2
+    assert all(isinstance(buffer, DTensor) for buffer in momentum)
+    assert_equal(gathered(checkpoint, everywhere=True), load_checkpoint(path))
+
+
 def train_in_all_formats(args: argparse.Namespace, options: RunOptions) -> int:
     folder, world = Path(args.arguments[0]), options.local_world
     for case in CASES:
@@ -304,6 +326,7 @@ def train_in_all_formats(args: argparse.Namespace, options: RunOptions) -> int:
         middle = next((folder / source).glob("checkpoint_00000003*"))
         run = options_of(folder / f"{source}-to-{case}", case, world, resume=middle)
         pretrain(tiny(epochs=1), few_digits(), run)
+    read_shards(folder / "fsdp-dcp", options_of(folder / "fsdp-dcp", "fsdp-dcp", world, resume="auto"))
     start = folder / "one" / "checkpoint_00000003"
     state = loaded(folder, options_of(folder / "one-to-two", "fsdp-dcp", world, resume=start))
     torch.save(state, folder / f"one-to-two-{dist.get_rank()}.pt")

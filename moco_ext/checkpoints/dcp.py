@@ -107,8 +107,12 @@ class _Writer(dcp.FileSystemWriter):
         self._then()
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, shards: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """The checkpoint in a folder, on the CPU, in one piece. Each rank may read it alone.
+
+    Args:
+        shards: DTensors by name, or by the name without the last part, such as ``optimizer.state.0``. Tensors of their
+            names and shapes are read as they are sharded and on their device: of each, only this rank's shard.
 
     Raises:
         ValueError: damaged, incomplete, or not a folder that :class:`AsyncWriter` has written.
@@ -118,7 +122,7 @@ def read(path: Path) -> dict[str, Any]:
         found = reader.read_metadata()
         _check(path, found)
         tensors = {
-            name: torch.empty(about.size, dtype=about.properties.dtype)
+            name: _empty(about, (shards or {}).get(name, (shards or {}).get(name.rpartition(".")[0])))
             for name, about in found.state_dict_metadata.items()
             if isinstance(about, TensorStorageMetadata)
         }
@@ -129,6 +133,12 @@ def read(path: Path) -> dict[str, Any]:
     except (Exception, CheckpointException) as error:  # damage can take any form
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not a checkpoint?): {reason}") from None
+
+
+def _empty(about: TensorStorageMetadata, like: Tensor | None) -> Tensor:
+    if like is None or like.shape != about.size:
+        return torch.empty(about.size, dtype=about.properties.dtype)
+    return torch.empty_like(like, dtype=about.properties.dtype, requires_grad=False)
 
 
 class _Reader(dcp.FileSystemReader):

@@ -46,7 +46,9 @@ def read(path: Path) -> Any:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path)
 
 
-def read_saved(path: str | Path, *, inert: bool = False, mmap: bool = False) -> Any:
+def read_saved(
+    path: str | Path, *, inert: bool = False, mmap: bool = False, shards: Mapping[str, Tensor] | None = None
+) -> Any:
     """Content of a file that ``torch.save`` wrote, on the CPU. Only tensors and plain containers are unpickled.
 
     Of a folder that :class:`moco_ext.checkpoints.dcp.AsyncWriter` wrote, the whole checkpoint.
@@ -54,6 +56,8 @@ def read_saved(path: str | Path, *, inert: bool = False, mmap: bool = False) -> 
     Args:
         inert: replace objects of other classes by :class:`Inert`, instead of raising an error.
         mmap: read tensors when they are used, without a check of the file; only for a file that was read before.
+        shards: of a folder, the DTensors of which only this rank's shard is needed; see
+            :func:`moco_ext.checkpoints.dcp.read`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -63,7 +67,7 @@ def read_saved(path: str | Path, *, inert: bool = False, mmap: bool = False) -> 
     if _is_folder(path):
         from . import dcp  # takes a second
 
-        return dcp.read(path)
+        return dcp.read(path, shards)
     _check_exists(path)
     try:
         mmap = mmap and _is_archive(path)

@@ -60,7 +60,7 @@ def gathered(content: Any, *, everywhere: bool = False) -> Any:
     return whole if everywhere else whole.cpu() if rank() == 0 else None
 
 
-def shards(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def local_shards(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """This rank's part of each DTensor, and other tensors as they are."""
     return {name: value.to_local() if is_sharded(value) else value for name, value in state.items()}  # type: ignore[attr-defined]
 
@@ -151,11 +151,11 @@ def rotate(path: Path, keep: int) -> None:
             remove(other)
 
 
-def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
+def load_newest(folder: Path, shards: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Any], Path] | None:
     """The newest intact checkpoint of a run directory, and its path; None if the directory has no checkpoint.
 
     A checkpoint that :func:`load_checkpoint` refuses, on any rank, causes a warning, and the previous one is tried. In
-    a process group every rank must call it.
+    a process group every rank must call it. For ``shards`` see :func:`load_checkpoint`.
 
     Raises:
         ValueError: there are checkpoints, but none of them is intact.
@@ -165,7 +165,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], Path] | None:
     for path in candidates:
         failures: set[str] = set()
         try:
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_checkpoint(path, shards)
         except Exception as error:  # damage can take any form
             failures = {str(error)}
         if not unite(failures):
@@ -185,14 +185,29 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for path, match in found.items() if match), reverse=True)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def has_checkpoint(folder: Path) -> bool:
+    """Whether :func:`load_newest` finds a checkpoint in a run directory, intact or not."""
+    return bool(_numbered(folder)) or (folder / "checkpoint.pth").exists()
+
+
+def sharded_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The DTensors of a model, and parameters in the place of their optimizer states, for :func:`load_checkpoint`."""
+    named = {f"state_dict.{DDP_PREFIX}{name}": value for name, value in model.state_dict().items()}
+    named |= {f"optimizer.state.{i}": parameter for i, parameter in enumerate(_parameters(optimizer))}
+    return {name: value for name, value in named.items() if is_sharded(value)}
+
+
+def load_checkpoint(path: str | Path, shards: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """Read a checkpoint, a file or a folder, to the CPU, and remove DDP's ``module.`` from its names.
+
+    Args:
+        shards: :func:`sharded_tensors`, of which each rank reads only its shards if the checkpoint is a folder.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: damaged, not in the official layout, or its weights have diverged.
     """
-    checkpoint = read_saved(path)
+    checkpoint = read_saved(path, shards=shards)
     if not isinstance(checkpoint, dict) or not {"epoch", "arch", "state_dict", "optimizer"} <= checkpoint.keys():
         found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise ValueError(f"checkpoint: expected epoch, arch, state_dict and optimizer in {path}, got {found}")
@@ -250,7 +265,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
         if any((name in own[0]) != (name in group) for group in saved["param_groups"]):
             kind, with_ = type(optimizer).__name__, "with" if name in own[0] else "without"
             raise ValueError(f"optimizer: expected the state of {kind}, {with_} {name}, got another optimizer's")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = _parameters(optimizer)
     slots = {
         index: {name: _like(parameters[index], value) for name, value in slot.items()}
         for index, slot in saved["state"].items()
@@ -267,9 +282,15 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
                 )
 
 
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def _like(own: Tensor | None, value: Any) -> Any:
     """This rank's shard of a tensor [...], if ``own`` is a DTensor of its shape; else the value as it is."""
     if own is None or not is_sharded(own) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    if is_sharded(value):
         return value
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -299,7 +320,7 @@ def _find_diverged(state: Mapping[str, Tensor], optimizer: Mapping[str, Any]) ->
     tensors: dict[str, Any] = dict(state)
     for index, of_parameter in optimizer["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in of_parameter.items()}
-    for name, value in shards(tensors).items():
+    for name, value in local_shards(tensors).items():
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.float().norm().isfinite()):
             return name
     return None

@@ -18,11 +18,13 @@ from ..checkpoints.files import newest
 from ..checkpoints.training import (
     Checkpoints,
     check_finite,
+    has_checkpoint,
     load_checkpoint,
     load_into,
     load_newest,
+    local_shards,
     official_layout,
-    shards,
+    sharded_tensors,
 )
 from ..data import Batch, EvalTransform, ImageData, TrainLoader
 from ..evaluate.scores import knn_score, split_features
@@ -115,9 +117,9 @@ class Trainer:
             device=options.device,
             channels_last=channels_last,
         )
-        checkpoint = self._checkpoint_to_resume()
+        resumes = options.resume is not None and (options.resume != "auto" or has_checkpoint(options.output))
         if config.init is not None:
-            self._initialize(config.init, checkpoint is not None)
+            self._initialize(config.init, resumes)
         if self.sharded:
             self._hollow = hollow_copy(self.model.encoder_q)
             shard_(self.model, options.device, AUTOCAST.get(config.precision))
@@ -149,8 +151,8 @@ class Trainer:
         # All ranks take part in a forward pass of sharded weights.
         self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 or self.sharded else 0)
         self.checkpoints = Checkpoints(options.output, options.keep, options.checkpoint_format)
-        if checkpoint is not None:
-            self._resume(*checkpoint)
+        if resumes:
+            self._resume(*self._checkpoint_to_resume())
         # A finished run in its own directory is not trained again, but its records are there to be evaluated.
         if self.step >= self.total and (options.overwrite or not read_metrics(options.output / "metrics.jsonl")):
             raise ValueError(
@@ -323,14 +325,14 @@ class Trainer:
         if self.rank == 0:
             self.options.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
-    def _checkpoint_to_resume(self) -> tuple[dict[str, Any], Path] | None:
-        """A checkpoint and its path; None for a new run."""
-        source = self.options.resume
-        if source is None:
-            return None
+    def _checkpoint_to_resume(self) -> tuple[dict[str, Any], Path]:
+        source, shards = self.options.resume, sharded_tensors(self.model, self.optimizer)
         if source == "auto":
-            return load_newest(self.options.output)
-        return load_checkpoint(newest(Path(source))), Path(source)
+            found = load_newest(self.options.output, shards)
+            assert found is not None
+            return found
+        assert source is not None
+        return load_checkpoint(newest(Path(source)), shards), Path(source)
 
     def _resume(self, checkpoint: dict[str, Any], path: Path) -> None:
         trainer, before = checkpoint.get("trainer"), {}
@@ -392,7 +394,7 @@ class Trainer:
             "index": torch.cat([batch.index for batch in error.batches]),
             "im_q": torch.cat([batch.im_q for batch in error.batches]).cpu(),
             "im_k": torch.cat([batch.im_k for batch in error.batches]).cpu(),
-            "state_dict": shards(self.model.state_dict()),
+            "state_dict": local_shards(self.model.state_dict()),
         }
         written = f"; the batch and the model before the step are in {path}"
         try:
