@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,28 @@ def test_a_full_disk(digits, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"output: the last checkpoint could not be written: rank 0: .*No space left"):
         pretrain(tiny(steps=6, log_every=100), digits, run_in(tmp_path, **options, resume="auto"))
     assert load_newest(tmp_path)[1].name == "checkpoint_00000005"
+
+
+@pytest.mark.parametrize("step", [4, 5])  # the fifth ends an epoch, and is being saved already
+def test_sigterm_waits_for_the_writer(digits, tmp_path, monkeypatch, step):
+    train_step, write = Trainer._train_step, FileSystemWriter.write_data
+
+    def signaled(self, *args):
+        train_step(self, *args)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def slow(self, *args):
+        time.sleep(0.5)
+        return write(self, *args)
+
+    monkeypatch.setattr(Trainer, "_train_step", signaled)
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain(tiny(), digits, run_in(tmp_path, checkpoint_format="dcp"))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert folders(tmp_path) == ["checkpoint.pth", f"checkpoint_0000000{step}"]
+    assert load_newest(tmp_path)[0]["trainer"]["step"] == step
 
 
 class Malicious:

@@ -253,8 +253,7 @@ def pretrain_sharded(args, options) -> int:
         for name, settings in RUNS.items():
             for parallel in ("ddp", "fsdp"):
                 run = run_in(Path(folder) / name / parallel, local_world=2, parallel=parallel, print_freq=2)
-                (record,) = pretrain(tiny(epochs=1, **settings), data, run)
-                results[f"{name} {parallel}"] = record
+                results[f"{name} {parallel}"] = pretrain(tiny(epochs=1, **settings), data, run)
     results["warnings"] = [str(warning.message) for warning in caught]
 
     config = tiny(key_encoder="partial")
@@ -279,6 +278,7 @@ def pretrained(tmp_path_factory):
     return folder, torch.load(folder / "rank0.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_the_trainer_equals_ddp(pretrained, run):
     """In checkpoint and metrics; 16-bit weights may round the other way after a difference in the last bit."""
@@ -290,17 +290,20 @@ def test_the_trainer_equals_ddp(pretrained, run):
         torch.testing.assert_close(fsdp["state_dict"][name], value, rtol=tolerance, atol=tolerance)
     assert ddp["trainer"]["updates"] == fsdp["trainer"]["updates"]
     assert ddp["trainer"]["scaler"] == fsdp["trainer"]["scaler"]
-    one, other = results[f"{run} ddp"], results[f"{run} fsdp"]
+    one, other = results[f"{run} ddp"][0], results[f"{run} fsdp"][0]
     assert one.keys() == other.keys()
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert one["knn_top1"] == pytest.approx(other["knn_top1"], abs=4)  # two of 60 images
-    assert one.get("skipped_steps") == other.get("skipped_steps") == (2 if run == "scaled" else None)
+    assert one.get("skipped_steps") == other.get("skipped_steps")
+    assert (one.get("skipped_steps", 0) > 0) == (run == "scaled")
 
 
+@pytest.mark.slow
 def test_sharding_causes_no_warnings(pretrained):
     """Such as that the update was forgotten, as the parameters of a root module change their identity."""
     assert not [message for message in pretrained[1]["warnings"] if "update" in message]
 
 
+@pytest.mark.slow
 def test_each_block_is_a_group(pretrained):
     assert pretrained[1]["groups"] == ["", "layer1.0", "layer2.0", "layer3.0"]
