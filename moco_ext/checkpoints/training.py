@@ -107,14 +107,20 @@ class Checkpoints:
                 self.finish()
             except OSError as error:
                 if rank() == 0:
-                    warnings.warn(f"checkpoint of step {self._writing} not written: {error}", stacklevel=3)
+                    warnings.warn(
+                        f"checkpoint of step {self._writing} not written, training continues: {error}", stacklevel=3
+                    )
             self._writing = step
             self._writer.start(path, content, lambda: rotate(path, self.keep))
             return
         content, path = gathered(content), path.with_suffix(".pth")
-        if rank() == 0:
+        if rank() > 0:
+            return
+        try:
             write_atomically(path, lambda file: torch.save(content, file))
-            rotate(path, self.keep)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        rotate(path, self.keep)
 
     def finish(self, progress: Callable[[], object] = lambda: None) -> None:
         """Wait until the last checkpoint is complete; ``progress`` is called every second.

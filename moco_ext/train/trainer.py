@@ -299,10 +299,10 @@ class Trainer:
             transform=EvalTransform.of(self.data).as_dict(),
         )
         try:
+            self.checkpoints.save(self.step, content)
             if self.rank == 0:
                 list_unreadable(self.options.output, unreadable)
-            self.checkpoints.save(self.step, content)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             if last:
                 raise OSError(f"output: the last checkpoint could not be written: {error}") from error
             if self.rank == 0:
