@@ -1,6 +1,6 @@
 """Estimate communication per step from 1 to 1,024 GPUs: shuffling BN and the queue, whole or divided.
 
-    python bench/scaling.py    # writes the plots and the table of docs/scale.md
+    python bench/scaling.py    # writes the plots and the table of docs/distributed.md
 
 The loss is a fit to measured times on one H200 (bench/results/gpu-1.json). The network is assumed, nothing of it is
 measured: see NETWORK. Shown is what a step waits for, if nothing overlaps with the encoders.
@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-PAGE, PLOTS = ROOT / "docs/scale.md", ROOT / "docs/scale"
+PAGE, PLOTS = ROOT / "docs/distributed.md", ROOT / "docs/distributed"
 sys.path.insert(0, str(ROOT))
 from moco_ext.sharded_queue import exchanged_bytes  # noqa: E402
 

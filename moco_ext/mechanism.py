@@ -47,6 +47,7 @@ class Mechanism(nn.Module):
     sync_batchnorm = False
     updates: int = 0
     query_hook: Callable[[Tensor], object] | None = None
+    _low_precision: Any = None  # the LowPrecisionWeights of a key encoder that has them
 
     def forward_batch(
         self, im_q: Tensor, im_k: Tensor, *, index: Tensor, key_order: Tensor | None = None
@@ -92,7 +93,7 @@ class Mechanism(nn.Module):
             raise TypeError(f"keys: expected the output's keys, out.keys, got {type(keys).__name__}")
 
     _steps_without_update = 0
-    _seen_version: int | None = None
+    _seen: tuple[int, int] | None = None
 
     def _warn_if_update_is_forgotten(self) -> None:
         """Called in forward: an optimizer step shows as a new version of the first trained parameter."""
@@ -101,9 +102,10 @@ class Mechanism(nn.Module):
         parameter = next((p for p in self.encoder_q.parameters() if p.requires_grad), None)
         if parameter is None:
             return
-        if self._seen_version is not None and parameter._version != self._seen_version:
+        seen, self._seen = self._seen, (id(parameter), parameter._version)
+        # FSDP2 puts another parameter in its place while the weights are gathered.
+        if seen is not None and seen[0] == id(parameter) and seen != self._seen:
             self._steps_without_update += 1
-        self._seen_version = parameter._version
         if self._steps_without_update == _FORGOTTEN:
             warnings.warn(
                 f"{type(self).__name__}: {_FORGOTTEN} optimizer steps without a call of update; call "

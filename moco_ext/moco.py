@@ -16,7 +16,7 @@ from .encoders import encode
 from .mechanism import Mechanism, check_momentum, check_temperature
 from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encoder_
 from .objectives import OBJECTIVES
-from .ops import info_nce, momentum_update_
+from .ops import info_nce, is_sharded, momentum_update_
 from .queue import KeyQueue
 from .sharded_queue import sharded_info_nce
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
@@ -59,6 +59,10 @@ class MoCo(Mechanism, KeyQueue):
     micro-batches. The state dict has the names and layouts of the official implementation (``encoder_q.*``,
     ``encoder_k.*``, ``queue`` [dim, K], ``queue_ptr`` [1]), so checkpoints load in both directions.
 
+    Large encoders are sharded by FSDP2: ``fully_shard(model.encoder_q); fully_shard(model.encoder_k)``, after their
+    blocks and before the optimizer is made. ``update`` then moves the local shards and gathers nothing. Use the policy
+    ``MixedPrecisionPolicy`` instead of ``low_precision``.
+
     Args:
         base_encoder: ``base_encoder(num_classes=dim) -> Module`` that maps images to [N, dim] features, or a name:
             ``"resnet50"`` or any other torchvision model, ``"resnet18-small"``, ``"timm:NAME"``.
@@ -88,7 +92,8 @@ class MoCo(Mechanism, KeyQueue):
             moco_ext/sharded_queue.py; losses and gradients are those of one queue up to rounding. The process group
             must exist when the model is made.
         flatten_parameters: keep each encoder's parameters in one buffer (:func:`moco_ext.flatten_parameters_`), so that
-            the momentum update is one launch over two buffers. If False, they are left where they are.
+            the momentum update is one launch over two buffers. If False, they are left where they are. Encoders that
+            FSDP2 shards have no buffer: their shards are updated as a list, in one launch.
 
     Raises:
         ValueError, TypeError: an argument of the wrong type or out of its range, or an encoder of the wrong shape; the
@@ -286,6 +291,8 @@ class MoCo(Mechanism, KeyQueue):
             return
         for encoder in (self.encoder_q, self.encoder_k)[: 2 if self.key_encoder == "momentum" else 1]:
             parameters = list(encoder.parameters())
+            if any(map(is_sharded, parameters)):
+                continue
             if len({(p.dtype, p.device) for p in parameters}) == 1 and not parameters[0].is_meta:
                 flatten_parameters_(encoder)
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils.dlpack import from_dlpack, to_dlpack
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .ops import check_plain, momentum_update_
+from .ops import check_plain, is_sharded, momentum_update_
 
 # Each parameter starts on a multiple of this many elements: 64 bytes for float32, what vector loads and cuDNN like.
 ALIGNMENT = 16
@@ -88,8 +88,8 @@ def update_key_encoder_(
 
     Both encoders are flattened (:func:`flatten_parameters_`) at the first call, and again after they have been moved or
     copied, so that the update is one launch over two buffers. Parameters of several dtypes are updated as a list, still
-    in one launch. Buffers (BatchNorm statistics) are not updated: the key encoder's own forward passes update its
-    statistics, as published.
+    in one launch, and so are the local shards of encoders that FSDP2 (``fully_shard``) has sharded. Buffers (BatchNorm
+    statistics) are not updated: the key encoder's own forward passes update its statistics, as published.
 
     Args:
         key_encoder, query_encoder: modules with the same parameters.
@@ -98,8 +98,8 @@ def update_key_encoder_(
         flatten: if False, leave the parameters where they are and update them as a list.
 
     Raises:
-        ValueError: the encoders' parameters differ in number or shape; the message names the first that does.
-        TypeError: the parameters are tensor subclasses, such as the DTensors of FSDP2.
+        ValueError: the encoders' parameters differ in number, shape or sharding; the message names the first that does.
+        TypeError: sharded parameters with ``low_precision``, or other tensor subclasses.
     """
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
     if not keys and not queries:
@@ -107,11 +107,15 @@ def update_key_encoder_(
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
     same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
+        # FSDP2 leaves the parameters of a root module gathered after a forward pass without gradient. An update of
+        # these copies would be lost.
+        keys, queries = (list(_parameters(resharded(encoder))) for encoder in (key_encoder, query_encoder))
         _check_same_structure(key_encoder, query_encoder)
-        check_plain(key_encoder=keys, query_encoder=queries)
+        flatten = flatten and not any(map(is_sharded, keys + queries))
         if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
             momentum_update_(keys, queries, m)
             return
+        check_plain(key_encoder=keys, query_encoder=queries)
         flat_query = flatten_parameters_(query_encoder)
         for key, query in zip(keys, queries, strict=True):
             if key.stride() != query.stride():  # only one of the encoders was converted to channels_last
@@ -125,6 +129,17 @@ def update_key_encoder_(
         low_precision.refresh(
             flat_key, keys, lambda copy: momentum_update_([flat_key], [flat_query], m, low_precision=[copy])
         )
+
+
+def resharded(module: nn.Module) -> nn.Module:
+    """The module, without the parameters that FSDP2 has gathered in it: they are again the shards of this rank."""
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()
+    return module
 
 
 class LowPrecisionWeights:

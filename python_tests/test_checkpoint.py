@@ -17,7 +17,7 @@ pytest.importorskip("tensorboard")
 from training import assert_equal_states, environment, few_digits, run_in, tiny
 
 from moco_ext.checkpoints import read_checkpoint
-from moco_ext.checkpoints.training import load_checkpoint, load_newest, save_checkpoint, save_rotating
+from moco_ext.checkpoints.training import Checkpoints, load_checkpoint, load_newest, official_layout, save_checkpoint
 from moco_ext.runs.files import write_atomically
 from moco_ext.train import build_model, pretrain
 
@@ -37,6 +37,10 @@ def saved(tmp_path):
 def content_of(model) -> dict:
     optimizer = torch.optim.SGD(model.parameters(), 0.03)
     return {"epoch": 1, "arch": "resnet8-small", "model": model, "optimizer": optimizer}
+
+
+def save(folder, step: int, content: dict) -> None:
+    Checkpoints(folder, keep=2).save(step, official_layout(**content))
 
 
 def test_the_layout_is_the_official_one(saved):
@@ -81,7 +85,7 @@ def test_a_write_that_fails_leaves_the_former_file(tmp_path):
 def test_the_last_few_stay_and_the_pointer_follows(tmp_path):
     content = content_of(build_model(tiny()))
     for step in (1, 2, 30):
-        save_rotating(tmp_path, step, 2, **content)
+        save(tmp_path, step, content)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint.pth", "checkpoint_00000002.pth", "checkpoint_00000030.pth"]
     assert (tmp_path / "checkpoint.pth").resolve().name == "checkpoint_00000030.pth"
@@ -90,7 +94,7 @@ def test_the_last_few_stay_and_the_pointer_follows(tmp_path):
 def test_a_truncated_newest_checkpoint_costs_only_itself(tmp_path):
     content = content_of(build_model(tiny()))
     for step in (1, 2):
-        save_rotating(tmp_path, step, 2, **content)
+        save(tmp_path, step, content)
     newest = tmp_path / "checkpoint_00000002.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.warns(UserWarning, match=r"00000002.pth cannot be read"):
@@ -196,7 +200,7 @@ def test_a_compressed_archive_is_not_expanded(tmp_path):
 def test_any_damage_costs_only_the_newest(tmp_path):
     content = content_of(build_model(tiny()))
     for step in (1, 2):
-        save_rotating(tmp_path, step, 2, **content)
+        save(tmp_path, step, content)
     newest = tmp_path / "checkpoint_00000002.pth"
     sound = newest.read_bytes()
 

@@ -1,12 +1,9 @@
 """Parameters in one buffer: what changes, what stays the same, and when a new buffer is made."""
 
 import copy
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import leave_group
 from torch import nn
 
 import moco_ext
@@ -193,24 +190,3 @@ def test_sharded_parameters_are_refused(device):
         with pytest.raises(TypeError, match=f"{name}: expected plain tensors"):
             moco_ext.momentum_update_([keys], [queries], 0.9)
     assert torch.equal(sharded.a, torch.ones(3, device=device))
-
-
-def update_sharded(rank, world, path):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    model = moco_ext.MoCo(lambda num_classes: nn.Linear(4, num_classes), dim=8, K=16)
-    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
-    out = model(torch.randn(3, 4), torch.randn(3, 4))
-    out.loss.backward()
-    before = model.queue.clone()
-    with pytest.raises(TypeError, match=r"key_encoder: expected plain tensors, got DTensor; .* \(fully_shard\)"):
-        model.update(out.keys)
-    assert torch.equal(model.queue, before)
-    leave_group()
-
-
-def test_a_model_sharded_by_fsdp2_is_refused(tmp_path):
-    torch.multiprocessing.spawn(update_sharded, (1, tmp_path / "rendezvous"), nprocs=1)

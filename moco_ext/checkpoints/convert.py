@@ -115,7 +115,7 @@ def convert(
     """Convert a checkpoint to the file that another package would have saved; values and dtypes are unchanged.
 
     Args:
-        source: the file to read; nothing in it is executed.
+        source: the file or folder to read; nothing in it is executed.
         output: the file to write, atomically, in the format of its suffix: ``.safetensors``, ``.pkl`` (detectron2), or
             a torch file with any other.
         to: a name of :data:`FORMATS`.

@@ -31,7 +31,7 @@ class Inert:
 
 
 def read(path: Path) -> Any:
-    """Content of a file, on the CPU: by suffix ``.safetensors``, detectron2's ``.pkl``, else a torch file.
+    """Content of a file, on the CPU: by suffix ``.safetensors``, detectron2's ``.pkl``, else a torch file or a folder.
 
     From a torch file only tensors and plain containers are unpickled (``weights_only=True``); objects of other classes
     become :class:`Inert` without importing or calling those classes.
@@ -46,18 +46,28 @@ def read(path: Path) -> Any:
     return _read_safetensors(path) if path.suffix == ".safetensors" else _read_arrays(path)
 
 
-def read_saved(path: str | Path, *, inert: bool = False, mmap: bool = False) -> Any:
+def read_saved(
+    path: str | Path, *, inert: bool = False, mmap: bool = False, shards: Mapping[str, Tensor] | None = None
+) -> Any:
     """Content of a file that ``torch.save`` wrote, on the CPU. Only tensors and plain containers are unpickled.
+
+    Of a folder that :class:`moco_ext.checkpoints.dcp.AsyncWriter` wrote, the whole checkpoint.
 
     Args:
         inert: replace objects of other classes by :class:`Inert`, instead of raising an error.
         mmap: read tensors when they are used, without a check of the file; only for a file that was read before.
+        shards: of a folder, the DTensors of which only this rank's shard is needed; see
+            :func:`moco_ext.checkpoints.dcp.read`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: truncated, damaged, or not such a file.
     """
     path = Path(path)
+    if _is_folder(path):
+        from . import dcp  # takes a second
+
+        return dcp.read(path, shards)
     _check_exists(path)
     try:
         mmap = mmap and _is_archive(path)
@@ -69,6 +79,20 @@ def read_saved(path: str | Path, *, inert: bool = False, mmap: bool = False) -> 
     except Exception as error:  # bytes of an arbitrary file are interpreted as instructions, which can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"checkpoint: {path} cannot be read (damaged, or not a checkpoint?): {reason}") from None
+
+
+def newest(path: Path) -> Path:
+    """``checkpoint.pth`` of a run directory; any other path as it is."""
+    return path / "checkpoint.pth" if path.is_dir() and not _is_folder(path) else path
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file, or a checkpoint in a folder (see :mod:`moco_ext.checkpoints.dcp`)."""
+    return path.is_file() or _is_folder(path)
+
+
+def _is_folder(path: Path) -> bool:
+    return (path / ".metadata").is_file()
 
 
 def _check_exists(path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..encoders import set_image_size
 from .convert import query_encoder, read_checkpoint
+from .files import newest
 from .fit import backbone_tensors, encoder_of
 
 _BY_NAME, _TIMM = "torchvision:", "timm:"
@@ -37,9 +38,7 @@ def load_pretrained(
     """
     if str(source).startswith(_BY_NAME):
         return _torchvision(str(source).removeprefix(_BY_NAME), arch)
-    path = Path(source)
-    if path.is_dir():
-        path = path / "checkpoint.pth"
+    path = newest(Path(source))
     checkpoint = read_checkpoint(path, otherwise="timm")
     said = checkpoint.about.get("arch")
     if said is not None and arch not in (None, said):
@@ -77,8 +76,7 @@ def read_weights(source: str, arch: str) -> tuple[dict[str, Tensor], str | None]
     name = source.removeprefix(_BY_NAME)
     if source.startswith(_BY_NAME) or (not Path(source).exists() and name in _torchvision_names(arch)):
         return dict(_torchvision_weights(name, arch).get_state_dict(progress=False, check_hash=True)), arch
-    path = Path(source)
-    checkpoint = read_checkpoint(path / "checkpoint.pth" if path.is_dir() else path, otherwise="timm")
+    checkpoint = read_checkpoint(newest(Path(source)), otherwise="timm")
     predictor = {name: value for name, value in checkpoint.tensors.items() if name.startswith("predictor.")}
     return query_encoder(checkpoint.tensors) | predictor, checkpoint.about.get("arch")
 

@@ -18,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         f"{', '.join(FORMATS)}. No code in the source file is executed."
     )
     add = parser.add_argument
-    add("source", metavar="IN", help="the checkpoint to read")
+    add("source", metavar="IN", help="the checkpoint to read, a file or a folder of --checkpoint-format dcp")
     add("output", metavar="OUT", help="the file to write; the suffix selects .safetensors, or .pkl for detectron2")
     add("--to", required=True, metavar="FORMAT", help="format of OUT")
     add("--from", dest="from_format", metavar="FORMAT", help="format of IN (default: detected)")

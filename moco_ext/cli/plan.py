@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from .. import distributed
+from ..checkpoints.files import newest
 from ..data import ImageData, load
 from ..data.sampler import EpochBatchSampler
 from ..encoders import build
@@ -195,7 +196,7 @@ def _of_resumed_run(options: RunOptions, explicit: dict[str, Any]) -> dict[str, 
     if options.resume is None:
         return {}
     source = options.output if options.resume == "auto" else Path(options.resume)
-    config = read_json((source if source.is_dir() else source.parent) / "config.json")
+    config = read_json(newest(source).parent / "config.json")
     known = {field.name for field in dataclasses.fields(PretrainConfig)} - {"data", *explicit}
     return {
         name: tuple(value) if isinstance(value, list) else value

@@ -127,7 +127,7 @@ def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = Fa
     source = str(source)
     folder = hub.find(source)
     if folder is None:
-        weights = str(Path(source, "checkpoint.pth")) if Path(source).is_dir() else source
+        weights = str(files.newest(Path(source))) if Path(source).is_dir() else source
         recorded = files.read_metadata(Path(weights))
     else:
         weights, recorded = str(folder / hub.WEIGHTS), hub.read_config(folder)
@@ -144,7 +144,7 @@ def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = Fa
 def _transform_of(recorded: dict[str, Any], path: Path) -> EvalTransform:
     """The preprocessing that an export or a run has recorded; ImageNet's if there is none."""
     found = recorded.get("transform")
-    if found is None and path.is_file() and path.suffix not in (".safetensors", ".pkl"):
+    if found is None and files.exists(path) and path.suffix not in (".safetensors", ".pkl"):
         content = files.read_saved(path, inert=True, mmap=True)
         found = content.get("transform") if isinstance(content, dict) else None
     if isinstance(found, dict):
@@ -155,7 +155,7 @@ def _transform_of(recorded: dict[str, Any], path: Path) -> EvalTransform:
 def _with_head(source: str, arch: str) -> nn.Module:
     """The encoder of ``source`` with its own head, of one layer or of MoCo v2."""
     path = Path(source)
-    if not path.is_file():
+    if not files.exists(path):
         raise ValueError(f"head: expected weights in a file, got {source}")
     tensors = query_encoder(read_checkpoint(path, otherwise="timm").tensors)
     found = {name.removeprefix("fc."): tensor for name, tensor in tensors.items() if name.startswith("fc.")}

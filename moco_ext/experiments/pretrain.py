@@ -62,16 +62,17 @@ def _pretrain_and_evaluate(
     features: Features = {}
     reason = data.why_not_scored
     with phase(options.console, "evaluating"):
+        trained = trainer.encoder()
         if len(data.train) > _EVALUATED:
             reason = f"{data.name} has more than {_EVALUATED:,} images"
         else:
-            features = all_features(data, options, untrained=untrained, trained=model.encoder_q)
+            features = all_features(data, options, untrained=untrained, trained=trained)
         report_unreadable(options, data.unreadable)
         if first and not reason:
             summary |= top1(data, features, config.knn_k) | {"test_images": len(data.splits[1])}
             summary |= {"few_labels": few} if (few := few_label_top1(data, features)) else {}
         elif first and data.why_not_scored:
-            summary["label_free"] = _label_free(config, data, options, untrained=untrained, trained=model.encoder_q)
+            summary["label_free"] = _label_free(config, data, options, untrained=untrained, trained=trained)
     if not first:
         return summary
     summary["seconds"] = records[-1]["seconds"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..distributed import rank, unite, world_size
-from .files import remove_temporaries, write_atomically
+from .files import remove, remove_temporaries, write_atomically
 from .options import RunOptions
 
 _LOCK = ".lock"
@@ -24,6 +24,7 @@ _UNREADABLE = "unreadable.txt"
 _MARKS = ("metrics.jsonl", "config.json", "checkpoint*.pth*")
 _WRITTEN = (
     *("config.json", "environment.json", "loggers.json", "metrics.jsonl", "metrics.csv", "checkpoint*.pth"),
+    "checkpoint_*[0-9]",  # folders
     *("nonfinite.pth", _UNREADABLE, "summary.json", "report.html"),
 )
 _EVALUATIONS = ("knn", "linear", "finetune", "scratch", "detect", "detect-scratch")
@@ -74,7 +75,7 @@ def clear(folder: Path) -> None:
     """Delete what a pre-training run and the evaluations of its encoder have written to ``folder``."""
     written = [*_WRITTEN, *(f"{name}{suffix}" for name in _EVALUATIONS for suffix in (".json", ".pth", "_best.pth"))]
     for path in _matching(folder, written):
-        path.unlink(missing_ok=True)
+        remove(path)
     for name in ("tensorboard", "wandb", *_EVALUATIONS):
         shutil.rmtree(folder / name, ignore_errors=True)
 

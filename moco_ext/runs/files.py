@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,14 +38,22 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 def remove_temporaries(folder: Path, *names: str) -> None:
-    """Remove what :func:`write_atomically` left in ``folder`` when a process was killed.
+    """Remove what :func:`write_atomically` left in ``folder`` when a process was killed, and folders named like that.
 
     Args:
         names: glob patterns of the files that were being written. No other process may be writing them.
     """
     for name in names:
         for path in folder.glob(f".{name}.[0-9]*.tmp"):
-            path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .console import make_console
 from .loggers import LOGGERS, check_installed, logger_names
-from .settings import NOT_NEGATIVE, Valid, at_least, check_settings, setting
+from .settings import NOT_NEGATIVE, Valid, at_least, check_settings, one_of, setting
 
 GROUP = "logging and checkpoints"
 _NAMES = Valid(
@@ -36,6 +36,9 @@ class RunOptions:
         logger: names of :data:`moco_ext.runs.loggers.LOGGERS`, separated by commas, or ``"none"``.
         save_every: steps between checkpoints, in addition to one at the end of each epoch; 0: only those.
         keep: number of checkpoints to keep.
+        checkpoint_format: ``"file"``: rank 0 gathers and writes each checkpoint, in the official layout. ``"dcp"``:
+            every rank writes its part to a folder (torch.distributed.checkpoint), while training goes on.
+        parallel: how several processes train: ``"ddp"``, each has all weights; ``"fsdp"``, each has a shard of them.
         overwrite: start a new run in a used directory; what the previous run wrote there, evaluations included, is
             deleted.
     """
@@ -75,6 +78,18 @@ class RunOptions:
         0, valid=NOT_NEGATIVE, help="steps between checkpoints, in addition to those of each record", group=GROUP
     )
     keep: int = setting(2, valid=at_least(1), help="checkpoints to keep", group=GROUP)
+    checkpoint_format: str = setting(
+        "file",
+        valid=one_of("file", "dcp"),
+        help="file: in the official layout; dcp: a folder that all processes write while training goes on",
+        group=GROUP,
+    )
+    parallel: str = setting(
+        "ddp",
+        valid=one_of("ddp", "fsdp"),
+        help="with several processes: each has all weights (ddp), or a shard of weights and optimizer state (fsdp)",
+        group="several processes",
+    )
     overwrite: bool = setting(
         False, negatable=False, help="start a new run in an output directory that holds another one", group=GROUP
     )

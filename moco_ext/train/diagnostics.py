@@ -67,7 +67,7 @@ class Diagnostics:
         self._images: Tensor | None = None
         self._next_probe = -1
         self._probes: collections.deque[tuple[int, Tensor]] = collections.deque()  # (step, unit keys [probe, dim])
-        self._warned = False
+        self._warned = distributed.rank() > 0
 
     def before(self, step: int) -> None:
         """Call before step ``step`` (from 1), whose queries are watched if it is due."""

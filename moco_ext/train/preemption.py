@@ -96,6 +96,10 @@ class Preemption:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         return bool(distributed.all_reduce(torch.tensor(float(self._received), device=device)).item())
 
+    def progress(self) -> None:
+        """Tell that the process is not stuck, during work that changes no step."""
+        self._steps += 1
+
     def stop(self, console: Console, step: int) -> NoReturn:
         """End the process with status 143, after the step has been saved."""
         if distributed.rank() == 0:

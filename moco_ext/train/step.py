@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
@@ -64,7 +65,8 @@ class OptimizerStep:
     """One optimizer step at a time: ``step(batches)``, in one process or in a process group.
 
     The loss is copied to the host while the backward pass runs, so checking that it is finite does not stall the GPU.
-    When the gradient scaler skips a step (an overflow in float16), the model's update is skipped too.
+    When the gradient scaler skips a step (an overflow in float16), the model's update is skipped too. Several processes
+    train with DistributedDataParallel, unless FSDP2 has sharded the model's networks (:mod:`moco_ext.train.parallel`).
 
     Args:
         precision: "fp32", "bf16" or "fp16".
@@ -85,7 +87,8 @@ class OptimizerStep:
         self._autocast = AUTOCAST.get(precision)
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self._objective: nn.Module = Objective(model, symmetric)
-        if distributed.world_size() > 1:
+        self._sharded = [network for network in model.children() if isinstance(network, FSDPModule)]
+        if distributed.world_size() > 1 and not self._sharded:
             if model.sync_batchnorm and self._device.type == "cuda":
                 convert_sync_batchnorm(model)
             # The queue is equal on all ranks by construction, and each rank trains with its own BatchNorm statistics
@@ -116,6 +119,8 @@ class OptimizerStep:
             with contextlib.ExitStack() as stack:
                 if not batch.last and isinstance(self._objective, DistributedDataParallel):
                     stack.enter_context(self._objective.no_sync())
+                for network in self._sharded:
+                    network.set_requires_gradient_sync(batch.last)
                 with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
                     loss, of_batch, arguments = self._objective(batch)
                 pending.append(arguments)

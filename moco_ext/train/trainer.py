@@ -11,9 +11,21 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .. import distributed
-from ..checkpoints.training import check_finite, load_checkpoint, load_into, load_newest, save_rotating
+from ..checkpoints.files import newest
+from ..checkpoints.training import (
+    Checkpoints,
+    check_finite,
+    has_checkpoint,
+    load_checkpoint,
+    load_into,
+    load_newest,
+    local_shards,
+    official_layout,
+    sharded_tensors,
+)
 from ..data import Batch, EvalTransform, ImageData, TrainLoader
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
@@ -24,8 +36,9 @@ from ..runs.options import RunOptions
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
 from .initialize import describe, initialize_
-from .model import build_model
+from .model import AUTOCAST, build_model
 from .optimizer import build_optimizer
+from .parallel import filled, hollow_copy, shard_
 from .preemption import Preemption
 from .step import NonFiniteLoss, OptimizerStep
 from .teacher import attach_teacher
@@ -84,7 +97,9 @@ class Trainer:
                 "will be among its negatives; use a smaller --moco-k, or --same-image mask",
                 stacklevel=4,
             )
-        if channels_last and (cuda or wanted):
+        # With one process there is nothing to shard.
+        self.sharded = options.parallel == "fsdp" and self.world > 1
+        if channels_last and (cuda or wanted) and not self.sharded:  # FSDP2 needs contiguous weights
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loader = TrainLoader(
             data,
@@ -103,6 +118,12 @@ class Trainer:
             device=options.device,
             channels_last=channels_last,
         )
+        resumes = options.resume is not None and (options.resume != "auto" or has_checkpoint(options.output))
+        if config.init is not None:
+            self._initialize(config.init, resumes)
+        if self.sharded:
+            self._hollow = hollow_copy(self.model.encoder_q)
+            shard_(self.model, options.device, AUTOCAST.get(config.precision))
         self.optimizer = build_optimizer(
             self.model,
             config.optimizer,
@@ -128,10 +149,11 @@ class Trainer:
         self.optimizer_step = OptimizerStep(
             self.model, self.optimizer, config.precision, config.symmetric, clip_grad=config.clip_grad
         )
-        self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 else 0)
-        resumed = self._resume(options.resume) if options.resume else False
-        if config.init is not None:
-            self._initialize(config.init, resumed)
+        # All ranks take part in a forward pass of sharded weights.
+        self.diagnostics = Diagnostics(self.model, every=options.print_freq if self.rank == 0 or self.sharded else 0)
+        self.checkpoints = Checkpoints(options.output, options.keep, options.checkpoint_format)
+        if resumes:
+            self._resume(*self._checkpoint_to_resume())
         # A finished run in its own directory is not trained again, but its records are there to be evaluated.
         if self.step >= self.total and (options.overwrite or not read_metrics(options.output / "metrics.jsonl")):
             raise ValueError(
@@ -153,7 +175,7 @@ class Trainer:
             config=dataclasses.asdict(config),
             enabled=self.rank == 0,
         )
-        with log, Preemption() as preemption:
+        with log, Preemption() as preemption, self.checkpoints:
             while self.step < self.total:
                 self.model.train()
                 epoch = self.step // self.per_epoch
@@ -165,10 +187,11 @@ class Trainer:
                         self._record(log, preemption)
                     recorded = done or self.step % every == 0
                     if recorded or (options.save_every and self.step % options.save_every == 0):
-                        self._save(last=done)
+                        self._save(preemption, last=done)
                     if preemption.agreed(done or self.step % options.print_freq == 0):
                         if not recorded:
-                            self._save(last=True)
+                            self._save(preemption, last=True)
+                        self._finish_checkpoint(preemption)
                         preemption.stop(options.console, self.step)
                     if done:
                         break
@@ -231,22 +254,28 @@ class Trainer:
         every = self.config.online_knn * (1 if self.config.steps else self.per_epoch)
         return every > 0 and self.step % every == 0
 
-    def _knn(self) -> float:
-        if self.world > 1:  # BatchNorm statistics differ between ranks in training; rank 0's are used
-            for buffer in self.model.encoder_q.buffers():
+    def encoder(self) -> nn.Module:
+        """The query encoder in one piece, to be evaluated, with rank 0's BatchNorm statistics. Every rank must call it.
+
+        Of sharded weights it is a copy.
+        """
+        encoder = self.model.encoder_q
+        if self.world > 1:  # BatchNorm statistics differ between ranks in training
+            for buffer in encoder.buffers():
                 dist.broadcast(buffer, 0)
-        rows = split_features(self.data, self.options, self.model.encoder_q, "trained")
+        return filled(self._hollow, encoder) if self.sharded else encoder
+
+    def _knn(self) -> float:
+        rows = split_features(self.data, self.options, self.encoder(), "trained")
         return knn_score(self.data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
 
-    def _save(self, last: bool) -> None:
-        """Write a checkpoint, on rank 0. A failed write, as on a full disk, is an error only for the last one."""
+    def _save(self, preemption: Preemption, last: bool) -> None:
+        """Write a checkpoint. A failed write, as on a full disk, is an error only for the last one."""
         check_finite(self.model, self.optimizer)
         unreadable = sorted(distributed.unite(self.data.unreadable))
         random = {"cpu": _of_all_ranks(torch.get_rng_state())}
         if self.options.device.type == "cuda":
             random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
-        if self.rank > 0:
-            return
         trainer = {
             "step": self.step,
             "loader": self.loader.state_dict(),
@@ -262,23 +291,32 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "image_size": self.data.size,
         }
+        content = official_layout(
+            epoch=self.step // self.per_epoch,
+            arch=self.config.arch,
+            model=self.model,
+            optimizer=self.optimizer,
+            trainer=trainer,
+            transform=EvalTransform.of(self.data).as_dict(),
+        )
         try:
-            list_unreadable(self.options.output, unreadable)
-            save_rotating(
-                self.options.output,
-                self.step,
-                self.options.keep,
-                epoch=self.step // self.per_epoch,
-                arch=self.config.arch,
-                model=self.model,
-                optimizer=self.optimizer,
-                trainer=trainer,
-                transform=EvalTransform.of(self.data).as_dict(),
-            )
-        except (OSError, RuntimeError) as error:
+            self.checkpoints.save(self.step, content)
+            if self.rank == 0:
+                list_unreadable(self.options.output, unreadable)
+        except OSError as error:
             if last:
                 raise OSError(f"output: the last checkpoint could not be written: {error}") from error
-            warnings.warn(f"checkpoint of step {self.step} not written, training continues: {error}", stacklevel=2)
+            if self.rank == 0:
+                warnings.warn(f"checkpoint of step {self.step} not written, training continues: {error}", stacklevel=2)
+        if last:
+            self._finish_checkpoint(preemption)
+
+    def _finish_checkpoint(self, preemption: Preemption) -> None:
+        """Wait for a checkpoint that is still being written."""
+        try:
+            self.checkpoints.finish(preemption.progress)
+        except OSError as error:
+            raise OSError(f"output: the last checkpoint could not be written: {error}") from error
 
     def _initialize(self, source: str, resumed: bool) -> None:
         said = "init: not used, as the run continues from its checkpoint"
@@ -288,16 +326,16 @@ class Trainer:
         if self.rank == 0:
             self.options.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
-    def _resume(self, source: Path | str) -> bool:
-        """Load a checkpoint; returns False if there is none yet."""
+    def _checkpoint_to_resume(self) -> tuple[dict[str, Any], Path]:
+        source, shards = self.options.resume, sharded_tensors(self.model, self.optimizer)
         if source == "auto":
-            found = load_newest(self.options.output)
-            if found is None:
-                return False
-            checkpoint, path = found
-        else:
-            path = Path(source)
-            checkpoint = load_checkpoint(path / "checkpoint.pth" if path.is_dir() else path)
+            found = load_newest(self.options.output, shards)
+            assert found is not None
+            return found
+        assert source is not None
+        return load_checkpoint(newest(Path(source)), shards), Path(source)
+
+    def _resume(self, checkpoint: dict[str, Any], path: Path) -> None:
         trainer, before = checkpoint.get("trainer"), {}
         settings = trainer.get("config") if isinstance(trainer, dict) else None
         saved = settings.get("optimizer", "sgd") if isinstance(settings, dict) else "sgd"
@@ -317,7 +355,7 @@ class Trainer:
                 reason = str(error) if isinstance(error, ValueError) else repr(error)
                 raise ValueError(f"resume: {path} does not fit this run: {' '.join(reason.split())[:300]}") from None
         if self.rank > 0:
-            return True
+            return
         self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
         now = dataclasses.asdict(self.config)
         changed = [f"{name} {old} -> {now[name]}" for name, old in before.items() if name in now and now[name] != old]
@@ -325,7 +363,6 @@ class Trainer:
             self.options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
         if self.step >= self.total:
             warnings.warn(f"resume: {path} has completed all of its {self.total} steps", stacklevel=5)
-        return True
 
     def _restore(self, trainer: dict[str, Any]) -> None:
         counts = {name: trainer[name] for name in ("step", "images", "skipped_steps", "updates")}
@@ -358,7 +395,7 @@ class Trainer:
             "index": torch.cat([batch.index for batch in error.batches]),
             "im_q": torch.cat([batch.im_q for batch in error.batches]).cpu(),
             "im_k": torch.cat([batch.im_k for batch in error.batches]).cpu(),
-            "state_dict": self.model.state_dict(),
+            "state_dict": local_shards(self.model.state_dict()),
         }
         written = f"; the batch and the model before the step are in {path}"
         try:
