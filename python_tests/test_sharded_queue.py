@@ -1,8 +1,10 @@
 """A queue divided among processes gives the losses, gradients and states of one queue."""
 
+import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,14 @@ from torch.distributed.tensor import DTensor
 import moco_ext
 from moco_ext import KeyQueue, MoCo
 from moco_ext.sharded_queue import sharded_info_nce
+
+pytest.importorskip("torchvision")
+pytest.importorskip("tensorboard")
+from test_distributed import in_two_processes
+from training import few_digits, run_in, tiny
+
+from moco_ext.checkpoints.training import load_checkpoint
+from moco_ext.train import PretrainConfig, pretrain
 
 N, C, K = 6, 16, 40
 
@@ -189,7 +199,47 @@ def test_dry_run_divides_the_queue(tmp_path):
 
 
 def test_config_of_another_mechanism():
-    from moco_ext.train import PretrainConfig
-
     with pytest.raises(ValueError, match="shard_queue: expected False with dictionary end-to-end, got True"):
         PretrainConfig("digits", dictionary="end-to-end", shard_queue=True)
+
+
+# --- the trainer ------------------------------------------------------------------------------------------------------
+
+RUNS = {
+    "whole": {},
+    "sharded": {"shard_queue": True},
+    "sharded, folder": {"shard_queue": True, "checkpoint_format": "dcp"},
+    "sharded, fsdp, folder": {"shard_queue": True, "checkpoint_format": "dcp", "parallel": "fsdp"},
+}
+
+
+def configured(name, epochs):
+    settings = dict(RUNS[name])
+    options = {option: settings.pop(option) for option in ("checkpoint_format", "parallel") if option in settings}
+    return tiny(epochs=epochs, empty_queue=True, same_image="mask", **settings), options
+
+
+def pretrain_both(args, options):
+    for name in RUNS:
+        config, parallel = configured(name, 1)
+        pretrain(config, few_digits(), run_in(Path(args.arguments[0]) / name, local_world=2, print_freq=2, **parallel))
+    return 0
+
+
+@pytest.mark.slow
+def test_runs_and_their_checkpoints(tmp_path):
+    """Equal to a run with a whole queue; one process resumes from each."""
+    in_two_processes(pretrain_both, str(tmp_path))
+    want = load_checkpoint(tmp_path / "whole" / "checkpoint.pth")["state_dict"]
+    for name in RUNS:
+        got = load_checkpoint(tmp_path / name / "checkpoint.pth")["state_dict"]
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-4, msg=f"{name}: {key}")
+    after = []
+    for name in RUNS:
+        for shard_queue in (True, False):
+            config = dataclasses.replace(configured(name, 2)[0], shard_queue=shard_queue)
+            run = tmp_path / f"{name}, {shard_queue}"
+            after.append(pretrain(config, few_digits(), run_in(run, resume=tmp_path / name))[-1]["loss"])
+    assert after == pytest.approx([after[0]] * len(after), rel=1e-4)
