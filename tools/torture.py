@@ -43,13 +43,13 @@ def make_data(folder: Path) -> dict[str, list[str]]:
     for position in range(96):
         path = folder / "images" / str(int(digits.labels[position])) / f"{position}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_image(digits.read(position), path)
+        write_image(digits.images[position], path)
     paths = sorted((folder / "images").rglob("*.png"))
     (folder / "list.txt").write_text("".join(f"{path}\n" for path in paths))
     command("shard", str(folder / "images"), str(folder / "tar"), "--images-per-shard", "20")
     write_parquet(paths, folder / "parquet")
     return {
-        "digits": ["--data", "digits"],
+        "digits": ["--data", "digits", "--epochs", "1"],
         "folder": ["--data", str(folder / "images")],
         "list": ["--data", str(folder / "list.txt")],
         "tar": ["--data", str(folder / "tar")],
@@ -177,7 +177,7 @@ def main() -> int:
             kills = args.kills * (number + 1) // len(settings) - args.kills * number // len(settings)
             work = Path(folder) / f"{kind}-{form}-{workers}"
             work.mkdir()
-            flags = [*data[kind], *FLAGS.split(), "--workers", str(workers), "--checkpoint-format", form]
+            flags = [*FLAGS.split(), *data[kind], "--workers", str(workers), "--checkpoint-format", form]
             counts = campaign(flags, work, kills)
             shutil.rmtree(work)
             results[f"{kind}, {form}, {workers} workers"] = counts
