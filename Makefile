@@ -1,5 +1,5 @@
 # make demo    pretrain on real images, evaluate, write a report
-# make test    the tests, in minutes; make test-slow: those of more than ten seconds
+# make test    the tests, in minutes; make test-slow: those of more than ten seconds; make torture: with kills
 # make lint    style, types, imports, spelling
 # make docs    build/docs/index.html
 PYTHON ?= python3
@@ -25,16 +25,21 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow docs bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
+.PHONY: demo test test-slow torture docs bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest python_tests -m "not slow"
+	$(BIN)/python -m pytest python_tests -m "not slow and not torture"
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest python_tests -m slow
+
+# Half an hour: lost processes and nodes, and a hundred kills at random moments.
+torture: $(VENV)/installed
+	$(BIN)/python -m pytest python_tests -m torture
+	$(BIN)/python tools/torture.py --kills 100 --out bench/results/torture.json
 
 # A broken link or docstring is an error.
 docs: $(VENV)/installed

@@ -18,8 +18,6 @@ from training import assert_equal_states, environment, torchrun
 
 from moco_ext.checkpoints.training import load_checkpoint
 
-pytestmark = pytest.mark.slow
-
 # Otherwise a restarted rank may read addresses of the ranks before it from the store that the agents share.
 ENVIRONMENT = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
@@ -122,10 +120,10 @@ def unbroken(tmp_path_factory):
 @pytest.mark.parametrize(
     ("nodes", "fault", "more"),
     [
-        (2, "dies", []),
-        (2, "dies", ["parallel=fsdp", "checkpoint_format=dcp"]),
-        (2, "hangs", []),
-        (4, "dies", []),
+        pytest.param(2, "dies", [], marks=pytest.mark.slow),
+        pytest.param(2, "dies", ["parallel=fsdp", "checkpoint_format=dcp"], marks=pytest.mark.torture),
+        pytest.param(2, "hangs", [], marks=pytest.mark.torture),
+        pytest.param(4, "dies", [], marks=pytest.mark.torture),
     ],
 )
 def test_a_lost_rank_is_restarted(tmp_path, agents, unbroken, nodes, fault, more):
@@ -145,6 +143,7 @@ def assert_close_states(one: dict, other: dict) -> None:
         torch.testing.assert_close(one[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.torture
 def test_a_lost_node_is_replaced(tmp_path, agents, unbroken):
     first, lost = agents(2, 2, tmp_path / "run", 16, "node", 2)
     assert lost.wait(timeout=120) == -signal.SIGKILL, said(tmp_path)
@@ -153,12 +152,14 @@ def test_a_lost_node_is_replaced(tmp_path, agents, unbroken):
     assert_equal_states(end_of(tmp_path / "run"), unbroken(2))
 
 
+@pytest.mark.torture
 def test_a_lost_node_without_a_replacement(tmp_path, agents):
     first, _ = agents(2, 2, tmp_path / "run", 16, "node", 2, conf=",join_timeout=40")
     assert ended([first], 240) == [1], said(tmp_path)
     assert "RendezvousTimeoutError" in said(tmp_path)
 
 
+@pytest.mark.slow
 def test_after_the_last_restart_all_end_with_a_message(tmp_path, agents):
     started = agents(2, 2, tmp_path / "run", 16, "always", 2, restarts=1)
     assert ended(started, 240) == [1, 1], said(tmp_path)
