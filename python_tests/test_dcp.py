@@ -270,7 +270,7 @@ def test_damaged_and_malicious_folders_are_refused(tmp_path):
             load_checkpoint(tmp_path / str(number))
 
 
-KILLED = """
+RUN = """
 import os, signal, sys
 from pathlib import Path
 from torch.distributed.checkpoint import FileSystemWriter
@@ -281,23 +281,29 @@ from moco_ext.train import pretrain
 write = FileSystemWriter.write_data
 def written(self, plan, planner):
     future = write(self, plan, planner)
-    if "6" in str(self._final.name):  # the shards are there, the metadata is not
+    if sys.argv[2] == "killed" and "6" in str(self._final.name):  # the shards are there, the metadata is not
         os.kill(os.getpid(), signal.SIGKILL)
     return future
 FileSystemWriter.write_data = written
-pretrain(tiny(), few_digits(), run_in(Path(sys.argv[1]), save_every=3, checkpoint_format="dcp"))
+pretrain(tiny(), few_digits(), run_in(Path(sys.argv[1]), save_every=3, checkpoint_format=sys.argv[3], resume="auto"))
 """
 
 
-def test_killed_while_it_writes(digits, tmp_path):
+def test_killed_while_it_writes(tmp_path):
     """SIGKILL costs the checkpoint that was being written; the one before it is resumed, to the same end."""
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def run(name: str, fate: str, form: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", RUN, str(tmp_path / name), fate, form]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stderr
+
+    status, said = run("killed", "killed", "dcp")
+    assert status == -signal.SIGKILL, said
     left = [".checkpoint_00000006.0.tmp", "checkpoint.pth", "checkpoint_00000003", "checkpoint_00000005"]
     assert folders(tmp_path / "killed") == left
-    pretrain(tiny(), digits, run_in(tmp_path / "killed", save_every=3, resume="auto"))
-    pretrain(tiny(), digits, run_in(tmp_path / "through"))
+    for name in ("killed", "through"):
+        status, said = run(name, "", "file")
+        assert status == 0, said
     assert_equal_states(state_of(tmp_path / "through"), state_of(tmp_path / "killed"))
     assert not list((tmp_path / "killed").glob(".checkpoint*"))
 
