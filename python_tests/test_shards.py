@@ -944,7 +944,7 @@ print(json.dumps(steps))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_hundred_million_images(shards, tmp_path):
     """A generated index that repeats the images of a shard: a run starts in seconds and its memory stays flat."""
     path = shards / "train" / "shard-000000.tar"
