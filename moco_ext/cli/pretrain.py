@@ -99,7 +99,10 @@ def check_memory(config: PretrainConfig, device: torch.device, world: int = 1) -
     shards = world if config.shard_queue else 1
     needed = config.moco_k * config.moco_dim * DTYPES[config.queue_dtype].itemsize // shards
     if needed > memory:
+        can_divide = has_setting(config.dictionary, "shard_queue") and not config.shard_queue
         raise ValueError(
             f"moco_k, moco_dim: expected a queue that fits in the {memory / 2**30:.1f} GiB of {device}, got "
             f"{config.moco_k:,} keys of {config.moco_dim:,} numbers, which take {needed / 2**30:,.1f} GiB"
+            + "; --shard-queue divides them among processes"
+            * can_divide
         )
