@@ -148,6 +148,7 @@ class MoCo(Mechanism, KeyQueue):
                 "queue_sharding: expected False with label_smoothing, in_batch, same_id 'positive' or another "
                 "objective than 'infonce', got True"
             )
+        self.queue_sharding = queue_sharding
         self.objective, self.teacher_T = objective, check_temperature(teacher_T)
         self.label_smoothing, self.in_batch, self.same_id = label_smoothing, in_batch, same_id
         self.m = check_momentum(m)
@@ -185,6 +186,11 @@ class MoCo(Mechanism, KeyQueue):
         """
         if (ids is None) != (self.same_id is None):
             raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
+        if self.queue_sharding and self.shards != distributed.world_size():
+            raise RuntimeError(
+                f"queue_sharding: expected the {self.shards} processes that the model was made for, got "
+                f"{distributed.world_size()}; make the model after init_process_group"
+            )
         self._check_images(im_q, im_k)
         self._warn_if_update_is_forgotten()
         q, keys = self._encode(im_q, im_k, key_order)  # [N, dim], [world * N, dim]

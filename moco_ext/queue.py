@@ -133,7 +133,9 @@ class KeyQueue(nn.Module):
             keys = state_dict[name]
             if isinstance(keys, DTensor):
                 keys = keys.full_tensor() if self.shards == 1 else keys.redistribute(placements=[Shard(1)]).to_local()
-            elif self.shards > 1 and keys.shape[1] == self.K:
+            elif self.shards > 1:
+                if keys.shape[1] != self.K:  # K / world keys would fit a shard, the same ones on every rank
+                    raise RuntimeError(f"size mismatch for {name}: expected {self.K} keys, got {keys.shape[1]}")
                 keys = keys[:, self.row_offset :][:, : len(self.queue)]
             state_dict[name] = keys.t().contiguous()  # rows, also for load_state_dict(assign=True)
             full = {"queue_ids": -1, "queue_written": -1, "queue_writes": 0, "queue_valid": self.K}

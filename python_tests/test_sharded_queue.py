@@ -105,8 +105,13 @@ def check_checkpoints(rank, world, folder):
     want, _ = train(sharded, rank, world, steps=3, first=20)
     for restored in (one, again, other):
         assert rel_error(train(restored, rank, world, steps=3, first=20)[0], want) <= 1e-5
-    with pytest.raises(RuntimeError, match="size mismatch for queue"):
-        again.load_state_dict(MoCo(encoder, C, 2 * K, empty=True).state_dict())
+    for size in (2 * K, K // world):
+        with pytest.raises(RuntimeError, match="size mismatch for queue"):
+            again.load_state_dict(MoCo(encoder, C, size, empty=True).state_dict())
+    early = model(queue_sharding=True)
+    early.shards = 1  # as if it had been made before the process group
+    with pytest.raises(RuntimeError, match=r"queue_sharding: expected the 1 processes .* got"):
+        early(images(0, 0), images(0, 1))
 
 
 def check_float64(rank, world):
