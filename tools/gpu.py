@@ -101,7 +101,7 @@ def stage_1() -> Iterator[Group]:
 def stage_2() -> Iterator[Group]:
     yield from build()
     tests = [f"{test}, {p}" for test in PYTEST_OF_BOTH for p in PASSES] + list(PYTEST)
-    yield 6, [(f"pytest {test}", f"python -m pytest python_tests/test_{test.split(',')[0]}.py -q", 240)
+    yield 10, [(f"pytest {test}", f"python -m pytest python_tests/test_{test.split(',')[0]}.py -q", 240)
               for test in tests]  # fmt: skip
     ncu = f"ncu --profile-from-start off --clock-control none {' '.join(f'--section {x}' for x in NCU_SECTIONS)}"
     kernels = [f"{what}, {p}" for what in list(PROBES)[:2] for p in PASSES] + ["momentum_update", "enqueue 256 float32"]
