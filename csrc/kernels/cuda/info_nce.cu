@@ -1,8 +1,8 @@
 // The InfoNCE kernels that do not depend on the tensor-core pass: those over rows, and the generic pass.
 #include <algorithm>
 
+#include "kernels/cuda/info_nce_combine.cuh"
 #include "kernels/cuda/info_nce_generic.cuh"
-#include "kernels/cuda/info_nce_rows.cuh"
 #include "kernels/cuda/info_nce_target.cuh"
 
 namespace moco_ext::cuda {
@@ -85,8 +85,9 @@ cudaError_t launch_info_nce_combine(const Query* query, const InfoNceAnchor<Quer
                                     const InfoNceShape& shape, const InfoNceOptions& options,
                                     const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
                                     const InfoNceOutputs& outputs, cudaStream_t stream) {
-  const int warps = static_cast<int>(std::clamp<int64_t>((workspace.splits + kCombineSplits - 1) / kCombineSplits,
-                                                         kCombineMinWarps, kCombineMaxWarps));
+  const CombineShape blocks = combine_shape(shape.n, outputs.grad_query == nullptr ? 0 : shape.c, workspace.splits);
+  const int warps = blocks.row_warps() * blocks.rows;
+  const auto grid = static_cast<unsigned>((shape.n + blocks.rows - 1) / blocks.rows);
   const bool own_key = anchor.key != nullptr;
   const float* const given = own_key ? target : nullptr;
   const bool plain = given == nullptr && contrast.row_ids == nullptr && contrast.label_smoothing == 0;
@@ -101,9 +102,9 @@ cudaError_t launch_info_nce_combine(const Query* query, const InfoNceAnchor<Quer
                                  contrast.in_batch ? contrast.keys : 0,
                                  contrast.label_smoothing,
                                  contrast.same_id_positive};
-  return launch(Start::kEarly, info_nce_combine_kernel<Query>, dim3(static_cast<unsigned>(shape.n)), dim3(32 * warps),
-                0, stream, query, anchor, row_options(shape, options), temperature_of(options), row_target, workspace,
-                outputs);
+  return launch(Start::kEarly, info_nce_combine_kernel<Query>, dim3(grid), dim3(32 * warps),
+                warps * 32 * sizeof(float4), stream, query, anchor, row_options(shape, options),
+                temperature_of(options), row_target, workspace, outputs, blocks);
 }
 
 #define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                           \

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
         }
         for (int j = 0; j < kGenericItemRows; ++j) {
           if (block_row + row + j >= n) break;
-          float* const total = partials.keys + slot(row + j) * c + column;
+          float* const total = partials.keys + slot(row + j) * partials.pitch + column;
           *total = tile == first_tile ? sum[j] : *total * rescale[row + j] + sum[j];
         }
       }
@@ -115,7 +115,9 @@ __global__ void __launch_bounds__(kGenericThreads, 2)
 
   if (first_tile == end_tile && partials.keys != nullptr) {  // fewer tiles than splits
     const int64_t rows = min(n - block_row, kGenericRows);
-    for (int64_t i = thread; i < rows * c; i += kGenericThreads) partials.keys[slot(i / c) * c + i % c] = 0.0f;
+    for (int64_t i = thread; i < rows * c; i += kGenericThreads) {
+      partials.keys[slot(i / c) * partials.pitch + i % c] = 0.0f;
+    }
   }
   for (int r = 0; r < 2; ++r) {
     const int row = warp + kWarps * r;

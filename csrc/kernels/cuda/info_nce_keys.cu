@@ -191,7 +191,7 @@ cudaError_t info_nce_keys_backward(const Query* query, const Query* key, const I
                                           static_cast<const Operand*>(w.query),
                                           nullptr,
                                           nullptr,
-                                          {nullptr, nullptr, nullptr, w.sums, w.splits},
+                                          {nullptr, nullptr, nullptr, w.sums, w.splits, shape.c},
                                           m,
                                           {n, nullptr},
                                           mask,

@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)  // without the 2, ptxas spi
   const int lane = thread % 32;
   const int64_t row = blockIdx.x;
   const InfoNcePartials& partials = workspace.partials;
-  const auto expected = [&](int64_t split) { return partials.keys + partials.slot(row, split) * c; };
+  const auto expected = [&](int64_t split) { return partials.keys + partials.slot(row, split) * partials.pitch; };
   const int64_t splits = workspace.splits;
 
   if (thread == 0) broken = 0;

@@ -25,8 +25,9 @@ struct InfoNcePartials {
   float* max;      // [N, splits] of the scores, about: p may be up to 2^8. A score is q . n / row_scale
   float* sum;      // [N, splits] of p
   uint32_t* rank;  // [N, splits] scores above the positive's
-  float* keys;     // [N, splits, C] sum of p n; null without gradient
+  float* keys;     // [N, splits, pitch] sum of p n, its first C elements; null without gradient
   int64_t splits;  // of a row, those of other passes included
+  int64_t pitch;   // C rounded up to a multiple of 4
   __device__ int64_t slot(int64_t row, int64_t split) const { return row * splits + split; }
 };
 
@@ -160,17 +161,18 @@ inline InfoNceWorkspace info_nce_workspace(void* base, const InfoNceShape& shape
   pieces.take(w.partials.max, slots);
   pieces.take(w.partials.sum, slots);
   pieces.take(w.partials.rank, slots);
-  if (gradient) pieces.take(w.partials.keys, slots * shape.c);
   w.partials.splits = w.splits;
+  w.partials.pitch = (shape.c + 3) / 4 * 4;
+  if (gradient) pieces.take(w.partials.keys, slots * w.partials.pitch);
   w.bytes = pieces.used();
   return w;
 }
 
 // Those of a pass whose first split is `split`.
-inline InfoNcePartials partials_from(const InfoNceWorkspace& w, const InfoNceShape& shape, int64_t split) {
+inline InfoNcePartials partials_from(const InfoNceWorkspace& w, int64_t split) {
   const InfoNcePartials& p = w.partials;
-  return {p.max + split, p.sum + split, p.rank + split, p.keys == nullptr ? nullptr : p.keys + split * shape.c,
-          p.splits};
+  return {p.max + split, p.sum + split, p.rank + split, p.keys == nullptr ? nullptr : p.keys + split * p.pitch,
+          p.splits,      p.pitch};
 }
 
 // Operand is the element type of `workspace.query`.
