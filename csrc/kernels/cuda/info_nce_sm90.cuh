@@ -35,8 +35,8 @@ struct Sm90Tile {
   static constexpr int kQueryPanelBytes = kSm90GroupRows * 128;
   static constexpr int kQueryPlaneBytes = kPanels * kQueryPanelBytes;
   // Per warpgroup. float32: registers hold the first term, because products of 64 keys with both operands in shared
-  // memory are limited by its bandwidth.
-  static constexpr int kQueryBytes = (kTerms - kSplit) * kQueryPlaneBytes;
+  // memory are limited by its bandwidth. O goes through the same memory, so there is always a plane.
+  static constexpr int kQueryBytes = (kTerms == 1 ? 1 : kTerms - kSplit) * kQueryPlaneBytes;
   // Tensor cores round sums towards zero, a bias that grows with the number of products. For float32 accuracy, they add
   // up P K of one tile and panel only, in registers that S of the next tile would need.
   static constexpr bool kExact = kTerms == 3;
@@ -88,6 +88,34 @@ __device__ __forceinline__ void write_row(const Sm90Arguments& arguments, const 
   arguments.partials.max[slot] = rows.max[r];
   arguments.partials.sum[slot] = rows.sum[r] * unbias;
   arguments.partials.rank[slot] = rows.rank[r];
+}
+
+// A warp's 16 rows of O, by way of `scratch` [8, 8 * tiles] in shared memory, so that it writes whole rows: directly,
+// every store would touch 8 of them. `out` is the first row's first element; later rows are `row_stride` further.
+template <int kInFlight, int tiles>
+__device__ __forceinline__ void write_sums(const float (&o)[tiles][4], float unbias, float4* scratch, float* out,
+                                           int64_t row_stride, int64_t rows, int columns, int lane) {
+  constexpr int kUnits = 2 * tiles;  // of four columns, in a row
+  // Where unit u of a row is: no two lanes of a half-warp's store share a bank.
+  const auto at = [&](int row, int u) { return row * kUnits + (u ^ row % 4 * 2); };
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int i = 0; i < tiles; ++i) {
+      reinterpret_cast<float2*>(scratch + at(lane / 4, 2 * i + lane % 4 / 2))[lane % 2] =
+          make_float2(o[i][2 * r] * unbias, o[i][2 * r + 1] * unbias);
+    }
+    __syncwarp();
+#pragma unroll kInFlight
+    for (int unit = lane; unit < 8 * kUnits; unit += 32) {
+      const int row = unit / kUnits;
+      const int u = unit % kUnits;
+      if (row + 8 * r < rows && 4 * u < columns) {
+        *reinterpret_cast<float4*>(out + (row + 8 * r) * row_stride + 4 * u) = scratch[at(row, u)];
+      }
+    }
+    __syncwarp();
+  }
 }
 
 // The pass for more than 256 columns of 16 bits (info_nce_sm90_wide.cuh).
@@ -261,6 +289,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const int split = first_split + stream;
     const int first_tile = first_tile_of_split(split);
     const int tiles = tiles_of_split(split);
+    const int longest = streams == 1 ? tiles : longest_stream();
     const int split_keys = static_cast<int>(
         min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
     const auto valid_keys = [&](int tile) { return min(split_keys - tile * Tile::kKeys, Tile::kKeys); };
@@ -484,26 +513,34 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       }
     }
 
-    for (int tile = tiles; tile < longest_stream(); ++tile) {
+    for (int tile = tiles; tile < longest; ++tile) {
       wait_for(tile);
       release(tile);
     }
 
     constexpr float kUnbias = 1.0f / (1 << kBias);
     join_lanes(rows);
+    if (split < arguments.splits) {
+      // opaque: so that the compiler holds no addresses during the loop
+      const int writer = opaque(thread);
+      const int warp = writer % 128 / 32;
+      const int64_t warp_row =
+          static_cast<int64_t>(opaque(static_cast<int>(blockIdx.x))) * (2 * kSm90GroupRows / streams) +
+          (streams == 1 ? writer / 32 - 4 : warp) * 16;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= n || split >= arguments.splits) continue;
-      const int64_t slot = arguments.partials.slot(row + 8 * r, split);
-      if (lane % 4 == 0) write_row(arguments, rows, r, slot, kUnbias);
-      if constexpr (kGradient) {
-        float* const out = arguments.partials.keys + slot * c;
-#pragma unroll
-        for (int i = 0; i < kOutputs; ++i) {
-          const int column = 8 * i + lane % 4 * 2;
-          if (column >= c) continue;
-          *reinterpret_cast<float2*>(out + column) = make_float2(o[i][2 * r] * kUnbias, o[i][2 * r + 1] * kUnbias);
+      for (int r = 0; r < 2; ++r) {
+        const int64_t this_row = warp_row + writer % 32 / 4 + 8 * r;
+        if (this_row < n && writer % 4 == 0) {
+          write_row(arguments, rows, r, arguments.partials.slot(this_row, split), kUnbias);
         }
+      }
+      if constexpr (kGradient) {
+        sm90::warpgroup_barrier(1 + group);  // the queries' memory is free
+        const int at = static_cast<int>(query - sm90::shared_address(unaligned)) +
+                       (writer / 128 - 1) * Tile::kQueryBytes + warp * (Tile::kQueryPlaneBytes / 4);
+        write_sums<4>(o, kUnbias, reinterpret_cast<float4*>(unaligned + at),
+                      arguments.partials.keys + arguments.partials.slot(warp_row, split) * c,
+                      arguments.partials.splits * c, n - warp_row, c, writer % 32);
       }
     }
   }

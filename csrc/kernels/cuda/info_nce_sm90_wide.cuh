@@ -263,18 +263,19 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
       }
     }
     if constexpr (kGradient) {
-      const int first_column = group * Tile::kGroupColumns + lane % 4 * 2;
+      sm90::barrier_wait(query_arrived, 0);  // the last scores have been read, so the queries' memory is free
+      constexpr int kScratchBytes = 8 * Tile::kHalf * 4;
+      static_assert(kGroups * 4 * kScratchBytes <= Tile::kQueryBytes);
+      const uint32_t writer = opaque(thread);  // so that the compiler holds no addresses during the loop
+      const int64_t warp_row = block_row + writer % 128 / 32 * 16;
+      auto* const scratch = reinterpret_cast<float4*>(unaligned + (query - sm90::shared_address(unaligned)) +
+                                                      (writer / 32 - 4) * kScratchBytes);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int columns_left = row + 8 * r < n ? c - first_column : 0;
-        float* const out = arguments.partials.keys + arguments.partials.slot(row + 8 * r, split) * c + first_column;
-#pragma unroll
-        for (int i = 0; i < 2 * kOutputs; ++i) {
-          const float (&sum)[4] = o[i / kOutputs][i % kOutputs];
-          if (8 * i < columns_left) {
-            *reinterpret_cast<float2*>(out + 8 * i) = make_float2(sum[2 * r] * kUnbias, sum[2 * r + 1] * kUnbias);
-          }
-        }
+      for (int half = 0; half < 2; ++half) {
+        const int first_column = (writer >= 256) * Tile::kGroupColumns + half * Tile::kHalf;
+        write_sums<2>(o[half], kUnbias, scratch,
+                      arguments.partials.keys + arguments.partials.slot(warp_row, split) * c + first_column,
+                      arguments.partials.splits * c, n - warp_row, c - first_column, static_cast<int>(writer % 32));
       }
     }
   }
