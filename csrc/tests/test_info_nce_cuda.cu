@@ -92,6 +92,7 @@ struct Case {
   double norm;      // of query and key, and of the queue's rows if not normalized
   int nan_row;      // or -1
   int zero_row;     // or -1
+  int growth = 0;   // every 128 keys, four times, the queue's rows become longer by this power of two
 };
 
 struct Results {
@@ -284,7 +285,7 @@ void test(const Case& c, Random random) {
     }
   }
   for (int64_t j = 0; j < k; ++j) {
-    fill_row(queue, j, c.normalize ? 1 : c.norm, nullptr);
+    fill_row(queue, j, (c.normalize ? 1 : c.norm) * std::exp2(c.growth * (j / 128 % 4)), nullptr);
     const int64_t row = random.below(n + (n == 0));
     if (random.below(8) == 0 && row < n && row != c.nan_row) {  // a copy of the positive of some row
       const double scale = c.normalize ? 1 / c.norm : 1;
@@ -321,8 +322,11 @@ void test(const Case& c, Random random) {
          : c.terms == 2 ? " two terms"
                         : " one term",
          c.temperature, c.temperature_on_device ? " on device" : "", c.norm, c.normalize ? " normalize" : "",
-         c.gradient ? " gradient" : "", c.misaligned ? " misaligned" : "", c.easy ? " easy" : "", worst,
-         static_cast<long>(worst_row), repeatable ? "" : ", not repeatable");
+         c.gradient ? " gradient" : "", c.misaligned ? " misaligned" : "",
+         c.easy     ? " easy"
+         : c.growth ? " growing"
+                    : "",
+         worst, static_cast<long>(worst_row), repeatable ? "" : ", not repeatable");
   fflush(stdout);
 }
 
@@ -431,6 +435,7 @@ int main(int argc, char** argv) {
       const int64_t k = 1 + random.below(c > 512 ? 150 : 1500);
       test_visits<float>(n, k, c, i > 0, 1 + i);
       test_visits<__nv_bfloat16>(n, k, c, i > 0, 1);
+      test_visits<__half>(n, k, c, i > 0, 1);
     }
   }
   // Wide rows, with padding of rows, keys and columns.
@@ -444,6 +449,22 @@ int main(int argc, char** argv) {
   test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
   test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
   test_types(0, 0, {{3, 70, 128}, 0.07, false, true, true, 3, false, false, 1e25, -1, -1}, random);
+  test_types(0, 0, {{3, 70, 1100}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // two spans
+  // Several tiles per split, of which later ones have far larger scores.
+#ifdef MOCO_EMULATE
+  const int64_t many[][2] = {{3, 1500}, {130, 1000}};
+#else
+  const int64_t many[][2] = {{3, 140000}, {130, 40000}};
+#endif
+  for (const auto& [n, k] : many) {
+    for (int type = 0; type < 4; ++type) {
+      for (const int growth : {1, 3, 7}) {
+        test_types(0, type % 3,
+                   {{n, k, type < 3 ? 128 : 64}, 0.07, false, true, growth < 7, 2, false, false, 1, -1, -1, growth},
+                   random);
+      }
+    }
+  }
   for (int64_t i = 0; i < random_cases; ++i) {
     const int64_t width = all_c[random.below(std::size(all_c))];
     const int64_t n = all_n[random.below(width > 512 ? 3 : 5)];

@@ -4,6 +4,7 @@
 // the count of finished blocks must be reset by the operator. Runs twice in the same workspace must agree to the bit.
 #include "check.h"
 #include "kernels/cuda.h"
+#include "kernels/cuda/info_nce_combine.cuh"
 
 namespace {
 
@@ -98,6 +99,22 @@ void test(const Case& x, check::Random& random) {
   }
 }
 
+// Every split and column has a thread, within the limits of a block.
+void test_combine_shape() {
+  bool good = true;
+  for (const int64_t n : {1, 255, 256, 511, 4096, 100000}) {
+    for (const int64_t c : {0, 1, 128, 129, 256, 768, 1024, 1025, 5000}) {
+      for (int64_t splits = 0; splits < 300; ++splits) {
+        const cuda::CombineShape shape = cuda::combine_shape(n, c, splits);
+        good &= shape.rows >= 1 && shape.rows <= 8 && shape.warps() >= 1 && shape.warps() <= cuda::kCombineWarps;
+        good &= shape.group_splits * shape.split_groups >= splits && shape.span() >= std::min<int64_t>(c, 1024);
+        good &= splits == 0 || shape.group_splits * (shape.split_groups - 1) < splits;  // no empty group
+      }
+    }
+  }
+  check::that(good, "shapes");
+}
+
 void test_no_rows() {
   const Device<float> rows(std::vector<float>(64)), queue(std::vector<float>(64));
   const Case x{0, 1, 64, true, false};
@@ -118,10 +135,14 @@ int main(int argc, char** argv) {
     }
     test<float, float>({6, 70, 64, false, in_batch}, random);
   }
-  test<float, float>({300, 64, 64, true, false}, random);  // more rows than threads of a block
+  test<float, float>({300, 64, 64, true, false}, random);   // more rows than threads of a block
+  test<float, float>({1537, 20, 17, true, false}, random);  // several rows per block
+  test<float, float>({600, 300, 64, false, false}, random);
   test<__nv_bfloat16, float>({20, 100, 128, true, false}, random);
   test<__half, __nv_bfloat16>({20, 100, 128, true, false}, random);
   test<float, __half>({20, 100, 128, true, true}, random);
+  check::group("shape of combine's blocks");
+  test_combine_shape();
   check::group("no rows");
   test_no_rows();
   return check::finish();

@@ -86,7 +86,6 @@ cudaError_t launch_info_nce_combine(const Query* query, const InfoNceAnchor<Quer
                                     const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
                                     const InfoNceOutputs& outputs, cudaStream_t stream) {
   const CombineShape blocks = combine_shape(shape.n, outputs.grad_query == nullptr ? 0 : shape.c, workspace.splits);
-  const int warps = blocks.row_warps() * blocks.rows;
   const auto grid = static_cast<unsigned>((shape.n + blocks.rows - 1) / blocks.rows);
   const bool own_key = anchor.key != nullptr;
   const float* const given = own_key ? target : nullptr;
@@ -102,9 +101,9 @@ cudaError_t launch_info_nce_combine(const Query* query, const InfoNceAnchor<Quer
                                  contrast.in_batch ? contrast.keys : 0,
                                  contrast.label_smoothing,
                                  contrast.same_id_positive};
-  return launch(Start::kEarly, info_nce_combine_kernel<Query>, dim3(grid), dim3(32 * warps),
-                warps * 32 * sizeof(float4), stream, query, anchor, row_options(shape, options),
-                temperature_of(options), row_target, workspace, outputs, blocks);
+  return launch(Start::kEarly, info_nce_combine_kernel<Query>, dim3(grid), blocks.threads(),
+                static_cast<size_t>(blocks.warps()) * 32 * sizeof(float4), stream, query, anchor,
+                row_options(shape, options), temperature_of(options), row_target, workspace, outputs, blocks);
 }
 
 #define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                           \

@@ -11,23 +11,33 @@ namespace moco_ext::cuda {
 constexpr int kCombineColumns = 128;  // of a warp: four of each lane
 constexpr int kCombineSplits = 8;     // that a warp loads at once
 constexpr int kCombineWarps = 16;     // of a block, at most
+constexpr int kCombineBound = 608;    // more than the threads of a block, to limit registers to 104
 
-// A row has split_groups * column_groups warps. Those of a split group divide the columns, `span` at a time.
+// Of the blocks: threadIdx.x has four columns of a span, threadIdx.y some of the splits, threadIdx.z a row.
 struct CombineShape {
-  int column_groups;
+  int column_warps;
   int split_groups;
-  int rows;  // of a block
-  __host__ __device__ int row_warps() const { return column_groups * split_groups; }
-  __host__ __device__ int span() const { return column_groups * kCombineColumns; }
+  int group_splits;  // of each group but the last
+  int rows;          // of a block
+  __host__ __device__ int span() const { return column_warps * kCombineColumns; }
+  dim3 threads() const {
+    return dim3(static_cast<unsigned>(column_warps * 32), static_cast<unsigned>(split_groups),
+                static_cast<unsigned>(rows));
+  }
+  int warps() const { return column_warps * split_groups * rows; }
 };
 
+// columns: 0 without gradient.
 inline CombineShape combine_shape(int64_t n, int64_t columns, int64_t splits) {
-  const auto limited = [](int64_t x, int64_t most) { return static_cast<int>(x < 1 ? 1 : x > most ? most : x); };
+  const auto clamp = [](int64_t x, int64_t most) { return static_cast<int>(x > most ? most : x < 1 ? 1 : x); };
   CombineShape shape{};
-  shape.column_groups = limited((columns + kCombineColumns - 1) / kCombineColumns, 8);
-  shape.split_groups =
-      limited(columns == 0 ? 1 : (splits + kCombineSplits - 1) / kCombineSplits, kCombineWarps / shape.column_groups);
-  shape.rows = limited(n / 256, kCombineWarps / 2 / shape.row_warps());  // few rows: more blocks than multiprocessors
+  shape.column_warps = clamp((columns + kCombineColumns - 1) / kCombineColumns, 8);
+  const int most_groups = columns == 0 ? 1 : kCombineWarps / shape.column_warps;
+  const int groups = clamp((splits + kCombineSplits - 1) / kCombineSplits, most_groups);
+  shape.group_splits = clamp((splits + groups - 1) / groups, INT_MAX);
+  shape.split_groups = clamp((splits + shape.group_splits - 1) / shape.group_splits, most_groups);
+  const int row_warps = shape.column_warps * shape.split_groups;
+  shape.rows = clamp(n / 256, clamp(8 / row_warps, 8));  // with few rows, more blocks than multiprocessors
   return shape;
 }
 
@@ -105,38 +115,39 @@ static __device__ void reduce_rows(const InfoNceOutputs& outputs, const InfoNceW
   float loss = 0.0f;
   float grad_temperature = 0.0f;
 #pragma unroll 4  // loads in flight
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+  for (int64_t i = block_thread(); i < n; i += block_threads()) {
     loss += __ldcg(outputs.loss + i);  // not from this processor's L1
     if (has_temperature) grad_temperature += __ldcg(workspace.grad_temperature + i);
   }
   loss = block_join(loss, Add{});
-  if (threadIdx.x == 0) *outputs.reduced = outputs.reduction == Reduction::kMean ? loss / static_cast<float>(n) : loss;
+  if (block_thread() == 0)
+    *outputs.reduced = outputs.reduction == Reduction::kMean ? loss / static_cast<float>(n) : loss;
   if (!has_temperature) return;
   grad_temperature = block_join(grad_temperature, Add{});
-  if (threadIdx.x == 0) *outputs.grad_temperature = grad_temperature;
+  if (block_thread() == 0) *outputs.grad_temperature = grad_temperature;
 }
 
 template <typename Query>
-__global__ void __launch_bounds__(32 * kCombineWarps)
+__global__ void __launch_bounds__(kCombineBound)
     info_nce_combine_kernel(const Query* query, InfoNceAnchor<Query> anchor, RowOptions options,
                             InfoNceTemperature temperature, InfoNceTarget target, InfoNceWorkspace workspace,
                             InfoNceOutputs outputs, CombineShape shape) {
-  constexpr int kHeld = kCombineColumns / 32;  // columns of a thread in a span, at most
-  MOCO_DYNAMIC_SHARED(shared);                 // float4 [warps, 32]: the warps' sums of p n
-  __shared__ float negatives_of_warp[kCombineWarps];
-  __shared__ long long rank_of_warp[kCombineWarps];  // NOLINT: a type that shuffles accept
-  __shared__ float dot_of_warp[kCombineWarps];
-  __shared__ float excess_of_warp[kCombineWarps];
+  constexpr int kHeld = kCombineColumns / 32;    // columns of a thread in a span
+  MOCO_DYNAMIC_SHARED(shared);                   // float4 [rows, split_groups, span / 4]: sums of p n
+  __shared__ float negatives_of[kCombineWarps];  // [rows, split_groups]
+  __shared__ uint32_t rank_of[kCombineWarps];
+  __shared__ float dot_of[kCombineWarps];  // [rows, column_warps]
+  __shared__ float excess_of[kCombineWarps];
   __shared__ bool is_last;
+  if (block_thread() == 0) is_last = false;  // until a barrier from now on
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int row_warps = shape.row_warps();
-  const int block_warp = static_cast<int>(threadIdx.x / 32);
-  const int row_of_block = block_warp / row_warps;
-  const int first_warp = row_of_block * row_warps;  // of the row
-  const int warp = block_warp - first_warp;
-  const int split_group = warp / shape.column_groups;
-  const int column_group = warp - split_group * shape.column_groups;
-  const int thread = warp * 32 + lane;  // of the row
+  const int group = static_cast<int>(threadIdx.y);
+  const int groups = shape.split_groups;
+  const int row_of_block = static_cast<int>(threadIdx.z);
+  const int row_threads = shape.column_warps * 32;  // of a group
+  const int thread = static_cast<int>(threadIdx.x);
+  const bool is_first = threadIdx.x == 0 && threadIdx.y == 0;
+  const bool finishes = group == 0;  // the row
   const int64_t n = options.n;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * shape.rows + row_of_block;
   const bool valid = block_row < n;  // others compute the last row, and write nothing
@@ -145,45 +156,39 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const int64_t row_start = row * options.c;
   const int span = shape.span();
 
-  // The thread's columns of a span: query and anchor, neither divided by its norm yet.
+  // The thread's columns of a span, from `column` on: query and anchor, neither divided by its norm yet.
   float q[kHeld];
   float k[kHeld];
-  float g[kHeld];                                 // sum of p n
-  const auto column_of = [&](int first, int i) {  // or c
-    const int at = thread + i * row_warps * 32;
-    return at < span && first + at < c ? first + at : c;
-  };
   const auto load_anchor = [&](int64_t at) {
     if (anchor.key != nullptr) return to_float(anchor.key[at]);
     return anchor.target != nullptr ? anchor.target[at] : 0.0f;
   };
-  const auto load_columns = [&](int first) {
+  const auto load_columns = [&](int column) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int column = column_of(first, i);
-      q[i] = column < c ? to_float(query[row_start + column]) : 0.0f;
-      k[i] = column < c ? load_anchor(row_start + column) : 0.0f;
+      q[i] = column + i < c ? to_float(query[row_start + column + i]) : 0.0f;
+      k[i] = column + i < c ? load_anchor(row_start + column + i) : 0.0f;
     }
   };
-  load_columns(0);  // which no previous kernel writes
+  if (finishes) load_columns(kHeld * thread);  // which no previous kernel writes
   const float inverse_temperature = 1.0f / temperature.value();
   wait_for_previous_kernel();
 
-  // What a warp adds up: a range of splits, for 128 columns. The loads do not wait for the weights.
+  // What a group adds up: some splits, for the columns of a span. The loads do not wait for the weights.
   const InfoNcePartials& partials = workspace.partials;
   const int splits = static_cast<int>(workspace.splits);
   const int64_t slot = partials.slot(row, 0);
-  const int first_split = splits * split_group / shape.split_groups;
-  const int end_split = splits * (split_group + 1) / shape.split_groups;
+  const int first_split = group * shape.group_splits;
+  const int end_split = min(first_split + shape.group_splits, splits);
   const bool has_sums = outputs.grad_query != nullptr && splits > 0;
-  const int pitch = static_cast<int>(partials.pitch);
+  const int64_t pitch = partials.pitch;
   float4 x[kCombineSplits];
   const auto load_sums = [&](int first, int split) {  // beyond the last split it is loaded again, with the weight 0
-    const int column = min(first + column_group * kCombineColumns + kHeld * lane, pitch - kHeld);
-    const float* const from = partials.keys + slot * pitch + column;
+    const float* const from =
+        partials.keys + slot * pitch + min(first + kHeld * thread, static_cast<int>(pitch) - kHeld);
 #pragma unroll
     for (int u = 0; u < kCombineSplits; ++u) {
-      x[u] = *reinterpret_cast<const float4*>(from + static_cast<int64_t>(min(split + u, end_split - 1)) * pitch);
+      x[u] = *reinterpret_cast<const float4*>(from + min(split + u, end_split - 1) * pitch);
     }
   };
   if (has_sums) load_sums(0, first_split);
@@ -191,9 +196,26 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const float row_scale = workspace.row_scale[row];
   const float query_norm = workspace.query_norm[row];
   const float key_norm = workspace.key_norm[row];
+  // Of the lane's split.
+  const auto load_split = [&](int base, float& split_max, float& split_sum, uint32_t& split_rank) {
+    const int split = base + lane;
+    const bool is_split = split < end_split;
+    split_max = is_split ? partials.max[slot + split] : -INFINITY;
+    split_sum = is_split ? partials.sum[slot + split] : 0.0f;
+    split_rank = is_split ? partials.rank[slot + split] : 0;
+  };
+  float split_max;
+  float split_sum;
+  uint32_t split_rank;
+  load_split(first_split, split_max, split_sum, split_rank);
   float max = -INFINITY;  // of the negatives' scores
-#pragma unroll 4          // loads in flight
-  for (int split = lane; split < splits; split += 32) max = fmaxf(max, partials.max[slot + split]);
+#pragma unroll 1
+  for (int base = lane; base < splits; base += 4 * 32) {
+    float these[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) these[i] = base + 32 * i < splits ? partials.max[slot + base + 32 * i] : -INFINITY;
+    max = fmaxf(max, fmaxf(fmaxf(these[0], these[1]), fmaxf(these[2], these[3])));
+  }
   max = warp_join(max, Max{});
   const float shift = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
   const float scale = row_scale * 1.44269504f * inverse_temperature;
@@ -201,28 +223,29 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
   const float inverse_key = 1.0f / options.divisor(key_norm);
   const float inverse_anchor = anchor.key != nullptr ? inverse_key : 1.0f;
 
-  float4* const row_parts = reinterpret_cast<float4*>(shared) + first_warp * 32;
+  float4* const parts = reinterpret_cast<float4*>(shared) + row_of_block * groups * row_threads;
   float negatives = 0.0f;  // sum of p, relative to max
-  long long rank = 0;      // NOLINT: a type that shuffles accept
-  float dot = 0.0f;        // unit query . sum of p n
+  uint32_t rank = 0;
+  float dot = 0.0f;     // unit query . sum of p n
+  float g[kHeld] = {};  // sum of p n
   const bool one_span = c <= span;
 #pragma unroll 1
   for (int first = 0; first == 0 || (has_sums && first < c); first += span) {
+    const int column = first + kHeld * thread;
     if (first > 0) {
       __syncthreads();  // the parts of the span before have been read
-      load_columns(first);
+      if (finishes) load_columns(column);
       load_sums(first, first_split);
+      load_split(first_split, split_max, split_sum, split_rank);
     }
     float4 total{};
 #pragma unroll 1
     for (int base = first_split; base < end_split; base += 32) {
-      float weight = 0.0f;  // of the lane's split
-      if (const int split = base + lane; split < end_split) {
-        weight = exp2f((partials.max[slot + split] - shift) * scale);
-        if (first == 0 && column_group == 0) {
-          negatives += weight * partials.sum[slot + split];
-          rank += partials.rank[slot + split];
-        }
+      if (base > first_split) load_split(base, split_max, split_sum, split_rank);
+      const float weight = exp2f((split_max - shift) * scale);
+      if (first == 0) {
+        negatives += weight * split_sum;
+        rank += split_rank;
       }
       const int count = has_sums ? min(end_split - base, 32) : 0;
 #pragma unroll 1
@@ -241,127 +264,136 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     if (first == 0) {
       negatives = warp_join(negatives, Add{});
       rank = warp_join(rank, Add{});
-      if (lane == 0) negatives_of_warp[block_warp] = negatives, rank_of_warp[block_warp] = rank;
+      if (threadIdx.x == 0) {
+        negatives_of[row_of_block * groups + group] = negatives;
+        rank_of[row_of_block * groups + group] = rank;
+      }
     }
-    row_parts[thread] = total;
+    parts[group * row_threads + thread] = total;
     __syncthreads();
-    const float* const parts = reinterpret_cast<const float*>(row_parts);
+    if (!finishes || !has_sums) continue;
+    total = parts[thread];
+#pragma unroll 4
+    for (int i = 1; i < groups; ++i) {
+      const float4 part = parts[i * row_threads + thread];
+      total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+    }
+    g[0] = total.x, g[1] = total.y, g[2] = total.z, g[3] = total.w;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int column = column_of(first, i);
-      g[i] = 0.0f;
-      if (!has_sums || column == c) continue;
-#pragma unroll 4
-      for (int s = 0; s < shape.split_groups; ++s) g[i] += parts[s * span + column - first];
+      if (column + i >= c) continue;  // there the padding was added up
       dot = fmaf(q[i] * inverse_query, g[i], dot);
-      if (!one_span && valid) outputs.grad_query[row_start + column] = g[i];
+      if (!one_span && valid) outputs.grad_query[row_start + column + i] = g[i];
     }
   }
 
   const RowTarget mean = row_target(target, row);
   float excess = 0.0f;  // of the anchor's score over the target's
-  if (!target.plain) {
+  if (finishes && !target.plain) {
 #pragma unroll 1
-    for (int i = thread; i < c; i += row_warps * 32) {
+    for (int i = thread; i < c; i += row_threads) {
       const float anchor_i = load_anchor(row_start + i) * inverse_anchor;
       excess -= to_float(query[row_start + i]) * inverse_query * mean.less_anchor(target, row_start + i, i, anchor_i);
     }
   }
-  dot = warp_join(dot, Add{});
-  excess = warp_join(excess, Add{});
-  if (lane == 0) dot_of_warp[block_warp] = dot, excess_of_warp[block_warp] = excess;
-  __syncthreads();
-  negatives = dot = excess = 0.0f;
-  rank = 0;
-#pragma unroll 1
-  for (int w = first_warp; w < first_warp + row_warps; ++w) {
-    negatives += negatives_of_warp[w];
-    rank += rank_of_warp[w];
-    dot += dot_of_warp[w];
-    excess += excess_of_warp[w];
+  if (finishes) {
+    dot = warp_join(dot, Add{});
+    excess = warp_join(excess, Add{});
   }
-
-  const RowResults result =
-      row_results((max * row_scale - positive) * inverse_temperature, negatives, target.candidate);
-  const float rest = result.rest;
-  // The own key's weight in the target less its probability.
-  const float own_rest = !target.own_key           ? 0.0f
-                         : target.given != nullptr ? -result.own
-                         : target.plain            ? rest
-                                                   : rest - (1.0f - (mean.share + mean.floor));
-  const float row_weight = mean.no_positive                        ? 0.0f
-                           : outputs.reduction == Reduction::kMean ? 1.0f / static_cast<float>(n)
-                                                                   : 1.0f;
-  const bool has_anchor = anchor.key != nullptr || anchor.target != nullptr;
-  // q . d loss / d q
-  const float query_dot = (result.key_weight * dot - rest * positive + excess) * inverse_temperature;
-  if (thread == 0 && valid) {
-    const float positive_logit = positive * inverse_temperature;
-    const float row_loss = mean.no_positive ? 0.0f : result.loss + excess * inverse_temperature;
-    outputs.loss[row] = row_loss;
-    if (outputs.reduction == Reduction::kNone && outputs.reduced != nullptr) outputs.reduced[row] = row_loss;
-    outputs.lse[row] = result.loss + positive_logit;
-    outputs.positive_logit[row] = has_anchor ? positive_logit : -excess * inverse_temperature;
-    outputs.rank[row] = has_anchor ? rank : -1;
-    if (outputs.weights != nullptr) {
-      outputs.weights[3 * row] = result.loss == -INFINITY ? 0.0f : mean.share;  // no candidate
-      outputs.weights[3 * row + 1] = mean.floor;
-      outputs.weights[3 * row + 2] = -own_rest;
-    }
-    if (outputs.grad_query != nullptr && outputs.grad_temperature != nullptr) {
-      float* const rows = outputs.reduction == Reduction::kNone ? outputs.grad_temperature : workspace.grad_temperature;
-      rows[row] = -query_dot * inverse_temperature * row_weight;
-    }
-  }
-
-  // The last block to get here reduces the rows. The count is on its way while the gradients are written.
-  const bool reduces = outputs.reduction != Reduction::kNone;
-  unsigned blocks_before = 0;
-  if (reduces) {
+  if (shape.column_warps > 1) {
+    float* const dots = dot_of + row_of_block * shape.column_warps;
+    float* const excesses = excess_of + row_of_block * shape.column_warps;
+    if (finishes && lane == 0) dots[thread / 32] = dot, excesses[thread / 32] = excess;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      blocks_before = atomicAdd(workspace.finished, 1u);
-    }
-  }
-
-  // The gradients, propagated through the norms. A clamped norm is a constant.
-  const bool of_query_norm = options.normalize && query_norm > options.eps;
-  const bool of_key_norm = options.normalize && key_norm > options.eps;
-  const float key_dot = -own_rest * positive * inverse_temperature;
+    dot = excess = 0.0f;
 #pragma unroll 1
-  for (int first = 0; valid && first < c; first += span) {
-    if (outputs.grad_query == nullptr && outputs.grad_key == nullptr) break;
-    if (!one_span) load_columns(first);
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int column = column_of(first, i);
-      if (column == c) continue;
-      const int64_t at = row_start + column;
-      const float unit_query = q[i] * inverse_query;
-      const float unit_anchor = k[i] * inverse_anchor;
-      if (outputs.grad_query != nullptr) {
-        float of_query =
-            result.key_weight * (one_span || !has_sums ? g[i] : outputs.grad_query[at]) - rest * unit_anchor;
-        if (!target.plain) of_query -= mean.less_anchor(target, at, column, unit_anchor);
-        of_query *= inverse_temperature;
-        if (of_query_norm) of_query -= query_dot * unit_query;
-        outputs.grad_query[at] = of_query * (inverse_query * row_weight);
+    for (int i = 0; i < shape.column_warps; ++i) dot += dots[i], excess += excesses[i];
+  }
+  negatives = 0.0f;
+  int64_t total_rank = 0;
+#pragma unroll 1
+  for (int i = row_of_block * groups; i < (row_of_block + 1) * groups; ++i)
+    negatives += negatives_of[i], total_rank += rank_of[i];
+
+  const bool reduces = outputs.reduction != Reduction::kNone;
+  unsigned rows_before = 0;
+  if (finishes) {
+    const RowResults result =
+        row_results((max * row_scale - positive) * inverse_temperature, negatives, target.candidate);
+    const float rest = result.rest;
+    // The own key's weight in the target less its probability.
+    const float own_rest = !target.own_key           ? 0.0f
+                           : target.given != nullptr ? -result.own
+                           : target.plain            ? rest
+                                                     : rest - (1.0f - (mean.share + mean.floor));
+    const float row_weight = mean.no_positive                        ? 0.0f
+                             : outputs.reduction == Reduction::kMean ? 1.0f / static_cast<float>(n)
+                                                                     : 1.0f;
+    // q . d loss / d q
+    const float query_dot = (result.key_weight * dot - rest * positive + excess) * inverse_temperature;
+    if (is_first && valid) {
+      const bool has_anchor = anchor.key != nullptr || anchor.target != nullptr;
+      const float positive_logit = positive * inverse_temperature;
+      const float row_loss = mean.no_positive ? 0.0f : result.loss + excess * inverse_temperature;
+      outputs.loss[row] = row_loss;
+      if (!reduces && outputs.reduced != nullptr) outputs.reduced[row] = row_loss;
+      outputs.lse[row] = result.loss + positive_logit;
+      outputs.positive_logit[row] = has_anchor ? positive_logit : -excess * inverse_temperature;
+      outputs.rank[row] = has_anchor ? total_rank : -1;
+      if (outputs.weights != nullptr) {
+        outputs.weights[3 * row] = result.loss == -INFINITY ? 0.0f : mean.share;  // no candidate
+        outputs.weights[3 * row + 1] = mean.floor;
+        outputs.weights[3 * row + 2] = -own_rest;
       }
-      if (outputs.grad_key != nullptr) {
-        float of_key = -own_rest * unit_query * inverse_temperature;
-        if (of_key_norm) of_key -= key_dot * unit_anchor;
-        outputs.grad_key[at] = of_key * (inverse_key * row_weight);
+      if (outputs.grad_query != nullptr && outputs.grad_temperature != nullptr) {
+        float* const rows = reduces ? workspace.grad_temperature : outputs.grad_temperature;
+        rows[row] = -query_dot * inverse_temperature * row_weight;
+      }
+    }
+
+    // The block of the last row to get here reduces the rows. The count is on its way while gradients are written.
+    if (reduces && is_first) {
+      __threadfence();
+      if (valid) rows_before = atomicAdd(workspace.finished, 1u);
+    }
+
+    // The gradients, propagated through the norms. A clamped norm is a constant.
+    const bool of_query_norm = options.normalize && query_norm > options.eps;
+    const bool of_key_norm = options.normalize && key_norm > options.eps;
+    const float key_dot = -own_rest * positive * inverse_temperature;
+    const bool has_gradient = outputs.grad_query != nullptr || outputs.grad_key != nullptr;
+#pragma unroll 1
+    for (int first = 0; has_gradient && valid && first < c; first += span) {
+      const int column = first + kHeld * thread;
+      if (!one_span) load_columns(column);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        if (column + i >= c) continue;
+        const int64_t at = row_start + column + i;
+        const float unit_query = q[i] * inverse_query;
+        const float unit_anchor = k[i] * inverse_anchor;
+        if (outputs.grad_query != nullptr) {
+          const float sum = one_span || !has_sums ? g[i] : outputs.grad_query[at];
+          float of_query = result.key_weight * sum - rest * unit_anchor;
+          if (!target.plain) of_query -= mean.less_anchor(target, at, column + i, unit_anchor);
+          of_query *= inverse_temperature;
+          if (of_query_norm) of_query -= query_dot * unit_query;
+          outputs.grad_query[at] = of_query * (inverse_query * row_weight);
+        }
+        if (outputs.grad_key != nullptr) {
+          float of_key = -own_rest * unit_query * inverse_temperature;
+          if (of_key_norm) of_key -= key_dot * unit_anchor;
+          outputs.grad_key[at] = of_key * (inverse_key * row_weight);
+        }
       }
     }
   }
   if (!reduces) return;
-  if (threadIdx.x == 0) {
-    is_last = blocks_before == gridDim.x - 1;
-    if (is_last) __threadfence();
-  }
+  if (is_first && valid && rows_before == n - 1) is_last = true;
   __syncthreads();
-  if (is_last) reduce_rows(outputs, workspace, n);
+  if (!is_last) return;
+  __threadfence();
+  reduce_rows(outputs, workspace, n);
 }
 
 }  // namespace moco_ext::cuda

@@ -128,10 +128,9 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
                           partials_from(w, 0), w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess && contrast.in_batch) {
-      error =
-          launch_pass(pass, static_cast<const Operand*>(w.keys), {contrast.keys, nullptr},
-                      {row_ids, contrast.key_ids, contrast.key_offset, positive, contrast.same_id_only},
-                      partials_from(w, w.queue_splits), w.splits - w.queue_splits, shape, options, w, stream);
+      error = launch_pass(pass, static_cast<const Operand*>(w.keys), {contrast.keys, nullptr},
+                          {row_ids, contrast.key_ids, contrast.key_offset, positive, contrast.same_id_only},
+                          partials_from(w, w.queue_splits), w.splits - w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess) {
       error = launch_info_nce_target<Queue, Operand>(queue, shape, options, contrast, w, stream);

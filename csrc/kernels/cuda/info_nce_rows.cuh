@@ -2,6 +2,7 @@
 // has the kernel after the pass.
 #pragma once
 
+#include <climits>
 #include <cmath>
 
 #include "kernels/cuda/info_nce_workspace.cuh"
@@ -26,16 +27,22 @@ __device__ __forceinline__ T warp_join(T x, Join join) {
   return x;
 }
 
+__device__ __forceinline__ int block_thread() {
+  return static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
+}
+__device__ __forceinline__ int block_threads() { return static_cast<int>(blockDim.x * blockDim.y * blockDim.z); }
+
 // Over a block of at most 32 warps, in a fixed order; every thread gets the result.
 template <typename T, typename Join>
 __device__ __forceinline__ T block_join(T x, Join join) {
   __shared__ T parts[32];
+  const int thread = block_thread();
   x = warp_join(x, join);
   __syncthreads();  // all threads have read the previous result
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  if (thread % 32 == 0) parts[thread / 32] = x;
   __syncthreads();
   x = parts[0];
-  for (unsigned i = 1; i < blockDim.x / 32; ++i) x = join(x, parts[i]);
+  for (int i = 1; i < block_threads() / 32; ++i) x = join(x, parts[i]);
   return x;
 }
 

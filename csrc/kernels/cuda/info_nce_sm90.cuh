@@ -100,6 +100,7 @@ __device__ __forceinline__ void write_sums(const float (&o)[tiles][4], float unb
   const auto at = [&](int row, int u) { return row * kUnits + (u ^ row % 4 * 2); };
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    float* to = out + 8 * r * row_stride + 4 * lane;
 #pragma unroll
     for (int i = 0; i < tiles; ++i) {
       reinterpret_cast<float2*>(scratch + at(lane / 4, 2 * i + lane % 4 / 2))[lane % 2] =
@@ -107,11 +108,12 @@ __device__ __forceinline__ void write_sums(const float (&o)[tiles][4], float unb
     }
     __syncwarp();
 #pragma unroll kInFlight
-    for (int unit = lane; unit < 8 * kUnits; unit += 32) {
-      const int row = unit / kUnits;
-      const int u = unit % kUnits;
-      if (row + 8 * r < rows && 4 * u < columns) {
-        *reinterpret_cast<float4*>(out + (row + 8 * r) * row_stride + 4 * u) = scratch[at(row, u)];
+    for (int row = 0; row < 8; ++row, to += row_stride) {
+      if (row + 8 * r >= rows) break;
+#pragma unroll
+      for (int first = 0; first < kUnits; first += 32) {
+        const int u = first + lane;
+        if (u < kUnits && 4 * u < columns) *reinterpret_cast<float4*>(to + 4 * first) = scratch[at(row, u)];
       }
     }
     __syncwarp();
@@ -251,8 +253,10 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     } else if (thread == 0) {
       sm90::prefetch_map(arguments.query_map);
       sm90::prefetch_map(arguments.key_map);
+      // Copies arrive in their order, and all blocks' first tiles take long. So only some are ahead of the queries.
+      constexpr int kAhead = 2;
       for (int slot = 0;; ++slot) {
-        if (slot == min(slots, Tile::kStages)) {
+        if (slot == min(slots, kAhead)) {
           wait_for_previous_kernel();
           sm90::barrier_expect(query_arrived, 2 * Tile::kQueryBytes);
           for (int i = 0; i < 2 * Tile::kPanels; ++i) {
@@ -386,13 +390,16 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         }
       }
     };
-    const auto take_softmax = [&](int tile) {
+    const auto mask = [&](int tile) {
       const int valid = valid_keys(tile);
       if (valid < Tile::kKeys) drop_scores(s, valid, lane);
       if constexpr (kMasked) {
         const int64_t first_key = static_cast<int64_t>(first_tile + tile) * Tile::kKeys;
         mask_scores<kScores>(s, rows, arguments.mask, row, n, first_key, valid, lane);
       }
+    };
+    const auto take_softmax = [&](int tile) {
+      mask(tile);
       return softmax_of_tile<kBias>(s, rows, rescale);
     };
     const auto pack_weights = [&] {
@@ -443,6 +450,29 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         sm90::pin(o);
         pin_weights();
       };
+      // Not where ptxas would spill registers.
+      constexpr bool kLazy = !Tile::kSplit && !kMasked && columns <= 128;
+      // Of a later tile. If weights overflow, which takes scores far above all before, its scores are computed again.
+      const auto take_next_softmax = [&](int tile) {
+        const uint32_t rank_before[] = {rows.rank[0], rows.rank[1]};
+        mask(tile);
+        float sum[2];
+        uint32_t rank[2];
+        bool steady = rows.steady;
+        const bool fits = !steady || weigh_tile<kBias>(s, rows, sum, rank);
+        if (sm90::warpgroup_any(1 + group, !fits)) {
+          wait_for_outputs();
+          begin(s);
+          issue_scores(tile);
+          sm90::products_commit();
+          sm90::products_wait();
+          sm90::pin(s);
+          rows.rank[0] = rank_before[0], rows.rank[1] = rank_before[1];
+          mask(tile);
+          steady = false;
+        }
+        return steady ? add_tile<kBias>(s, rows, sum, rank, rescale) : softmax_of_tile<kBias>(s, rows, rescale);
+      };
       if (tiles > 0) {
         wait_for(0);
         begin(s);
@@ -466,7 +496,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
           }
           sm90::products_wait<1>();
           sm90::pin(s);
-          const bool grew = take_softmax(tile + 1);
+          const bool grew = kLazy ? take_next_softmax(tile + 1) : take_softmax(tile + 1);
           // Without a branch here, the compiler would move the exponentials behind the wait for the outputs. Two
           // streams may lack the stages to hold this tile until the tile after next has arrived.
           if (streams == 1 && tile + 2 < tiles) wait_for(tile + 2);

@@ -14,9 +14,18 @@ struct SoftmaxRows {
   float positive[2];
   float scale[2];    // from a score to the exponent of 2
   float max[2];      // of the scores, over the row's four lanes; by kSlack in units of log 2 it may be too small
+  float offset[2];   // of the exponents: a score's is score * scale + offset
   float sum[2];      // over this lane's keys
   uint32_t rank[2];  // over this lane's keys
+  bool steady;       // of the whole warp: the next tile may do without a new maximum
 };
+
+// Up to this maximum in units of log 2, the rounding error of max * scale changes a weight by less than 2^-17.
+constexpr float kLargestProduct = 256.0f;
+// A row's maximum only grows by more than this, in units of log 2: until then weights above 1 do no harm. With its
+// bias, fp16 holds 2^15.
+template <int kBias>
+constexpr float kSlack = kBias > 0 ? 3.0f : 8.0f;
 
 // How many of the lane's scores of row r are greater than `positive`, at two instructions a score. A comparison and a
 // conditional increment would be three, on units of half the rate, but need fewer registers. big * (s - positive),
@@ -33,21 +42,19 @@ __device__ __forceinline__ uint32_t count_above(const float (&s)[tiles][4], int 
     // A power of two, so that positive * big is about 2^100, or less if big would overflow: 354 = 100 + 2 * 127.
     const uint32_t exponent = __float_as_uint(positive) & 0x7f800000u;
     const float big = __uint_as_float(min((354u << 23) - exponent, 253u << 23));
-    float count[2] = {};
+    constexpr float kUnit = 0x1p23f;  // from here on, a float's last bit is 1
+    float count[2] = {kUnit, 0.0f};
 #pragma unroll
     for (int i = 0; i < 2 * tiles; ++i) count[i % 2] += saturated_fma(s[i / 2][2 * r + i % 2], big, -positive * big);
-    return static_cast<uint32_t>(count[0] + count[1]);
+    return __float_as_uint(count[0] + count[1]) - __float_as_uint(kUnit);
   }
 }
 
 // Replaces scores by 2^bias times their weights relative to the running maximum. Returns whether the maximum of a row
-// of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`. It only grows by more than
-// kSlack, which is rare after a row's first tile: until then weights above 1 do no harm.
+// of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`. That is rare after a row's
+// first tile.
 template <int kBias, int tiles>
 __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&rescale)[2]) {
-  // Up to this maximum in units of log 2, the rounding error of max * scale changes a weight by less than 2^-17.
-  constexpr float kLargestProduct = 256.0f;
-  constexpr float kSlack = kBias > 0 ? 3.0f : 8.0f;  // with the bias, fp16 holds 2^15
   float shift[2];
   float offset[2];
   bool grew = false;
@@ -62,13 +69,14 @@ __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRow
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
     above |= max > rows.positive[r];
     // Not if they are equal or one is NaN.
-    const bool grows = (max - rows.max[r]) * rows.scale[r] > kSlack;
+    const bool grows = (max - rows.max[r]) * rows.scale[r] > kSlack<kBias>;
     if (!grows) max = rows.max[r];
     shift[r] = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
     rescale[r] = exp2_approx((rows.max[r] - shift[r]) * rows.scale[r]);
     offset[r] = -shift[r] * rows.scale[r];
     large |= !(fabsf(offset[r]) <= kLargestProduct);
     offset[r] += kBias;
+    rows.offset[r] = offset[r];
     grew |= grows;
     rows.max[r] = max;
     rows.sum[r] *= rescale[r];
@@ -94,7 +102,62 @@ __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRow
       rows.sum[i / 2] += s[j][i];
     }
   }
+  rows.steady = __all_sync(0xffffffffu, !large && rows.max[0] > -INFINITY && rows.max[1] > -INFINITY);
   return __any_sync(0xffffffffu, grew);
+}
+
+// The same without a new maximum, for steady rows. The exponentials take turns with counting, and do not wait for the
+// row's other lanes. Leaves the rows as they are, and returns the lane's sum and rank of the tile. Returns false if
+// a weight may have overflowed; then the scores are lost.
+template <int kBias, int tiles>
+__device__ __forceinline__ bool weigh_tile(float (&s)[tiles][4], const SoftmaxRows& rows, float (&sum)[2],
+                                           uint32_t (&rank)[2]) {
+  constexpr float kMost = 0x1p64f;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    rank[r] = count_above<tiles>(s, r, rows.positive[r]);
+    sum[r] = 0.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < tiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[j][i] = exp2_approx(fmaf(s[j][i], rows.scale[i / 2], rows.offset[i / 2]));
+      sum[i / 2] += s[j][i];
+    }
+  }
+  return sum[0] <= kMost && sum[1] <= kMost;  // not so for NaN
+}
+
+// Adds what weigh_tile returned. As weights become too large for the operand, the maximum grows by a power of two of
+// theirs; then as for softmax_of_tile.
+template <int kBias, int tiles>
+__device__ __forceinline__ bool add_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&sum)[2],
+                                         const uint32_t (&rank)[2], float (&rescale)[2]) {
+  constexpr float kMost = kBias > 0 ? 0x1p15f : 0x1p8f;
+  static_assert(kSlack<kBias> == (kBias > 0 ? 15 - kBias : 8));
+  const bool grew = __any_sync(0xffffffffu, sum[0] > kMost || sum[1] > kMost);
+  if (grew) {
+    bool large = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float most = fmaxf(sum[r], __shfl_xor_sync(0xffffffffu, sum[r], 1));
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+      const int exponent = most > kMost ? static_cast<int>(__float_as_uint(most) >> 23) - 127 - kBias : 0;
+      rescale[r] = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
+      rows.max[r] += static_cast<float>(exponent) / rows.scale[r];
+      rows.offset[r] -= static_cast<float>(exponent);
+      rows.sum[r] *= rescale[r];
+      sum[r] *= rescale[r];
+      large |= !(fabsf(rows.offset[r] - kBias) <= kLargestProduct);
+#pragma unroll
+      for (int j = 0; j < tiles; ++j) s[j][2 * r] *= rescale[r], s[j][2 * r + 1] *= rescale[r];
+    }
+    rows.steady = !__any_sync(0xffffffffu, large);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r], rows.rank[r] += rank[r];
+  return grew;
 }
 
 template <int outputs>

@@ -92,7 +92,7 @@ struct InfoNceWorkspace {
   float* positive;          // [N_padded] q . anchor, not divided by row_scale
   float* row_scale;         // [N_padded] power of two that scales the query operand's largest element to [0.5, 1)
   float* grad_temperature;  // [N], to be reduced
-  unsigned* finished;       // [1] blocks of combine; prepare sets it to 0
+  unsigned* finished;       // [1] rows that combine has finished; prepare sets it to 0
   void* query;              // [N_padded, C] the query operand: normalized, divided by row_scale
   void* keys;               // [M, C] with in_batch: the keys as the pass reads them, normalized
   float* column_parts;      // [kColumnParts, C] with label smoothing
