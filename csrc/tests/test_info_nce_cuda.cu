@@ -452,13 +452,14 @@ int main(int argc, char** argv) {
   test_types(0, 0, {{3, 70, 1100}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // two spans
   // Several tiles per split, of which later ones have far larger scores.
 #ifdef MOCO_EMULATE
-  const int64_t many[][2] = {{3, 1500}, {130, 1000}};
+  const int64_t many[][2] = {{3, 1500}, {66, 1000}};
 #else
-  const int64_t many[][2] = {{3, 140000}, {130, 40000}};
+  const int64_t many[][2] = {{3, 140000}, {66, 40000}};
 #endif
   for (const auto& [n, k] : many) {
     for (int type = 0; type < 4; ++type) {
       for (const int growth : {1, 3, 7}) {
+        if (type != 1 && growth != 3) continue;  // 7 is beyond float16
         test_types(0, type % 3,
                    {{n, k, type < 3 ? 128 : 64}, 0.07, false, true, growth < 7, 2, false, false, 1, -1, -1, growth},
                    random);

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     } else if (thread == 0) {
       sm90::prefetch_map(arguments.query_map);
       sm90::prefetch_map(arguments.key_map);
-      // Copies arrive in their order, and all blocks' first tiles take long. So only some are ahead of the queries.
+      // All blocks' first tiles together take long to arrive, and the queries would wait in the same line.
       constexpr int kAhead = 2;
       for (int slot = 0;; ++slot) {
         if (slot == min(slots, kAhead)) {
@@ -264,6 +264,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
             sm90::copy_tensor(query + i * Tile::kQueryPanelBytes, arguments.query_map, i % Tile::kPanels * 64,
                               static_cast<int>(block_row) + to_group * group_rows, query_arrived);
           }
+          sm90::barrier_wait(query_arrived, 0);
         }
         if (slot == slots) break;
         const int stream = slot & (streams - 1);
@@ -336,7 +337,8 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     constexpr int kWeightTerms = kGradient ? Tile::kWeightTerms : 0;
     float s[kScores][4] = {};
     float o[kOutputs][4] = {};
-    uint32_t p[Tile::kWeightTerms][Tile::kKeys / 16][4] = {};
+    using Weights = uint32_t[Tile::kWeightTerms][Tile::kKeys / 16][4];
+    Weights p{};
     float rescale[2];
     const auto slot_of = [&](int tile) { return tile * streams + stream; };
     const auto tile_address = [&](int tile) { return ring + slot_of(tile) % Tile::kStages * Tile::kTileBytes; };
@@ -373,7 +375,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       }
     };
     // sum = (keep ? sum : 0) + P K, of the columns from `panel` on.
-    const auto issue_outputs = [&](auto& sum, int tile, int panel, int keep) {
+    const auto issue_outputs = [&](auto& sum, const Weights& weights, int tile, int panel, int keep) {
       const uint64_t operand =
           sm90::column_operand(tile_address(tile) + panel * Tile::kKeyPanelBytes, Tile::kKeyPanelBytes);
 #pragma unroll
@@ -383,7 +385,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
 #pragma unroll
           for (int j = 0; j < Tile::kKeys / 16; ++j) {  // 16 keys are two groups of 8 rows
             const bool first = order == kWeightTerms - 1 && term == 0 && j == 0;
-            sm90::multiply_columns(sum, p[term][j],
+            sm90::multiply_columns(sum, weights[term][j],
                                    sm90::advance(operand, (order - term) * Tile::kKeyPlaneBytes + j * 2048),
                                    first ? keep : 1, type);
           }
@@ -398,18 +400,14 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         mask_scores<kScores>(s, rows, arguments.mask, row, n, first_key, valid, lane);
       }
     };
-    const auto take_softmax = [&](int tile) {
-      mask(tile);
-      return softmax_of_tile<kBias>(s, rows, rescale);
-    };
-    const auto pack_weights = [&] {
+    const auto pack_weights = [&](Weights& weights) {
 #pragma unroll
       for (int term = 0; term < kWeightTerms; ++term) {
 #pragma unroll
         for (int j = 0; j < kScores; ++j) {  // two adjacent tiles of S already are an operand
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
-            uint32_t& word = p[term][j / 2][j % 2 * 2 + r];
+            uint32_t& word = weights[term][j / 2][j % 2 * 2 + r];
             if constexpr (Tile::kSplit) {
               word = take_term(s[j][2 * r], s[j][2 * r + 1]);
             } else {
@@ -434,104 +432,112 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
       sm90::warpgroup_barrier(1 + group);
     };
     // pin: while products run, the compiler may touch none of their registers. Otherwise it serializes them.
-    const auto pin_weights = [&] {
+    const auto pin_weights = [&](Weights& weights) {
 #pragma unroll
-      for (int term = 0; term < kWeightTerms; ++term) sm90::pin(p[term]);
+      for (int term = 0; term < kWeightTerms; ++term) sm90::pin(weights[term]);
     };
-    const auto begin = [&](auto&... operands) {
+    const auto begin = [&](Weights& weights, auto&... operands) {
       (sm90::pin(operands), ...);
-      pin_weights();
+      pin_weights(weights);
       sm90::products_begin();
     };
 
     if constexpr (kGradient && !Tile::kExact) {
-      const auto wait_for_outputs = [&] {
+      // Where registers suffice, a softmax writes weights while a product reads those of the tile before. So P has two
+      // buffers. A copy from one to the other would make ptxas wait after every product.
+      constexpr bool kLazy = !kMasked && columns <= 128 && (!Tile::kSplit || kTerms == 2);
+      const auto wait_for_outputs = [&](Weights& weights) {
         sm90::products_wait();
         sm90::pin(o);
-        pin_weights();
+        pin_weights(weights);
       };
-      // Not where ptxas would spill registers.
-      constexpr bool kLazy = !Tile::kSplit && !kMasked && columns <= 128;
-      // Of a later tile. If weights overflow, which takes scores far above all before, its scores are computed again.
-      const auto take_next_softmax = [&](int tile) {
-        const uint32_t rank_before[] = {rows.rank[0], rows.rank[1]};
-        mask(tile);
-        float sum[2];
-        uint32_t rank[2];
-        bool steady = rows.steady;
-        const bool fits = !steady || weigh_tile<kBias>(s, rows, sum, rank);
-        if (sm90::warpgroup_any(1 + group, !fits)) {
-          wait_for_outputs();
-          begin(s);
-          issue_scores(tile);
-          sm90::products_commit();
-          sm90::products_wait();
-          sm90::pin(s);
-          rows.rank[0] = rank_before[0], rows.rank[1] = rank_before[1];
-          mask(tile);
-          steady = false;
+      const auto step = [&](int tile, Weights& weights, Weights& next) {  // P K of a tile, softmax of the next
+        wait_for(tile + 1);
+        if (streams == 1) sm90::barrier_wait(turns + 8 * group, (tile + group + 1) & 1);
+        begin(weights, s, o);
+        issue_scores(tile + 1);
+        sm90::products_commit();
+        issue_outputs(o, weights, tile, 0, 1);
+        sm90::products_commit();
+        if (streams == 1) {  // every warp arrives, or the others could be two turns ahead of one that still waits
+          __syncwarp();
+          if (lane == 0) sm90::barrier_arrive(turns + 8 * (1 - group));
         }
-        return steady ? add_tile<kBias>(s, rows, sum, rank, rescale) : softmax_of_tile<kBias>(s, rows, rescale);
+        sm90::products_wait<1>();
+        sm90::pin(s);
+        mask(tile + 1);
+        bool grew;
+        if constexpr (kLazy) {
+          grew = softmax_of_next_tile<kBias>(s, rows, rescale, next[0], type);
+          pin_weights(next);
+        } else {
+          grew = softmax_of_tile<kBias>(s, rows, rescale);
+        }
+        // Without a branch here, the compiler would move the exponentials behind the wait for the outputs. Two
+        // streams may lack the stages to hold this tile until the tile after next has arrived.
+        if (streams == 1 && tile + 2 < tiles) wait_for(tile + 2);
+        wait_for_outputs(weights);
+        release(tile);
+        if (grew) rescale_rows(o, rescale);
+        if constexpr (!kLazy) pack_weights(next);
+      };
+      const auto end = [&](Weights& weights) {
+        clear_invalid_keys(tiles - 1);
+        begin(weights, o);
+        issue_outputs(o, weights, tiles - 1, 0, 1);
+        sm90::products_commit();
+        wait_for_outputs(weights);
+        release(tiles - 1);
       };
       if (tiles > 0) {
         wait_for(0);
-        begin(s);
+        begin(p, s);
         issue_scores(0);
         sm90::products_commit();
         sm90::products_wait();
         sm90::pin(s);
-        take_softmax(0);
-        pack_weights();
-        for (int tile = 0; tile < tiles - 1; ++tile) {
-          wait_for(tile + 1);
-          if (streams == 1) sm90::barrier_wait(turns + 8 * group, (tile + group + 1) & 1);
-          begin(s, o);
-          issue_scores(tile + 1);
-          sm90::products_commit();
-          issue_outputs(o, tile, 0, 1);
-          sm90::products_commit();
-          if (streams == 1) {  // every warp arrives, or the others could be two turns ahead of one that still waits
-            __syncwarp();
-            if (lane == 0) sm90::barrier_arrive(turns + 8 * (1 - group));
+        mask(0);
+        softmax_of_tile<kBias>(s, rows, rescale);
+        pack_weights(p);
+        int tile = 0;
+        if constexpr (kLazy) {
+          Weights other{};
+          while (tile + 1 < tiles) {
+            step(tile++, p, other);
+            if (tile + 1 == tiles) break;
+            step(tile++, other, p);
           }
-          sm90::products_wait<1>();
-          sm90::pin(s);
-          const bool grew = kLazy ? take_next_softmax(tile + 1) : take_softmax(tile + 1);
-          // Without a branch here, the compiler would move the exponentials behind the wait for the outputs. Two
-          // streams may lack the stages to hold this tile until the tile after next has arrived.
-          if (streams == 1 && tile + 2 < tiles) wait_for(tile + 2);
-          wait_for_outputs();
-          release(tile);
-          if (grew) rescale_rows(o, rescale);
-          pack_weights();
+          if (tiles % 2 == 1) {
+            end(p);
+          } else {
+            end(other);
+          }
+        } else {
+          for (; tile + 1 < tiles; ++tile) step(tile, p, p);
+          end(p);
         }
-        clear_invalid_keys(tiles - 1);
-        begin(o);
-        issue_outputs(o, tiles - 1, 0, 1);
-        sm90::products_commit();
-        wait_for_outputs();
-        release(tiles - 1);
       }
     } else {
       for (int tile = 0; tile < tiles; ++tile) {
         wait_for(tile);
-        begin(s);
+        begin(p, s);
         issue_scores(tile);
         sm90::products_commit();
         sm90::products_wait();
         sm90::pin(s);
-        take_softmax(tile);
+        mask(tile);
+        softmax_of_tile<kBias>(s, rows, rescale);
         if constexpr (kGradient) {
-          pack_weights();
+          pack_weights(p);
 #pragma unroll
           for (int panel = 0; panel < Tile::kPanels; ++panel) {
             float sum[8][4];
-            begin();
-            issue_outputs(sum, tile, panel, 0);
+            begin(p);
+            issue_outputs(sum, p, tile, panel, 0);
             sm90::products_commit();
             sm90::products_wait();
             sm90::pin(sum);
-            pin_weights();
+            pin_weights(p);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
 #pragma unroll

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/info_nce_workspace.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
 
@@ -17,15 +18,14 @@ struct SoftmaxRows {
   float offset[2];   // of the exponents: a score's is score * scale + offset
   float sum[2];      // over this lane's keys
   uint32_t rank[2];  // over this lane's keys
-  bool steady;       // of the whole warp: the next tile may do without a new maximum
+  // For softmax_of_next_tile, of the whole warp:
+  bool steady;     // the next tile may do without a new maximum
+  bool counts;     // scores above a positive are to be expected
+  float least[2];  // a lane with a score above the positive has weights of at least this
 };
 
 // Up to this maximum in units of log 2, the rounding error of max * scale changes a weight by less than 2^-17.
 constexpr float kLargestProduct = 256.0f;
-// A row's maximum only grows by more than this, in units of log 2: until then weights above 1 do no harm. With its
-// bias, fp16 holds 2^15.
-template <int kBias>
-constexpr float kSlack = kBias > 0 ? 3.0f : 8.0f;
 
 // How many of the lane's scores of row r are greater than `positive`, at two instructions a score. A comparison and a
 // conditional increment would be three, on units of half the rate, but need fewer registers. big * (s - positive),
@@ -51,10 +51,11 @@ __device__ __forceinline__ uint32_t count_above(const float (&s)[tiles][4], int 
 }
 
 // Replaces scores by 2^bias times their weights relative to the running maximum. Returns whether the maximum of a row
-// of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`. That is rare after a row's
-// first tile.
+// of the warp grew; then sums of the rows' earlier weights must be multiplied by `rescale`. It only grows by more than
+// kSlack, which is rare after a row's first tile: until then weights above 1 do no harm.
 template <int kBias, int tiles>
 __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&rescale)[2]) {
+  constexpr float kSlack = kBias > 0 ? 3.0f : 8.0f;  // with the bias, fp16 holds 2^15
   float shift[2];
   float offset[2];
   bool grew = false;
@@ -69,7 +70,7 @@ __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRow
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
     above |= max > rows.positive[r];
     // Not if they are equal or one is NaN.
-    const bool grows = (max - rows.max[r]) * rows.scale[r] > kSlack<kBias>;
+    const bool grows = (max - rows.max[r]) * rows.scale[r] > kSlack;
     if (!grows) max = rows.max[r];
     shift[r] = max == -INFINITY ? 0.0f : max;  // -inf - -inf would be NaN
     rescale[r] = exp2_approx((rows.max[r] - shift[r]) * rows.scale[r]);
@@ -102,61 +103,74 @@ __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRow
       rows.sum[i / 2] += s[j][i];
     }
   }
-  rows.steady = __all_sync(0xffffffffu, !large && rows.max[0] > -INFINITY && rows.max[1] > -INFINITY);
-  return __any_sync(0xffffffffu, grew);
+  grew = __any_sync(0xffffffffu, grew);
+  if (grew) {
+    rows.steady = __all_sync(0xffffffffu, !large && rows.max[0] > -INFINITY && rows.max[1] > -INFINITY);
+    rows.counts = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rows.least[r] = 0.999f * exp2_approx(fmaf(rows.positive[r], rows.scale[r], offset[r]));
+  }
+  return grew;
 }
 
-// The same without a new maximum, for steady rows. The exponentials take turns with counting, and do not wait for the
-// row's other lanes. Leaves the rows as they are, and returns the lane's sum and rank of the tile. Returns false if
-// a weight may have overflowed; then the scores are lost.
-template <int kBias, int tiles>
-__device__ __forceinline__ bool weigh_tile(float (&s)[tiles][4], const SoftmaxRows& rows, float (&sum)[2],
-                                           uint32_t (&rank)[2]) {
-  constexpr float kMost = 0x1p64f;
+// Weights relative to the rows' maximum so far, as operands, with the lane's sums and, if kCounts, ranks.
+template <bool kCounts, int tiles, typename Operand>
+__device__ __forceinline__ void weigh_tile(const float (&s)[tiles][4], const SoftmaxRows& rows, float (&sum)[2],
+                                           uint32_t (&rank)[2], uint32_t (&weights)[tiles / 2][4], Operand type) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    rank[r] = count_above<tiles>(s, r, rows.positive[r]);
+    if (kCounts) rank[r] = count_above<tiles>(s, r, rows.positive[r]);
     sum[r] = 0.0f;
   }
 #pragma unroll
   for (int j = 0; j < tiles; ++j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      s[j][i] = exp2_approx(fmaf(s[j][i], rows.scale[i / 2], rows.offset[i / 2]));
-      sum[i / 2] += s[j][i];
+    for (int r = 0; r < 2; ++r) {
+      const float a = exp2_approx(fmaf(s[j][2 * r], rows.scale[r], rows.offset[r]));
+      const float b = exp2_approx(fmaf(s[j][2 * r + 1], rows.scale[r], rows.offset[r]));
+      sum[r] += a;
+      sum[r] += b;
+      weights[j / 2][j % 2 * 2 + r] = pack(a, b, type);
     }
   }
-  return sum[0] <= kMost && sum[1] <= kMost;  // not so for NaN
 }
 
-// Adds what weigh_tile returned. As weights become too large for the operand, the maximum grows by a power of two of
-// theirs; then as for softmax_of_tile.
-template <int kBias, int tiles>
-__device__ __forceinline__ bool add_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&sum)[2],
-                                         const uint32_t (&rank)[2], float (&rescale)[2]) {
-  constexpr float kMost = kBias > 0 ? 0x1p15f : 0x1p8f;
-  static_assert(kSlack<kBias> == (kBias > 0 ? 15 - kBias : 8));
-  const bool grew = __any_sync(0xffffffffu, sum[0] > kMost || sum[1] > kMost);
-  if (grew) {
-    bool large = false;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float most = fmaxf(sum[r], __shfl_xor_sync(0xffffffffu, sum[r], 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      const int exponent = most > kMost ? static_cast<int>(__float_as_uint(most) >> 23) - 127 - kBias : 0;
-      rescale[r] = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
-      rows.max[r] += static_cast<float>(exponent) / rows.scale[r];
-      rows.offset[r] -= static_cast<float>(exponent);
-      rows.sum[r] *= rescale[r];
-      sum[r] *= rescale[r];
-      large |= !(fabsf(rows.offset[r] - kBias) <= kLargestProduct);
-#pragma unroll
-      for (int j = 0; j < tiles; ++j) s[j][2 * r] *= rescale[r], s[j][2 * r + 1] *= rescale[r];
+// The softmax of a later tile, into the operand `weights`. It takes no new maximum as long as weights do not become
+// large, because that takes as long as the exponentials and waits for other lanes. Counting takes turns with
+// exponentials, or is left out while no score can be above a positive.
+template <int kBias, int tiles, typename Operand>
+__device__ __forceinline__ bool softmax_of_next_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&rescale)[2],
+                                                     uint32_t (&weights)[tiles / 2][4], Operand type) {
+  constexpr float kMost = kBias > 0 ? 0x1p15f : 0x1p20f;
+  const bool steady = rows.steady;
+  if (steady) {
+    float sum[2];
+    uint32_t rank[2] = {};
+    if (rows.counts) {
+      weigh_tile<true>(s, rows, sum, rank, weights, type);
+    } else {
+      weigh_tile<false>(s, rows, sum, rank, weights, type);
     }
-    rows.steady = !__any_sync(0xffffffffu, large);
-  }
+    if (__all_sync(0xffffffffu, sum[0] <= kMost && sum[1] <= kMost)) {  // not so for NaN
+      if (rows.counts) {
+        rows.counts = __any_sync(0xffffffffu, (rank[0] | rank[1]) != 0);
+      } else if (__any_sync(0xffffffffu, !(sum[0] < rows.least[0]) || !(sum[1] < rows.least[1]))) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r], rows.rank[r] += rank[r];
+        for (int r = 0; r < 2; ++r) rank[r] = count_above<tiles>(s, r, rows.positive[r]);
+        rows.counts = true;
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) rows.sum[r] += sum[r], rows.rank[r] += rank[r];
+      return false;
+    }
+  }
+  const bool grew = softmax_of_tile<kBias>(s, rows, rescale);
+  if (steady && !grew) rows.steady = false;  // or the next attempt would fail, too
+#pragma unroll
+  for (int j = 0; j < tiles; ++j) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) weights[j / 2][j % 2 * 2 + r] = pack(s[j][2 * r], s[j][2 * r + 1], type);
+  }
   return grew;
 }
 

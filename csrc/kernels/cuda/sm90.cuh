@@ -45,21 +45,6 @@ __device__ __forceinline__ void set_registers() {
 }
 // A barrier of the 128 threads of one warpgroup; `id` is from 1 to 15, because __syncthreads uses 0.
 __device__ __forceinline__ void warpgroup_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
-// The same, and whether x is true in any of the threads.
-__device__ __forceinline__ bool warpgroup_any(int id, bool x) {
-  int any;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.b32 mine, %2, 0;\n"
-      "bar.red.or.pred all, %1, 128, mine;\n"
-      "selp.b32 %0, 1, 0, all;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(id), "r"(static_cast<int>(x))
-      : "memory");
-  return any != 0;
-}
 
 // ---- mbarriers
 

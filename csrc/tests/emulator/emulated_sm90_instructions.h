@@ -31,16 +31,6 @@ void set_registers(Where where = Where::current()) {
   emu::set_max_registers(registers, where);
 }
 inline void warpgroup_barrier(int id, Where where = Where::current()) { emu::barrier(id, 128, where); }
-inline bool warpgroup_any(int id, bool x, Where where = Where::current()) {
-  // A thread is at most a round ahead of another: three flags in turn, of which the next but one is cleared.
-  static int rounds[1024];
-  static bool any[16][3];
-  const int round = rounds[threadIdx.x]++;
-  any[id][round % 3] |= x;
-  emu::barrier(id, 128, where);
-  any[id][(round + 2) % 3] = false;
-  return any[id][round % 3];
-}
 
 inline void fence_shared() { emu::fence_proxy_async(); }
 inline void barrier_init(uint32_t barrier, int arrivals, Where where = Where::current()) {
