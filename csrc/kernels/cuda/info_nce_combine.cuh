@@ -11,7 +11,14 @@ namespace moco_ext::cuda {
 constexpr int kCombineColumns = 128;  // of a warp: four of each lane
 constexpr int kCombineSplits = 8;     // that a warp loads at once
 constexpr int kCombineWarps = 16;     // of a block, at most
-constexpr int kCombineBound = 608;    // more than the threads of a block, to limit registers to 104
+
+// Two blocks of nine warps, of 66 splits, fit a multiprocessor with 96 registers a thread, to which a bound of more
+// than 16 warps limits them. Before Hopper they would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kCombineBound = 32 * kCombineWarps;
+#else
+constexpr int kCombineBound = 32 * kCombineWarps + 32;
+#endif
 
 // Of the blocks: threadIdx.x has four columns of a span, threadIdx.y some of the splits, threadIdx.z a row.
 struct CombineShape {

@@ -27,10 +27,25 @@ struct SoftmaxRows {
 // Up to this maximum in units of log 2, the rounding error of max * scale changes a weight by less than 2^-17.
 constexpr float kLargestProduct = 256.0f;
 
-// How many of the lane's scores of row r are greater than `positive`, at two instructions a score. A comparison and a
-// conditional increment would be three, on units of half the rate, but need fewer registers. big * (s - positive),
-// exact in an fma but for the last rounding, is at least 1 if the scores differ by more than the smallest normal
-// number.
+// Counts scores greater than `positive` at two instructions a score. A comparison and a conditional increment would be
+// three, on units of half the rate, but need fewer registers. big * (s - positive), exact in an fma but for the last
+// rounding, is at least 1 if the scores differ by more than the smallest normal number.
+struct AboveCounter {
+  static constexpr float kUnit = 0x1p23f;  // from here on, a float's last bit is 1
+  float big;
+  float offset;
+  float count = kUnit;
+  __device__ __forceinline__ explicit AboveCounter(float positive) {
+    // A power of two, so that positive * big is about 2^100, or less if big would overflow: 354 = 100 + 2 * 127.
+    const uint32_t exponent = __float_as_uint(positive) & 0x7f800000u;
+    big = __uint_as_float(min((354u << 23) - exponent, 253u << 23));
+    offset = -positive * big;
+  }
+  __device__ __forceinline__ void operator()(float s) { count += saturated_fma(s, big, offset); }
+  __device__ __forceinline__ uint32_t value() const { return __float_as_uint(count) - __float_as_uint(kUnit); }
+};
+
+// How many of the lane's scores of row r are greater than `positive`.
 template <int tiles>
 __device__ __forceinline__ uint32_t count_above(const float (&s)[tiles][4], int r, float positive) {
   if constexpr (tiles <= 4) {
@@ -39,14 +54,11 @@ __device__ __forceinline__ uint32_t count_above(const float (&s)[tiles][4], int 
     for (int i = 0; i < 2 * tiles; ++i) count += s[i / 2][2 * r + i % 2] > positive;
     return count;
   } else {
-    // A power of two, so that positive * big is about 2^100, or less if big would overflow: 354 = 100 + 2 * 127.
-    const uint32_t exponent = __float_as_uint(positive) & 0x7f800000u;
-    const float big = __uint_as_float(min((354u << 23) - exponent, 253u << 23));
-    constexpr float kUnit = 0x1p23f;  // from here on, a float's last bit is 1
-    float count[2] = {kUnit, 0.0f};
+    AboveCounter even(positive);
+    AboveCounter odd(positive);
 #pragma unroll
-    for (int i = 0; i < 2 * tiles; ++i) count[i % 2] += saturated_fma(s[i / 2][2 * r + i % 2], big, -positive * big);
-    return __float_as_uint(count[0] + count[1]) - __float_as_uint(kUnit);
+    for (int i = 0; i < tiles; ++i) even(s[i][2 * r]), odd(s[i][2 * r + 1]);
+    return even.value() + odd.value();
   }
 }
 
@@ -117,22 +129,21 @@ __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRow
 template <bool kCounts, int tiles, typename Operand>
 __device__ __forceinline__ void weigh_tile(const float (&s)[tiles][4], const SoftmaxRows& rows, float (&sum)[2],
                                            uint32_t (&rank)[2], uint32_t (&weights)[tiles / 2][4], Operand type) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    if (kCounts) rank[r] = count_above<tiles>(s, r, rows.positive[r]);
-    sum[r] = 0.0f;
-  }
+  AboveCounter counters[] = {AboveCounter(rows.positive[0]), AboveCounter(rows.positive[1])};
+  sum[0] = sum[1] = 0.0f;
 #pragma unroll
   for (int j = 0; j < tiles; ++j) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float a = exp2_approx(fmaf(s[j][2 * r], rows.scale[r], rows.offset[r]));
       const float b = exp2_approx(fmaf(s[j][2 * r + 1], rows.scale[r], rows.offset[r]));
+      if (kCounts) counters[r](s[j][2 * r]), counters[r](s[j][2 * r + 1]);
       sum[r] += a;
       sum[r] += b;
       weights[j / 2][j % 2 * 2 + r] = pack(a, b, type);
     }
   }
+  if (kCounts) rank[0] = counters[0].value(), rank[1] = counters[1].value();
 }
 
 // The softmax of a later tile, into the operand `weights`. It takes no new maximum as long as weights do not become
