@@ -200,7 +200,9 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return torch.addcmul(self.shift, images.float(), scale).expand(-1, 3, -1, -1)
+        values = images.float()
+        own = None if values is images else values
+        return torch.addcmul(self.shift, values, scale, out=own).expand(-1, 3, -1, -1)
 
 
 def eval_batches(
