@@ -828,7 +828,7 @@ def test_chunks_at_a_url(folder, chunks):
         if path.suffix in (".bin", ".json"):
             files.pipe(f"/chunks/{path.relative_to(chunks)}", path.read_bytes())
     other = mdata.load("memory://chunks")
-    assert other.train.name(8) == "memory://chunks/train/chunk-0-1.bin/1"
+    assert other.train.name(8) == "memory:///chunks/train/chunk-0-1.bin/1"
     assert_same_batches(views_of(mdata.load(folder)), views_of(other, workers=2))
     mdata.load(chunks)  # saves the indexes
     for path in chunks.glob("train/*.npz"):

@@ -21,7 +21,7 @@ import numpy as np
 from .files import IMAGE_COLUMNS, LABEL_COLUMNS
 from .parquet_shards import column_of_images, column_of_labels, encode_labels
 from .tar_shards import TarIndex, TarShards, index_of
-from .urls import Stamp, files_in, is_url, read_file, read_range
+from .urls import Stamp, is_url, read_file, read_range
 
 _INDEX = "index.json"
 _IMAGES = ("bytes", "file", "image", "jpeg", "pil")  # types of leaves; pil: not encoded
@@ -48,17 +48,18 @@ class ChunkShards(TarShards):
         return f"{self.urls[shard]}/{row - int(self.starts[shard])}"
 
 
-def chunks_in(folder: str) -> list[str]:
-    """The chunks that the ``index.json`` of a folder lists, in its order; empty if it is no folder of chunks.
+def chunks_among(paths: Sequence[str]) -> list[str]:
+    """The chunks that the ``index.json`` among a folder's files lists, in its order; none if there are no chunks.
 
     Raises:
         ValueError: chunks without an index.
     """
-    if index := _read_index(folder):
-        return [f"{folder}/{chunk['filename']}" for chunk in index["chunks"]]
-    names = [path.rpartition("/")[2] for path in files_in(folder)]
-    if chunk := next((name for name in names if re.fullmatch(r"chunk-\d+-\d+(\.\w+)*\.bin", name)), None):
-        raise ValueError(f"data: expected {_INDEX} next to {folder}/{chunk}, got none; has litdata.optimize finished?")
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if name == _INDEX and (index := _read_index(folder)):
+            return [f"{folder}/{chunk['filename']}" for chunk in index["chunks"]]
+    if chunk := next((path for path in paths if re.search(r"(^|/)chunk-\d+-\d+(\.\w+)*\.bin$", path)), None):
+        raise ValueError(f"data: expected {_INDEX} next to {chunk}, got none; has litdata.optimize finished?")
     return []
 
 

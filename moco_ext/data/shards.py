@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .files import IMAGES
 from .images import decode
-from .litdata_chunks import ChunkShards, chunks_in, index_of_chunk, item_format
+from .litdata_chunks import ChunkShards, chunks_among, index_of_chunk, item_format
 from .parquet_shards import ParquetShards, image_column, read_footer
 from .tar_shards import TarShards, index_of
 from .urls import expand, files_in, is_url, read_file
@@ -192,9 +192,9 @@ def _manifest(content: bytes, folder: str) -> dict:
 
 def _shards_in(folder: str) -> list[str]:
     """The shards of a folder of shards; of any other folder none."""
-    if chunks := chunks_in(folder):
-        return chunks
     paths = files_in(folder)
+    if chunks := chunks_among(paths):
+        return chunks
     found = [path for path in paths if path.lower().endswith(_FORMATS)]
     if not found or any(path.lower().endswith(IMAGES) for path in paths):
         return []
