@@ -171,7 +171,7 @@ def loader_section(
     loads = [
         load for b in report["benchmarks"] if b["group"].startswith(prefix) for load in b["extra_info"].get("load", ())
     ]
-    what += f"; load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    what += f"; load average at most {max(loads):.1f}" if loads else ""
     name = machine["cpu"].get("brand_raw", machine["machine"])
     lines = [
         f"Images per second on one core ({name}, torch {machine['torch']}, commit {commit}; {what}; a "
