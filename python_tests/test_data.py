@@ -230,7 +230,7 @@ def test_read_image_refuses_pixels_of_unknown_range(tmp_path, pixels):
         read_image(tmp_path / "deep.tif")
 
 
-@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "mpo"])
 def test_read_image_of_an_animation_is_its_first_frame(tmp_path, form):
     frames = [Image.new("RGB", (20, 10), color) for color in ("red", "lime", "blue")]
     frames[0].save(tmp_path / f"moving.{form}", save_all=True, append_images=frames[1:])

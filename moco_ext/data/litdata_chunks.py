@@ -185,7 +185,8 @@ def _read_chunk(file: BinaryIO, url: str, known: ItemFormat) -> TarIndex:
         if len(offsets) != n:
             raise ValueError(f"{len(offsets):,} images in {n:,} items")
     except ValueError as error:
-        raise ValueError(f"data: expected a complete chunk of LitData, got {url}: {error}") from None
+        why = str(error).removeprefix("data: ")
+        raise ValueError(f"data: expected a complete chunk of LitData with images, got {url}: {why}") from None
     return TarIndex(edges[:-1], offsets, sizes.astype(np.int32), labels, tuple(names))
 
 
@@ -194,7 +195,7 @@ def _arrow_rows(file: BinaryIO, url: str) -> tuple[np.ndarray, np.ndarray, np.nd
     try:
         import pyarrow as pa
     except ImportError:
-        raise ValueError("it needs pyarrow: pip install pyarrow") from None
+        raise ValueError("rows of Arrow, which need pyarrow: pip install pyarrow") from None
     file.seek(0)
     whole = pa.py_buffer(file.read()) if is_url(url) else pa.memory_map(url).read_buffer()
     end = len(whole) - len(_ARROW_MARK) - 4
