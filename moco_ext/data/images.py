@@ -110,10 +110,10 @@ def _jpeg_pixels(file: BinaryIO) -> int:
     if file.read(2) == b"\xff\xd8":
         while len(segment := file.read(9)) == 9 and segment[0] == 0xFF:  # type, length, content
             if 0xC0 <= segment[1] <= 0xC2:  # a frame: precision, height, width
-                pixels = int.from_bytes(segment[5:7]) * int.from_bytes(segment[7:9])
+                pixels = int.from_bytes(segment[5:7], "big") * int.from_bytes(segment[7:9], "big")
             if segment[1] != 0xC4 and not 0xDB <= segment[1] <= 0xFE:  # of these the length is known
                 break
-            at += 2 + int.from_bytes(segment[2:4])
+            at += 2 + int.from_bytes(segment[2:4], "big")
             file.seek(at)
     file.seek(0)
     return pixels
