@@ -1,6 +1,5 @@
 """InfoNCE, raw queries to loss and gradient: ours, every peer that is installed, and the limit."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -128,7 +127,7 @@ def add_peer(rows, skipped, name, make: Callable[[], Callable[[], torch.Tensor]]
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "forward"])
 @pytest.mark.parametrize("N", [32, 256], ids=lambda N: f"N{N}")
-def bench_linear_cross_entropy(benchmark, compare, device, N, gradient, threads):
+def bench_linear_cross_entropy(compare, device, N, gradient, threads):
     """Against torch's own fused loss of a linear layer, for whose problem ours takes the keys of the batch, too."""
     if device.type == "cuda":
         pytest.skip("CPU threads; bench_info_nce has it on a GPU")
@@ -160,9 +159,7 @@ def bench_linear_cross_entropy(benchmark, compare, device, N, gradient, threads)
             add_peer(rows, skipped, name, lambda make=make: timed(make()), want[1], 1e-5, **work)
         mode = "gradient" if gradient else "forward"
         group = f"linear_cross_entropy N={N} K={K} C={C} float32 queue, {mode}, {threads} threads"
-        benchmark.extra_info["load"] = [os.getloadavg()[0]]
         compare(group, rows, want[0], skipped)
-        benchmark.extra_info["load"].append(os.getloadavg()[0])
     finally:
         torch.set_num_threads(before)
 

@@ -200,6 +200,8 @@ def bench_shards(compare, device, folder, tmp_path, one_thread, one_core):
             readers[name] = reader()
         except ImportError as error:
             skipped[name] = str(error)
+    if "litdata, torchvision's decoder" in readers:
+        readers["ours, LitData chunks"] = at_random(mdata.load(tmp_path / "litdata").train.read)
     readers["limit: decode"] = at_random(lambda position: decoded(in_memory[position]))
 
     def brightness(images: Iterator) -> torch.Tensor:

@@ -121,7 +121,9 @@ def compare(benchmark, device, request):
 
         benchmark.extra_info["rows"] = records
         benchmark.extra_info["skipped"] = skipped
+        benchmark.extra_info["load"] = [os.getloadavg()[0]]
         benchmark.pedantic(one_round, rounds=request.config.getoption("rounds"), iterations=1)
+        benchmark.extra_info["load"].append(os.getloadavg()[0])
 
     return run
 

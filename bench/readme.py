@@ -168,6 +168,10 @@ def loader_section(
     file: str = "bench/bench_loader.py",
 ) -> str:
     machine, commit = report["machine_info"], commits(report)
+    loads = [
+        load for b in report["benchmarks"] if b["group"].startswith(prefix) for load in b["extra_info"].get("load", ())
+    ]
+    what += f"; load average at most {max(loads):.1f}" if loads else ""
     name = machine["cpu"].get("brand_raw", machine["machine"])
     lines = [
         f"Images per second on one core ({name}, torch {machine['torch']}, commit {commit}; {what}; a "

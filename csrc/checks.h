@@ -68,6 +68,8 @@ inline const char* dtype_text(ScalarType type) {
       return "int32";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Byte:
+      return "uint8";
     default:
       return nullptr;
   }
@@ -292,6 +294,24 @@ inline void check_l2_normalize(const Tensor& x, double eps) {
   check_matrix(x, "x", "[N, C]");
   check_float_dtype(x, "x", x.is_cpu());
   check(std::isfinite(eps) && eps >= 0, "eps: expected a finite number >= 0, got ", eps);
+}
+
+inline void check_color_steps(const Tensor& images, const Tensor& steps, const Tensor& factors, const Tensor& kernels) {
+  const auto check_tensor = [](const Tensor& t, const char* name, ScalarType type) {
+    check(t.scalar_type() == type, name, ": expected ", dtype_text(type), ", got ", dtype_name(t));
+    check_storage(t, name);
+  };
+  check_tensor(images, "images", ScalarType::Byte);
+  check(images.dim() == 4 && images.size(1) == 3, "images: expected shape [N, 3, H, W], got ", shape_name(images));
+  const int64_t n = images.size(0);
+  check_tensor(steps, "steps", ScalarType::Long);
+  check(steps.dim() == 2 && steps.size(0) == n, "steps: expected shape [", n, ", steps], got ", shape_name(steps));
+  check_tensor(factors, "factors", ScalarType::Float);
+  check(factors.dim() == 2 && factors.size(0) == n && factors.size(1) == 4, "factors: expected shape [", n,
+        ", 4], got ", shape_name(factors));
+  check_tensor(kernels, "kernels", ScalarType::Float);
+  check(kernels.dim() == 2 && kernels.size(0) == n && kernels.size(1) % 2 == 1, "kernels: expected shape [", n,
+        ", odd number], got ", shape_name(kernels));
 }
 
 }  // namespace moco_ext

@@ -44,6 +44,9 @@ STABLE_TORCH_LIBRARY(moco_ext, m) {
       "(Tensor similarity, Tensor index)");
   m.def("l2_normalize_forward(Tensor x, float eps) -> (Tensor out, Tensor norm)");
 
+  // Of uint8 views, on the CPU only: what follows the crop in an augmentation. See kernels/cpu.h for the arguments.
+  m.def("color_steps(Tensor images, Tensor steps, Tensor factors, Tensor kernels) -> Tensor");
+
   m.def("check_enqueue(Tensor queue, Tensor queue_ptr, Tensor keys, bool normalize, int row_offset, int? K) -> ()");
   m.def(
       "check_momentum_update(Tensor[] key_params, Tensor[] query_params, Tensor? m_tensor, float m, "

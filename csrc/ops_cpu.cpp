@@ -214,6 +214,24 @@ std::tuple<Tensor, Tensor> l2_normalize_forward(const Tensor& x, double eps) {
   return {out, norm};
 }
 
+Tensor color_steps(const Tensor& images, const Tensor& steps, const Tensor& factors, const Tensor& kernels) {
+  check_color_steps(images, steps, factors, kernels);
+  const Tensor views = row_major(images);
+  const Tensor all_steps = row_major(steps);
+  const Tensor all_factors = row_major(factors);
+  const Tensor all_kernels = row_major(kernels);
+  const int64_t* const step = const_data<int64_t>(all_steps);
+  for (int64_t i = 0; i < steps.numel(); ++i)
+    check(step[i] >= -1 && step[i] <= static_cast<int64_t>(cpu::ColorStep::kFlip), "steps: expected -1 to ",
+          static_cast<int64_t>(cpu::ColorStep::kFlip), ", got ", step[i]);
+  const int64_t n = images.size(0), height = images.size(2), width = images.size(3);
+  const Tensor out = make_tensor(views, {n, 3, height, width}, ScalarType::Byte);
+  if (out.numel() == 0) return out;
+  cpu::color_steps(host(), const_data<uint8_t>(views), data<uint8_t>(out), n, height, width, step, steps.size(1),
+                   const_data<float>(all_factors), const_data<float>(all_kernels), kernels.size(1));
+  return out;
+}
+
 }  // namespace
 
 void out_of_memory(double bytes) {
@@ -228,6 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(moco_ext, CPU, m) {
   m.impl("enqueue_", TORCH_BOX(&Operator<&enqueue_>::call));
   m.impl("momentum_update_", TORCH_BOX(&Operator<&momentum_update_>::call));
   m.impl("nearest_keys", TORCH_BOX(&Operator<&nearest_keys>::call));
+  m.impl("color_steps", TORCH_BOX(&Operator<&color_steps>::call));
   m.impl("l2_normalize_forward", TORCH_BOX(&Operator<&l2_normalize_forward>::call));
 }
 

@@ -1,6 +1,10 @@
 """Views: their random numbers, and each step against torchvision with the same parameters."""
 
+import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from moco_ext.data.augment import (
     shift_hue,
 )
 from moco_ext.data.seeds import hash_seeds, uniforms
+from moco_ext.ops import color_steps
 
 pytest.importorskip("torchvision")
 
@@ -173,6 +178,79 @@ def test_each_view_equals_torchvisions_steps_in_the_views_order(recipe, dtype):
         else:
             # torchvision's luma weights sum to 0.9999, ours (and PIL's) to 1
             torch.testing.assert_close(got[i], view, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 37), (3, 64), (40, 19)])
+@pytest.mark.parametrize("gray_first", [True, False])
+def test_bytes_get_the_steps_that_floats_get(size, gray_first):
+    """The native kernel, against torch's operations; sizes that do not fill its vectors, blurs wider than the image."""
+    images = torch.randint(0, 256, (60, 3, *size), dtype=torch.uint8, generator=generator())
+    augmentation = Augmentation(
+        1, gray_first=gray_first, jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=0.8, blur_p=0.5, solarize_p=0.3, gray_p=0.3
+    )
+    want = color_transform(images / 255, augmentation, seeds(60)) * 255
+    # Half a level of rounding; and what tips a value over the edge of solarization
+    wrong = (color_transform(images, augmentation, seeds(60)) - want).abs() > 0.5 + 1e-3
+    assert wrong.sum() <= want.numel() / 1e4
+    no_hue = dataclasses.replace(augmentation, jitter=(0.4, 0.4, 0.4, 0.0), solarize_p=0.0)
+    want = color_transform(images / 255, no_hue, seeds(60)) * 255
+    assert (color_transform(images, no_hue, seeds(60)) - want).abs().max() <= 0.5 + 1e-3
+
+
+def test_a_view_does_not_depend_on_the_number_of_threads():
+    images = torch.randint(0, 256, (9, 3, 50, 41), dtype=torch.uint8, generator=generator())
+    threads, views = torch.get_num_threads(), []
+    try:
+        for number in (1, 4):
+            torch.set_num_threads(number)
+            views.append(color_transform(images, Augmentation.v2(64), seeds(9)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*views)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_older_processors(isa):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "torchvisions_steps or bytes_get or solarization_is_pils"]
+    done = subprocess.run(command, env=os.environ | {"MOCO_EXT_ISA": isa}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+
+
+def good_steps():
+    generator_ = generator()
+    return {
+        "images": torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator_),
+        "steps": torch.tensor([[0, 5, 7], [3, -1, 6]]),
+        "factors": torch.rand(2, 4, generator=generator_),
+        "kernels": torch.tensor([[0.25, 0.5, 0.25]] * 2),
+    }
+
+
+def test_color_steps_opcheck():
+    torch.library.opcheck(torch.ops.moco_ext.color_steps.default, tuple(good_steps().values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("images", torch.zeros(2, 3, 8, 8), "images: expected uint8, got float32"),
+        (
+            "images",
+            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
+            r"images: expected shape \[N, 3, H, W\], got \[2, 1, 8, 8\]",
+        ),
+        ("steps", torch.zeros(2, 3), "steps: expected int64, got float32"),
+        ("steps", torch.zeros(3, 3, dtype=torch.int64), r"steps: expected shape \[2, steps\], got \[3, 3\]"),
+        ("steps", torch.full((2, 1), 8), "steps: expected -1 to 7, got 8"),
+        ("factors", torch.zeros(2, 3), r"factors: expected shape \[2, 4\], got \[2, 3\]"),
+        ("kernels", torch.zeros(2, 2), r"kernels: expected shape \[2, odd number\], got \[2, 2\]"),
+    ],
+)
+def test_color_steps_names_the_argument(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        color_steps(**(good_steps() | {name: value}))
 
 
 def _sigma_of(peak, radius):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import io
 import os
 import shutil
 import struct
@@ -229,7 +230,7 @@ def test_read_image_refuses_pixels_of_unknown_range(tmp_path, pixels):
         read_image(tmp_path / "deep.tif")
 
 
-@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "mpo"])
 def test_read_image_of_an_animation_is_its_first_frame(tmp_path, form):
     frames = [Image.new("RGB", (20, 10), color) for color in ("red", "lime", "blue")]
     frames[0].save(tmp_path / f"moving.{form}", save_all=True, append_images=frames[1:])
@@ -310,6 +311,52 @@ def test_read_image_at_the_limit_of_pixels(tmp_path, monkeypatch):
     assert read_image(tmp_path / "at.png").shape == (3, 10, 20)
     with pytest.raises(UnreadableImageError, match="67 x 3 pixels, more than 200"):
         read_image(tmp_path / "beyond.png")
+
+
+def jpeg(width=30, height=20, **options):
+    file = io.BytesIO()
+    Image.effect_noise((width, height), 50).convert(options.pop("mode", "RGB")).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"progressive": True},
+        {"mode": "L"},
+        {"mode": "CMYK"},
+        {"exif": b"Exif\0\0" + bytes(60_000)},
+        {"comment": b"\xff\xc0"},
+    ],
+)
+def test_jpegs_are_decoded_without_pil(options, monkeypatch):
+    content = jpeg(**options)
+    want = image_files.from_pil(Image.open(io.BytesIO(content)))
+    monkeypatch.setattr(image_files, "_pil", lambda: pytest.fail("PIL"))
+    torch.testing.assert_close(
+        image_files.decode(lambda: io.BytesIO(content), str).int(),
+        want.int(),
+        atol=3 if "mode" in options else 0,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("filler", [b"", b"\xff", b"\xff\xfe\0\4\xff\xd8", b"\xff\xd0"])
+def test_a_jpeg_of_too_many_pixels_is_not_decoded(filler, monkeypatch):
+    """Whatever comes before its frame, such as fill bytes, which have no length."""
+    content = jpeg()
+    frame = content.index(b"\xff\xc0")
+    content = (
+        content[:frame]
+        + filler
+        + content[frame : frame + 5]
+        + struct.pack(">HH", 20_000, 20_000)
+        + content[frame + 9 :]
+    )
+    monkeypatch.setattr("torchvision.io.decode_image", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(UnreadableImageError, match=r"expected an image, got .*pixels"):
+        image_files.decode(lambda: io.BytesIO(content), str)
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "dangling", "itself", "device"])

@@ -105,6 +105,25 @@ void momentum_update(Key* key, const Query* query, int64_t begin, int64_t end, d
 template <typename To>
 void copy(const float* from, To* to, int64_t n);
 
+// What changes the colors of a view, in moco_ext.data.augment's numbering of the jitter's steps.
+enum class ColorStep : int64_t {
+  kNone = -1,
+  kBrightness,
+  kContrast,
+  kSaturation,
+  kHue,
+  kGray,
+  kBlur,
+  kSolarize,
+  kFlip
+};
+
+// images, out [N, 3, height, width]; steps [N, count], ColorSteps in order; factors [N, 4]: of brightness, contrast and
+// saturation, and the shift of the hue in turns; kernels [N, taps], taps odd: of the blur, symmetric, zeros outside.
+// In float32 between 0 and 1, rounded once. Scratch: an image a thread.
+void color_steps(const Host& host, const uint8_t* images, uint8_t* out, int64_t n, int64_t height, int64_t width,
+                 const int64_t* steps, int64_t count, const float* factors, const float* kernels, int64_t taps);
+
 // The instruction set the vector loops run with: "avx512", "avx2" or "baseline".
 const char* instruction_set();
 

@@ -83,8 +83,8 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
         "--data",
         metavar="NAME|DIR",
         help="digits, fashion-mnist, cifar10, cifar100, a folder of images, with or without class folders, train/ and "
-        "val/, a list of them: .txt, .csv, .tsv, .parquet, or shards: a folder or a pattern such as "
-        f"'shards-{{000..999}}.tar' of .tar or .parquet files, or a URL of them (default: {default})",
+        "val/, a list of them: .txt, .csv, .tsv, .parquet, or shards: a folder of LitData chunks, a folder or a "
+        f"pattern such as 'shards-{{000..999}}.tar' of .tar or .parquet files, or a URL of them (default: {default})",
     )
     add_data_root(parser)
 

@@ -134,10 +134,10 @@ def load(
         name: ``"digits"`` (1,797 images of 8x8, included in scikit-learn), ``"fashion-mnist"``, ``"cifar10"``,
             ``"cifar100"``, or a path: a folder of images at any depth; a list of them (``.txt`` with a path per line;
             ``.csv``, ``.tsv`` or ``.parquet`` with a column ``path`` and perhaps ``label``); or shards, tar or Parquet
-            files in a folder or named by a pattern such as ``shards-{000..999}.tar``, on disk or at a URL. Several
-            paths are separated by ``os.pathsep``. Training and test images may be in ``train/`` and ``val/``,
-            ``valid/`` or ``validation/``. Folders are classes, as for torchvision's ``ImageFolder``, if all images are
-            in two or more of them.
+            files in a folder or named by a pattern such as ``shards-{000..999}.tar``, or a folder that
+            ``litdata.optimize`` has written, on disk or at a URL. Several paths are separated by ``os.pathsep``.
+            Training and test images may be in ``train/`` and ``val/``, ``valid/`` or ``validation/``. Folders are
+            classes, as for torchvision's ``ImageFolder``, if all images are in two or more of them.
         data_root: torchvision's download folder.
         val_fraction: share of the images, of each class if there are classes, to hold out as test images; not used if
             the data has test images.
@@ -200,7 +200,9 @@ class Normalize:
 
     def __call__(self, images: Tensor) -> Tensor:
         scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
-        return torch.addcmul(self.shift, images.float(), scale).expand(-1, 3, -1, -1)
+        values = images.float()
+        own = None if values is images else values
+        return torch.addcmul(self.shift, values, scale, out=own).expand(-1, 3, -1, -1)
 
 
 def eval_batches(

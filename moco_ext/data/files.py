@@ -17,6 +17,7 @@ IMAGES = (
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "class", "target")
 
 

@@ -69,21 +69,29 @@ def decode(open_file: Callable[[], BinaryIO], name: Callable[[], str]) -> Tensor
     """
     from torchvision.io import ImageReadMode, decode_image
 
+    def by_torchvision(file: BinaryIO) -> Tensor:
+        content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+        pixels = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
+        return pixels if pixels.dtype == torch.uint8 else (pixels.int() >> 8).to(torch.uint8)
+
     try:
-        with open_file() as file, _pil().open(file) as image:
-            if image.width * image.height > MAX_PIXELS:  # PIL has read no more than the header
-                raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            if image.format not in _TORCHVISION_FORMATS or (image.format == "WEBP" and image.info.get("exif")):
-                return from_pil(image)  # torchvision turns JPEG and PNG only
-            after_header = file.tell()
-            file.seek(0)
-            try:
-                content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-                pixels = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
-            except RuntimeError:  # a variant that torchvision does not support, or a damaged file: PIL says why
-                file.seek(after_header)
-                return from_pil(image)
-            return pixels if pixels.dtype == torch.uint8 else (pixels.int() >> 8).to(torch.uint8)
+        with open_file() as file:
+            if 0 < _jpeg_pixels(file) <= MAX_PIXELS:
+                with contextlib.suppress(RuntimeError):  # as below
+                    return by_torchvision(file)
+                file.seek(0)
+            with _pil().open(file) as image:
+                if image.width * image.height > MAX_PIXELS:  # PIL has read no more than the header
+                    raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+                if image.format not in _TORCHVISION_FORMATS or (image.format == "WEBP" and image.info.get("exif")):
+                    return from_pil(image)  # torchvision turns JPEG and PNG only
+                after_header = file.tell()
+                file.seek(0)
+                try:
+                    return by_torchvision(file)
+                except RuntimeError:  # a variant that torchvision does not support, or a damaged file: PIL says why
+                    file.seek(after_header)
+                    return from_pil(image)
     except Exception as error:  # decoders raise anything on damaged files, which must not end a long run
         reason = str(error).partition(" <_io.")[0]  # PIL shows the file object
         if name().lower().endswith((".heic", ".heif")) and "pillow_heif" not in sys.modules:
@@ -91,6 +99,24 @@ def decode(open_file: Callable[[], BinaryIO], name: Callable[[], str]) -> Tensor
         raise UnreadableImageError(
             f"data: expected an image, got {type(error).__name__} in {name()}: {reason}"
         ) from None
+
+
+def _jpeg_pixels(file: BinaryIO) -> int:
+    """Width times height of a JPEG, from its header; 0 if PIL, which takes ten times as long, should look at it.
+
+    The file is at its start, before and after.
+    """
+    pixels, at = 0, 2
+    if file.read(2) == b"\xff\xd8":
+        while len(segment := file.read(9)) == 9 and segment[0] == 0xFF:  # type, length, content
+            if 0xC0 <= segment[1] <= 0xC2:  # a frame: precision, height, width
+                pixels = int.from_bytes(segment[5:7], "big") * int.from_bytes(segment[7:9], "big")
+            if segment[1] != 0xC4 and not 0xDB <= segment[1] <= 0xFE:  # of these the length is known
+                break
+            at += 2 + int.from_bytes(segment[2:4], "big")
+            file.seek(at)
+    file.seek(0)
+    return pixels
 
 
 @functools.cache

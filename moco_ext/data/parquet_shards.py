@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .files import LABEL_COLUMNS
+from .files import IMAGE_COLUMNS, LABEL_COLUMNS
 from .urls import open_file
 
 _CACHE_BYTES = 256 * 2**20  # decompressed row groups of a process
 _OPEN_FILES = 16
-_IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
 class ParquetShards:
@@ -87,10 +86,14 @@ def image_column(url: str) -> str | None:
         ValueError: pyarrow is not installed, the file is not Parquet, or several columns hold bytes and
             their names do not tell which are the images.
     """
-    schema = _open_parquet(url).schema_arrow
+    return column_of_images(_open_parquet(url).schema_arrow, url)
+
+
+def column_of_images(schema: Any, url: str) -> str | None:
+    """The same of a schema of Arrow."""
     found = [column for field in schema if (column := _bytes_of(field)) is not None]
     if len(found) > 1:  # with masks, for example
-        found = [column for column in found if column.partition(".")[0].lower() in _IMAGE_COLUMNS] or found
+        found = [column for column in found if column.partition(".")[0].lower() in IMAGE_COLUMNS] or found
     if len(found) > 1:
         raise ValueError(f"data: expected one column of images in {url}, got {', '.join(found)}")
     return found[0] if found else None
@@ -116,14 +119,22 @@ def read_footer(url: str) -> tuple[str, list[int], np.ndarray, list[str]]:
         raise ValueError(f"data: expected a column of encoded images in {url}, got none")
     file = _open_parquet(url)
     rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
-    name = next((field.name for field in file.schema_arrow if field.name.lower() in LABEL_COLUMNS), None)
+    name = column_of_labels(file.schema_arrow)
     if name is None:
         return column, rows, np.full(sum(rows), -1, np.int32), []
-    encoded = file.read(columns=[name], use_threads=False).column(0).combine_chunks().dictionary_encode()
-    labels = np.asarray(encoded.indices.fill_null(-1)).astype(np.int32)
-    values = encoded.dictionary.to_pylist()
+    labels, values = encode_labels(file.read(columns=[name], use_threads=False).column(0))
     known = _class_names(file.schema_arrow, name)
     return column, rows, labels, [known[value] if known else str(value) for value in values]
+
+
+def column_of_labels(schema: Any) -> str | None:
+    return next((field.name for field in schema if field.name.lower() in LABEL_COLUMNS), None)
+
+
+def encode_labels(column: Any) -> tuple[np.ndarray, list]:
+    """Each row's number in the list of values, or -1: int32 [N]; the values."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return np.asarray(encoded.indices.fill_null(-1)).astype(np.int32), encoded.dictionary.to_pylist()
 
 
 def _class_names(schema: Any, column: str) -> list[str]:

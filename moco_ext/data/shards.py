@@ -1,4 +1,4 @@
-"""Images in shards: tar files (WebDataset) and Parquet files, on disk or at URLs, read at random like a folder's."""
+"""Images in shards: tar files (WebDataset), Parquet files and chunks of LitData, on disk or at URLs, read at random."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .files import IMAGES
 from .images import decode
+from .litdata_chunks import ChunkShards, chunks_among, index_of_chunk, item_format
 from .parquet_shards import ParquetShards, image_column, read_footer
 from .tar_shards import TarShards, index_of
 from .urls import expand, files_in, is_url, read_file
@@ -93,8 +94,9 @@ class OpenShards(NamedTuple):
 def find_shards(source: str) -> tuple[list[str], list[str]] | None:
     """The shards that a path, a URL or a pattern names, of training and of test images; None if it names none.
 
-    A folder is one of shards if it has shards, and neither images nor folders. Test images are in ``val/``, ``valid/``
-    or ``validation/``, next to ``train/``, or in shards named like that: ``train-0.tar``, ``val-0.tar``.
+    A folder is one of shards if it has shards, and neither images nor folders, or LitData's ``index.json``. Test images
+    are in ``val/``, ``valid/`` or ``validation/``, next to ``train/``, or in shards named like that: ``train-0.tar``,
+    ``val-0.tar``.
 
     Raises:
         ValueError: a pattern without files, tar files next to Parquet files, or shards that are not complete.
@@ -122,18 +124,24 @@ def open_shards(urls: Sequence[str]) -> OpenShards:
         ValueError: a shard does not exist, is damaged, or they hold no images.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        parquet = urls[0].lower().endswith(".parquet")
-        parts = list(pool.map(_existing(read_footer if parquet else index_of), urls))
-    manifest = {folder: _classes_in(folder) for folder in {url.rpartition("/")[0] for url in urls}}
+        suffix = os.path.splitext(urls[0].lower())[1]
+        folders = [url.rpartition("/")[0] for url in urls]
+        formats = {folder: item_format(folder) for folder in set(folders) if suffix == ".bin"}
+        read: dict[str, Callable[[str], Any]] = {
+            ".parquet": read_footer,
+            ".bin": lambda url: index_of_chunk(url, formats[url.rpartition("/")[0]]),
+        }
+        parts = list(pool.map(_existing(read.get(suffix, index_of)), urls))
+    manifest = {folder: _classes_in(folder) for folder in set(folders)}
     shards: TarShards | ParquetShards
     labels: list[np.ndarray] = []
     named: list[Sequence[str]] = []
-    if parquet:
+    if suffix == ".parquet":
         columns, row_groups, labels, named = (list(part) for part in zip(*parts, strict=True))
         shards = ParquetShards(urls, columns, row_groups)
     else:
-        stamps, indexes = (list(part) for part in zip(*parts, strict=True))
-        shards = TarShards(urls, stamps, indexes)
+        stamps, indexes, *pixels = (list(part) for part in zip(*parts, strict=True))
+        shards = ChunkShards(urls, stamps, indexes, *pixels) if pixels else TarShards(urls, stamps, indexes)
         labels, named = [index.labels for index in indexes], [index.names for index in indexes]
     if not len(shards):
         raise ValueError(f"data: expected images in {urls[0]}{' and others' if len(urls) > 1 else ''}, got none")
@@ -185,6 +193,8 @@ def _manifest(content: bytes, folder: str) -> dict:
 def _shards_in(folder: str) -> list[str]:
     """The shards of a folder of shards; of any other folder none."""
     paths = files_in(folder)
+    if chunks := chunks_among(paths):
+        return chunks
     found = [path for path in paths if path.lower().endswith(_FORMATS)]
     if not found or any(path.lower().endswith(IMAGES) for path in paths):
         return []

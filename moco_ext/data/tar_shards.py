@@ -9,7 +9,7 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -119,22 +119,26 @@ class _OpenFile:
             os.close(self.number)
 
 
-def index_of(url: str) -> tuple[Stamp, TarIndex]:
+def index_of(
+    url: str,
+    read: Callable[[BinaryIO, str], TarIndex] | None = None,
+    last_fits: Callable[[str, TarIndex], bool] | None = None,
+) -> tuple[Stamp, TarIndex]:
     """The index of a shard: the one next to it if that fits, otherwise a new one, which is saved if it can be.
 
     An index fits if the shard has the size and the modification time that it had when it was indexed. At a URL, whose
     files have another time than their originals, it fits if the shard has the same size and its last image is where the
-    index says.
+    index says. ``read`` makes a new one, and ``last_fits`` looks at the last image: of another format than tar.
 
     Raises:
         ValueError: no complete, uncompressed tar file.
         OSError: it cannot be read.
     """
     found = stamp(url)
-    index = _saved(url, found)
+    index = _saved(url, found, last_fits or _last_fits)
     if index is None:
         with open_file(url) as file:
-            index = _read_headers(file, url)
+            index = (read or _read_headers)(file, url)
         if not is_url(url):
             _save(url, found, index)
     return found, index
@@ -144,7 +148,7 @@ def index_path(url: str) -> str:
     return f"{url}.index.npz"
 
 
-def _saved(url: str, found: Stamp) -> TarIndex | None:
+def _saved(url: str, found: Stamp, last_fits: Callable[[str, TarIndex], bool]) -> TarIndex | None:
     try:
         content = read_file(index_path(url))
         if content is None:
@@ -157,7 +161,7 @@ def _saved(url: str, found: Stamp) -> TarIndex | None:
         return None
     if version != _VERSION or size != found.size:
         return None
-    fits = _last_fits(url, index) if is_url(url) else mtime_ns == found.mtime_ns
+    fits = last_fits(url, index) if is_url(url) else mtime_ns == found.mtime_ns
     return index if fits else None
 
 

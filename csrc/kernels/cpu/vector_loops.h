@@ -1,11 +1,11 @@
-// The loops that benefit from wide vectors. vector_loops.inc and tiles.inc are compiled once for every instruction set;
-// the first call chooses the best one that the processor supports.
+// The loops that benefit from wide vectors. vector_loops.inc and what it includes are compiled once for every
+// instruction set; the first call chooses the best one that the processor supports.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/cpu/half.h"
+#include "kernels/cpu.h"
 
 namespace moco_ext::cpu {
 
@@ -42,6 +42,20 @@ struct TileLoops {
 constexpr int64_t kPanelStep = 16;
 constexpr int64_t kPanelWidth = 64;
 
+// One view, [3, height, width], and what color_steps does to it.
+struct ColorView {
+  const uint8_t* in;
+  uint8_t* out;
+  int64_t height;
+  int64_t width;
+  const int64_t* steps;  // [count]
+  int64_t count;
+  const float* factors;  // [4]
+  const float* kernel;   // [taps]
+  int64_t taps;
+  float* scratch;  // [3 * height * width + (height + taps) * width + width + taps]
+};
+
 struct VectorLoops {
   const char* name;
   void (*exp2)(float* x, int64_t n);  // in place, for x <= 0; for testing its error
@@ -51,6 +65,7 @@ struct VectorLoops {
   void (*float16_to_float)(const float16* x, float* out, int64_t n);
   void (*float_to_bfloat16)(const float* x, bfloat16* out, int64_t n);
   void (*float_to_float16)(const float* x, float16* out, int64_t n);
+  void (*colors)(const ColorView& view);
 };
 
 const VectorLoops& vector_loops();
