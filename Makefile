@@ -85,7 +85,7 @@ lint: $(VENV)/installed
 native-test: $(VENV)/installed
 	-$(PIP) install --quiet --no-deps --group native-test  # without it, CuTe is not compared
 	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_PYTHON=OFF -DMOCO_EXT_WERROR=ON \
+	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_WERROR=ON \
 	  -DCUTLASS_INCLUDE_DIR=$$(ls -d $(abspath $(VENV))/lib/python*/site-packages/cutlass_library/source/include) \
 	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
 	$(BIN)/cmake --build build/tests
@@ -106,4 +106,4 @@ gpu-rehearsal: $(VENV)/installed
 	$(BIN)/python tools/gpu_rehearsal.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info moco_ext/lib moco_ext/_C*.so compile_commands.json
+	rm -rf $(VENV) build dist *.egg-info moco_ext/lib compile_commands.json
