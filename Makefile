@@ -2,6 +2,7 @@
 # make test    the tests, in minutes; make test-slow: those of more than ten seconds; make torture: with kills
 # make lint    style, types, imports, spelling
 # make docs    build/docs/index.html
+# make wheel   dist/: an sdist and a wheel
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow torture docs bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
+.PHONY: demo test test-slow torture docs wheel bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
@@ -64,6 +65,15 @@ $(VENV)/installed: $(NATIVE) | $(VENV)/torch
 	@echo "Installing the dependencies and compiling moco_ext: a few minutes"
 	$(PIP) install --quiet --group build --editable ".[train,test]"
 	touch $@
+
+# dist/: the sdist and, built from it, one wheel for every Python >= 3.10 and torch >= 2.10; its glibc is that of this
+# Linux. For all GPUs: make wheel MOCO_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=all
+wheel: $(VENV)/installed
+	$(PIP) install --quiet --group wheel
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist
+	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheels/*.whl
 
 # Meaningful only on an idle machine.
 bench: $(VENV)/installed
