@@ -172,6 +172,13 @@ def test_requirements_for_a_build_without_isolation():
     assert f"cmake>={cmake}" in requirements
 
 
+def test_the_lowest_versions_are_the_bounds():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    bounds = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["train"]
+    assert project["dependency-groups"]["lowest-versions"] == [bound.replace(">=", "==") for bound in bounds]
+
+
 @pytest.mark.parametrize(
     ("versions", "variable", "options", "expected"),
     [
