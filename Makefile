@@ -26,7 +26,7 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow torture docs wheel bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
+.PHONY: demo test test-slow torture docs wheel bench lint native-test aarch64-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
@@ -68,7 +68,7 @@ $(VENV)/installed: $(NATIVE) | $(VENV)/torch
 
 # dist/: the sdist and, built from it, one wheel for every Python >= 3.10 and torch >= 2.10; its glibc is that of this
 # Linux. For all GPUs: make wheel MOCO_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=all
-wheel: $(VENV)/installed
+wheel: | $(VENV)/torch
 	$(PIP) install --quiet --group wheel
 	rm -rf dist build/wheels
 	$(BIN)/python -m build --sdist
@@ -100,6 +100,17 @@ native-test: $(VENV)/installed
 	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --parallel 2
+
+# The operators compiled for aarch64, and the test of the CPU kernels' vector loops under QEMU. Needs Debian's
+# g++-aarch64-linux-gnu and qemu-user-static.
+aarch64-test: $(VENV)/installed
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64-static;-L;/usr/aarch64-linux-gnu" \
+	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_WERROR=ON \
+	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
+	$(BIN)/cmake --build build/aarch64 --target moco_ext test_vector_loops
+	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure --no-tests=error --tests-regex vector_loops
 
 # On a machine with a GPU, with the torch of $(PYTHON); needs no network. JSON goes to $(OUT). STAGE="1 2" or gpu-1 .. gpu-5
 # selects stages, MINUTES limits each, ONLY=expression selects cases.
