@@ -2,6 +2,7 @@
 # make test    the tests, in minutes; make test-slow: those of more than ten seconds; make torture: with kills
 # make lint    style, types, imports, spelling
 # make docs    build/docs/index.html
+# make wheel   dist/: an sdist and a wheel
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow torture docs bench lint native-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
+.PHONY: demo test test-slow torture docs wheel bench lint native-test aarch64-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
@@ -65,6 +66,15 @@ $(VENV)/installed: $(NATIVE) | $(VENV)/torch
 	$(PIP) install --quiet --group build --editable ".[train,test]"
 	touch $@
 
+# dist/: the sdist and, built from it, one wheel for every Python >= 3.10 and torch >= 2.10; its glibc is that of this
+# Linux. For all GPUs: make wheel MOCO_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST=all
+wheel: | $(VENV)/torch
+	$(PIP) install --quiet --group wheel
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist
+	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheels/*.whl
+
 # Meaningful only on an idle machine.
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --ignore=bench/bench_loader.py --benchmark-json=bench/results/$(or $(NAME),cpu).json
@@ -85,11 +95,22 @@ lint: $(VENV)/installed
 native-test: $(VENV)/installed
 	-$(PIP) install --quiet --no-deps --group native-test  # without it, CuTe is not compared
 	$(BIN)/cmake -S . -B build/tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_PYTHON=OFF -DMOCO_EXT_WERROR=ON \
+	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_WERROR=ON \
 	  -DCUTLASS_INCLUDE_DIR=$$(ls -d $(abspath $(VENV))/lib/python*/site-packages/cutlass_library/source/include) \
 	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
 	$(BIN)/cmake --build build/tests
 	$(BIN)/ctest --test-dir build/tests --output-on-failure --parallel 2
+
+# The operators compiled for aarch64, and the test of the CPU kernels' vector loops under QEMU. Needs Debian's
+# g++-aarch64-linux-gnu and qemu-user-static.
+aarch64-test: $(VENV)/installed
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64-static;-L;/usr/aarch64-linux-gnu" \
+	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_WERROR=ON \
+	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
+	$(BIN)/cmake --build build/aarch64 --target moco_ext test_vector_loops
+	$(BIN)/ctest --test-dir build/aarch64 --output-on-failure --no-tests=error --tests-regex vector_loops
 
 # On a machine with a GPU, with the torch of $(PYTHON); needs no network. JSON goes to $(OUT). STAGE="1 2" or gpu-1 .. gpu-5
 # selects stages, MINUTES limits each, ONLY=expression selects cases.
@@ -106,4 +127,4 @@ gpu-rehearsal: $(VENV)/installed
 	$(BIN)/python tools/gpu_rehearsal.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info moco_ext/lib moco_ext/_C*.so compile_commands.json
+	rm -rf $(VENV) build dist *.egg-info moco_ext/lib compile_commands.json

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -80,35 +81,41 @@ def run(command: list[str]) -> None:
 
 
 class CMakeBuild(build_ext):
-    def build_extension(self, ext: Extension) -> None:
-        import pybind11
+    """Libraries that need no Python, in place of an extension module."""
 
+    def run(self) -> None:
         headers = find_torch_headers()
         if headers is None:
             raise SystemExit("moco_ext: torch: expected 2.10 or newer in this environment: pip install torch")
         at_least = re.search(r"cmake_minimum_required\(VERSION (\S+)\)", (ROOT / "CMakeLists.txt").read_text())[1]
         cmake = find_cmake(at_least)
-        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / "build" / f"cmake-cp{sys.version_info.major}{sys.version_info.minor}"
+        package = ROOT / "moco_ext" if self.editable_mode else Path(self.build_lib, "moco_ext").resolve()
+        build = ROOT / "build" / "cmake"
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find_ninja()}",
-            f"-DCMAKE_INSTALL_PREFIX={package}",
             f"-DTORCH_INCLUDE_DIR={headers}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DMOCO_EXT_VERSION={self.distribution.get_version()}",
             *cuda_options(),
             *shlex.split(os.environ.get("MOCO_EXT_CMAKE_ARGS", "")),
         ]
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         run(configure)
         run([cmake, "--build", str(build), *jobs])
-        run([cmake, "--install", str(build)])
-        if self.editable_mode:  # setuptools copies only the module into the source folder, not the libraries
-            shutil.rmtree(ROOT / "moco_ext" / "lib", ignore_errors=True)  # may hold an earlier build's CUDA library
-            run([cmake, "--install", str(build), "--prefix", str(ROOT / "moco_ext")])
+        shutil.rmtree(package / "lib", ignore_errors=True)  # may hold an earlier build's CUDA library
+        run([cmake, "--install", str(build), "--prefix", str(package)])
         shutil.copyfile(build / "compile_commands.json", ROOT / "compile_commands.json")
 
+    def get_outputs(self) -> list[str]:
+        return []
 
-setup(ext_modules=[Extension("moco_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+# The extension only makes setuptools run build_ext and name the platform in the wheel.
+setup(ext_modules=[Extension("moco_ext.lib", sources=[])], cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})

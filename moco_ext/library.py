@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
+CPU_LIBRARY = LIBRARY_FOLDER / "libmoco_ext.so"
 CUDA_LIBRARY = LIBRARY_FOLDER / "libmoco_ext_cuda.so"
 
 
 def load_libraries() -> None:
-    cpu = LIBRARY_FOLDER / "libmoco_ext.so"
-    if not cpu.is_file():
+    if not CPU_LIBRARY.is_file():
         raise ImportError(
-            f"moco_ext: the native library is missing, expected {cpu}. In a source checkout, run "
+            f"moco_ext: the native library is missing, expected {CPU_LIBRARY}. In a source checkout, run "
             "`pip install -e .` (or import from another folder if you meant the installed package)."
         )
-    torch.ops.load_library(cpu)
+    torch.ops.load_library(CPU_LIBRARY)
     if has_cuda_kernels():
         torch.ops.load_library(CUDA_LIBRARY)
 
@@ -25,3 +26,10 @@ def load_libraries() -> None:
 def has_cuda_kernels() -> bool:
     """Whether this build has CUDA kernels, and this torch can use them. Otherwise see tiled.py."""
     return torch.version.cuda is not None and CUDA_LIBRARY.is_file()
+
+
+def build_info() -> dict[str, str]:
+    """How the native libraries were built, and the CPU instruction set in use. See csrc/build_info.cpp."""
+    function = ctypes.CDLL(str(CPU_LIBRARY)).moco_ext_build_info
+    function.restype = ctypes.c_char_p
+    return dict(line.split("=", 1) for line in function().decode().splitlines())

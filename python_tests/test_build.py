@@ -172,6 +172,13 @@ def test_requirements_for_a_build_without_isolation():
     assert f"cmake>={cmake}" in requirements
 
 
+def test_the_lowest_versions_are_the_bounds():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    bounds = project["project"]["dependencies"] + project["project"]["optional-dependencies"]["train"]
+    assert project["dependency-groups"]["lowest-versions"] == [bound.replace(">=", "==") for bound in bounds]
+
+
 @pytest.mark.parametrize(
     ("versions", "variable", "options", "expected"),
     [
@@ -196,8 +203,15 @@ def test_make_installs_a_cpu_build_of_torch_without_a_gpu(monkeypatch, tmp_path,
     assert "-m pip install --quiet --group build --editable .[train,test]" in commands
 
 
-def test_the_libraries_hold_no_copy_of_libstdcxx():
-    """With parts of two copies, formatting a number in an error message writes nothing, or crashes."""
+@pytest.mark.parametrize(
+    ("kind", "unwanted"),
+    [
+        # With parts of two copies of libstdc++, formatting a number in an error message writes nothing, or crashes.
+        ("--defined-only", r"_ZNSo\w+|_ZTISt13runtime_error"),
+        ("--undefined-only", r"\b_?Py[A-Z_]\w+"),  # the wheel is for every version of Python
+    ],
+)
+def test_the_libraries_hold_no_libstdcxx_and_need_no_python(kind, unwanted):
     from moco_ext.library import LIBRARY_FOLDER
 
     nm = shutil.which("nm")
@@ -206,7 +220,16 @@ def test_the_libraries_hold_no_copy_of_libstdcxx():
     libraries = sorted(LIBRARY_FOLDER.glob("*.so"))
     assert libraries
     for library in libraries:
-        defined = subprocess.run(
-            [nm, "-D", "--defined-only", library], capture_output=True, text=True, check=True
-        ).stdout
-        assert not re.findall(r"_ZNSo\w+|_ZTISt13runtime_error", defined), library
+        symbols = subprocess.run([nm, "-D", kind, library], capture_output=True, text=True, check=True).stdout
+        assert symbols, library
+        assert not re.findall(unwanted, symbols), library
+
+
+def test_the_wheel_is_for_every_python(setup_script):
+    from setuptools import Distribution, Extension
+
+    wheel = setup_script.Wheel(Distribution({"name": "moco_ext", "ext_modules": [Extension("moco_ext.lib", [])]}))
+    wheel.ensure_finalized()
+    python, abi, platform = wheel.get_tag()
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"

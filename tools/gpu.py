@@ -3,7 +3,7 @@
 A stage ends within --minutes. Its most valuable cases run first, each in a process of its own that is killed with its
 children at its limit. Finished cases are kept in build/gpu-cases: the same command continues where the last one ended,
 until a source file changes. The machine needs nvcc and a Python >= 3.11 with torch, setuptools, cmake, ninja,
-pybind11, pytest and pytest-benchmark, but no network; stage 5 also [train] and Fashion-MNIST. Results:
+pytest and pytest-benchmark, but no network; stage 5 also [train] and Fashion-MNIST. Results:
 OUT/gpu-STAGE.json; OUT/bench.json, label-efficiency.json and learning.json for bench/results.
 """
 
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / f"cmake-cp{sys.version_info.major}{sys.version_info.minor}"  # setup.py's
+BUILD = ROOT / "build" / "cmake"  # setup.py's
 SOURCES = ("CMakeLists.txt", "setup.py", "csrc", "moco_ext", "python_tests", "bench", "tools")
 TIMEOUT, NOT_FOUND, NOT_RUN = 124, 127, -1
 KEPT = 30000  # characters of output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -201,7 +202,8 @@ class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it needs {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        core = "numpy._core" if hasattr(np, "_core") else "numpy.core"  # _core since NumPy 2
+        return super().find_class(re.sub(r"^numpy\._?core", core, module), name)
 
 
 def _read_arrays(path: Path) -> Any:

@@ -6,12 +6,11 @@ import argparse
 import json
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import _C, __version__, library, ops, reference, tiled
+from .. import __version__, library, ops, reference, tiled
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +34,7 @@ def collect() -> dict[str, Any]:
 
     ``self_test`` maps ``"op on device"`` to its relative error against float64, the tolerance, and whether it passed.
     """
-    build = _C.build_info()
+    build = library.build_info()
     libraries = sorted(library.LIBRARY_FOLDER.glob("*.so"))
     gpus = [_describe_gpu(i) for i in range(torch.cuda.device_count())]
     started = time.perf_counter()
@@ -47,7 +46,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "location": str(Path(_C.__file__).parent),
+        "location": str(library.LIBRARY_FOLDER.parent),
         "libraries": [path.name for path in libraries],
         "built_with": {
             "compiler": build["compiler"],
