@@ -290,6 +290,9 @@ def test_patterns(tmp_path):
 def test_several_sources():
     assert split_sources("a.tar:s3://b/c.tar:d") == ["a.tar", "s3://b/c.tar", "d"]
     assert split_sources("simplecache::s3://b/c.tar:d") == ["simplecache::s3://b/c.tar", "d"]
+    for url in ("http://host:80/a.tar", "http://user:word@host:80/a.tar", "http://[::1]:80/a", "s3://b/1:2/c.tar"):
+        parts = ["s3://b/1", "2/c.tar"] if url.startswith("s3") else [url]
+        assert split_sources(f"x.tar:{url}:12/y.tar") == ["x.tar", *parts, "12/y.tar"]
 
 
 @pytest.mark.parametrize(
@@ -613,6 +616,11 @@ def test_urls_that_cannot_be_read(in_memory, monkeypatch):
         patch.setattr(type(in_memory), "size", lambda *_: 1 / 0)
         with pytest.raises(OSError, match=r"^data: expected to read memory://bucket/a.tar, got ZeroDivisionError: "):
             mdata.load("memory://bucket/a.tar")
+    with monkeypatch.context() as patch:  # as http.server of the standard library
+        patch.setattr(type(in_memory), "cat_file", lambda files, path, start=None, end=None: files.cat(path))
+        patch.setattr(type(in_memory), "cat", lambda files, path: files.store[path].getvalue())
+        with pytest.raises(OSError, match=r"^data: expected a server that sends ranges of bytes of memory:///bucket/"):
+            mdata.load("memory://bucket/val")
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(ValueError, match=r"^data: reading memory://bucket/a.tar needs fsspec: pip install fsspec$"):
         mdata.load("memory://bucket/a.tar")

@@ -139,7 +139,9 @@ def index_of(
     if index is None:
         with open_file(url) as file:
             index = (read or _read_headers)(file, url)
-        if not is_url(url):
+        if is_url(url):
+            read_range(url, 0, 1)  # or an error, before the training
+        else:
             _save(url, found, index)
     return found, index
 

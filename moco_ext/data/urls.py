@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 _SEPARATOR = re.compile(rf"(?<!:){re.escape(os.pathsep)}(?!:|//)")  # not the colon of s3://, nor fsspec's ::
+_AUTHORITY = re.compile(r"(?<=://)(?:[^/@]*@)?(?:\[[^]/]*\]|[^/:@]*)(?::\d+)?(?=/)")  # user:password@host:port
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -28,7 +29,10 @@ def is_url(source: str) -> bool:
 
 def split_sources(name: str) -> list[str]:
     """The paths and URLs in ``name``, which ``os.pathsep`` separates unless it is the path of a file."""
-    return [name] if os.path.exists(name) else [part for part in _SEPARATOR.split(name) if part]
+    if os.path.exists(name):
+        return [name]
+    marked = _AUTHORITY.sub(lambda match: match[0].replace(":", "\0"), name)
+    return [part.replace("\0", ":") for part in _SEPARATOR.split(marked) if part]
 
 
 def expand(source: str) -> list[str]:
@@ -135,6 +139,13 @@ def read_file(path: str) -> bytes | None:
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
-    """Bytes ``start`` to ``end - 1`` at a URL."""
+    """Bytes ``start`` to ``end - 1`` at a URL.
+
+    Raises:
+        OSError: the server sends more, because it does not know byte ranges.
+    """
     files, inner = filesystem(url)
-    return files.cat_file(inner, start=start, end=end)
+    content = files.cat_file(inner, start=start, end=end)
+    if len(content) > end - start:
+        raise OSError(f"data: expected a server that sends ranges of bytes of {url}, got the whole file")
+    return content
