@@ -94,10 +94,12 @@ def test_warpgroup_products_and_the_code_that_they_do_not_cover(estimate):
 def test_cycles_of_a_tile(estimate):
     loops = (estimate.split_rare(estimate.find_loops(estimate.parse(PORTABLE), "HG?MMA")[0])[0], [])
     # 4 warps, one per scheduler; 16 x 8 x 16 multiply-adds each.
-    cycles = estimate.tile_cycles("portable", estimate.Tile("", rows=64, keys=8), 16, 128, loops)
+    cycles = estimate.tile_cycles("portable", estimate.Tile("", rows=32, keys=8), 16, 128, loops)
     assert cycles == {"bound": "shared", "low": 36, "high": pytest.approx(36 * estimate.STALLS)}
-    with pytest.raises(SystemExit, match=r"portable: 0.5 products of \[128, 8, 16\]: update TILES"):
-        estimate.tile_cycles("portable", estimate.Tile("", rows=128, keys=8), 16, 128, loops)
+    of_two_tiles = estimate.tile_cycles("portable", estimate.Tile("", rows=16, keys=8), 16, 128, loops)
+    assert of_two_tiles == {"bound": "shared", "low": 18, "high": pytest.approx(18 * estimate.STALLS)}
+    with pytest.raises(SystemExit, match=r"portable: 1 products of \[64, 8, 16\]: update TILES"):
+        estimate.tile_cycles("portable", estimate.Tile("", rows=64, keys=8), 16, 128, loops)
 
 
 def test_splits_are_the_launchers(estimate):
