@@ -308,6 +308,40 @@ void test_types(int query, int queue, const Case& x, check::Random& random) {
   test_queue<__half>(queue, x, random);
 }
 
+// Row 2 does not see key 2, which may be NaN.
+void test_excluded_key_that_is_not_finite(int64_t c, check::Random& random) {
+  constexpr int64_t n = 6;
+  const Device<float> query(check::normal<float>(random, n * c)), target(std::vector<float>(n * c));
+  std::vector<float> keys = check::normal<float>(random, n * c);
+  const auto gradient = [&] {
+    const std::vector<float> zeros(n * c);
+    const Device<float> key(keys), loss(zeros), lse(zeros), positive(zeros), grad_query(zeros), weights(zeros);
+    const std::vector<int64_t> ranks(n);
+    const Device<int64_t> rank(ranks);
+    const cuda::InfoNceOptions options{0.2f, nullptr, 1e-12f, false, 3};
+    cuda::InfoNceContrast contrast{};
+    contrast.in_batch = true;
+    contrast.keys = n;
+    contrast.own_key = cuda::OwnKey::kExcluded;
+    const cuda::InfoNceShape shape{n, 0, c};
+    const cuda::InfoNceOutputs outputs{loss.data(),       lse.data(), positive.data(), rank.data(),
+                                       grad_query.data(), nullptr,    nullptr,         weights.data()};
+    const float* const no_queue = nullptr;
+    const Device<char> workspace(
+        std::vector<char>(cuda::info_nce_workspace_bytes(no_queue, shape, options, contrast, true), char(0xff)));
+    check::cuda(cuda::info_nce(query.data(), key.data(), no_queue, target.data(), shape, options, contrast, outputs,
+                               workspace.data(), cudaStream_t{}));
+    const std::vector<float> all = grad_query.host();
+    return std::vector<float>(all.begin() + 2 * c, all.begin() + 3 * c);
+  };
+  const std::vector<float> want = gradient();
+  keys[2 * c + 1] = NAN;
+  const std::vector<float> got = gradient();
+  double error = 0;
+  for (int64_t i = 0; i < c; ++i) error += std::abs(got[i] - want[i]);  // NaN stays
+  check::that(error <= 1e-4 * double(c), "n=6 c=" + std::to_string(c) + " excluded: " + std::to_string(error));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -435,5 +469,7 @@ int main(int argc, char** argv) {
       }
     }
   }
+  check::group("an excluded key that is not finite");
+  for (const int64_t c : {64, 128, 17}) test_excluded_key_that_is_not_finite(c, random);
   return check::finish();
 }

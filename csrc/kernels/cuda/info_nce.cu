@@ -68,16 +68,18 @@ cudaError_t launch_info_nce_target(const Queue* queue, const InfoNceShape& shape
                    shape.c, workspace.column_sum);
     if (error != cudaSuccess) return error;
   }
-  if (contrast.row_ids == nullptr) return cudaSuccess;
+  const bool own_masked = contrast.in_batch && contrast.own_key == OwnKey::kExcluded;
+  if (contrast.row_ids == nullptr && !own_masked) return cudaSuccess;
   const dim3 rows(static_cast<unsigned>(shape.n));
   if (workspace.match_sum != nullptr) {
     const cudaError_t error = launch(info_nce_match_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream,
                                      of_queue, of_batch, contrast.row_ids, shape.c, workspace);
     if (error != cudaSuccess) return error;
   }
-  if (contrast.same_id_positive || workspace.partials.keys == nullptr) return cudaSuccess;
+  if ((contrast.same_id_positive && !own_masked) || workspace.partials.keys == nullptr) return cudaSuccess;
   return launch(info_nce_repair_kernel<Queue, Operand>, rows, dim3(kMatchThreads), 0, stream, of_queue, of_batch,
-                contrast.row_ids, contrast.same_id_only, shape.c, temperature_of(options), workspace);
+                contrast.row_ids, contrast.same_id_positive, contrast.same_id_only, shape.c, temperature_of(options),
+                workspace);
 }
 
 template <typename Query>

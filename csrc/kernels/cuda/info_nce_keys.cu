@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads)
       score = warp_join(score, Add{});
       if (lane != 0) continue;
       const InfoNceColumn column = columns[first + q];
-      float w = column.upstream * exp2f(score * scale - column.lse) - column.floor;
+      float w = column.upstream * exp2f(at_most_zero(score * scale - column.lse)) - column.floor;
       const bool masked = mask.same_id(row, first + q) && !mask.same_id_positive;
       if (masked || mask.is_positive(row, first + q)) w = 0.0f;
       weights[q] = w;

@@ -67,7 +67,7 @@ __device__ __forceinline__ void weigh_columns(float (&s)[tiles][4], const InfoNc
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float& x = s[j][2 * r + i];
-        x = upstream * exp2_approx(x * scale - lse) - floor;
+        x = upstream * exp2_approx(at_most_zero(x * scale - lse)) - floor;  // huge scores differ by rounding
       }
     }
   }

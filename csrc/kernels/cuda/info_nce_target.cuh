@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kMatchThreads)
 template <typename Queue, typename Operand>
 __global__ void __launch_bounds__(kMatchThreads, 2)  // without the 2, ptxas spills on some architectures
     info_nce_repair_kernel(InfoNceSource<Queue> queue, InfoNceSource<Operand> batch, const int64_t* row_ids,
-                           bool same_id_only, int64_t c, InfoNceTemperature temperature, InfoNceWorkspace workspace) {
+                           bool same_id_positive, bool same_id_only, int64_t c, InfoNceTemperature temperature,
+                           InfoNceWorkspace workspace) {
   constexpr int kChunk = 64;  // keys
   __shared__ float weights[kChunk];
   __shared__ bool masked[kChunk];
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)  // without the 2, ptxas spi
   const Operand* const query = static_cast<const Operand*>(workspace.query) + row * c;
   const auto add = [&](const auto& source) {
     if (source.keys == nullptr) return;
-    const InfoNceMask mask{row_ids, source.ids, source.key_offset, false, same_id_only};
+    const InfoNceMask mask{row_ids, source.ids, source.key_offset, same_id_positive, same_id_only};
     const int64_t k = source.count.value();
     for (int64_t first = 0; first < k; first += kChunk) {
       const int count = static_cast<int>(min(k - first, int64_t{kChunk}));
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kMatchThreads, 2)  // without the 2, ptxas spi
         const bool positive = mask.is_positive(row, first + j);
         if (lane != 0) continue;
         weights[j] = exp2f((score - max) * scale);
-        masked[j] = positive || mask.same_id(row, first + j);
+        masked[j] = positive || (!mask.same_id_positive && mask.same_id(row, first + j));
       }
       __syncthreads();
       for (int64_t i = thread; i < c; i += kMatchThreads) {

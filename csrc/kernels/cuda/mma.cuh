@@ -85,6 +85,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// NaN stays.
+__device__ __forceinline__ float at_most_zero(float x) {
+  float y;
+  asm("min.NaN.f32 %0, %1, 0f00000000;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // a b + c, but at least 0 and at most 1; NaN becomes 0.
 __device__ __forceinline__ float saturated_fma(float a, float b, float c) {
   float y;
@@ -180,6 +187,8 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < std::numeric_limits<float>::min() ? 0.0f : y;
 }
+
+inline float at_most_zero(float x) { return x > 0.0f ? 0.0f : x; }
 
 inline float saturated_fma(float a, float b, float c) {
   const float y = std::fma(a, b, c);
