@@ -62,7 +62,8 @@ def cuda_options() -> list[str]:
             "moco_ext: MOCO_EXT_CUDA=1 needs nvcc, found none: set CUDACXX or CUDA_HOME, or build with build isolation"
         )
     if wanted is False or nvcc is None:
-        why = "MOCO_EXT_CUDA=0" if wanted is False else "no nvcc and no NVIDIA driver found"
+        disabled = "always on Windows" if sys.platform == "win32" else "MOCO_EXT_CUDA=0"
+        why = disabled if wanted is False else "no nvcc and no NVIDIA driver found"
         print(f"moco_ext: building CPU kernels only ({why})", flush=True)
         return ["-DMOCO_EXT_CUDA=OFF"]
     archs, why = choose_archs(nvcc)
@@ -89,12 +90,14 @@ class CMakeBuild(build_ext):
             raise SystemExit("moco_ext: torch: expected 2.10 or newer in this environment: pip install torch")
         at_least = re.search(r"cmake_minimum_required\(VERSION (\S+)\)", (ROOT / "CMakeLists.txt").read_text())[1]
         cmake = find_cmake(at_least)
+        if sys.platform == "win32":
+            os.environ.setdefault("CXX", "clang-cl")
         package = ROOT / "moco_ext" if self.editable_mode else Path(self.build_lib, "moco_ext").resolve()
         build = ROOT / "build" / "cmake"
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={find_ninja()}",
-            f"-DTORCH_INCLUDE_DIR={headers}",
+            f"-DTORCH_INCLUDE_DIR={headers.as_posix()}",
             *cuda_options(),
             *shlex.split(os.environ.get("MOCO_EXT_CMAKE_ARGS", "")),
         ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 
 import torch
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
-CPU_LIBRARY = LIBRARY_FOLDER / "libmoco_ext.so"
-CUDA_LIBRARY = LIBRARY_FOLDER / "libmoco_ext_cuda.so"
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+CPU_LIBRARY = LIBRARY_FOLDER / f"libmoco_ext{SUFFIX}"
+CUDA_LIBRARY = LIBRARY_FOLDER / f"libmoco_ext_cuda{SUFFIX}"
 
 
 def load_libraries() -> None:

@@ -79,6 +79,19 @@ def test_nvcc_is_downloaded_only_if_wanted_and_missing(backend, monkeypatch, var
     assert len({r.partition("==")[2] for r in requirements if r.startswith("nvidia")}) <= 1
 
 
+def test_windows_builds_for_the_cpu_only(backend, setup_script, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "find_nvcc", lambda: None)
+    monkeypatch.setattr(backend, "has_nvidia_driver", lambda: True)
+    assert any(requirement.startswith("nvidia") for requirement in backend.extra_requirements())
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not any(requirement.startswith("nvidia") for requirement in backend.extra_requirements())
+    assert setup_script.cuda_options() == ["-DMOCO_EXT_CUDA=OFF"]
+    assert "building CPU kernels only (always on Windows)" in capsys.readouterr().out
+    monkeypatch.setenv("MOCO_EXT_CUDA", "1")
+    with pytest.raises(ValueError, match="MOCO_EXT_CUDA: expected 0 or auto on Windows, got '1'"):
+        backend.cuda_wanted()
+
+
 def test_torch_is_a_build_requirement_only_without_headers(backend, monkeypatch, tmp_path):
     monkeypatch.setattr(backend, "site_packages", lambda: [tmp_path])
     assert backend.find_torch_headers() is None

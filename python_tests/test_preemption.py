@@ -100,6 +100,19 @@ def worker(ready) -> None:
     time.sleep(60)
 
 
+def test_where_signals_have_no_sender_sigterm_ends_a_worker(monkeypatch):
+    monkeypatch.setattr("moco_ext.data.workers._KNOWS_SENDER", False)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=worker, args=(ready,))
+    with sigterm_held():
+        process.start()
+    assert ready.wait(10)
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == -signal.SIGTERM
+
+
 def test_a_loader_worker_ends_by_its_parent_alone():
     context = multiprocessing.get_context("fork")
     ready = context.Event()

@@ -111,10 +111,14 @@ def gpu_capabilities() -> list[str]:
 
 
 def cuda_wanted() -> bool | None:
-    """MOCO_EXT_CUDA: True for 1 (an error without nvcc), False for 0, None for "auto" (if there is nvcc)."""
+    """MOCO_EXT_CUDA: True for 1 (an error without nvcc), False for 0 or Windows, None for "auto" (if there is nvcc)."""
     value = os.environ.get("MOCO_EXT_CUDA", "auto").lower()
     if value not in ("0", "1", "auto"):
         raise ValueError(f"MOCO_EXT_CUDA: expected 0, 1 or auto, got {value!r}")
+    if sys.platform == "win32":  # nvcc needs MSVC, which cannot compile the CPU kernels
+        if value == "1":
+            raise ValueError("MOCO_EXT_CUDA: expected 0 or auto on Windows, got '1'")
+        return False
     return {"0": False, "1": True, "auto": None}[value]
 
 

@@ -20,6 +20,7 @@ extern const VectorLoops vector_loops_baseline;
 #ifdef MOCO_X86
 extern const VectorLoops vector_loops_avx2;
 extern const VectorLoops vector_loops_avx512;
+bool supports_avx2();
 #endif
 }  // namespace moco_ext::cpu
 
@@ -166,8 +167,7 @@ void test_subnormals() {
 int main() {
   test(vector_loops_baseline);
 #ifdef MOCO_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) test(vector_loops_avx2);
+  if (supports_avx2()) test(vector_loops_avx2);
   if (std::strcmp(vector_loops().name, "avx512") == 0) test(vector_loops_avx512);
   test_subnormals();
 #endif

@@ -35,7 +35,7 @@ def collect() -> dict[str, Any]:
     ``self_test`` maps ``"op on device"`` to its relative error against float64, the tolerance, and whether it passed.
     """
     build = library.build_info()
-    libraries = sorted(library.LIBRARY_FOLDER.glob("*.so"))
+    libraries = sorted(library.LIBRARY_FOLDER.glob(f"*{library.SUFFIX}"))
     gpus = [_describe_gpu(i) for i in range(torch.cuda.device_count())]
     started = time.perf_counter()
     tests = {}

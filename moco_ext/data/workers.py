@@ -8,10 +8,16 @@ import signal
 import threading
 from collections.abc import Iterator
 
+# Not on macOS and Windows. There, a SIGTERM for the whole process group ends the workers too.
+_KNOWS_SENDER = hasattr(signal, "sigwaitinfo")
+
 
 @contextlib.contextmanager
 def sigterm_held() -> Iterator[None]:
     """Start workers in this block: until :func:`leave_signals_to_parent` runs in them, SIGTERM would end them."""
+    if not _KNOWS_SENDER:
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield
@@ -26,6 +32,8 @@ def leave_signals_to_parent(worker: int) -> None:
     ends its workers, if need be by a SIGTERM, the only one that they obey.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not _KNOWS_SENDER:
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -86,7 +86,7 @@ bool all_finite(const A* x, int64_t n) {
 template <typename A, typename Key>
 void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optional<int64_t> key_offset, int64_t begin,
           int64_t end, Partial<A>& partial) {
-  const auto [n, c] = std::pair{p.n, p.c};
+  const int64_t n = p.n, c = p.c;
   const TileLoops<A>& loops = tile_loops<A>();
   const AlignedArray<A> widened(std::is_same_v<Key, A> ? 0 : p.tile * c);
   const AlignedArray<A> scores(p.tile * p.panels.width(0));
@@ -330,7 +330,7 @@ void info_nce(const Host& host, const Query* query, const Query* key, const Queu
               const accumulate_t<Queue>* target, const InfoNceShape& shape, const InfoNceOptions& options,
               const InfoNceContrast& contrast, const InfoNceOutputs<accumulate_t<Queue>>& outputs) {
   using A = accumulate_t<Queue>;
-  const auto [n, k, c] = shape;
+  const int64_t n = shape.n, k = shape.k, c = shape.c;  // Clang 15 and older cannot capture structured bindings
   InfoNceOutputs<A> rows = outputs;
   std::vector<A> grad_temperature;
   if (outputs.reduction != Reduction::kNone && outputs.grad_temperature != nullptr) {

@@ -1,7 +1,7 @@
 // What the passes of InfoNCE share: rows in panels, aligned memory, rows found by id.
 #pragma once
 
-#include <cstdlib>
+#include <cstddef>
 #include <memory>
 #include <new>
 #include <vector>
@@ -39,8 +39,10 @@ class FlushSubnormals {
 #endif
 };
 
+constexpr size_t kCacheLine = 64;
+
 struct Free {
-  void operator()(void* p) const { std::free(p); }
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t{kCacheLine}); }
 };
 
 // On cache lines, so that no vector straddles two of them.
@@ -49,9 +51,7 @@ class AlignedArray {
  public:
   AlignedArray() = default;
   explicit AlignedArray(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {
-    if (data_ == nullptr && count > 0) throw std::bad_alloc();
-  }
+      : data_(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kCacheLine}))) {}
   AlignedArray(int64_t count, T value) : AlignedArray(count) { std::fill(data_.get(), data_.get() + count, value); }
   T* get() const { return data_.get(); }
   T& operator[](int64_t i) const { return data_.get()[i]; }

@@ -98,7 +98,7 @@ template <typename Query, typename Queue>
 void nearest_keys(const Host& host, const Query* query, const Queue* queue, const InfoNceShape& shape, int64_t k,
                   bool normalize, double eps, accumulate_t<Queue>* similarity, int64_t* index) {
   using A = accumulate_t<Queue>;
-  const auto [n, keys, c] = shape;
+  const int64_t n = shape.n, keys = shape.k, c = shape.c;  // Clang 15 and older cannot capture structured bindings
   if (n == 0) return;
   const UnitRows<A> queries(host, query, n, c, {1.0, eps, normalize});
   const Panels panels{n};
