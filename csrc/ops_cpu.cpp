@@ -26,8 +26,8 @@ constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
 constexpr int64_t kPiece = 4096;   // elements that stay in cache from one use to the next
 constexpr double kEps = 1e-12;     // floor of a row's norm, as in torch.nn.functional.normalize
 
-// An exception of the body's arrives as it is; the stable ABI would make every one a failed API call. ThreadSanitizer is
-// told of the fork and the join, which it does not see in OpenMP's own code.
+// An exception of the body's arrives as it is; the stable ABI would make every one a failed API call. ThreadSanitizer
+// is told of the fork and the join, which it does not see in OpenMP's own code.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   std::atomic_flag failed;
   std::exception_ptr error;
