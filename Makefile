@@ -1,5 +1,6 @@
 # make demo    pretrain on real images, evaluate, write a report
-# make test    the tests, in minutes; make test-slow: those of more than ten seconds; make torture: with kills
+# make test    the tests, in minutes; make test-slow: those of more than ten seconds; make torture: kills, random calls
+# make sanitize   the CPU operators with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make lint    style, types, imports, spelling
 # make docs    build/docs/index.html
 # make wheel   dist/: an sdist and a wheel
@@ -26,7 +27,7 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow torture docs wheel bench lint native-test aarch64-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
+.PHONY: demo test test-slow torture sanitize sanitize-address sanitize-thread docs wheel bench lint native-test aarch64-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
@@ -37,10 +38,36 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest python_tests -m slow
 
-# Half an hour: lost processes and nodes, and a hundred kills at random moments.
+# Three quarters of an hour: lost processes and nodes, a hundred kills at random moments, and random calls of the
+# operators with a new SEED.
+SEED ?= $(shell date +%s)
+SECONDS_OF_CALLS ?= 900
 torture: $(VENV)/installed
 	$(BIN)/python -m pytest python_tests -m torture
 	$(BIN)/python tools/torture.py --kills 100 --out bench/results/torture.json
+	$(BIN)/python tools/fuzz.py --seconds $(SECONDS_OF_CALLS) --seed $(SEED)
+
+# The test of the vector loops, those of the operators, and random calls, with sanitizers. Python keeps memory until its
+# end; a test asks for more memory than there is; torch and OpenMP are compiled without ThreadSanitizer.
+sanitize: sanitize-address sanitize-thread
+sanitize-address: LIBRARY := libasan.so
+sanitize-thread: LIBRARY := libtsan.so
+sanitize-address sanitize-thread: sanitize-%: $(VENV)/installed
+	$(BIN)/cmake -S . -B build/$@ -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_CXX_COMPILER=$(CXX) \
+	  -DMOCO_EXT_SANITIZE=$* -DMOCO_EXT_TESTS=ON \
+	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
+	$(BIN)/cmake --build build/$@ --target moco_ext test_vector_loops
+	$(BIN)/ctest --test-dir build/$@ --output-on-failure --no-tests=error --tests-regex vector_loops
+	mkdir -p build/$@/package && cp -r moco_ext build/$@/package
+	$(BIN)/cmake --install build/$@ --prefix build/$@/package/moco_ext
+	cd build/$@ && export PYTHONPATH=$$PWD/package OMP_NUM_THREADS=3 \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:allocator_may_return_null=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=$(LIBRARY)) $$($(CXX) -print-file-name=libstdc++.so.6)" && \
+	$(abspath $(BIN))/python -m pytest -q -s -p no:cacheprovider -k "not compiles and not older_processors" \
+	  $(addprefix $(CURDIR)/python_tests/test_,$(addsuffix .py,info_nce info_nce_options soft_labels nearest_keys enqueue \
+	  momentum_update l2_normalize augment)) && \
+	$(abspath $(BIN))/python $(CURDIR)/tools/fuzz.py --seconds 60
 
 # A broken link or docstring is an error.
 docs: $(VENV)/installed

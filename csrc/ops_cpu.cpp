@@ -9,6 +9,13 @@
 #include "info_nce.h"
 #include "kernels/cpu.h"
 
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#else
+inline void __tsan_acquire(void*) {}
+inline void __tsan_release(void*) {}
+#endif
+
 namespace moco_ext {
 namespace {
 
@@ -19,17 +26,24 @@ constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
 constexpr int64_t kPiece = 4096;   // elements that stay in cache from one use to the next
 constexpr double kEps = 1e-12;     // floor of a row's norm, as in torch.nn.functional.normalize
 
-// An exception of the body's arrives as it is; the stable ABI would make every one a failed API call.
+// An exception of the body's arrives as it is; the stable ABI would make every one a failed API call. ThreadSanitizer
+// is told of the fork and the join, which it does not see in OpenMP's own code.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
   std::atomic_flag failed;
   std::exception_ptr error;
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  static char fork, join;
+  const auto run = [&](int64_t begin, int64_t end) {
+    __tsan_acquire(&fork);
     try {
       body(begin, end);
     } catch (...) {
       if (!failed.test_and_set()) error = std::current_exception();
     }
-  });
+    __tsan_release(&join);
+  };
+  __tsan_release(&fork);
+  torch::stable::parallel_for(0, n, grain, run);
+  __tsan_acquire(&join);
   if (error) std::rethrow_exception(error);
 }
 

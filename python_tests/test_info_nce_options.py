@@ -210,6 +210,30 @@ def test_a_masked_key_that_is_not_finite_is_never_seen(device, label_smoothing, 
     assert not got[others].isfinite().any() or bad != math.nan
 
 
+def test_an_excluded_own_key_that_is_not_finite_is_never_seen():
+    """Neither by the loss nor by the gradient of its query; the other queries, whose candidate it is, see it."""
+    query, key, queue = problem(8, 300, 32)
+    key[3] = math.nan
+    options = {"in_batch": True, "own_key": "excluded", "target": queue[:8]}
+    query.requires_grad_()
+    loss = moco_ext.info_nce(query, key, queue, reduction="none", **options)
+    (grad,) = torch.autograd.grad(loss.sum(), query)
+    others = torch.arange(8) != 3
+    assert loss[3].isfinite()
+    assert grad[3].isfinite().all()
+    assert loss[others].isnan().all()
+    assert moco_ext.expected_key(query, key, queue, in_batch=True, own_key="excluded").keys[3].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-14, 1e-10])
+def test_in_batch_keys_at_huge_logits(temperature):
+    """The two passes disagree on logits of 1e10 by 1e3, but no probability exceeds 1."""
+    query, key, _ = problem(33, 1, 16)
+    key.requires_grad_()
+    moco_ext.info_nce(query, key, None, temperature, in_batch=True, reduction="sum").backward()
+    assert (key.grad.norm(dim=1) * key.norm(dim=1) * temperature <= 33).all()
+
+
 def test_a_lone_positive_has_no_gradient():
     """N = M = 1 without a queue: the loss is 0 for any key, however short, with label smoothing too."""
     torch.manual_seed(0)

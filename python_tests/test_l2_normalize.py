@@ -66,6 +66,15 @@ def test_nan_stays_in_its_row(device):
     assert (got[[0, 2]] == 0.5).all()
 
 
+def test_the_gradient_of_rows_whose_squares_overflow(device):
+    rows, upstream = torch.randn(5, 16, device=device), torch.randn(5, 16, device=device)
+    grads = []
+    for scale in (1.0, 2.0**80):
+        x = (rows * scale).requires_grad_()
+        grads.append(torch.autograd.grad(moco_ext.l2_normalize(x), x, upstream)[0] * scale)
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 2.0])
 def test_gradcheck_twice(eps):
     """eps = 2 lies amid the norms: rows on both sides of the floor."""

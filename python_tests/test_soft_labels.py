@@ -119,6 +119,13 @@ def test_expected_key_matches_float64(device, data):
         torch.testing.assert_close(a.double(), b, rtol=eps, atol=eps * 20 * scale)
 
 
+def test_expected_key_of_no_candidates(device):
+    query, _, queue = problem(device=device)
+    keys, lse = moco_ext.expected_key(query, None, queue, num_valid=0)
+    assert not keys.any()
+    assert (lse == -math.inf).all()
+
+
 def test_expected_key_records_no_gradient(device):
     query, key, queue = problem(device=device)
     keys, lse = moco_ext.expected_key(query.requires_grad_(), key.requires_grad_(), queue)

@@ -110,18 +110,21 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
     for (int64_t j = 0; only && j < count; ++j) {
       if (!all_finite(tile + j * c, c)) hidden.push_back(j);
     }
-    for (int64_t j = 0; key_offset && j < count; ++j) {
-      const int64_t row = first + j - *key_offset;
-      if (row >= 0 && row < n) matches[row / kPanelWidth].push_back({row, j, true});
-    }
-    for (int64_t j = 0; ids != nullptr && j < count; ++j) {
+    for (int64_t j = 0; (key_offset || ids != nullptr) && j < count; ++j) {
+      const int64_t own = key_offset ? first + j - *key_offset : -1;  // the row that this is the own key of
       bool masked = false;
-      p.by_id->for_each(ids[first + j], [&](int64_t row) {
-        if (key_offset && row == first + j - *key_offset) return;
-        matches[row / kPanelWidth].push_back({row, j, false});
-        masked = !p.contrast.same_id_positive && !only;
-      });
-      if (masked && !all_finite(tile + j * c, c)) hidden.push_back(j);
+      if (own >= 0 && own < n) {
+        matches[own / kPanelWidth].push_back({own, j, true});
+        masked = p.contrast.own_key != OwnKey::kPositive;
+      }
+      if (ids != nullptr) {
+        p.by_id->for_each(ids[first + j], [&](int64_t row) {
+          if (row == own) return;
+          matches[row / kPanelWidth].push_back({row, j, false});
+          masked |= !p.contrast.same_id_positive;
+        });
+      }
+      if (masked && !only && !all_finite(tile + j * c, c)) hidden.push_back(j);
     }
     const A* summed = tile;
     if (!hidden.empty()) {
@@ -170,8 +173,11 @@ void walk(const Problem<A>& p, const Key* keys, const int64_t* ids, std::optiona
       if (acc != nullptr) loops.accumulate(summed, scores.get(), acc, count, c, width);
       for (const int64_t j : hidden) {
         for (int64_t row = at; row < std::min(at + width, n); ++row) {
-          const bool same = ids[first + j] >= 0 && p.contrast.row_ids[row] == ids[first + j];
-          if (same == only) partial.sum[row] = std::numeric_limits<A>::quiet_NaN();
+          if (key_offset && row == first + j - *key_offset) continue;
+          const bool same = ids != nullptr && ids[first + j] >= 0 && p.contrast.row_ids[row] == ids[first + j];
+          if (only ? same : !same || p.contrast.same_id_positive) {
+            partial.sum[row] = std::numeric_limits<A>::quiet_NaN();
+          }
         }
       }
     }
