@@ -6,7 +6,6 @@
 #include "kernels/cpu.h"
 
 #if defined(MOCO_X86) && defined(_WIN32)
-#define NOMINMAX
 #define WIN32_LEAN_AND_MEAN
 #include <cpuid.h>
 #include <windows.h>
