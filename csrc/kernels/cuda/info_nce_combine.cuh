@@ -1,7 +1,7 @@
 // The InfoNCE kernel after the passes, `combine`: adds up the splits of each row, and finishes loss and gradients.
 //
 // It waits for memory and for its own instructions rather than for arithmetic, so everything that it reads is in flight
-// at once, and a row's threads all compute the row's few scalars themselves.
+// at once, and all threads that finish a row compute its few scalars themselves.
 #pragma once
 
 #include "kernels/cuda/info_nce_rows.cuh"
@@ -48,7 +48,7 @@ inline CombineShape combine_shape(int64_t n, int64_t columns, int64_t splits) {
   return shape;
 }
 
-// Weights and results of a row that all of its threads know.
+// Weights and results of a row that all threads that finish it know.
 struct RowResults {
   float loss;        // before the target
   float key_weight;  // of the sum of p n

@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     } else if (thread == 0) {
       sm90::prefetch_map(arguments.query_map);
       sm90::prefetch_map(arguments.key_map);
-      // All blocks' first tiles together take long to arrive, and the queries would wait in the same line.
+      // Together, the first tiles of all blocks take long to arrive. Queries asked for after them would wait for them.
       constexpr int kAhead = 2;
       for (int slot = 0;; ++slot) {
         if (slot == min(slots, kAhead)) {
@@ -445,7 +445,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     if constexpr (kGradient && !Tile::kExact) {
       // Where registers suffice, a softmax writes weights while a product reads those of the tile before. So P has two
       // buffers. A copy from one to the other would make ptxas wait after every product.
-      constexpr bool kLazy = !kMasked && columns <= 128 && (!Tile::kSplit || kTerms == 2);
+      constexpr bool kTwoBuffers = !kMasked && columns <= 128 && (!Tile::kSplit || kTerms == 2);
       const auto wait_for_outputs = [&](Weights& weights) {
         sm90::products_wait();
         sm90::pin(o);
@@ -467,7 +467,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         sm90::pin(s);
         mask(tile + 1);
         bool grew;
-        if constexpr (kLazy) {
+        if constexpr (kTwoBuffers) {
           grew = softmax_of_next_tile<kBias>(s, rows, rescale, next[0], type);
           pin_weights(next);
         } else {
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         wait_for_outputs(weights);
         release(tile);
         if (grew) rescale_rows(o, rescale);
-        if constexpr (!kLazy) pack_weights(next);
+        if constexpr (!kTwoBuffers) pack_weights(next);
       };
       const auto end = [&](Weights& weights) {
         clear_invalid_keys(tiles - 1);
@@ -500,7 +500,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         softmax_of_tile<kBias>(s, rows, rescale);
         pack_weights(p);
         int tile = 0;
-        if constexpr (kLazy) {
+        if constexpr (kTwoBuffers) {
           Weights other{};
           while (tile + 1 < tiles) {
             step(tile++, p, other);

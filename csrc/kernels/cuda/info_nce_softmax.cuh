@@ -14,7 +14,7 @@ namespace moco_ext::cuda {
 struct SoftmaxRows {
   float positive[2];
   float scale[2];    // from a score to the exponent of 2
-  float max[2];      // of the scores, over the row's four lanes; by kSlack in units of log 2 it may be too small
+  float max[2];      // of the scores, over the row's four lanes, about: weights may be up to 2^20
   float offset[2];   // of the exponents: a score's is score * scale + offset
   float sum[2];      // over this lane's keys
   uint32_t rank[2];  // over this lane's keys

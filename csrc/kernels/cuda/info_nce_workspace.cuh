@@ -22,7 +22,7 @@ struct InfoNceTemperature {
 
 // One row's partial results over one split, with p = exp((score - max) * row_scale / temperature).
 struct InfoNcePartials {
-  float* max;      // [N, splits] of the scores, about: p may be up to 2^8. A score is q . n / row_scale
+  float* max;      // [N, splits] of the scores, about: p may be up to 2^20. A score is q . n / row_scale
   float* sum;      // [N, splits] of p
   uint32_t* rank;  // [N, splits] scores above the positive's
   float* keys;     // [N, splits, pitch] sum of p n, its first C elements; null without gradient
