@@ -978,8 +978,9 @@ def _l2_normalize_backward(ctx, grad, _):
     # From x in plain differentiable torch, so that a second derivative is right too.
     (x,) = ctx.saved_tensors
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # In double, as in the kernels: the squares of huge rows overflow float32.
-    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True, dtype=torch.float64).to(wide.dtype)
+    norm = wide.norm(dim=1, keepdim=True)
+    # The squares of huge rows overflow, their norms may not. Not in float64, which MPS lacks.
+    norm = torch.where(norm.isinf(), (wide * 2.0**-80).norm(dim=1, keepdim=True) * 2.0**80, norm)
     floored = norm.clamp_min(ctx.eps)
     unit = wide / floored
     along = torch.where(norm > ctx.eps, (grad.to(wide.dtype) * unit).sum(dim=1, keepdim=True), 0.0)
