@@ -251,7 +251,7 @@ def info_nce_backward(
     for start in range(0, len(key), max(_SCORES // max(len(query), 1), 256)):
         unit = keys.unit[start : start + max(_SCORES // max(len(query), 1), 256)]
         own = own_row == torch.arange(start, start + len(unit), device=device)
-        p = (queries.unit @ unit.t() / T - shift).exp() - floor
+        p = (queries.unit @ unit.t() / T - shift).clamp_max_(0).exp() - floor  # huge scores differ by rounding
         if row_ids is not None and of_keys is not None:
             same = (row_ids[:, None] == of_keys[start : start + len(unit)]) & (row_ids >= 0)[:, None]
             if same_id == _SAME_POSITIVE:
