@@ -20,6 +20,10 @@ def load_libraries() -> None:
             f"moco_ext: the native library is missing, expected {CPU_LIBRARY}. In a source checkout, run "
             "`pip install -e .` (or import from another folder if you meant the installed package)."
         )
+    # torch would crash: an operator is defined once in a process.
+    for other in torch.ops.loaded_libraries:
+        if Path(other).name == CPU_LIBRARY.name and Path(other) != CPU_LIBRARY.resolve():
+            raise ImportError(f"moco_ext: a process can load only one copy of it, and has already loaded {other}")
     torch.ops.load_library(CPU_LIBRARY)
     if has_cuda_kernels():
         torch.ops.load_library(CUDA_LIBRARY)

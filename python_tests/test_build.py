@@ -1,10 +1,12 @@
 """What is decided before compiling: torch's headers, CMake, nvcc, architectures, and the torch that make installs."""
 
 import importlib.util
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ def load(name: str, path: Path):
 
 @pytest.fixture
 def backend(monkeypatch):
-    pytest.importorskip("setuptools", minversion="70.1")
+    pytest.importorskip("setuptools", minversion="77.0.3")
     module = load("build_backend", ROOT / "tools" / "build_backend.py")
     monkeypatch.setitem(sys.modules, "build_backend", module)
     for name in ("MOCO_EXT_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
@@ -172,7 +174,7 @@ def test_old_setuptools_is_refused_with_what_to_do(backend, monkeypatch):
     import setuptools
 
     monkeypatch.setattr(setuptools, "__version__", "65.5.0")
-    with pytest.raises(SystemExit, match=r"setuptools: expected 70.1 or newer, got 65.5.0: pip install"):
+    with pytest.raises(SystemExit, match=r"setuptools: expected 77.0.3 or newer, got 65.5.0: pip install"):
         load("build_backend", ROOT / "tools" / "build_backend.py")
 
 
@@ -246,3 +248,55 @@ def test_the_wheel_is_for_every_python(setup_script):
     python, abi, platform = wheel.get_tag()
     assert (python, abi) == ("py3", "none")
     assert platform != "any"
+
+
+HUB_KERNEL = """
+import sys, torch
+from pathlib import Path
+try:
+    from kernels import get_local_kernel
+except ImportError:  # the same, without the choice of the variant
+    import importlib.util
+    folder, = Path("hub/build").iterdir()
+    spec = importlib.util.spec_from_file_location("another_name", folder / "__init__.py")
+    module = sys.modules["another_name"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+else:
+    module = get_local_kernel(Path("hub"), backend="cpu")
+query = torch.randn(4, 8, requires_grad=True)
+module.info_nce(query, torch.randn(4, 8), torch.randn(30, 8)).backward()
+assert query.grad.isfinite().all()
+assert "moco_ext" not in sys.modules
+try:
+    import moco_ext
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_a_wheel_becomes_a_kernel_of_the_hub(monkeypatch, tmp_path):
+    """Imported by another name, and refused a second time: torch would crash."""
+    from moco_ext.library import LIBRARY_FOLDER
+
+    package = LIBRARY_FOLDER.parent
+    if not sys.platform.startswith("linux") or "x86_64" not in platform.machine():
+        pytest.skip("for Linux on x86-64")
+    wheel = tmp_path / "moco_ext-0.1.0-py3-none-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in [*package.rglob("*.py"), *LIBRARY_FOLDER.glob("libmoco_ext.so")]:
+            archive.write(path, path.relative_to(package.parent))
+    subprocess.run([sys.executable, ROOT / "tools" / "hub_kernel.py", wheel, "--out", tmp_path / "hub"], check=True)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    done = subprocess.run([sys.executable, "-c", HUB_KERNEL], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "can load only one copy" in done.stdout
+
+
+def test_architectures_as_the_hub_writes_them():
+    capability = load("hub_kernel", ROOT / "tools" / "hub_kernel.py").capability
+    assert [capability(arch) for arch in ("80-real", "90a-real", "100", "120-real")] == [
+        "8.0",
+        "9.0a",
+        "10.0+PTX",
+        "12.0",
+    ]

@@ -55,7 +55,7 @@ HOPPER = """
 
 @pytest.fixture(scope="module")
 def estimate():
-    pytest.importorskip("setuptools", minversion="70.1")
+    pytest.importorskip("setuptools", minversion="77.0.3")
     spec = importlib.util.spec_from_file_location("estimate", ROOT / "tools" / "estimate.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["estimate"] = module  # dataclasses look their module up

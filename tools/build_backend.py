@@ -32,12 +32,12 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-# pip does not check build requirements without build isolation, and older versions say "invalid command 'bdist_wheel'".
+# pip does not check build requirements without build isolation, and older versions reject the name of the license.
 # Below 82, because some versions of torch require that.
-if parse_version(setuptools.__version__) < (70, 1):
+if parse_version(setuptools.__version__) < (77, 0, 3):
     raise SystemExit(
-        f"moco_ext: setuptools: expected 70.1 or newer, got {setuptools.__version__}: "
-        'pip install "setuptools>=70.1,<82"'
+        f"moco_ext: setuptools: expected 77.0.3 or newer, got {setuptools.__version__}: "
+        'pip install "setuptools>=77.0.3,<82"'
     )
 
 
