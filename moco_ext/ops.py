@@ -377,9 +377,11 @@ def _summed_positives(a: Arguments) -> tuple[Tensor, ...]:
     some = a._replace(same_id=_SAME_IDS["only"])
     if a.queue_ids is None:  # of unknown ids: no positives
         some = some._replace(queue=None, num_valid=None, num_valid_tensor=None)
-    everything, _, lse, logit, rank = run(a._replace(query_ids=None, key_ids=None, queue_ids=None))
     positive, _, _, _, above = run(some)
     none = positive == -torch.inf
+    # No gradient of rows without a positive: their logsumexp may be NaN, whose gradient is NaN even times 0.
+    a = a._replace(query=torch.where(none.unsqueeze(-1), query.detach(), query))
+    everything, _, lse, logit, rank = run(a._replace(query_ids=None, key_ids=None, queue_ids=None))
     losses = torch.where(none, 0.0, everything - positive)
     if a.key is None or a.own_key == _OWN_KEYS["excluded"]:
         logit, rank = torch.where(none, 0.0, positive.detach()), torch.full_like(rank, -1)
@@ -490,8 +492,8 @@ class _InfoNCE(torch.autograd.Function):
         elif a.key_grad:
             grads[1] = _scaled(grad_key, scale, key.dtype)
         if a.temperature_grad:
-            product = grad_loss * grad_temperature
-            total = product.sum() if a.reduction == _NONE else product
+            product = grad_loss * grad_temperature  # of a row without a positive, perhaps 0 times NaN
+            total = torch.where(grad_loss == 0, 0, product).sum() if a.reduction == _NONE else product
             grads[3] = total.to(temperature.dtype).view(temperature.shape)
         if torch.is_grad_enabled():  # create_graph=True, torch.func
             inputs = [x for x in (query, key, temperature) if x is not None]
