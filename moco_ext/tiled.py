@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .library import CUDA_LIBRARY, has_cuda_kernels
-from .ops import Arguments, Results, nearest_keys_in_pieces
+from .ops._nearest_keys import nearest_keys_in_pieces
+from .ops.info_nce_operator import Arguments, Results
 
 _SCORES = 1 << 19  # of a tile of keys: 2 MB
 _EPS = 1e-12  # floor of a row's norm
@@ -347,7 +348,7 @@ def register(device: str) -> None:
         return call
 
     for name, kernel in KERNELS.items():
-        if (name, device) == ("nearest_keys", "cuda"):  # the same with and without kernels, see ops.py
+        if (name, device) == ("nearest_keys", "cuda"):  # the same with and without kernels, see ops/_nearest_keys.py
             continue
         torch.library.register_kernel(f"moco_ext::{name}", device, warned(kernel))
 
