@@ -53,3 +53,21 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    from shards_on_disk import write_folder
+
+    return write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture(scope="session")
+def image_shards(image_folder, tmp_path_factory):
+    """The same images in shards of seven."""
+    from moco_ext import data
+    from moco_ext.data.shard_writer import write_shards
+
+    root = tmp_path_factory.mktemp("shards")
+    write_shards(data.load(image_folder), root, images_per_shard=7)
+    return root
