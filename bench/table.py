@@ -1,4 +1,4 @@
-"""Markdown tables from benchmark JSON: python bench/table.py bench/results/*.json"""
+"""Prints Markdown tables from benchmark JSON: python bench/table.py bench/results/*.json"""
 
 import json
 import statistics
