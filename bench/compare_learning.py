@@ -286,7 +286,7 @@ def tables(runs: list[dict], page: Path | None = None) -> str:
             f"{data}: {images:,} images, {epochs} epochs, {group[0]['device']}, {threads} thread{'s' * (threads > 1)}; "
             f"{versions}; commit {commits}. Mean ± standard deviation over the seeds.",
             "",
-            "| | seeds | kNN top-1, % | linear top-1, % | loss of the last epoch | ms a step, median |",
+            "| | seeds | kNN top-1, % | linear top-1, % | loss of the last epoch | ms per step, median |",
             "|---|---|---|---|---|---|",
         ]
         by_name = {name: {run["seed"]: run for run in group if run["trainer"] == name} for name in NAMES}
@@ -310,7 +310,8 @@ def tables(runs: list[dict], page: Path | None = None) -> str:
         if paired:  # on equal batches
             head = "| ours minus | kNN top-1 | linear top-1 |\n|---|---|---|"
             parts.append(
-                "Points of top-1, seed by seed: mean ± standard error (each seed's).\n\n" + "\n".join([head, *paired])
+                "Differences in points of top-1: mean ± standard error (values of the seeds).\n\n"
+                + "\n".join([head, *paired])
             )
         if any("curve" in run for run in group):
             name = PLOT.format(data=data, epochs=epochs)
