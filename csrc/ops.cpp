@@ -1,5 +1,5 @@
 // Every operator of the package. The backends register themselves: ops_cpu.cpp in this library, ops_cuda.cpp in
-// another; fake kernels and autograd are in moco_ext/ops.py.
+// another; fake kernels and autograd are in moco_ext/ops/.
 #include <torch/csrc/stable/library.h>
 
 // Each with its twin that only checks the arguments and allocates the results, on any device; see ops_checks.cpp.

@@ -44,7 +44,7 @@ void dispatch_dtype(const Tensor& t, F&& f) {
 
 // --- memory ---
 // The stable ABI logs torch's out-of-memory error and reports "API call failed", so the backend states it again, in
-// words that start as torch's do. ops.py raises torch's own type for them.
+// words that start as torch's do. moco_ext/ops/checks.py raises torch's own type for them.
 [[noreturn]] void out_of_memory(double bytes);  // each backend has one
 
 template <typename Allocate>

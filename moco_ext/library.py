@@ -1,4 +1,4 @@
-"""Finds and loads the native libraries that define the operators of ops.py."""
+"""Finds and loads the native libraries that define the operators of ops/."""
 
 from __future__ import annotations
 

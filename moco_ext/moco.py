@@ -16,7 +16,8 @@ from .encoders import encode
 from .mechanism import Mechanism, check_momentum, check_temperature
 from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encoder_
 from .objectives import OBJECTIVES
-from .ops import info_nce, is_sharded, momentum_update_
+from .ops import info_nce, momentum_update_
+from .ops.checks import is_sharded
 from .queue import KeyQueue
 from .sharded_queue import sharded_info_nce
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle

@@ -10,7 +10,8 @@ from torch.func import functional_call
 from torch.utils.dlpack import from_dlpack, to_dlpack
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .ops import check_plain, is_sharded, momentum_update_
+from .ops import momentum_update_
+from .ops.checks import check_plain, is_sharded
 
 # Each parameter starts on a multiple of this many elements: 64 bytes for float32, what vector loads and cuDNN like.
 ALIGNMENT = 16

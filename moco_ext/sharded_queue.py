@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .ops import NotTwice, expected_candidates, l2_normalize
+from .ops import l2_normalize
+from .ops._expected_key import expected_candidates
+from .ops.info_nce_operator import NotTwice
 from .stats import InfoNCEStats
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .library import CUDA_LIBRARY, has_cuda_kernels
-from .ops import Arguments, Results, nearest_keys_in_pieces
+from .ops._nearest_keys import nearest_keys_in_pieces
+from .ops.info_nce_operator import Arguments, Results
 
 _SCORES = 1 << 19  # of a tile of keys: 2 MB
 _EPS = 1e-12  # floor of a row's norm
@@ -172,7 +173,7 @@ def info_nce_forward(*arguments: Any) -> tuple[Tensor, ...]:
     if out.weights.dim() == 2:
         own_rest = zeros if own is None else -rest
         out.weights.copy_(torch.stack([torch.where(empty, 0, share), floor, own_rest], dim=1))
-    weight = torch.where(has_positive, zeros + (1 / max(n, 1) if a.reduction == 1 else 1), 0)[:, None]
+    weight = 1 / max(n, 1) if a.reduction == 1 else 1
     if wants_gradient:
         mean = torch.where(empty[:, None], 0, expected / all_weight[:, None])
         if target is anchor:
@@ -180,9 +181,9 @@ def info_nce_forward(*arguments: Any) -> tuple[Tensor, ...]:
         else:
             grad = (mean + (own_probability[:, None] * own if candidate and own is not None else 0) - target) / T
         if out.grad_temperature.numel() or a.temperature_grad:
-            by_row = -(query.unit * grad).sum(1) / T * weight[:, 0]
+            by_row = torch.where(has_positive, -(query.unit * grad).sum(1) / T * weight, 0)
             out.grad_temperature.copy_(by_row if a.reduction == 0 else by_row.sum())
-        out.grad_query.copy_(query.backward(grad) * weight)
+        out.grad_query.copy_(torch.where(has_positive[:, None], query.backward(grad) * weight, 0))
     if out.grad_key.dim() == 2 and key is not None and own is not None:
         rows = _Rows(own, None if key.norm is None else key.norm[a.key_offset :][:n])
         out.grad_key.copy_(rows.backward(-rest[:, None] * query.unit / T) * weight)
@@ -241,7 +242,7 @@ def info_nce_backward(
     T = temperature if temperature_tensor is None else temperature_tensor.to(device, dtype).reshape(())
     queries, keys = (_Rows.of(x, dtype, normalize) for x in (query, key))
     share, floor, own_weight = weights[:, :, None].unbind(1)  # [N, 1] each
-    lost = share == 0
+    lost = (share == 0) | (grad_loss[:, None] == 0)
     upstream = torch.where(lost, 0, grad_loss[:, None])
     shift = torch.where(lost, math.inf, lse[:, None])
     row_ids, of_keys = query_ids, query_ids if key_ids is None else key_ids
@@ -347,7 +348,7 @@ def register(device: str) -> None:
         return call
 
     for name, kernel in KERNELS.items():
-        if (name, device) == ("nearest_keys", "cuda"):  # the same with and without kernels, see ops.py
+        if (name, device) == ("nearest_keys", "cuda"):  # the same with and without kernels, see ops/_nearest_keys.py
             continue
         torch.library.register_kernel(f"moco_ext::{name}", device, warned(kernel))
 

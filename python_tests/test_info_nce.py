@@ -556,7 +556,7 @@ def test_backward_has_the_precision_of_forward(monkeypatch):
     query, key, queue = problem(4, 30, 8)
     key.requires_grad_()
     with Spy() as spy:
-        monkeypatch.setattr(moco_ext.ops, "_terms", lambda cuda: 2)
+        monkeypatch.setattr("moco_ext.ops._info_nce.current_terms", lambda cuda: 2)
         loss = moco_ext.info_nce(query, key, queue, in_batch=True)
         monkeypatch.undo()
         loss.backward()
@@ -565,21 +565,21 @@ def test_backward_has_the_precision_of_forward(monkeypatch):
 
 def test_precision_is_traced_and_guarded():
     """Old and new tf32 switch, mixed too, and autocast; compiled code is traced anew when they change."""
-    from moco_ext.ops import _terms
+    from moco_ext.ops.info_nce_operator import current_terms
 
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    compiled = torch.compile(lambda x: x + _terms(True), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: x + current_terms(True), fullgraph=True, backend="eager")
     try:
         for autocast, allow_tf32, terms in PRECISIONS:
             matmul.allow_tf32 = allow_tf32
             with cuda_autocast(autocast):
-                assert _terms(True) == terms
+                assert current_terms(True) == terms
                 assert compiled(torch.zeros(1)).item() == terms
         matmul.fp32_precision = "ieee"
-        assert _terms(True) == 3
+        assert current_terms(True) == 3
         matmul.fp32_precision = "tf32"
-        assert _terms(True) == 2
+        assert current_terms(True) == 2
     finally:
         matmul.fp32_precision = before
 

@@ -225,6 +225,35 @@ def test_an_excluded_own_key_that_is_not_finite_is_never_seen():
     assert moco_ext.expected_key(query, key, queue, in_batch=True, own_key="excluded").keys[3].isfinite().all()
 
 
+@pytest.mark.parametrize("positives", ["mean", "sum"])
+@pytest.mark.parametrize("c", [32, 64])
+def test_a_row_without_a_positive_has_no_gradient(device, c, positives):
+    """Not even NaN, the gradient of its logsumexp if a key is not finite."""
+    query, key, queue = problem(8, 300, c, device)
+    queue[5] = math.nan
+    ids = {"query_ids": torch.arange(8, device=device), "queue_ids": torch.arange(300, device=device) + 100}
+    options = {"same_id": "positive", "positives": positives, "own_key": "excluded", "in_batch": True} | ids
+    for reduction in ("mean", "none"):
+        loss, _, grads = run_info_nce(
+            moco_ext.info_nce,
+            query,
+            key,
+            queue,
+            torch.tensor(0.1, device=device),
+            torch.ones_like(query[:, 0]) if reduction == "none" else None,
+            reduction=reduction,
+            **options,
+        )
+        assert not loss.any()
+        assert not any(grad.any() for grad in grads.values())
+    ids["queue_ids"][7] = 3  # the others still have none
+    loss, _, grads = run_info_nce(moco_ext.info_nce, query, key, queue, 0.1, reduction="sum", **options)
+    others = torch.arange(8, device=device) != 3
+    assert loss.isnan()
+    assert grads["query"][3].isnan().all()
+    assert not grads["query"][others].any()
+
+
 @pytest.mark.parametrize("temperature", [1e-14, 1e-10])
 def test_in_batch_keys_at_huge_logits(temperature):
     """The two passes disagree on logits of 1e10 by 1e3, but no probability exceeds 1."""

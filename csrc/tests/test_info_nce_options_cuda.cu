@@ -342,6 +342,45 @@ void test_excluded_key_that_is_not_finite(int64_t c, check::Random& random) {
   check::that(error <= 1e-4 * double(c), "n=6 c=" + std::to_string(c) + " excluded: " + std::to_string(error));
 }
 
+// No row has a positive, so nothing has a gradient, although key 2 is NaN. summed: as the candidates of
+// positives="sum", whose losses do not count.
+void test_no_positive_and_a_key_that_is_not_finite(int64_t c, bool summed, check::Random& random) {
+  constexpr int64_t n = 6;
+  const Device<float> query(check::normal<float>(random, n * c)), target(std::vector<float>(n * c));
+  std::vector<float> keys = check::normal<float>(random, n * c);
+  keys[2 * c + 1] = NAN;
+  const auto floats = [](int64_t count) { return Device<float>(std::vector<float>(count, NAN)); };
+  const auto loss = floats(n), lse = floats(n), positive = floats(n), grad_query = floats(n * c);
+  const auto grad_temperature = floats(n), weights = floats(3 * n), grad_key = floats(n * c);
+  const Device<float> key(keys), upstream(std::vector<float>(n, summed ? 0.0f : 1.0f));
+  const Device<int64_t> rank(std::vector<int64_t>(n, 0)), ids(std::vector<int64_t>{0, 1, 2, 3, 4, 5});
+  const cuda::InfoNceOptions options{0.2f, nullptr, 1e-12f, true, 3};
+  cuda::InfoNceContrast contrast{};
+  contrast.in_batch = true;
+  contrast.keys = n;
+  contrast.own_key = cuda::OwnKey::kExcluded;
+  contrast.row_ids = contrast.key_ids = summed ? nullptr : ids.data();
+  contrast.same_id_positive = !summed;
+  const cuda::InfoNceShape shape{n, 0, c};
+  const cuda::InfoNceOutputs outputs{loss.data(),       lse.data(), positive.data(),         rank.data(),
+                                     grad_query.data(), nullptr,    grad_temperature.data(), weights.data()};
+  const float* const no_queue = nullptr;
+  const Device<char> workspace(
+      std::vector<char>(cuda::info_nce_workspace_bytes(no_queue, shape, options, contrast, true), char(0xff)));
+  check::cuda(cuda::info_nce(query.data(), key.data(), no_queue, summed ? target.data() : nullptr, shape, options,
+                             contrast, outputs, workspace.data(), cudaStream_t{}));
+  const Device<char> second(
+      std::vector<char>(cuda::info_nce_keys_backward_workspace_bytes<float>(shape, options, contrast), char(0xff)));
+  check::cuda(cuda::info_nce_keys_backward(query.data(), key.data(), shape, options, contrast, lse.data(),
+                                           weights.data(), upstream.data(), grad_key.data(), second.data(),
+                                           cudaStream_t{}));
+  const auto of_query = grad_query.host(), of_temperature = grad_temperature.host(), of_key = grad_key.host();
+  bool zero = true;
+  for (int64_t i = 0; i < n * c; ++i) zero = zero && (i / c == 2 || of_key[i] == 0) && (summed || of_query[i] == 0);
+  for (int64_t i = 0; i < n; ++i) zero = zero && (summed || of_temperature[i] == 0);
+  check::that(zero, "n=6 c=" + std::to_string(c) + " summed=" + std::to_string(summed) + ": a gradient");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -471,5 +510,9 @@ int main(int argc, char** argv) {
   }
   check::group("an excluded key that is not finite");
   for (const int64_t c : {64, 128, 17}) test_excluded_key_that_is_not_finite(c, random);
+  check::group("no positive, and a key that is not finite");
+  for (const int64_t c : {64, 128, 17}) {
+    for (const bool summed : {false, true}) test_no_positive_and_a_key_that_is_not_finite(c, summed, random);
+  }
   return check::finish();
 }

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from ..distributed import rank, world_size
-from ..ops import is_sharded
+from ..ops.checks import is_sharded
 from ..runs.files import remove
 
 _STATE, _OPTIMIZER, _REST = "state_dict.", "optimizer.state.", "rest"

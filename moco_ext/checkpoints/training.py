@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import rank, unite
-from ..ops import is_sharded
+from ..ops.checks import is_sharded
 from ..runs.files import remove, write_atomically
 from .files import DDP_PREFIX, read_saved, with_prefix, without_prefix
 

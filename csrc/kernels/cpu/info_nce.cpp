@@ -240,7 +240,7 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
                 const InfoNceOptions& options, A* scratch, const InfoNceOutputs<A>& out) {
   const int64_t c = p.c;
   const A temperature = static_cast<A>(options.temperature);
-  A row_weight = out.reduction == Reduction::kMean ? A{1} / static_cast<A>(p.n) : A{1};
+  const A row_weight = out.reduction == Reduction::kMean ? A{1} / static_cast<A>(p.n) : A{1};
   const A eps = static_cast<A>(options.eps);
   const A positive = p.positive[i];
   const A* query = p.query.row(i);
@@ -286,7 +286,11 @@ void finish_row(int64_t i, const Problem<A>& p, const std::vector<Partial<A>>& p
   const A target_score = target == anchor ? positive : dot(query, target, c);
   out.positive_logit[i] = (anchor == nullptr ? target_score : positive) / temperature;
   out.loss[i] = has_positive ? plain_loss + (positive - target_score) / temperature : 0;
-  if (!has_positive) row_weight = 0;
+  if (!has_positive) {  // no gradient: a weight of 0 would not keep NaN out
+    if (out.grad_query != nullptr) std::fill_n(out.grad_query + i * c, c, A{0});
+    if (out.grad_temperature != nullptr) out.grad_temperature[i] = 0;
+    return;
+  }
 
   if (out.grad_query != nullptr) {
     A* const expected = scratch + c;  // sum of p n over the negatives

@@ -28,7 +28,8 @@ void info_nce_keys_backward(const Host& host, const Query* query, const Query* k
   const A scale = static_cast<A>(std::numbers::log2e / options.temperature);
   std::vector<A> shift(n), floor(n), upstream(n);
   for (int64_t i = 0; i < n; ++i) {
-    const bool lost = weights[3 * i] == 0;  // a row without a loss, and perhaps with an lse of -inf
+    // A row without a loss, or whose loss does not count, and perhaps with an lse of -inf or NaN.
+    const bool lost = weights[3 * i] == 0 || grad_loss[i] == 0;
     upstream[i] = lost ? 0 : grad_loss[i];
     shift[i] = lost ? std::numeric_limits<A>::infinity() : lse[i] * temperature;
     floor[i] = weights[3 * i + 1];

@@ -333,9 +333,7 @@ __global__ void __launch_bounds__(kCombineBound)
                            : target.given != nullptr ? -result.own
                            : target.plain            ? rest
                                                      : rest - (1.0f - (mean.share + mean.floor));
-    const float row_weight = mean.no_positive                        ? 0.0f
-                             : outputs.reduction == Reduction::kMean ? 1.0f / static_cast<float>(n)
-                                                                     : 1.0f;
+    const float row_weight = outputs.reduction == Reduction::kMean ? 1.0f / static_cast<float>(n) : 1.0f;
     // q . d loss / d q
     const float query_dot = (result.key_weight * dot - rest * positive + excess) * inverse_temperature;
     if (is_first && valid) {
@@ -354,7 +352,7 @@ __global__ void __launch_bounds__(kCombineBound)
       }
       if (outputs.grad_query != nullptr && outputs.grad_temperature != nullptr) {
         float* const rows = reduces ? workspace.grad_temperature : outputs.grad_temperature;
-        rows[row] = -query_dot * inverse_temperature * row_weight;
+        rows[row] = mean.no_positive ? 0.0f : -query_dot * inverse_temperature * row_weight;
       }
     }
 
@@ -385,7 +383,8 @@ __global__ void __launch_bounds__(kCombineBound)
           if (!target.plain) of_query -= mean.less_anchor(target, at, column + i, unit_anchor);
           of_query *= inverse_temperature;
           if (of_query_norm) of_query -= query_dot * unit_query;
-          outputs.grad_query[at] = of_query * (inverse_query * row_weight);
+          of_query *= inverse_query * row_weight;
+          outputs.grad_query[at] = mean.no_positive ? 0.0f : of_query;  // a weight of 0 would not keep NaN out
         }
         if (outputs.grad_key != nullptr) {
           float of_key = -own_rest * unit_query * inverse_temperature;

@@ -26,7 +26,8 @@ __global__ void info_nce_columns_kernel(const float* lse, const float* weights, 
                                         InfoNceColumn* columns) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  const bool lost = weights[3 * i] == 0.0f;  // a row without a loss, and perhaps with an lse of -inf
+  // A row without a loss, or whose loss does not count, and perhaps with an lse of -inf or NaN.
+  const bool lost = weights[3 * i] == 0.0f || upstream[i] == 0.0f;
   const float g = lost ? 0.0f : upstream[i];
   columns[i] = {lost ? INFINITY : lse[i] * 1.44269504f, g, weights[3 * i + 1] * g, weights[3 * i] * g};
 }
