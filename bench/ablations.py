@@ -1,8 +1,8 @@
-"""Tables and plots of docs/ablations.md, from bench/results/ablations*.json; no figure in them is typed.
+"""Writes the tables and plots of docs/ablations.md from bench/results/ablations*.json.
 
-python bench/ablations.py              writes them
-python bench/ablations.py DIR NAME     first takes over the results of moco-ext ablate --output DIR as NAME.json
-python bench/ablations.py --check      fails if the page does not hold them already
+python bench/ablations.py              updates the page and the plots
+python bench/ablations.py DIR NAME     first copies the results of moco-ext ablate --output DIR to NAME.json
+python bench/ablations.py --check      fails if the page is out of date
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A training step of each peer's trainer, before and after the change of import that docs/peers/ describes."""
+"""A training step of existing trainers, before and after the changes that docs/peers/ describes."""
 
 from __future__ import annotations
 

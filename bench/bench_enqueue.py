@@ -1,4 +1,4 @@
-"""The queue write: ours against the published slice write (columns, pointer read on the host)."""
+"""enqueue_, compared with the published slice write (columns, pointer read on the host)."""
 
 import official
 import pytest

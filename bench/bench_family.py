@@ -1,4 +1,4 @@
-"""The operators beside the loss: soft labels with the teacher's pass, and the nearest keys, each beside plain torch."""
+"""Other operators, compared with plain torch: soft labels with the teacher's pass, nearest keys, and the CLIP loss."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a call costs on the host: so few rows that nearly all of it is checks, dispatch and autograd."""
+"""The host time of a call: with so few rows, nearly all of it is checks, dispatch and autograd."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""InfoNCE, raw queries to loss and gradient: ours, every peer that is installed, and the limit."""
+"""InfoNCE, from raw queries to loss and gradient: ours, every installed baseline, and the limit."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Two views of JPEGs on one core: the official pipeline (PIL, torchvision's transforms) against ours.
+"""Two views of JPEGs on one core: ours, compared with the official pipeline (PIL, torchvision's transforms).
 
     pytest bench/bench_loader.py -k 'not shards' --benchmark-json=bench/results/loader.json
     pytest bench/bench_loader.py -k shards --rounds 40 --benchmark-json=bench/results/shards.json

@@ -1,4 +1,4 @@
-"""The most memory beyond its inputs that one loss with its gradient needs, by each way, in a process of its own."""
+"""The peak memory of one loss with its gradient, beyond its inputs. Each implementation runs in its own process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The momentum update over an encoder's parameters: ours on lists and flat, the published loop, _foreach, timm."""
+"""The momentum update of an encoder: ours on lists and on flat buffers, the published loop, _foreach, and timm."""
 
 import official
 import pytest

@@ -1,4 +1,4 @@
-"""Shuffling BN's traffic between two processes: bytes sent and time, images gathered by all or exchanged."""
+"""Traffic and time of shuffling BN between two processes, if all images are gathered or only exchanged."""
 
 import os
 import socket

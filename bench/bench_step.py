@@ -1,4 +1,4 @@
-"""A whole training step, images already on the device: ours, the published formulation, and the encoders alone."""
+"""A whole training step with images on the device: ours, the published formulation, and only the encoders."""
 
 from __future__ import annotations
 

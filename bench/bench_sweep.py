@@ -1,4 +1,4 @@
-"""InfoNCE over shapes: where ours is far from the limit, or near the others. `pytest bench/bench_sweep.py --sweep`."""
+"""InfoNCE over shapes and threads, compared with the baselines and the limit: `pytest bench/bench_sweep.py --sweep`."""
 
 import peers
 import pytest

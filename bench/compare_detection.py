@@ -1,11 +1,11 @@
-"""Detection from a MoCo encoder and from random weights, at equal iterations, on a small generated data set.
+"""Compares detectors from a MoCo encoder and from random weights, after the same number of iterations.
 
     moco-ext pretrain --data fashion-mnist --output runs/fashion-mnist
     python bench/compare_detection.py runs/fashion-mnist --seeds 0 1 2
     python bench/readme.py                                            # the table in docs/detection.md
 
-The data set is that of bench/detection_set.py. Other flags go to ``moco-ext detect``. Runs already in the file are
-kept, and an interrupted run is resumed.
+The data set is that of bench/detection_set.py. Other flags are passed to ``moco-ext detect``. Runs already in the
+file are kept, and an interrupted run is resumed.
 """
 
 import argparse

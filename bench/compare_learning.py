@@ -1,11 +1,11 @@
-"""Does ours learn as well as the others? One encoder, one start, the same batches, four trainers side by side.
+"""Compares four trainers with the same encoder, the same initial weights and the same batches.
 
     python bench/compare_learning.py --seeds 0 1 2 --out bench/results/learning.json
     python bench/compare_learning.py --data digits --epochs 80 --curve 5 --seeds 0 1 2 3 4
     python bench/compare_learning.py --out bench/results/learning.json --table docs/learning.md
 
-Each batch goes to every trainer before the next is drawn, in an order that turns: views cannot differ, and whatever
-else the machine does hits all of them. Runs already in the file are kept, so that it can be filled in pieces.
+Every trainer gets each batch before the next one is drawn, in rotating order: all get the same views, and other load on
+the machine affects all of them. Runs already in the file are kept, so it can be filled in several steps.
 """
 
 import argparse
@@ -286,7 +286,7 @@ def tables(runs: list[dict], page: Path | None = None) -> str:
             f"{data}: {images:,} images, {epochs} epochs, {group[0]['device']}, {threads} thread{'s' * (threads > 1)}; "
             f"{versions}; commit {commits}. Mean ± standard deviation over the seeds.",
             "",
-            "| | seeds | kNN top-1, % | linear top-1, % | loss of the last epoch | ms a step, median |",
+            "| | seeds | kNN top-1, % | linear top-1, % | loss of the last epoch | ms per step, median |",
             "|---|---|---|---|---|---|",
         ]
         by_name = {name: {run["seed"]: run for run in group if run["trainer"] == name} for name in NAMES}
@@ -310,7 +310,8 @@ def tables(runs: list[dict], page: Path | None = None) -> str:
         if paired:  # on equal batches
             head = "| ours minus | kNN top-1 | linear top-1 |\n|---|---|---|"
             parts.append(
-                "Points of top-1, seed by seed: mean ± standard error (each seed's).\n\n" + "\n".join([head, *paired])
+                "Differences in points of top-1: mean ± standard error (values of the seeds).\n\n"
+                + "\n".join([head, *paired])
             )
         if any("curve" in run for run in group):
             name = PLOT.format(data=data, epochs=epochs)

@@ -1,16 +1,16 @@
-"""What all benches share: devices, paired timing, and the labels that make a JSON readable years later.
+"""Shared by all benchmarks: devices, paired timing, and the metadata of the results.
 
     pytest bench --benchmark-json=bench/results/cpu.json
     python bench/table.py bench/results/cpu.json
 
-A bench is one function that measures several rows (ours, its competitors, the limit) in turn, a random order
-each round: whatever else the machine does then hits all of them, and ratios are taken within rounds.
-pytest-benchmark's own figure is the time of a whole round; the rows' raw samples are in extra_info.
+A benchmark is one function that measures several rows (ours, the baselines, the limit), in random order in each round.
+Other load on the machine then affects all rows alike, and ratios are taken within rounds. pytest-benchmark's own number
+is the time of a whole round; the raw samples of the rows are in extra_info.
 
-On a GPU a row's calls are captured in a CUDA graph, each after a read of a buffer larger than L2, which leaves no input
-there and no line to write back. A second graph has only the reads. The difference of their times, divided by the number
-of calls, is the time of a call, without a graph's start, which takes as long as a short kernel. A row that cannot be
-captured (it synchronizes) is timed by events as it is. Wall clock: the call without a graph.
+On a GPU, the calls of a row are captured in a CUDA graph, each after a read of a buffer larger than L2, which leaves no
+input and no dirty line in the cache. A second graph has only the reads. The difference of their times, divided by the
+number of calls, is the time of a call. It excludes the start of a graph, which takes as long as a short kernel. A row
+that cannot be captured (because it synchronizes) is timed by events. Wall clock is the call without a graph.
 """
 
 import ctypes

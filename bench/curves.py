@@ -1,4 +1,4 @@
-"""Draw the plots of docs/curves.md and docs/moco.md from bench/results/curves.json, or record the runs they show.
+"""Draws the plots of docs/curves.md and docs/moco.md from bench/results/curves.json, or records the runs they show.
 
     for run in "good" "m0 --moco-m 0" "lr --lr 3"; do set -- $run; moco-ext pretrain --data digits --steps 400 \
         --log-every 4 --print-freq 1 --online-knn 0 --output runs/curves/$1 ${@:2}; done

@@ -1,4 +1,4 @@
-"""Write a small object detection data set: Fashion-MNIST garments on textured backgrounds.
+"""Writes a small object detection data set: Fashion-MNIST garments on textured backgrounds.
 
     python bench/detection_set.py build/garments --train 600 --test 200
     moco-ext detect build/garments --pretrained runs/fashion --min-size 96 --anchors 16 24 32 48 64

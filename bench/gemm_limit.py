@@ -1,4 +1,4 @@
-"""The rate of large GEMMs, which no kernel of tensor cores exceeds: prints TFLOP/s as JSON. `make gpu` runs it."""
+"""Measures the rate of large GEMMs, an upper limit for tensor-core kernels, and prints TFLOP/s as JSON (`make gpu`)."""
 
 import json
 import statistics

@@ -5,12 +5,13 @@
     python bench/label_efficiency.py table
 
 `search` trains the settings (flags of `moco-ext pretrain`) on five sixths of the training images and scores them on the
-last sixth. `final` compares methods: every choice is made on this sixth, labels are those of the others, and each
-trained model sees the test images once. `table` writes docs/learning.md and its plots from the results.
+last sixth. `final` compares methods: every choice is made on this sixth, labels are drawn from the other images, and
+each trained model is evaluated once on the test images. `table` writes docs/learning.md and its plots from the results.
 
 Pre-training for `final` uses all training images, without labels; a finished run in --runs is used as it is.
-Finished parts are kept in --work, and several processes may run the same command: each takes parts that nobody has.
---parts leaves some to another machine: all but the linear classifiers gain from a GPU (--device cuda).
+Finished parts are kept in --work. Several processes may run the same command: each takes parts that no other process
+has taken. --parts leaves some parts to another machine: all but the linear classifiers are faster on a GPU
+(--device cuda).
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Every other way to InfoNCE's gradient, called as its users call it: what bench_info_nce.py compares with.
+"""The baselines of bench_info_nce.py, other implementations of InfoNCE's gradient, called as their users call them.
 
-A peer takes a :class:`Problem`, lays out what may be laid out beforehand, and returns what makes one gradient of the
+A baseline takes a :class:`Problem`, prepares its data layout, and returns a function that computes one gradient of the
 mean loss, [N, C] with respect to the raw queries. It raises :class:`Unavailable` where it cannot run.
 
-siglip-kernel is not a peer: its loss is a sigmoid of each pair, without a softmax over the queue.
+siglip-kernel is not a baseline: its loss is a sigmoid of each pair, without a softmax over the queue.
 """
 
 from __future__ import annotations

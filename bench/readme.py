@@ -65,8 +65,8 @@ def run_section(summary: dict) -> str:
 def summary_section(report: dict) -> str:
     """One line per operator: our time, and the time of each baseline divided by ours."""
     lines = [
-        f"{heading(report)}. How many times longer each baseline takes: medians of interleaved runs. Memory is the "
-        "peak beyond the inputs.",
+        f"{heading(report)}. The columns of the baselines are their time divided by ours (medians of interleaved "
+        "runs). Memory is the peak beyond the inputs.",
         "",
         f"| | ours, ms | {' | '.join(BASELINES)} | memory, ours / official, MB |",
         "|---|--:|" + "--:|" * (len(BASELINES) + 1),
@@ -155,7 +155,7 @@ def shards_section(report: dict) -> str:
         report,
         prefix="shards",
         base="limit",
-        what="in one process, from the page cache; moco_ext reads at random, the others in order",
+        what="in one process, from the page cache; moco_ext reads in random order, the others sequentially",
         file="bench/bench_loader.py -k shards",
     )
 
@@ -175,7 +175,7 @@ def loader_section(
     name = machine["cpu"].get("brand_raw", machine["machine"])
     lines = [
         f"Images per second on one core ({name}, torch {machine['torch']}, commit {commit}; {what}; a "
-        f"ratio is the median within rounds). `pytest {file}` measures it.",
+        f"ratio is the median within rounds). `pytest {file}` repeats the measurement.",
         "",
         f"| work | implementation | images/s | speed / {base} |",
         "|---|---|---|---|",

@@ -1,9 +1,9 @@
-"""Estimate communication per step from 1 to 1,024 GPUs: shuffling BN and the queue, whole or divided.
+"""Estimates communication per step from 1 to 1,024 GPUs: shuffling BN and the queue, whole or divided.
 
     python bench/scaling.py    # writes the plots and the table of docs/distributed.md
 
-The loss is a fit to measured times on one H200 (bench/results/gpu-1.json). The network is assumed, nothing of it is
-measured: see NETWORK. Shown is what a step waits for, if nothing overlaps with the encoders.
+The time of the loss is a fit to measurements on one H200 (bench/results/gpu-1.json). The network is assumed, not
+measured: see NETWORK. The results are the time that a step waits if no communication overlaps with the encoders.
 """
 
 import json

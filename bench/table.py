@@ -1,4 +1,4 @@
-"""Markdown tables from benchmark JSON: python bench/table.py bench/results/*.json"""
+"""Prints Markdown tables from benchmark JSON: python bench/table.py bench/results/*.json"""
 
 import json
 import statistics
@@ -9,12 +9,12 @@ HEAD = "| | ms | 10 to 90 % | time / ours | GFLOP | MB | over limit | extra MB |
 
 
 def commits(report: dict) -> str:
-    """The commit of a report, or several, if runs of several commits were put together (extra_info has each one's)."""
+    """The commit of a report, or several if it combines runs of several commits (extra_info has each one's)."""
     return ", ".join(commit[:10] for commit in report["commit_info"]["id"].split(", "))
 
 
 def heading(report: dict) -> str:
-    """The machine, the versions and the commit that a report is of."""
+    """The machine, the versions and the commit of a report."""
     machine, commit = report["machine_info"], report["commit_info"]
     name = machine["gpu"] or f"{machine['cpu'].get('brand_raw', machine['machine'])} ({machine['cpu_capability']})"
     commit = f"{commits(report)}{'+' if commit['dirty'] else ''}"
@@ -23,11 +23,11 @@ def heading(report: dict) -> str:
 
 
 def tables(path: Path) -> str:
-    """One table a benchmark of the file, under the machine's name."""
+    """One table per benchmark of the file, after a line with the machine and the versions."""
     report = json.loads(path.read_text())
     parts = [
-        f"{heading(report)}. Medians of runs in turn; ratios are medians within rounds. GFLOP and MB: "
-        "the work's own, and its least memory traffic. Over limit: time over the limit's time for that work."
+        f"{heading(report)}. Medians of interleaved runs; ratios are medians within rounds. GFLOP and MB: the FLOPs "
+        "and the least memory traffic of the problem. Over limit: time divided by the time at the limit's rate."
     ]
     for benchmark in sorted(report["benchmarks"], key=lambda b: b["group"]):
         parts.append(f"**{benchmark['group']}**\n\n{table(benchmark['extra_info'])}")
@@ -35,7 +35,7 @@ def tables(path: Path) -> str:
 
 
 def table(found: dict) -> str:
-    """What one benchmark found, as rows; then wall clocks, and what was skipped."""
+    """The rows of one benchmark, then wall-clock times and skipped rows."""
     if "peaks" in found:
         lines = [f"| {way} | {peak['mb']:.1f} |" if "mb" in peak else f"| {way} | {peak['why']} |"
                  for way, peak in found["peaks"].items()]  # fmt: skip
@@ -53,7 +53,10 @@ def table(found: dict) -> str:
             share = 1 - statistics.median(ratios(rows[name], rows[own]))
             parts.append(f"Not encoder of *{own}*: {100 * share:.1f} %.")
     if skipped:
-        parts.append("Skipped: " + "; ".join(f"{name} ({why})" for name, why in skipped.items()) + ".")
+        reasons: dict[str, list[str]] = {}
+        for name, why in skipped.items():
+            reasons.setdefault("not installed" if why.startswith("pip install") else why, []).append(name)
+        parts.append(" ".join(f"Skipped ({why}): {'; '.join(names)}." for why, names in reasons.items()))
     return "\n\n".join(parts)
 
 

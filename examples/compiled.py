@@ -1,8 +1,8 @@
-"""The whole step compiled and, on a GPU, replayed as one CUDA graph: python examples/compiled.py
+"""torch.compile and, on a GPU, the whole step as one CUDA graph: python examples/compiled.py
 
-The operators trace without a graph break, keep the queue's pointer on the device and never wait for it, so a step
-(encoders, loss, backward pass, optimizer, momentum update, enqueue) can be captured once and replayed. On a CPU there
-are no CUDA graphs: there the encoders are compiled, and that is all.
+The operators compile without graph breaks. The queue pointer stays on the device and is never synchronized, so a step
+(encoders, loss, backward pass, optimizer, momentum update, enqueue) can be captured once and replayed. On a CPU, which
+has no CUDA graphs, the encoders are only compiled.
 """
 
 import math
@@ -19,7 +19,7 @@ BATCH = 64
 
 
 class Encoder(nn.Module):
-    """Small, so that compiling it takes seconds."""
+    """A small encoder, which compiles in seconds."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class Encoder(nn.Module):
 
 
 def as_graph(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``step`` captured: what it returns is overwritten at each replay."""
+    """Capture ``step`` in a CUDA graph. Each replay overwrites the returned tensor."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # warms up allocations, cuDNN's choices and the optimizer's state
+    with torch.cuda.stream(side):  # warm up allocations, cuDNN and the optimizer state
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
@@ -59,7 +59,7 @@ def main() -> None:
     model.encoder_k.compile(fullgraph=True)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=0.05, momentum=0.9)
     first = next(iter(loader.epoch(0)))
-    im_q, im_k = first.im_q.clone(), first.im_k.clone()  # a graph reads from fixed places
+    im_q, im_k = first.im_q.clone(), first.im_k.clone()  # a graph reads from fixed addresses
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -72,7 +72,7 @@ def main() -> None:
     if device.type == "cuda":
         step = as_graph(step)
     else:
-        print("no GPU: the encoders are compiled, the step is not captured in a graph")
+        print("no GPU: the encoders are compiled, but the step is not captured in a graph")
     print(f"chance: loss {math.log(model.K + 1):.2f}")
     for epoch in range(5):
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Several processes under DistributedDataParallel: torchrun --nproc-per-node 2 examples/ddp.py
+"""Training with DistributedDataParallel: torchrun --nproc-per-node 2 examples/ddp.py
 
-Each rank encodes its own images; the model shuffles key images between the ranks (shuffling BN) and gathers the keys,
-so that the queue is the same on all of them without ever being sent. With one process it runs as it is.
+Each rank encodes its own images. The model shuffles the key images between the ranks (shuffling BN) and gathers the
+keys, so the queue is the same on all ranks and need not be broadcast. The script also runs with one process.
 """
 
 import math
@@ -39,7 +39,7 @@ def main() -> None:
             optimizer.zero_grad()
             out.loss.backward()  # DDP averages the gradients
             optimizer.step()
-            model.update(out.keys)  # out.keys are those of all ranks
+            model.update(out.keys)  # out.keys has the keys of all ranks
         if rank == 0:
             print(f"epoch {epoch}: loss {out.loss.item():.2f}, contrast accuracy {out.stats.accuracy()[0]:.0f} %")
     if world > 1:

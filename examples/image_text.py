@@ -1,9 +1,9 @@
 """Momentum contrast between images and texts, as in ALBEF (arXiv 2107.07651): python examples/image_text.py
 
-Two pairs of encoders, two queues, a temperature that is learnt. Each image is contrasted with the batch's texts and
-with those in the text queue, each text with the images; entries of the same id are further positives. The images are
-scikit-learn's handwritten digits, the texts short captions of them; afterwards unseen images are classified by the
-caption nearest to them. ALBEF's soft targets (distillation from the momentum encoders) are left out.
+There are two pairs of encoders, two queues, and a learned temperature. Each image is contrasted with the texts of the
+batch and of the text queue, and each text with the images; entries with the same id are additional positives. The
+images are scikit-learn's handwritten digits, the texts short captions. After training, unseen images are classified by
+the nearest caption. ALBEF's soft targets (distillation from the momentum encoders) are left out.
 """
 
 import copy
@@ -35,12 +35,12 @@ def text_encoder() -> nn.Module:
 
 
 def tokens(captions: list[str]) -> Tensor:
-    """Word numbers [N, 5]; short captions repeat themselves."""
+    """Word indices [N, 5]; short captions are repeated."""
     return torch.tensor([[WORDS.index(word) for word in (caption.split() * 5)[:5]] for caption in captions])
 
 
 class Side:
-    """One modality: its encoder, the momentum copy, and the queue of what the copy has made."""
+    """One modality: its encoder, the momentum encoder, and a queue of the keys of the momentum encoder."""
 
     def __init__(self, encoder: nn.Module, device: torch.device) -> None:
         self.encoder = encoder.to(device)
@@ -49,7 +49,7 @@ class Side:
         self.queue = KeyQueue(DIM, K, ids=True, empty=True).to(device)
 
     def loss_against(self, other: "Side", inputs: Tensor, keys: Tensor, ids: Tensor, temperature: Tensor) -> Tensor:
-        """This side's features as queries, the other side's keys of the batch and queue as the dictionary."""
+        """The loss with queries from this side, and the keys of the other side (batch and queue) as the dictionary."""
         queue = other.queue
         return info_nce(
             self.encoder(inputs),
@@ -70,7 +70,7 @@ class Side:
 
 @torch.no_grad()
 def accuracy(image: nn.Module, text: nn.Module, pixels: Tensor, labels: Tensor) -> float:
-    """Percent of images whose nearest caption "the digit ..." is theirs."""
+    """Percent of images whose nearest caption "the digit ..." is correct."""
     captions = F.normalize(text(tokens([f"the digit {name}" for name in NAMES]).to(pixels.device)), dim=1)
     return 100 * ((image(pixels) @ captions.t()).argmax(1) == labels).float().mean().item()
 

@@ -1,7 +1,7 @@
-"""Momentum contrast as a PyTorch Lightning module and a callback: python examples/lightning_moco.py
+"""Momentum contrast as a PyTorch Lightning module with callbacks: python examples/lightning_moco.py
 
-The module's training step is the forward pass alone. What follows the optimizer's step, moving the key encoder and
-enqueueing, is the callback's, as is a kNN score after each epoch.
+The training step of the module is only the forward pass. After the optimizer step, a callback updates the key encoder
+and the queue. Another callback logs a kNN score after each epoch.
 """
 
 import argparse
@@ -22,8 +22,8 @@ class LitMoCo(L.LightningModule):
     """:class:`moco_ext.MoCo` with an optimizer; batches are pairs of views [N, 3, H, W].
 
     Args:
-        lr, weight_decay: of SGD with momentum 0.9.
-        model: the arguments of :class:`moco_ext.MoCo`.
+        lr, weight_decay: for SGD with momentum 0.9.
+        model: arguments of :class:`moco_ext.MoCo`.
     """
 
     def __init__(self, lr: float = 0.03, weight_decay: float = 1e-4, **model: Any) -> None:
@@ -47,13 +47,13 @@ class LitMoCo(L.LightningModule):
 
 
 class MomentumUpdate(L.Callback):
-    """After each optimizer step: the momentum update, then the keys of all its micro-batches into the queue."""
+    """After each optimizer step: the momentum update, then enqueue the keys of all its micro-batches."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step > self.step:  # not while gradients accumulate
+        if trainer.global_step > self.step:  # not while gradients are accumulated
             self.step = trainer.global_step
             pl_module.model.update(torch.cat(pl_module.keys))
             pl_module.keys.clear()
@@ -63,7 +63,7 @@ class OnlineKNN(L.Callback):
     """Top-1 of a weighted k-nearest-neighbor classifier on the query encoder's features, logged as ``knn_top1``.
 
     Args:
-        data: its train split is the classifier's, its test split is classified.
+        data: the classifier uses its train split and is scored on its test split.
         every: epochs between scores.
         k: neighbors.
     """
@@ -83,7 +83,7 @@ class OnlineKNN(L.Callback):
 
 
 class Views:
-    """What Lightning iterates over in an epoch: two views of each image."""
+    """The batches of an epoch: two views of each image."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self.loader, self.epoch = loader, 0
@@ -100,8 +100,8 @@ class Views:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of an optimizer step")
-    parser.add_argument("--output", default="runs/lightning", help="folder of checkpoints and metrics")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per optimizer step")
+    parser.add_argument("--output", default="runs/lightning", help="folder for checkpoints and metrics")
     args = parser.parse_args()
     L.seed_everything(0)
     data = load("digits")

@@ -1,8 +1,8 @@
 """Momentum contrast on text: python examples/text.py [--seed 0]
 
-The description of a function and its code are a positive pair, and a queue of momentum keys holds the negatives. The
-functions are those of Python's own standard library, which every installation has. A function has several keys in the
-queue: those are left out by its id. After training, descriptions of functions that were held out find their code.
+The description of a function and its code are a positive pair, and the queue holds the negatives. The functions are
+from Python's standard library, which every installation has. A function can have several keys in the queue; they are
+masked by its id. After training, the descriptions of held-out functions are used to find their code.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH, STEPS = 128, 600
 
 
 class Encoder(nn.Module):
-    """The mean of the words' embeddings and a residual MLP: words [N, L] int64 -> [N, WIDTH]."""
+    """The mean of the word embeddings and a residual MLP: words [N, L] int64 -> [N, WIDTH]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Encoder(nn.Module):
 
 
 def load_functions() -> list[tuple[str, str]]:
-    """Description and code, without the name, of the functions of the standard library."""
+    """The description and the code (without the name) of each function of the standard library."""
     pairs = {}
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
@@ -47,7 +47,7 @@ def load_functions() -> list[tuple[str, str]]:
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # samples for the tests of other modules
+        except (SyntaxError, UnicodeDecodeError):  # test data of other modules
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (text := ast.get_docstring(node)):
@@ -56,7 +56,7 @@ def load_functions() -> list[tuple[str, str]]:
 
 
 def load_pairs() -> Tensor:
-    """[P, 2, LENGTH] int64: words of descriptions and code by number; 0 after the end of a text, 1 for rare words."""
+    """[P, 2, LENGTH] int64: word indices of descriptions and code; 0 is padding, 1 a rare word."""
     texts = [
         [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", text)][:LENGTH]
         for pair in load_functions()
@@ -70,7 +70,7 @@ def load_pairs() -> Tensor:
 
 @torch.no_grad()
 def retrieval(encoder: nn.Module, pairs: Tensor) -> str:
-    """How often, in percent, a description finds its code first, and among the first ten, by cosine."""
+    """Recall@1 and recall@10, in percent, of the code by its description, by cosine similarity."""
     texts, code = (F.normalize(encoder(words), dim=1) for words in pairs.unbind(1))
     scores = texts @ code.t()
     rank = (scores > scores.diagonal()[:, None]).sum(1)
@@ -89,7 +89,7 @@ def main() -> None:
     flat_q, flat_k = flatten_parameters_(encoder_q), flatten_parameters_(encoder_k)
     queue = KeyQueue(WIDTH, K, ids=True, empty=True).to(device)
     optimizer = torch.optim.AdamW(encoder_q.parameters(), lr=2e-3)
-    print(f"{len(pairs)} functions to learn from, {len(held_out)} held out; chance: loss {math.log(K + 1):.2f}")
+    print(f"{len(pairs)} functions for training, {len(held_out)} held out; chance: loss {math.log(K + 1):.2f}")
     print(f"step 0: {retrieval(encoder_q, held_out)}")
     for step in range(1, STEPS + 1):
         ids = torch.randperm(len(pairs), device=device)[:BATCH]

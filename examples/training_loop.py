@@ -1,4 +1,4 @@
-"""Momentum contrast in a loop of one's own: python examples/training_loop.py (ten seconds on two CPU threads)."""
+"""A custom training loop: python examples/training_loop.py (under a minute on a CPU)."""
 
 import math
 

@@ -2,8 +2,8 @@
 
     python tools/check_sass.py [LIBRARY]    # needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 
-For each architecture: tensor-core kernels multiply with HMMA, read operands with LDSM and fetch key tiles with 16-byte
-LDGSTS; the Hopper kernels use HGMMA, without a wait after each, on tiles that UTMALDG loads; the momentum update loads
+For each architecture: tensor-core kernels multiply with HMMA, read operands with LDSM and load key tiles with 16-byte
+LDGSTS; the Hopper kernels use HGMMA, without a wait after each, on tiles loaded by UTMALDG; the momentum update loads
 and stores 16 bytes per instruction. No kernel uses local memory.
 """
 

@@ -6,11 +6,11 @@
 
 The counts are exact for one version of nvcc. The estimate is a model, not a measurement.
 
-What is counted: one iteration of the main loop, for one warp. The main loop is the innermost loop with tensor
-instructions, and of several the one with the most. Hopper's kernel for wide rows has two, of different warpgroups: one
-warp of each is counted. A forward branch that can skip code without tensor instructions and copies makes that code
-rare: masks, the end of the last tile, a new maximum. Rare code is counted separately and costs nothing in the estimate.
-A nested loop counts once; the estimate multiplies the one that splits float32 keys.
+It counts one iteration of the main loop, for one warp. The main loop is the innermost loop with tensor instructions; if
+there are several, the one with the most. The Hopper kernel for wide rows has two main loops, in different warpgroups;
+one warp of each is counted. Code that a forward branch can skip is rare if it has no tensor instructions and no copies:
+masks, the end of the last tile, a new maximum. Rare code is counted separately and costs nothing in the estimate. A
+nested loop counts once; the estimate multiplies the one that splits float32 keys.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Random calls of the CPU operators, compared with the definitions in float64 numpy.
+"""Compares random calls of the CPU operators with their definitions in float64 NumPy.
 
     python tools/fuzz.py --seconds 20                                        # a third for each instruction set
     python tools/fuzz.py --seconds 900 --seed 1 --out bench/results/fuzz.json
     MOCO_EXT_ISA=avx2 python tools/fuzz.py --seed 1 --first 123 --count 1    # one call, as a failure prints it
 
 A call is determined by the seed and its number: operator, shapes, dtypes, memory layouts, threads, options, and values
-(huge and tiny norms and temperatures, rows of zeros, NaN). Inputs must be unchanged, and so must the memory around what
-is written. Bounds are those of python_tests/cases.py: a float32 logit of size L has an error of about 2^-24 L, which
+(huge and tiny norms and temperatures, rows of zeros, NaN). Inputs, and the memory around the outputs, must be
+unchanged. Bounds are those of python_tests/cases.py: a float32 logit of size L has an error of about 2^-24 L, which
 becomes the relative error of each softmax weight.
 """
 

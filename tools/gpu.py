@@ -1,10 +1,10 @@
-"""What `make gpu` runs on a machine with a GPU: build, tests, timings, sanitizers, benchmarks and training, in stages.
+"""Runs `make gpu` on a machine with a GPU: build, tests, timings, sanitizers, benchmarks and training, in stages.
 
-A stage ends within --minutes. Its most valuable cases run first, each in a process of its own that is killed with its
-children at its limit. Finished cases are kept in build/gpu-cases: the same command continues where the last one ended,
-until a source file changes. The machine needs nvcc and a Python >= 3.11 with torch, setuptools, cmake, ninja,
-pytest and pytest-benchmark, but no network; stage 5 also [train] and Fashion-MNIST. Results:
-OUT/gpu-STAGE.json; OUT/bench.json, label-efficiency.json and learning.json for bench/results.
+A stage ends within --minutes. Its most important cases run first, each in its own process, which is killed with its
+children at its time limit. Finished cases are kept in build/gpu-cases: the same command continues where the last one
+ended, until a source file changes. The machine needs nvcc and a Python >= 3.11 with torch, setuptools, cmake, ninja,
+pytest and pytest-benchmark, but no network. Stage 5 also needs [train] and Fashion-MNIST. The results are
+OUT/gpu-STAGE.json, and OUT/bench.json, label-efficiency.json and learning.json for bench/results.
 """
 
 from __future__ import annotations

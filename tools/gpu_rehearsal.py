@@ -1,7 +1,7 @@
-"""Rehearses tools/gpu.py without a GPU: every stage, with stand-ins for the programs of a GPU machine.
+"""Rehearses tools/gpu.py without a GPU: every stage, with mocks of the programs of a GPU machine.
 
-Programs fail, crash, hang and leave children; the script itself is terminated and resumes. pytest's options and
-selections are checked by collecting, and the benches' timing runs on stand-ins for torch.cuda.
+The mocks fail, crash, hang and leave child processes; the script itself is terminated and resumes. pytest's options and
+selections are checked by collecting the tests, and the timing of the benchmarks runs on mocks of torch.cuda.
 """
 
 import json

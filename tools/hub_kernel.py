@@ -1,9 +1,9 @@
-"""Turn wheels into a kernel repository of Hugging Face's `kernels` package: OUT/build/VARIANT for CPUs and CUDA.
+"""Turns wheels into a kernel repository for Hugging Face's `kernels` package: OUT/build/VARIANT for CPUs and CUDA.
 
     python tools/hub_kernel.py dist/*.whl --out build/hub-kernel
     python -c "import kernels; print(kernels.get_local_kernel('build/hub-kernel').info_nce)"
 
-A variant is the whole package with one metadata file. One suffices for all versions of torch from 2.10 on.
+A variant is the whole package with a metadata file. It works with all versions of torch from 2.10 on.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Kill runs with SIGKILL at random moments, resume them, and compare with runs that were never killed.
+"""Kills runs with SIGKILL at random moments, resumes them, and compares them with uninterrupted runs.
 
     python tools/torture.py --kills 100 --out bench/results/torture.json
 
-Every kind of data, with every format of checkpoints and with and without data loading processes, takes its turn. A kill
-comes at a moment drawn evenly from the time that an unbroken run takes from its first step to its end, saving
-included. Of each run, all tensors of the last checkpoint must equal those of the unbroken run, bit for bit.
+The runs alternate between all kinds of data and checkpoint formats, with and without data loading processes. The time
+of a kill is uniformly distributed over the duration of an uninterrupted run, from its first step to its end, including
+saving. All tensors in the last checkpoint of a run must be bit-identical to those of the uninterrupted run.
 """
 
 import argparse

@@ -13,19 +13,19 @@ from .flags import Parser
 
 COMMANDS = {
     "pretrain": "train an encoder with momentum contrast, evaluate it, write a report",
-    "distill": "train an encoder to relate images as a frozen teacher does",
-    "knn": "weighted k-nearest-neighbor top-1 accuracy of a trained encoder",
-    "linear": "linear classification top-1 accuracy of a trained encoder",
-    "finetune": "train all layers for classification, on all labels or a fraction",
-    "detect": "train Faster R-CNN on a trained encoder, on data in the layout of VOC or COCO",
-    "embed": "the features of a folder of images, to .parquet, .npy, .npz or .safetensors",
-    "neighbors": "the nearest images of a query, in a file of features",
-    "export": "an encoder for torchvision, timm, ONNX, torch.export or the Hugging Face hub",
+    "distill": "train an encoder to reproduce the similarities of a frozen teacher",
+    "knn": "measure the kNN top-1 accuracy of a trained encoder",
+    "linear": "measure the linear top-1 accuracy of a trained encoder",
+    "finetune": "train all layers for classification, with all labels or a part of them",
+    "detect": "train Faster R-CNN on a trained encoder, with data in the layout of VOC or COCO",
+    "embed": "write the features of a folder of images to .parquet, .npy, .npz or .safetensors",
+    "neighbors": "find the nearest images of a query in a file of features",
+    "export": "export an encoder to torchvision, timm, ONNX, torch.export or the Hugging Face hub",
     "convert": "convert between checkpoint formats",
-    "ablate": "train a grid of runs (mechanism, m, K, T, shuffling BN), compare them in tables and plots",
-    "shard": "pack a folder of images into tar files for fast reading, here or from a URL",
-    "report": "one HTML page about a run, or comparing several",
-    "info": "versions, libraries, devices and a self-test",
+    "ablate": "train a grid of runs (mechanism, m, K, T, shuffling BN) and compare them in tables and plots",
+    "shard": "pack a folder of images into tar files, for fast reading from disk or a URL",
+    "report": "write an HTML report about one run, or comparing several",
+    "info": "print versions, libraries and devices, and run a self-test",
 }
 
 

@@ -23,8 +23,8 @@ from .pretrain import add_recipe
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train a base configuration and, one at a time, each value of each axis; evaluate; write results.json, "
-        "results.md and plots. The base is what moco-ext pretrain does with the flags after --. Finished runs are "
-        "kept: the same command resumes where it was interrupted."
+        "results.md and plots. The flags after -- set the base configuration. Finished runs are kept: the same "
+        "command resumes where it was interrupted."
     )
     add_data_flags(parser, "digits")
     add = parser.add_argument
@@ -32,7 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_config_flag(parser)
     add("--seeds", type=int, nargs="+", default=[0], metavar="S", help="repeat every run with each seed (default: 0)")
     add("--images", type=int, metavar="N", help="train on a subset, the same one in all runs (default: all images)")
-    add("--epochs", type=int, default=argparse.SUPPRESS, metavar="N", help="of each run (default: that of the base)")
+    add("--epochs", type=int, default=argparse.SUPPRESS, metavar="N", help="epochs per run (default: that of the base)")
     add("--grid", choices=("one-at-a-time", "full"), default="one-at-a-time", help="full: all combinations")
     add("trainer", nargs="*", metavar="-- FLAGS", help="flags of moco-ext pretrain for all runs")
 

@@ -31,7 +31,7 @@ _SCORES = ("AP", "AP50", "AP75")
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train Faster R-CNN on a ResNet, from a trained encoder (of MoCo, the query encoder) or, for comparison, from "
+        "Train Faster R-CNN on a ResNet, from a trained encoder (for MoCo, the query encoder) or, for comparison, from "
         "scratch, as in section 4.2 of the MoCo paper: all layers are trained, BatchNorm is synchronized between GPUs."
     )
     add = parser.add_argument

@@ -14,8 +14,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     pretrain.add_flags(parser)
     parser.description = (
-        "Train an encoder of any architecture to relate images as a frozen teacher does: by the KL divergence between "
-        "their softmaxes over a queue of its features. Without labels, and with the flags of moco-ext pretrain."
+        "Train an encoder of any architecture, without labels, to reproduce the similarities between images that a "
+        "frozen teacher computes. The loss is the KL divergence between their softmaxes over a queue of the teacher's "
+        "features. The flags are those of moco-ext pretrain."
     )
 
 

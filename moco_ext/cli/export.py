@@ -17,7 +17,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_encoder_flags(parser)
     add("-o", "--output", required=True, metavar="OUT", help="the file to write, or the folder for the hub")
     add("--format", metavar="FORMAT", help=f"{', '.join(EXPORTS)} (default: by the suffix of OUT)")
-    add("--head", action="store_true", help="keep the head")
+    add("--head", action="store_true", help="keep the projection head")
     add("--force", action="store_true", help="replace existing files")
 
 

@@ -23,9 +23,9 @@ _HEAD_FACTOR = 10
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train all layers for classification, from a trained encoder (of MoCo, the query encoder) or, for comparison, "
-        "from scratch. BatchNorm is trained too, and synchronized between GPUs; the new linear layer is preceded by "
-        "one more."
+        "Train all layers for classification, from a trained encoder (for MoCo, the query encoder) or, for comparison, "
+        "from scratch. BatchNorm is trained too, and synchronized between GPUs; there is one more before the new "
+        "linear layer."
     )
     evaluate.add_input_flags(parser)
     declared = settings(ClassifierConfig) | classify.RUN_SETTINGS
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="BatchNorm before the linear layer (default: yes)",
     )
-    scratch = "start from random weights, of RUN's architecture or with -a on DATA; results are named scratch"
+    scratch = "start from random weights, with the architecture of RUN, or on DATA with -a; results are named scratch"
     add("--scratch", action="store_true", help=scratch)
 
 

@@ -82,9 +82,9 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--data",
         metavar="NAME|DIR",
-        help="digits, fashion-mnist, cifar10, cifar100, a folder of images, with or without class folders, train/ and "
-        "val/, a list of them: .txt, .csv, .tsv, .parquet, or shards: a folder of LitData chunks, a folder or a "
-        f"pattern such as 'shards-{{000..999}}.tar' of .tar or .parquet files, or a URL of them (default: {default})",
+        help="digits, fashion-mnist, cifar10 or cifar100; a folder of images, with or without class folders, train/ "
+        "and val/; a list of images (.txt, .csv, .tsv, .parquet); or shards: a folder, a URL, or a pattern such as "
+        f"'shards-{{000..999}}.tar' of .tar or .parquet files, or a folder of LitData chunks (default: {default})",
     )
     add_data_root(parser)
 

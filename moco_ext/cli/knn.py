@@ -18,8 +18,8 @@ from .flags import add_settings, given
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Weighted k-nearest-neighbor top-1 accuracy on the pooled features of a trained encoder (of MoCo, the query "
-        "encoder), compared with raw pixels."
+        "Measure the weighted k-nearest-neighbor top-1 accuracy of the pooled features of a trained encoder (for MoCo, "
+        "the query encoder), compared with raw pixels."
     )
     evaluate.add_input_flags(parser)
     parser.add_argument("-k", type=int, dest="knn_k", metavar="N", help="neighbors (default: that of the run, or 200)")

@@ -49,13 +49,16 @@ class LaunchOptions:
         False, negatable=False, help="start one process per GPU of this machine", group=_GROUP
     )
     world_size: int | None = setting(
-        None, valid=at_least(1), help="number of nodes; without the flag above, of processes", group=_GROUP
+        None,
+        valid=at_least(1),
+        help="number of nodes (without --multiprocessing-distributed: of processes)",
+        group=_GROUP,
     )
     rank: int | None = setting(
         None,
         metavar="R",
         valid=NOT_NEGATIVE,
-        help="rank of this node; without the flag above, of this process",
+        help="rank of this node (without --multiprocessing-distributed: of this process)",
         group=_GROUP,
     )
     dist_url: str | None = setting(

@@ -31,12 +31,12 @@ _SUBSET = ("labels_per_class", "seed")  # which images are labeled, for both sol
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Linear classification on the pooled features of a frozen encoder (of MoCo, the query encoder): by SGD on "
-        "augmented images, with the flags and defaults of main_lincls.py, or by L-BFGS on the features of the images "
-        "without augmentation, compared with raw pixels."
+        "Train a linear classifier on the pooled features of a frozen encoder (for MoCo, the query encoder): by SGD on "
+        "augmented images, with the flags and defaults of main_lincls.py, or by L-BFGS on images without augmentation, "
+        "compared with raw pixels."
     )
     evaluate.add_input_flags(parser)
-    which = "(default: lbfgs for the small built-in sets if no flag of SGD is given, else sgd)"
+    which = "(default: lbfgs for the built-in data sets if no flag of SGD is given, else sgd)"
     parser.add_argument("--solver", choices=("sgd", "lbfgs"), help=which)
     parser.add_argument("-C", type=float, metavar="C", help="inverse L2 penalty of lbfgs (default: 1)")
     classify.add_training_flags(parser, _SETTINGS, _DEFAULTS)

@@ -22,16 +22,16 @@ _SHOWN = 20  # queries, in the terminal
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "The nearest images, by the cosine of their features, in a file of moco-ext embed. The queries are encoded by "
-        "the encoder that the file names."
+        "Find the nearest images, by cosine similarity, in a file of moco-ext embed. The queries are encoded with the "
+        "encoder recorded in the file."
     )
     add = parser.add_argument
     add("features", metavar="FEATURES", help="file of moco-ext embed")
     add("queries", nargs="*", metavar="QUERY", help="image files, folders or lists of images")
     add("-k", type=int, default=10, metavar="N", help="neighbors (default: 10)")
-    add("--weights", metavar="RUN|WEIGHTS", help="the encoder of the features, if it has been moved")
+    add("--weights", metavar="RUN|WEIGHTS", help="path of the encoder, if it has moved")
     add("--gallery", metavar="FILE", help="write a page with the pictures")
-    add("--faiss", metavar="FILE", help="write a FAISS index of the unit features (needs faiss-cpu)")
+    add("--faiss", metavar="FILE", help="write a FAISS index of the normalized features (needs faiss-cpu)")
     add("--json", action="store_true", help="print one JSON object")
     add_data_root(parser)
     add_settings(parser, settings(RunOptions, "workers") | settings(launch.LaunchOptions, "device", "threads"))

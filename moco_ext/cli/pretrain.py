@@ -24,9 +24,9 @@ from .plan import Plan, check_step_memory, configuration, make_plan, print_dry_r
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train an encoder with momentum contrast. Flags have the names, meanings and defaults of main_moco.py. The "
-        "small data sets have presets for settings that are not given; for other images without --recipe they are "
-        "chosen by the number of images and the device."
+        "Train an encoder with momentum contrast. Flags have the names, meanings and defaults of main_moco.py. "
+        "Unspecified settings come from --recipe, or from a preset for the small data sets. For other images, they "
+        "are chosen by the number of images and the device."
     )
     add = parser.add_argument
     add("dir", nargs="*", metavar="DIR", help="folders, lists or shards of images; the same as --data DIR")
@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="DIR", help="run directory: checkpoints, metrics, report (default: runs/DATA)")
     add_recipe(parser)
     add_config_flag(parser)
-    dry = "print each setting and its source, the number of steps and the memory, and stop; nothing is written"
+    dry = "print each setting and its source, the number of steps and the memory, without writing anything"
     add("--dry-run", action="store_true", help=dry)
     add_settings(parser, settings(PretrainConfig) | settings(RunOptions) | settings(launch.LaunchOptions))
 

@@ -16,8 +16,8 @@ from .launch import LaunchOptions, options_of
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "A self-contained HTML page: curves, diagnostics and scores of all runs, the settings in which they differ, "
-        "and, from the checkpoints and the data, nearest neighbors and maps of the features."
+        "Write a self-contained HTML page: curves, diagnostics and scores of all runs, the settings that differ, and, "
+        "from the checkpoints and the data, nearest neighbors and maps of the features."
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run directories")

@@ -21,7 +21,7 @@ from .flags import add_settings
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Write the images of a folder, a list or other shards to tar files, which moco-ext and WebDataset read. The "
-        "files are copied as they are. A repeated command writes the shards that are missing."
+        "files are copied unchanged. The same command continues after an interruption."
     )
     add = parser.add_argument
     add(
@@ -30,8 +30,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="a folder of images, with or without class folders, train/ and val/, a list, or shards",
     )
     add("output", metavar="OUT", help="folder for shard-000000.tar ..., in train/ and val/ if there are test images")
-    add("-n", "--images-per-shard", type=int, default=10_000, metavar="N", help="images in a shard (default: 10000)")
-    add("--shuffle", type=int, metavar="SEED", help="write the images in a random order (default: in their order)")
+    add("-n", "--images-per-shard", type=int, default=10_000, metavar="N", help="images per shard (default: 10000)")
+    add("--shuffle", type=int, metavar="SEED", help="write the images in random order (default: in their order)")
     add_settings(parser, settings(PretrainConfig, "val_fraction"))
 
 

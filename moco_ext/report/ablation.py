@@ -124,10 +124,12 @@ def _setting(results: dict[str, Any]) -> str:
         return ", ".join(dict.fromkeys(str(each[name]) for each in made))
 
     changed = " with changes" if any(each["changed"] for each in made) else ""
+    batches = dict.fromkeys(str(run.get("setting", {}).get("batch_size", base["batch_size"])) for run in ran)
+    rate = f"{base['lr_base']:g} per 256 images" if base.get("lr_base") else f"{base['lr']:g}"
     text = (
-        f"{results['data']}, {results['images']:,} training images, {length} of batch {base['batch_size']}; base: "
+        f"{results['data']}, {results['images']:,} training images, {length} of batch {', '.join(batches)}; base: "
         f"{base['arch']}{', MLP head' if base['mlp'] else ''}, {base['dictionary']}, m = {base['moco_m']:g}, "
-        f"K = {base['moco_k']:,}, T = {base['moco_t']:g}, lr {base['lr']:g}. {all_of('device')}, {all_of('threads')} "
+        f"K = {base['moco_k']:,}, T = {base['moco_t']:g}, lr {rate}. {all_of('device')}, {all_of('threads')} "
         f"thread{'s' * (all_of('threads') != '1')}, torch {all_of('torch')}, commit "
         f"{all_of('commit')}{changed}. Mean ± standard error over the seeds."
     )

@@ -81,13 +81,13 @@ class RunOptions:
     checkpoint_format: str = setting(
         "file",
         valid=one_of("file", "dcp"),
-        help="file: in the official layout; dcp: a folder that all processes write while training goes on",
+        help="file: in the official layout; dcp: a folder that all processes write while training continues",
         group=GROUP,
     )
     parallel: str = setting(
         "ddp",
         valid=one_of("ddp", "fsdp"),
-        help="with several processes: each has all weights (ddp), or a shard of weights and optimizer state (fsdp)",
+        help="each process has all weights (ddp), or a shard of weights and optimizer state (fsdp)",
         group="several processes",
     )
     overwrite: bool = setting(

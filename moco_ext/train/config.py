@@ -44,14 +44,14 @@ class PretrainConfig:
         init: weights to start from, as for :func:`moco_ext.checkpoints.pretrained.read_weights`.
         steps: number of optimizer steps, instead of ``epochs``; 0: train by epochs.
         batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
-        optimizer: one of torch's or timm's, with ``betas``, ``opt_eps``, ``layer_decay`` and ``decay_norm_bias`` as
-            for :func:`moco_ext.train.optimizer.build_optimizer`.
+        optimizer: an optimizer of torch or timm, with ``betas``, ``opt_eps``, ``layer_decay`` and ``decay_norm_bias``
+            as for :func:`moco_ext.train.optimizer.build_optimizer`.
         lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
             is multiplied by ``lr_gamma`` every ``lr_every`` steps if that is not 0.
-        lr_base: instead of ``lr``, the learning rate of 256 images: ``lr = lr_base * images per step / 256``.
+        lr_base: instead of ``lr``, the learning rate per 256 images: ``lr = lr_base * images per step / 256``.
         warmup_epochs: epochs in which the rate rises linearly from 0, by steps; the cosine then follows by steps too,
             as in MoCo v3 (without warm-up, by epochs, as in MoCo v2).
-        clip_grad: largest norm of the gradient; a longer one is scaled down to it.
+        clip_grad: largest norm of the gradient; larger gradients are scaled down to it.
         moco_m: momentum of the key encoder (of the features, in a memory bank); with ``moco_m_cos`` it rises from this
             value to 1.
         dictionary: the mechanism; ``key_encoder``: how keys are encoded, None for the mechanism's default.
@@ -59,7 +59,7 @@ class PretrainConfig:
             or as further positives.
         in_batch: use the other keys of the batch as negatives too.
         objective: the loss, as for :class:`moco_ext.MoCo`, with ``teacher_t``.
-        teacher: of distillation, for :func:`moco_ext.load_encoder`.
+        teacher: the teacher of distillation, for :func:`moco_ext.load_encoder`.
         empty_queue: start with an empty queue instead of random keys.
         shard_queue: divide the queue among the processes, as ``queue_sharding`` of :class:`moco_ext.MoCo`.
         queue_dtype: of the keys in memory; None becomes ``precision`` for a queue, and "fp32" for a memory bank: its
@@ -69,7 +69,7 @@ class PretrainConfig:
         crop_min: smallest share of the image's area that a view shows.
         rotate, elastic, erase: as in :class:`moco_ext.data.Augmentation`; 0: off, as published.
         drop_last: drop an epoch's last partial batch, as the official trainer does.
-        shard_window: read images of so many shards at a time, in an order that is nearly random; 0: of all shards.
+        shard_window: shuffle the images of this many shards at a time; 0: of all shards.
         knn_k: neighbors in the kNN evaluation; ``online_knn``: epochs (when training by steps, steps) between
             evaluations; 0: evaluate only at the end.
         log_every: steps between records when training by steps; otherwise there is one record per epoch.
@@ -98,7 +98,7 @@ class PretrainConfig:
         help="start from a run, a checkpoint of any known format, a state dict, torchvision:IMAGENET1K_V2 or timm:NAME",
     )
     stop_grad_conv1: bool = setting(
-        False, help="keep the patch projection of a vision transformer at its random values"
+        False, help="freeze the patch projection of a vision transformer at its random values"
     )
     zero_init_residual: bool = setting(False, help="start the residual blocks of a ResNet as the identity")
     epochs: int = setting(200, valid=at_least(1), help="number of epochs", group=_OPTIMIZATION)
@@ -113,7 +113,11 @@ class PretrainConfig:
         group=_OPTIMIZATION,
     )
     accumulate: int = setting(
-        1, metavar="A", valid=at_least(1), help="batches whose gradients are added up for a step", group=_OPTIMIZATION
+        1,
+        metavar="A",
+        valid=at_least(1),
+        help="batches per optimizer step, whose gradients are accumulated",
+        group=_OPTIMIZATION,
     )
     lr: float = setting(
         0.03,
@@ -128,26 +132,26 @@ class PretrainConfig:
         metavar="X",
         valid=POSITIVE,
         shown="use --lr",
-        help="learning rate of 256 images, scaled to the images of a step (the --lr of MoCo v3)",
+        help="learning rate per 256 images, scaled by the images per step (the --lr of MoCo v3)",
         group=_OPTIMIZATION,
     )
     warmup_epochs: float = setting(
-        0.0, metavar="E", valid=NOT_NEGATIVE, help="epochs in which lr rises from 0", group=_OPTIMIZATION
+        0.0, metavar="E", valid=NOT_NEGATIVE, help="epochs in which lr rises linearly from 0", group=_OPTIMIZATION
     )
     schedule: tuple[int, ...] = setting(
         (120, 160), metavar="E", valid=NOT_NEGATIVE, help="epochs at which lr falls tenfold", group=_OPTIMIZATION
     )
-    cos: bool = setting(False, help="cosine schedule instead", group=_OPTIMIZATION)
-    lr_gamma: float = setting(0.9, metavar="G", valid=POSITIVE, help="factor of --lr-every", group=_OPTIMIZATION)
+    cos: bool = setting(False, help="cosine schedule instead of --schedule", group=_OPTIMIZATION)
+    lr_gamma: float = setting(0.9, metavar="G", valid=POSITIVE, help="factor for --lr-every", group=_OPTIMIZATION)
     lr_every: int = setting(
         0,
         valid=NOT_NEGATIVE,
         shown="follow the schedule",
-        help="multiply lr by --lr-gamma every N steps instead",
+        help="multiply lr by --lr-gamma every N steps, instead of --schedule",
         group=_OPTIMIZATION,
     )
     optimizer: str = setting(
-        "sgd", metavar="NAME", help="sgd, adamw, lars, lamb, or another of torch's or timm's", group=_OPTIMIZATION
+        "sgd", metavar="NAME", help="sgd, adamw, lars, lamb, or another optimizer of torch or timm", group=_OPTIMIZATION
     )
     momentum: float = setting(
         0.9, metavar="M", valid=BELOW_1, help="momentum of SGD, LARS and others", group=_OPTIMIZATION
@@ -174,11 +178,11 @@ class PretrainConfig:
         metavar="D",
         valid=SHARE,
         shown="none",
-        help="factor of the learning rate from a layer to the one below it",
+        help="factor of the learning rate from each layer to the one below it",
         group=_OPTIMIZATION,
     )
     clip_grad: float | None = setting(
-        None, metavar="NORM", valid=POSITIVE, shown="none", help="clip the gradient's norm", group=_OPTIMIZATION
+        None, metavar="NORM", valid=POSITIVE, shown="none", help="clip the norm of the gradient", group=_OPTIMIZATION
     )
     moco_dim: int = setting(128, metavar="C", valid=at_least(1), help="feature dimension", group=_CONTRAST)
     moco_mlp_dim: int = setting(
@@ -195,7 +199,7 @@ class PretrainConfig:
         0.999, metavar="M", valid=FROM_0_TO_1, help="momentum of the key encoder; 0: a plain copy", group=_CONTRAST
     )
     moco_t: float = setting(0.07, metavar="T", valid=POSITIVE, help="softmax temperature", group=_CONTRAST)
-    moco_m_cos: bool = setting(False, help="m rises to 1 by half a cosine", group=_CONTRAST)
+    moco_m_cos: bool = setting(False, help="increase m to 1 on a cosine schedule", group=_CONTRAST)
     mlp: bool = setting(False, help="MoCo v2's projection head", group=_CONTRAST)
     dictionary: str = setting("queue", valid=one_of(*MECHANISMS), help="mechanism", group=_CONTRAST)
     key_encoder: str | None = setting(
@@ -219,18 +223,18 @@ class PretrainConfig:
         False, help="use the other keys of the batch (of all ranks) as negatives too", group=_QUEUE
     )
     empty_queue: bool = setting(False, help="start with an empty queue instead of random keys", group=_QUEUE)
-    shard_queue: bool = setting(False, help="divide the queue among the processes: K / world keys each", group=_QUEUE)
+    shard_queue: bool = setting(False, help="divide the queue among the processes", group=_QUEUE)
     objective: str = setting(
         "infonce",
         valid=one_of("infonce", *OBJECTIVES),
-        help="contrast with the key, its nearest neighbor (nnclr), or learn its relations to the queue (ressl)",
+        help="contrast with the key (infonce) or its nearest neighbor (nnclr), or learn the key's similarities (ressl)",
         group=_QUEUE,
     )
     teacher: str | None = setting(
         None,
         metavar="WEIGHTS",
         shown="none",
-        help="with --dictionary distillation: the frozen encoder to learn from, like --init",
+        help="with --dictionary distillation: the frozen encoder to learn from",
         group=_DISTILLATION,
     )
     teacher_t: float = setting(
@@ -249,7 +253,7 @@ class PretrainConfig:
     shuffle_bn: str = setting(
         "auto",
         valid=one_of(*MODES),
-        help="how keys are shuffled between the groups whose BatchNorm statistics they share",
+        help="how keys are shuffled across GPUs or groups with separate BatchNorm statistics",
         group=_CONTRAST,
     )
     split_bn: int = setting(
@@ -289,7 +293,9 @@ class PretrainConfig:
         group=_VIEWS,
     )
     drop_last: bool = setting(False, help="drop an epoch's last partial batch", group=_VIEWS)
-    precision: str = setting("fp32", valid=one_of(*DTYPES), help="autocast; fp16 scales the loss", group=_OPTIMIZATION)
+    precision: str = setting(
+        "fp32", valid=one_of(*DTYPES), help="autocast; fp16 uses loss scaling", group=_OPTIMIZATION
+    )
     channels_last: bool | None = setting(
         None, shown="on CPUs, and with bf16 or fp16", help="channels-last memory layout", group=_OPTIMIZATION
     )

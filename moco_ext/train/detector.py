@@ -60,7 +60,7 @@ class DetectorConfig:
         metavar="N", valid=at_least(32), help="shorter sides of training images in pixels; the last is also for tests"
     )
     warmup: int = setting(valid=NOT_NEGATIVE, help="iterations in which the learning rate rises linearly")
-    neck: str = setting("c4", valid=one_of("c4", "fpn"), help="what is between the encoder and the box head")
+    neck: str = setting("c4", valid=one_of("c4", "fpn"), help="features between the encoder and the box head")
     lr: float = setting(0.02, flags=("--lr", "--learning-rate"), metavar="LR", valid=POSITIVE, help="learning rate")
     batch_size: int = setting(
         16, flags=("-b", "--batch-size"), valid=at_least(1), help="images per node, over all its processes"
@@ -78,7 +78,7 @@ class DetectorConfig:
         (32, 64, 128, 256, 512), metavar="N", valid=at_least(1), help="sizes of the anchors in pixels"
     )
     rois: int = setting(512, valid=at_least(1), help="regions per image that the box head is trained on")
-    proposals: int = setting(1000, valid=at_least(1), help="regions per image that the box head sees in tests")
+    proposals: int = setting(1000, valid=at_least(1), help="regions per image for the box head in tests")
     roi_size: int | None = setting(
         None, valid=at_least(2), shown="14 for c4, 7 for fpn", help="side of the pooled features of a region"
     )
