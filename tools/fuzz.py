@@ -428,7 +428,7 @@ def expected_key(draw: Draw) -> None:
 
 
 def nearest_keys(draw: Draw) -> None:
-    big = draw.chance(0.05)
+    big = draw.chance(0.01)
     n, K, c = draw.of(*ROWS), draw.of(1, 2, 64, 65, draw.integer(1, 2000)), draw.of(*FEATURES)
     if big:
         n, K, c = draw.integer(1, 700), draw.integer(4000, 20000), 64
@@ -506,7 +506,7 @@ def momentum_update(draw: Draw) -> None:
     with_copies, float64 = draw.chance(0.4), draw.chance(0.15)
     for _ in range(draw.integer(1, 8)):
         shape = tuple(draw.of(0, 1, 2, 3, 7, 64, 129) for _ in range(draw.integer(0, 3)))
-        if draw.chance(0.05):
+        if draw.chance(0.01):
             shape = (draw.integer(30_000, 150_000),)
         key_type, query_type = (draw.of(torch.float32, torch.float32, *HALF) for _ in range(2))
         if float64:
