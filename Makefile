@@ -27,7 +27,7 @@ endif
 NATIVE := CMakeLists.txt setup.py pyproject.toml tools/build_backend.py $(shell find csrc -name tests -prune -o -type f -print)
 
 .NOTPARALLEL:  # pip, CMake and pytest use all cores themselves
-.PHONY: demo test test-slow torture sanitize sanitize-address sanitize-thread docs wheel bench lint native-test aarch64-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
+.PHONY: demo test test-slow torture sanitize sanitize-address sanitize-thread docs wheel wheel-aarch64 bench lint native-test aarch64-test gpu gpu-1 gpu-2 gpu-3 gpu-4 gpu-5 gpu-rehearsal clean
 
 demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
@@ -103,6 +103,13 @@ wheel: | $(VENV)/torch
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheels dist/*.tar.gz
 	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheels/*.whl
 
+# The wheel for aarch64, for CPUs only, after `make wheel`. Needs Debian's g++-aarch64-linux-gnu.
+AARCH64 := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+wheel-aarch64: $(VENV)/installed
+	_PYTHON_HOST_PLATFORM=linux-aarch64 MOCO_EXT_CUDA=0 MOCO_EXT_CMAKE_ARGS="$(AARCH64)" \
+	  $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheels dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheels/*aarch64.whl
+
 # Meaningful only on an idle machine.
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --ignore=bench/bench_loader.py --benchmark-json=bench/results/$(or $(NAME),cpu).json
@@ -132,8 +139,7 @@ native-test: $(VENV)/installed
 # The operators compiled for aarch64, and the test of the CPU kernels' vector loops under QEMU. Needs Debian's
 # g++-aarch64-linux-gnu and qemu-user-static.
 aarch64-test: $(VENV)/installed
-	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	$(BIN)/cmake -S . -B build/aarch64 -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja $(AARCH64) \
 	  -DCMAKE_CROSSCOMPILING_EMULATOR="qemu-aarch64-static;-L;/usr/aarch64-linux-gnu" \
 	  -DMOCO_EXT_TESTS=ON -DMOCO_EXT_WERROR=ON \
 	  -DTORCH_INCLUDE_DIR=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")/include
