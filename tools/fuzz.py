@@ -567,7 +567,7 @@ def l2_normalize(draw: Draw) -> None:
         want = rows / floored
         along = np.where(norm > eps, (wide(upstream) * want).sum(1, keepdims=True), 0.0)
         want_grad = (wide(upstream) - along * want) / floored
-    unit = 1e-15 if dtype == torch.float64 else 1e-6
+    unit = 1e-14 if dtype == torch.float64 else 1e-6  # the sums of squares differ in their order
     close(got, want, unit * np.nan_to_num(np.abs(want)), "value")
     size = np.sqrt((wide(upstream) ** 2).sum(1, keepdims=True)) * 4
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -669,7 +669,7 @@ def one_call(seed: int, number: int) -> tuple[str, str]:
     """The operator's name, and what is wrong."""
     draw = Draw(seed, number)
     operator = OPERATORS[number % len(OPERATORS)]
-    torch.set_num_threads(draw.of(1, 1, 2, 3))
+    torch.set_num_threads(draw.of(1, 1, 1, 1, 2, 3))
     wrong = ""
     try:
         operator(draw)
