@@ -7,141 +7,12 @@
 // The warpgroups take turns to issue. Otherwise both would issue at once, and then need the other units at once, too.
 // With up to 64 queries, both warpgroups have the same rows, and each its own split of the queue, without turns.
 //
-// 16-bit tiles are tensor copies. float32 elements become the sum of kTerms bfloat16 terms, each the rounded remainder
-// of those before, in a plane of the tile each: three hold all 24 bits. The producer splits a tile once for the whole
-// block, and a product of float32 operands is the sum of the products of their terms i, j with i + j < kTerms.
+// A product of float32 operands is the sum of the products of their bfloat16 terms i, j with i + j < kTerms.
 #pragma once
 
-#include <type_traits>
-
-#include "kernels/cuda/info_nce_sm90_launch.cuh"
-#include "kernels/cuda/info_nce_softmax.cuh"
-#include "kernels/cuda/reduce.cuh"
-#include "kernels/cuda/sm90.cuh"
+#include "kernels/cuda/info_nce_sm90_ring.cuh"
 
 namespace moco_ext::cuda {
-
-constexpr int kSm90GroupRows = 64;
-
-template <typename Queue, int kTerms, int columns>
-struct Sm90Tile {
-  static constexpr bool kSplit = std::is_same_v<Queue, float>;
-  using Operand = std::conditional_t<kSplit, __nv_bfloat16, Queue>;
-  static constexpr int kKeys = sm90_tile_keys(kSplit, columns);
-  static constexpr int kPanels = columns / 64;
-  static constexpr int kKeyPanelBytes = kKeys * 128;
-  static constexpr int kKeyPlaneBytes = kPanels * kKeyPanelBytes;
-  static constexpr int kTileBytes = kTerms * kKeyPlaneBytes;
-  static constexpr int kQueryPanelBytes = kSm90GroupRows * 128;
-  static constexpr int kQueryPlaneBytes = kPanels * kQueryPanelBytes;
-  // Per warpgroup. float32: registers hold the first term, because products of 64 keys with both operands in shared
-  // memory are limited by its bandwidth. O goes through the same memory, so there is always a plane.
-  static constexpr int kQueryBytes = (kTerms == 1 ? 1 : kTerms - kSplit) * kQueryPlaneBytes;
-  // Tensor cores round sums towards zero, a bias that grows with the number of products. For float32 accuracy, they add
-  // up P K of one tile and panel only, in registers that S of the next tile would need.
-  static constexpr bool kExact = kTerms == 3;
-  static constexpr int kWeightTerms = kExact ? 2 : 1;  // 16 bits are enough for P K: their errors average out
-  static constexpr int kMaxSharedBytes = 227 * 1024;
-  static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers
-  static constexpr int kStagesThatFit = (kMaxSharedBytes - kOtherBytes - 2 * kQueryBytes) / kTileBytes;
-  // Even, so that with two streams a stage always has tiles of the same one. Otherwise a consumer would skip phases of
-  // the stage's barrier, and parity cannot tell it two phases early.
-  static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit / 2 * 2 : 8;
-  static_assert(kStages >= (kExact ? 2 : 4) && (2 * kStages + 3) * 8 <= 256);
-  static constexpr int kSharedBytes = kOtherBytes + 2 * kQueryBytes + kStages * kTileBytes;
-  static constexpr int kThreads = 3 * 128;
-};
-
-struct Sm90Arguments {
-  CUtensorMap query_map;  // 16-bit: boxes of [64 rows, 64 columns] of the query operand
-  CUtensorMap key_map;    // 16-bit: boxes of [kKeys rows, 64 columns]
-  const float* query;     // float32: [N_padded, C]
-  const float* keys;      // float32: [K, C]
-  const float* positive;
-  const float* row_scale;
-  InfoNcePartials partials;
-  int64_t n;
-  int c;
-  int splits;
-  int streams;  // 2: each warpgroup has its own split; 1: each has its own rows
-  InfoNceKeyCount count;
-  InfoNceMask mask;
-  InfoNceTemperature temperature;
-};
-
-// Rows `row` and `row + 8`, which a lane has part of.
-__device__ __forceinline__ SoftmaxRows start_rows(const Sm90Arguments& arguments, int64_t row) {
-  SoftmaxRows rows{};
-  const float log2_scale = 1.44269504f / arguments.temperature.value();
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float row_scale = arguments.row_scale[row + 8 * r];
-    rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
-    rows.scale[r] = row_scale * log2_scale;
-    rows.max[r] = -INFINITY;
-  }
-  return rows;
-}
-
-__device__ __forceinline__ void write_row(const Sm90Arguments& arguments, const SoftmaxRows& rows, int r, int64_t slot,
-                                          float unbias) {
-  arguments.partials.max[slot] = rows.max[r];
-  arguments.partials.sum[slot] = rows.sum[r] * unbias;
-  arguments.partials.rank[slot] = rows.rank[r];
-}
-
-// A warp's 16 rows of O, by way of `scratch` [8, 8 * tiles] in shared memory, so that it writes whole rows: directly,
-// every store would touch 8 of them. `out` is the first row's first element; later rows are `row_stride` further.
-template <int kInFlight, int tiles>
-__device__ __forceinline__ void write_sums(const float (&o)[tiles][4], float unbias, float4* scratch, float* out,
-                                           int64_t row_stride, int64_t rows, int columns, int lane) {
-  constexpr int kUnits = 2 * tiles;  // of four columns, in a row
-  // Where unit u of a row is: no two lanes of a half-warp's store share a bank.
-  const auto at = [&](int row, int u) { return row * kUnits + (u ^ row % 4 * 2); };
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float* to = out + 8 * r * row_stride + 4 * lane;
-#pragma unroll
-    for (int i = 0; i < tiles; ++i) {
-      reinterpret_cast<float2*>(scratch + at(lane / 4, 2 * i + lane % 4 / 2))[lane % 2] =
-          make_float2(o[i][2 * r] * unbias, o[i][2 * r + 1] * unbias);
-    }
-    __syncwarp();
-#pragma unroll kInFlight
-    for (int row = 0; row < 8; ++row, to += row_stride) {
-      if (row + 8 * r >= rows) break;
-#pragma unroll
-      for (int first = 0; first < kUnits; first += 32) {
-        const int u = first + lane;
-        if (u < kUnits && 4 * u < columns) *reinterpret_cast<float4*>(to + 4 * first) = scratch[at(row, u)];
-      }
-    }
-    __syncwarp();
-  }
-}
-
-// The pass for more than 256 columns of 16 bits (info_nce_sm90_wide.cuh).
-template <typename Queue>
-cudaError_t launch_info_nce_sm90_wide(const Sm90Arguments& arguments, dim3 grid, cudaStream_t stream);
-
-// The next bfloat16 term of two floats, which it leaves with their remainders.
-__device__ __forceinline__ uint32_t take_term(float& a, float& b) {
-  const uint32_t term = pack(a, b, __nv_bfloat16{});
-  a -= __uint_as_float(term << 16);
-  b -= __uint_as_float(term & 0xffff0000u);
-  return term;
-}
-
-// Writes the terms of four adjacent elements from term `first` on, in planes `plane_bytes` apart.
-template <int first, int kTerms>
-__device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane_bytes) {
-#pragma unroll
-  for (int term = 0; term < kTerms; ++term) {
-    const uint32_t low = take_term(x.x, x.y);
-    const uint32_t high = take_term(x.z, x.w);
-    if (term >= first) sm90::store_shared_8(shared + (term - first) * plane_bytes, low, high);
-  }
-}
 
 template <typename Queue, int kTerms, int columns, bool kGradient, bool kMasked>
 __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
@@ -156,10 +27,10 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   MOCO_DYNAMIC_SHARED(unaligned);
   const uint32_t query = (sm90::shared_address(unaligned) + 1023u) & ~1023u;
-  const uint32_t ring = query + 2 * Tile::kQueryBytes;
-  const uint32_t full = ring + Tile::kStages * Tile::kTileBytes;  // [kStages] barriers: the tile has arrived
-  const uint32_t empty = full + Tile::kStages * 8;                // [kStages]: its consumers have read it
-  const uint32_t query_arrived = empty + Tile::kStages * 8;
+  const uint32_t first_tile_address = query + 2 * Tile::kQueryBytes;
+  const uint32_t barriers = first_tile_address + Tile::kStages * Tile::kTileBytes;
+  const Sm90Ring<Tile> ring{first_tile_address, barriers, barriers + Tile::kStages * 8};
+  const uint32_t query_arrived = barriers + 2 * Tile::kStages * 8;
   const uint32_t turns = query_arrived + 8;  // [2]: the warps of the other warpgroup have issued
   const int thread = static_cast<int>(threadIdx.x);
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // tells the compiler that it is uniform
@@ -168,22 +39,14 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   const int group_rows = streams == 1 ? kSm90GroupRows : 0;  // between the warpgroups' first rows
   const int c = arguments.c;
 
-  // Tile t of stream s is in slot t * streams + s of the ring. Slots beyond a stream's last tile go around empty.
   const int64_t k = arguments.count.value();
-  const int64_t all_tiles = (k + Tile::kKeys - 1) / Tile::kKeys;
-  const int first_split = static_cast<int>(blockIdx.y) * streams;
-  const auto first_tile_of_split = [&](int split) {
-    return static_cast<int>(all_tiles * min(split, arguments.splits) / arguments.splits);
-  };
-  const auto tiles_of_split = [&](int split) { return first_tile_of_split(split + 1) - first_tile_of_split(split); };
-  const auto longest_stream = [&] {
-    return max(tiles_of_split(first_split), tiles_of_split(first_split + streams - 1));
-  };
+  const Sm90Tiles block{(k + Tile::kKeys - 1) / Tile::kKeys, arguments.splits, static_cast<int>(blockIdx.y) * streams,
+                        streams};
 
   if (thread == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
-      sm90::barrier_init(full + 8 * i, Tile::kSplit ? 128 : 1);
-      sm90::barrier_init(empty + 8 * i, streams == 1 ? 2 : 1);
+      sm90::barrier_init(ring.full + 8 * i, Tile::kSplit ? 128 : 1);
+      sm90::barrier_init(ring.empty + 8 * i, streams == 1 ? 2 : 1);
     }
     sm90::barrier_init(query_arrived, 1);
     for (int i = 0; i < 2; ++i) sm90::barrier_init(turns + 8 * i, 4);
@@ -194,93 +57,11 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   // Consumers wait for the previous kernel. It writes the query, but not the keys: see InfoNceMask::of_batch.
   if (thread < 128) {
     sm90::release_registers<kProducerRegisters>();
-    const int bounds[] = {first_tile_of_split(first_split), first_tile_of_split(first_split + 1),
-                          first_tile_of_split(first_split + 2)};
-    const auto first_tile_of = [&](int stream) { return stream == 0 ? bounds[0] : bounds[1]; };
-    const auto tiles_of = [&](int stream) { return stream == 0 ? bounds[1] - bounds[0] : bounds[2] - bounds[1]; };
-    const int slots = longest_stream() * streams;
-    const auto stage = [&](int slot) { return ring + slot % Tile::kStages * Tile::kTileBytes; };
+    const Sm90Streams producer_streams(block);  // computed by all threads, in uniform registers
     if constexpr (Tile::kSplit) {
-      // In units of four elements. A thread loads a unit of the next batch as soon as it has split one of this batch.
-      constexpr int kUnits = Tile::kKeys / 8 * Tile::kPanels;  // of a thread in a tile: every eighth row
-      constexpr int kBatch = kUnits < kMaxBatch ? kUnits : kMaxBatch;
-      constexpr int kBatches = kUnits / kBatch;
-      constexpr int kBatchRows = Tile::kKeys / kBatches;
-      const int thread_row = thread / 16;
-      const int column = thread % 16 * 4;  // of every panel
-      float4 raw[kBatch];
-      const float* source = nullptr;            // the thread's first unit of the batch to load
-      uint32_t next = 0;                        // offset of its next row
-      int rows = 0;                             // from the first unit's on
-      const auto start_batch = [&](int item) {  // batch item % kBatches of a slot
-        const int stream = item / kBatches & (streams - 1);
-        const int tile = item / kBatches >> (streams - 1);
-        const int64_t key = static_cast<int64_t>(first_tile_of(stream) + tile) * Tile::kKeys +
-                            item % kBatches * kBatchRows + thread_row;
-        rows = tile < tiles_of(stream) ? static_cast<int>(min(k - key, int64_t{Tile::kKeys})) : 0;
-        source = arguments.keys + key * c + column;
-        next = 0;
-      };
-      const auto load = [&](int i) {  // zeros beyond the last key and column
-        const bool valid = i / Tile::kPanels * 8 < rows && column + i % Tile::kPanels * 64 < c;
-        raw[i] = valid ? __ldg(reinterpret_cast<const float4*>(source + next + i % Tile::kPanels * 64)) : float4{};
-        if (i % Tile::kPanels == Tile::kPanels - 1) next += 8 * c;
-        opaque(next);  // otherwise the compiler computes all addresses first, and lacks registers
-      };
-      start_batch(0);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) load(i);
-      for (int item = 0; item < slots * kBatches; ++item) {
-        const int slot = item / kBatches;
-        const uint32_t shared = stage(slot) + item % kBatches * kBatchRows * 128 +
-                                sm90::element_offset(thread_row, column, Tile::kKeyPanelBytes);
-        if (item % kBatches == 0) {
-          sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
-        }
-        start_batch(item + 1);
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {  // rows 8 apart are swizzled alike
-          store_terms<0, kTerms>(raw[i],
-                                 shared + i / Tile::kPanels * 8 * 128 + i % Tile::kPanels * Tile::kKeyPanelBytes,
-                                 Tile::kKeyPlaneBytes);
-          load(i);
-        }
-        if (item % kBatches == kBatches - 1) {
-          sm90::fence_shared();
-          sm90::barrier_arrive(full + 8 * (slot % Tile::kStages));
-        }
-      }
+      split_keys<Tile, kTerms, kMaxBatch>(ring, arguments, producer_streams, k, thread);
     } else if (thread == 0) {
-      sm90::prefetch_map(arguments.query_map);
-      sm90::prefetch_map(arguments.key_map);
-      // Together, the first tiles of all blocks take long to arrive. Queries asked for after them would wait for them.
-      constexpr int kAhead = 2;
-      for (int slot = 0;; ++slot) {
-        if (slot == min(slots, kAhead)) {
-          wait_for_previous_kernel();
-          sm90::barrier_expect(query_arrived, 2 * Tile::kQueryBytes);
-          for (int i = 0; i < 2 * Tile::kPanels; ++i) {
-            const int to_group = i / Tile::kPanels;
-            sm90::copy_tensor(query + i * Tile::kQueryPanelBytes, arguments.query_map, i % Tile::kPanels * 64,
-                              static_cast<int>(block_row) + to_group * group_rows, query_arrived);
-          }
-          sm90::barrier_wait(query_arrived, 0);
-        }
-        if (slot == slots) break;
-        const int stream = slot & (streams - 1);
-        const int tile = slot >> (streams - 1);
-        const uint32_t arrived = full + 8 * (slot % Tile::kStages);
-        sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
-        if (tile >= tiles_of(stream)) {
-          sm90::barrier_arrive(arrived);
-          continue;
-        }
-        sm90::barrier_expect(arrived, Tile::kTileBytes);
-        for (int p = 0; p < Tile::kPanels; ++p) {
-          sm90::copy_tensor(stage(slot) + p * Tile::kKeyPanelBytes, arguments.key_map, 64 * p,
-                            (first_tile_of(stream) + tile) * Tile::kKeys, arrived);
-        }
-      }
+      copy_keys(ring, arguments, producer_streams, query, query_arrived, block_row, group_rows);
     }
   } else {
     sm90::claim_registers<kConsumerRegisters>();
@@ -291,10 +72,10 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const int64_t group_row = block_row + group * group_rows;
     const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
     const int stream = streams == 1 ? 0 : group;
-    const int split = first_split + stream;
-    const int first_tile = first_tile_of_split(split);
-    const int tiles = tiles_of_split(split);
-    const int longest = streams == 1 ? tiles : longest_stream();
+    const int split = block.first_split + stream;
+    const int first_tile = block.first(split);
+    const int tiles = block.count(split);
+    const int longest = streams == 1 ? tiles : block.longest();
     const int split_keys = static_cast<int>(
         min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
     const auto valid_keys = [&](int tile) { return min(split_keys - tile * Tile::kKeys, Tile::kKeys); };
@@ -341,13 +122,10 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     Weights p{};
     float rescale[2];
     const auto slot_of = [&](int tile) { return tile * streams + stream; };
-    const auto tile_address = [&](int tile) { return ring + slot_of(tile) % Tile::kStages * Tile::kTileBytes; };
-    const auto wait_for = [&](int tile) {
-      const int slot = slot_of(tile);
-      sm90::barrier_wait(full + 8 * (slot % Tile::kStages), sm90::full_parity(slot, Tile::kStages));
-    };
+    const auto tile_address = [&](int tile) { return ring.tile(slot_of(tile)); };
+    const auto wait_for = [&](int tile) { ring.wait_until_full(slot_of(tile)); };
     const auto release = [&](int tile) {
-      if (thread % 128 == 0) sm90::barrier_arrive(empty + 8 * (slot_of(tile) % Tile::kStages));
+      if (thread % 128 == 0) ring.release(slot_of(tile));
     };
     // Products of small terms come first, so that less is rounded off them.
     const auto issue_scores = [&](int tile) {  // S = Q K^T

@@ -7,7 +7,7 @@
 //   wait for S(j) -> issue the first part of S(j+1) -> softmax of S(j) -> P(j) to shared memory -> issue the rest
 #pragma once
 
-#include "kernels/cuda/info_nce_sm90.cuh"
+#include "kernels/cuda/info_nce_sm90_rows.cuh"
 
 namespace moco_ext::cuda {
 
