@@ -18,7 +18,8 @@ from ..evaluate.detection import average_precision, evaluate_detector
 from ..evaluate.encoder import load_encoder
 from ..runs.options import RunOptions
 from ..runs.settings import settings
-from ..train.detector import RECIPES, DetectorConfig, build_detector, restore, train_detector
+from ..train.detector import RECIPES, DetectorConfig, build_detector, train_detector
+from ..train.iterations import restore
 from . import launch
 from .classify import RUN_SETTINGS, resolve_resume
 from .config_file import add_config_flag
