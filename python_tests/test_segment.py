@@ -191,16 +191,23 @@ def test_wrong_folders(folders, tmp_path, layout, change, message):
 
 
 @pytest.mark.parametrize(
-    ("pixels", "message"),
+    ("workers", "pixels", "message"),
     [
-        (np.zeros((56, 48), np.uint8), r"a mask of 56 x 48 pixels, as .*train00.jpg, got 48 x 56 in .*/train00.png$"),
-        (np.full((48, 56), 3, np.uint8), r"numbers of 3 classes, or 255 for ignored .*, got 3 in .*/train00.png$"),
-        (np.zeros((48, 56, 3), np.uint8), r"a mask with one 8-bit number per pixel, got mode RGB in .*/train00.png$"),
-        (None, r"a mask with one 8-bit number per pixel, got cannot identify .*/train00.png$"),
+        (
+            1,
+            np.zeros((56, 48), np.uint8),
+            r"a mask of 56 x 48 pixels, as .*train00.jpg, got 48 x 56 in .*/train00.png$",
+        ),
+        (0, np.full((48, 56), 3, np.uint8), r"numbers of 3 classes, or 255 for ignored .*, got 3 in .*/train00.png$"),
+        (
+            0,
+            np.zeros((48, 56, 3), np.uint8),
+            r"a mask with one 8-bit number per pixel, got mode RGB in .*/train00.png$",
+        ),
+        (0, None, r"a mask with one 8-bit number per pixel, got cannot identify .*/train00.png$"),
     ],
 )
-@pytest.mark.parametrize("workers", [0, 1])
-def test_wrong_masks_name_the_file(folders, tmp_path, pixels, message, workers):
+def test_wrong_masks_name_the_file(folders, tmp_path, workers, pixels, message):
     shutil.copytree(folders / "folders", tmp_path / "set")
     path = tmp_path / "set/masks/train/train00.png"
     if pixels is None:
@@ -219,15 +226,15 @@ def test_the_mask_moves_with_the_image():
     """Where a view shows a plain color, undisturbed by the interpolation at edges, the mask has the color's class."""
     generator = np.random.default_rng(0)
     mask = torch.from_numpy(generator.integers(0, 3, (8, 10), np.uint8).repeat(9, 0).repeat(9, 1))
-    image = (mask * 100)[None].repeat(3, 1, 1)
+    image = torch.stack([(mask == label) * 255 for label in range(3)]).to(torch.uint8)
     mirrored = 0
     for seed in range(40):
         view, target = random_view(image, mask, seed, crop=64, scales=(0.5, 2.0), fill=(50, 50, 50))
         assert (view.shape, target.shape) == ((3, 64, 64), (64, 64))
-        plain = (view[0] % 100 == 0) & (target != IGNORED)
+        (brightest, label) = view.max(0)
+        plain = brightest == 255
         assert plain.float().mean() > 0.15
-        # One pixel off, a tenth of them would differ; nearest and linear interpolation round a rare tie differently.
-        assert (view[0][plain] == 100 * target[plain]).float().mean() > 0.995, seed
+        assert torch.equal(label[plain], target[plain].long()), seed
         assert (view[:, target == IGNORED] == 50).all()
         assert torch.equal(random_view(image, mask, seed, crop=64, scales=(0.5, 2.0), fill=(50,) * 3)[0], view)
         mirrored += bool((target[:, 0] == IGNORED).all())
@@ -364,7 +371,7 @@ def test_the_dilated_stage_computes_what_the_strided_one_does():
     [
         ("vit_small", r"a ResNet with layer1, .* for segmentation, got \w+ with 0 of"),
         ("resnet8-small", "a ResNet with layer1, .* for segmentation, got ResNet with 3 of"),
-        ("timm:resnetblur18", "a ResNet with strides only in convolutions and average pooling of layer4"),
+        ("timm:resnetblur18", "strides of layer4 in convolutions and average pooling, got BlurPool2d"),
     ],
 )
 def test_other_encoders_are_an_error(arch, message):
@@ -399,14 +406,15 @@ def test_the_loss_is_a_mean_over_labeled_pixels():
 
 
 def test_training_segments(data, tmp_path):
-    """A model that knows only the background reaches a mIoU of 28."""
-    config = dataclasses.replace(CONFIG, iterations=60, schedule=(50,), batch_size=8, lr=0.05, eval_every=30)
-    model = segmenter()
+    """All background would be a mIoU of 28. It was 83 after 15 iterations."""
+    arch = "resnet10-small"
+    config = dataclasses.replace(CONFIG, iterations=16, schedule=(14,), batch_size=8, lr=0.05, eval_every=8)
+    model = segmenter(arch)
     untrained, before = evaluate_segmenter(model, data.test)["mIoU"], state_of(model)
-    records = train_segmenter(model, data, config, options_in(tmp_path), name="segment", arch=ARCH)
+    records = train_segmenter(model, data, config, options_in(tmp_path), name="segment", arch=arch)
     assert untrained < 30
-    assert [record["step"] for record in records] == [30, 60]
-    assert records[1]["mIoU"] > 75
+    assert [record["step"] for record in records] == [8, 16]
+    assert records[1]["mIoU"] > 60
     assert records[1]["loss"] < 0.5 * records[0]["loss"]
     assert records[1] == pytest.approx(records[1] | evaluate_segmenter(model, data.test))
     state = model.state_dict()

@@ -149,5 +149,11 @@ def train(
         finish()
         numbers = [found[score] for score in task.columns]
         title = f"{name_of(data.name)}: {name}, %"
-        show(result, title, ("", *task.columns), [(f"iteration {step:,}", *numbers)], as_json=args.json)
+        show(
+            result,
+            title,
+            ("", *(column.replace("_", " ") for column in task.columns)),
+            [(f"iteration {step:,}", *numbers)],
+            as_json=args.json,
+        )
     return 0

@@ -87,13 +87,8 @@ def build_segmenter(
     Raises:
         ValueError: the encoder is no ResNet with four stages, or its layer4 cannot be dilated.
     """
-    *_, before, features = stage_maps(encoder, "segmentation")
+    channels = stage_maps(encoder, "segmentation")[-1].shape[1]
     dilate(encoder.get_submodule("layer4"))
-    if stage_maps(encoder, "segmentation")[-1].shape[2:] != before.shape[2:]:
-        raise ValueError(
-            f"arch: expected a ResNet with strides only in convolutions and average pooling of layer4, got "
-            f"{type(encoder).__name__} with others"
-        )
     encoder.requires_grad_(True)
     head = functools.partial(Conv2dNormActivation, out_channels=_CHANNELS, kernel_size=3, dilation=_DILATION)
     predictor = nn.Conv2d(_CHANNELS, classes, 1)
@@ -102,21 +97,29 @@ def build_segmenter(
     nn.init.zeros_(predictor.bias)
     return Segmenter(
         IntermediateLayerGetter(encoder, {"layer4": "out"}),
-        nn.Sequential(head(features.shape[1]), head(_CHANNELS), predictor),
+        nn.Sequential(head(channels), head(_CHANNELS), predictor),
         torch.tensor((list(mean) * 3)[:3]),
         torch.tensor((list(std) * 3)[:3]),
     ).train()
 
 
 def dilate(stage: nn.Module) -> None:
-    """Give a stage of a ResNet stride 1, and its convolutions dilation 2 so that they cover as much, in place."""
+    """Give a stage of a ResNet stride 1, and its convolutions dilation 2 so that they cover as much, in place.
+
+    Raises:
+        ValueError: a stride in other layers than convolutions and average pooling.
+    """
     for name, layer in list(stage.named_modules()):
         if isinstance(layer, nn.Conv2d):
             layer.stride = (1, 1)
             if max(layer.kernel_size) > 1:
                 layer.dilation, layer.padding = (2, 2), tuple(2 * (side // 2) for side in layer.kernel_size)
-        elif isinstance(layer, nn.AvgPool2d) and layer.kernel_size == 2:  # timm's
+        elif isinstance(layer, nn.AvgPool2d) and layer.kernel_size == 2:  # of timm
             stage.set_submodule(name, nn.Sequential(nn.ReplicationPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1)))
+        elif not list(layer.children()) and getattr(layer, "stride", 1) not in (1, (1, 1)):
+            raise ValueError(
+                f"arch: expected strides of layer4 in convolutions and average pooling, got {type(layer).__name__}"
+            )
 
 
 def train_segmenter(
