@@ -347,7 +347,7 @@ def test_resnet50_is_the_published_one():
 
 
 def test_the_dilated_stage_computes_what_the_strided_one_does():
-    """Of a stage whose only 3x3 convolution sees one pixel in two, the outputs at even positions are those before."""
+    """With 3x3 weights that see only the center, the outputs at even positions are those of the strided stage."""
     torch.manual_seed(0)
     encoder = encoders.build("resnet10", 1).eval()
     block = encoder.layer4[0]
@@ -355,8 +355,6 @@ def test_the_dilated_stage_computes_what_the_strided_one_does():
     with torch.no_grad():
         block.conv1.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0  # only the center is left
     image = torch.randn(1, 3, 64, 64)
-    before = encoders.build("resnet10", 1)  # for its forward alone
-    before.load_state_dict(encoder.state_dict(), strict=False)
     features = nn.Sequential(encoder.conv1, encoder.bn1, encoder.relu, encoder.maxpool)(image)
     features = encoder.layer3(encoder.layer2(encoder.layer1(features)))
     with torch.no_grad():

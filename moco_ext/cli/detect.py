@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
     average_precision([], [])  # a missing package is an error before training
-    encoder, arch, transform = transfer.start(args)
+    encoder, arch, transform = transfer.load_start(args)
     data = load_detection(args.data, args.layout)
     config = transfer.configuration(args, RECIPES[args.recipe or {"voc": "voc", "coco": "coco-1x"}[data.layout]])
     torch.manual_seed(config.seed)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
-    encoder, arch, transform = transfer.start(args)
+    encoder, arch, transform = transfer.load_start(args)
     data = load_segmentation(args.data)
     recipe = args.recipe or (data.layout if data.layout in RECIPES else "voc")
     config = transfer.configuration(args, RECIPES[recipe])

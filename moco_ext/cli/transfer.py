@@ -29,14 +29,6 @@ C = TypeVar("C", bound=IterationsConfig)
 _SAVE_EVERY = 1000
 
 
-class Start(NamedTuple):
-    """The encoder that a model is built on, its architecture, and the transform of its images."""
-
-    encoder: nn.Module
-    arch: str
-    transform: EvalTransform
-
-
 class Task(NamedTuple):
     """What is trained.
 
@@ -92,13 +84,13 @@ def run(work: launch.Work, args: argparse.Namespace) -> int:
     return launch.run(work, args, Path(args.output or f"runs/{args.command}-{name_of(args.data)}"))
 
 
-def start(args: argparse.Namespace) -> Start:
-    """The encoder of --pretrained, or a new one."""
+def load_start(args: argparse.Namespace) -> tuple[nn.Module, str, EvalTransform]:
+    """The encoder of --pretrained, or a new one, its architecture, and the transform of its images."""
     if args.scratch:
         torch.manual_seed(getattr(args, "seed", 0))
-        return Start(build(args.arch, 1), args.arch, EvalTransform())
+        return build(args.arch, 1), args.arch, EvalTransform()
     loaded, transform = load_encoder(args.pretrained, args.arch)
-    return Start(getattr(loaded.model, "encoder", loaded.model), loaded.arch, transform)  # timm's are wrapped
+    return getattr(loaded.model, "encoder", loaded.model), loaded.arch, transform  # timm's are wrapped
 
 
 def configuration(args: argparse.Namespace, recipe: C) -> C:
