@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .vit import WIDTHS, moco_v3_vit
@@ -26,6 +27,7 @@ _RESNETS = {
 }
 # Names of the layers after pooling in torchvision's and timm's classifiers.
 HEADS = ("fc", "classifier", "heads", "head")
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
 # By default these two return extra outputs in training mode.
 _NO_AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
@@ -182,6 +184,30 @@ def backbone(encoder: nn.Module) -> nn.Module:
     headless._modules = dict(encoder._modules)  # else the next line would take the head from `encoder` too
     setattr(headless, name, nn.Identity())
     return headless
+
+
+def stage_maps(encoder: nn.Module, task: str) -> list[Tensor]:
+    """Feature maps [1, C, h, w] of a ResNet's four stages, of an image of 64 x 64 zeros.
+
+    Args:
+        task: what the error names.
+
+    Raises:
+        ValueError: the encoder is no ResNet with four stages.
+    """
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    found = [isinstance(getattr(encoder, name, None), nn.Sequential) for name in STAGES]
+    if not all(found):
+        raise ValueError(
+            f"arch: expected a ResNet with {', '.join(STAGES)} for {task}, got {type(encoder).__name__} with "
+            f"{sum(found)} of them"
+        )
+    with torch.no_grad(), restored_modes(encoder):
+        encoder.eval()
+        return list(
+            IntermediateLayerGetter(encoder, {name: name for name in STAGES})(torch.zeros(1, 3, 64, 64)).values()
+        )
 
 
 def freeze_patch_projection(encoder: nn.Module) -> nn.Module:

@@ -24,8 +24,9 @@ from moco_ext.checkpoints.training import save_checkpoint
 from moco_ext.data.detection import detection_batches, load_detection
 from moco_ext.evaluate.detection import average_precision, evaluate_detector
 from moco_ext.runs.options import RunOptions
-from moco_ext.train import detector as train_detector_module
-from moco_ext.train.detector import RECIPES, DetectorConfig, build_detector, restore, to_device, train_detector
+from moco_ext.train import iterations
+from moco_ext.train.detector import RECIPES, DetectorConfig, build_detector, to_device, train_detector
+from moco_ext.train.iterations import restore
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import detection_set
@@ -390,7 +391,7 @@ def test_sigterm_saves_the_iteration(data, tmp_path, monkeypatch):
     train_detector(whole, options=options_in(tmp_path / "whole"), **run)
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(train_detector_module, "_finite", lambda loss, *_: os.kill(os.getpid(), signal.SIGTERM) or loss)
+        patch.setattr(iterations, "_finite", lambda loss, *_: os.kill(os.getpid(), signal.SIGTERM) or loss)
         with pytest.raises(SystemExit) as stopped:
             train_detector(model, options=options_in(folder, print_freq=1), **run)
     assert stopped.value.code == 143

@@ -40,7 +40,14 @@ def commands() -> list[tuple[str, list[str]]]:
 
 def test_there_are_commands():
     assert len(commands()) > 40
-    assert {words[0] for _, words in commands() if words} >= {"pretrain", "linear", "shard", "convert", "detect"}
+    assert {words[0] for _, words in commands() if words} >= {
+        "pretrain",
+        "linear",
+        "shard",
+        "convert",
+        "detect",
+        "segment",
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -18,6 +18,7 @@ COMMANDS = {
     "linear": "measure the linear top-1 accuracy of a trained encoder",
     "finetune": "train all layers for classification, with all labels or a part of them",
     "detect": "train Faster R-CNN on a trained encoder, with data in the layout of VOC or COCO",
+    "segment": "train an FCN for semantic segmentation on a trained encoder, with masks as in VOC or Cityscapes",
     "embed": "write the features of a folder of images to .parquet, .npy, .npz or .safetensors",
     "neighbors": "find the nearest images of a query in a file of features",
     "export": "export an encoder to torchvision, timm, ONNX, torch.export or the Hugging Face hub",

@@ -5,21 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from .files import few
 from .images import read_image
-from .sampler import EpochBatchSampler
+from .items import ItemData, training_items
 from .seeds import uniforms
-from .workers import leave_signals_to_parent, sigterm_held
 
 LAYOUTS = ("voc", "coco")
 Item = tuple[Tensor, dict[str, Tensor]]
@@ -52,16 +49,13 @@ class DetectionSplit:
             boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
         return image, {"boxes": boxes, "labels": labels, "iscrowd": ignored}
 
+    def view(self, position: int, seed: int) -> Item:
+        """The item for training: half of them are mirrored."""
+        return self.read(position, bool(uniforms(np.array([seed]), 1)[0, 0] < 0.5))
 
-@dataclasses.dataclass(frozen=True)
-class DetectionData:
+
+class DetectionData(ItemData[DetectionSplit]):
     """A detection data set; label ``i`` is ``classes[i - 1]``. Training images without objects are left out."""
-
-    name: str
-    layout: str
-    classes: tuple[str, ...]
-    train: DetectionSplit
-    test: DetectionSplit
 
 
 def load_detection(folder: str | Path, layout: str | None = None) -> DetectionData:
@@ -185,59 +179,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def detection_batches(
-    split: DetectionSplit,
-    batch_size: int,
-    *,
-    start: int = 0,
-    stop: int,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    workers: int = 0,
-) -> Iterator[list[Item]]:
-    """This rank's training batches of the 0-based iterations ``start`` to ``stop - 1``: each image once an epoch, half
-    of them mirrored. The same for any ``start`` and number of workers."""
-    sampler = EpochBatchSampler(len(split), batch_size, seed=seed, rank=rank, world=world, views=1, drop_last=True)
-
-    def order() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        first = start
-        while True:
-            sampler.set_epoch(*divmod(first, sampler.steps_per_epoch))
-            for micro in sampler:
-                yield micro.index, uniforms(micro.seeds, 1)[:, 0] < 0.5
-                first += 1
-
-    return _load(split, itertools.islice(order(), stop - start), workers)
-
-
-def detection_items(split: DetectionSplit, positions: Iterable[int], workers: int = 0) -> Iterator[Item]:
-    """The items at these positions, in order."""
-    return itertools.chain.from_iterable(_load(split, [([position], [False]) for position in positions], workers))
-
-
-def _load(split: DetectionSplit, order: Iterable[Any], workers: int) -> Iterator[list[Item]]:
-    with sigterm_held():
-        return iter(
-            DataLoader(
-                _Batches(split),
-                batch_size=None,  # the sampler's items are batches
-                sampler=order,
-                num_workers=workers,
-                collate_fn=_as_is,
-                worker_init_fn=leave_signals_to_parent,
-                generator=torch.Generator(),  # for the workers' seeds; the global one must not advance
-            )
-        )
-
-
-class _Batches(Dataset):
-    def __init__(self, split: DetectionSplit) -> None:
-        self.split = split
-
-    def __getitem__(self, batch: tuple[Iterable[int], Iterable[bool]]) -> list[Item]:
-        return [self.split.read(int(position), bool(flip)) for position, flip in zip(*batch, strict=True)]
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+def detection_batches(split: DetectionSplit, batch_size: int, **order: int) -> Iterator[list[Item]]:
+    """:func:`moco_ext.data.items.training_items` of a split."""
+    return training_items(split.view, len(split), batch_size, **order)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..data.detection import DetectionSplit, detection_items
+from ..data.detection import DetectionSplit
+from ..data.items import items
 from ..distributed import rank, world_size
 from ..encoders import restored_modes
 
@@ -48,7 +49,7 @@ def evaluate_detector(
     found: dict[int, tuple[Any, Any]] = {}
     with restored_modes(model):
         model.eval()
-        for position, (image, target) in zip(share, detection_items(split, share, workers), strict=True):
+        for position, (image, target) in zip(share, items(split.read, share, workers), strict=True):
             [detections] = model([image.to(device) / 255])
             found[position] = {name: value.cpu() for name, value in detections.items()}, target
     parts: list[Any] = [found]

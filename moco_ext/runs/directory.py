@@ -27,7 +27,7 @@ _WRITTEN = (
     "checkpoint_*[0-9]",  # folders
     *("nonfinite.pth", _UNREADABLE, "summary.json", "report.html"),
 )
-_EVALUATIONS = ("knn", "linear", "finetune", "scratch", "detect", "detect-scratch")
+_EVALUATIONS = ("knn", "linear", "finetune", "scratch", "detect", "detect-scratch", "segment", "segment-scratch")
 
 
 @contextlib.contextmanager

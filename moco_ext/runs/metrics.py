@@ -243,6 +243,7 @@ class RunLog:
             "val_acc5": lambda v: f"val acc@5 {v:.2f} %",
             "AP": lambda v: f"AP {v:.2f} %",
             "AP50": lambda v: f"AP50 {v:.2f} %",
+            "mIoU": lambda v: f"mIoU {v:.2f} %",
             "images_per_second": lambda v: f"{v:,.0f} images/s" if v >= 10 else f"{v:.2f} images/s",
             "wait": lambda v: f"wait {100 * v:.0f} %",
             "knn_top1": lambda v: f"kNN {v:.1f} %",

@@ -1,0 +1,216 @@
+"""Training for a number of iterations: the loop that object detection and semantic segmentation share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..checkpoints.training import check_finite, load_checkpoint, load_into, save_checkpoint
+from ..data.items import ItemData, training_items
+from ..data.seeds import hash_seeds
+from ..distributed import rank, world_size
+from ..evaluate.features import averaged_batchnorm
+from ..runs.directory import exclusive
+from ..runs.files import remove_temporaries
+from ..runs.metrics import RunLog
+from ..runs.options import RunOptions
+from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, at_least, check_settings, setting
+from .classifier import synchronize_batchnorm
+from .preemption import Preemption
+
+
+@dataclasses.dataclass(frozen=True)
+class IterationsConfig:
+    """How a model is trained for a number of iterations.
+
+    Attributes:
+        schedule: iterations at which the learning rate falls tenfold.
+        bn_batches: training batches that the statistics of BatchNorm are averaged over before each evaluation.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    iterations: int = setting(valid=at_least(1), help="number of iterations")
+    schedule: tuple[int, ...] = setting(
+        metavar="I", valid=NOT_NEGATIVE, help="iterations at which the learning rate falls tenfold"
+    )
+    lr: float = setting(flags=("--lr", "--learning-rate"), metavar="LR", valid=POSITIVE, help="learning rate")
+    warmup: int = setting(0, valid=NOT_NEGATIVE, help="iterations in which the learning rate rises linearly")
+    batch_size: int = setting(
+        16, flags=("-b", "--batch-size"), valid=at_least(1), help="images per node, over all its processes"
+    )
+    momentum: float = setting(0.9, metavar="M", valid=BELOW_1, help="momentum of SGD")
+    weight_decay: float = setting(
+        1e-4,
+        flags=("--wd", "--weight-decay"),
+        metavar="W",
+        valid=NOT_NEGATIVE,
+        help="weight decay, except for BatchNorm",
+    )
+    bn_batches: int = setting(
+        200, valid=NOT_NEGATIVE, help="batches to average BatchNorm's statistics over before an evaluation; 0: none"
+    )
+    eval_every: int = setting(0, valid=NOT_NEGATIVE, help="iterations between evaluations; 0: only after the last")
+    seed: int = setting(0, help="seed of new weights, order and views")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def lr_at(self, iteration: int) -> float:
+        """Learning rate of a 0-based iteration; the warm-up starts at a thousandth."""
+        done = min(1.0, iteration / self.warmup) if self.warmup else 1.0
+        return self.lr * (0.001 * (1 - done) + done) * 0.1 ** sum(iteration >= milestone for milestone in self.schedule)
+
+
+def train_iterations(
+    model: nn.Module,
+    data: ItemData[Any],
+    config: IterationsConfig,
+    options: RunOptions,
+    *,
+    name: str,
+    arch: str,
+    head: str,
+    view: Callable[[int, int], Any],
+    loss_of: Callable[[nn.Module, list[Any]], Tensor],
+    evaluate: Callable[..., dict[str, float]],
+) -> list[dict[str, Any]]:
+    """Train by SGD, in place, on one process or in a process group; all records, one an evaluation.
+
+    A record has epoch, step (iterations), lr, loss (mean since the last record), the scores of ``evaluate`` and
+    seconds. A checkpoint is written with each record, and every ``options.save_every`` iterations.
+
+    Several processes synchronize BatchNorm as in :func:`moco_ext.train.classifier.train_classifier`.
+
+    Args:
+        name: name of the files in ``options.output``: ``NAME.pth``, ``NAME/metrics.jsonl`` and ``NAME/tensorboard/``.
+            Existing ones are replaced.
+        arch: name of the encoder's architecture. That of the checkpoint is ``ARCH-HEAD``.
+        view: as for :func:`moco_ext.data.items.training_items`.
+        loss_of: loss of a model in training mode on a batch of views.
+        evaluate: ``evaluate(model, data.test, device=..., workers=...)``: scores in percent, the same on all ranks.
+
+    Raises:
+        FloatingPointError: the loss or the weights are not finite.
+        ValueError: too few images for one batch; no iterations are left; another process trains the same files.
+    """
+    device, world = options.device, world_size()
+    batch_size = config.batch_size // options.local_world
+
+    def batches(start: int, stop: int) -> Iterator[list[Any]]:
+        """This rank's batches of the iterations ``start`` to ``stop - 1``."""
+        order = {"start": start, "stop": stop, "seed": config.seed, "rank": rank(), "world": world}
+        return training_items(view, len(data.train), batch_size, workers=options.workers, **order)
+
+    model = synchronize_batchnorm(model.to(device), device)
+    norms = {p for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if p not in norms], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, config.lr, config.momentum)
+    done = 0 if options.resume is None else restore(model, Path(options.resume), f"{arch}-{head}", optimizer)
+    if done >= config.iterations:
+        raise ValueError(
+            f"iterations: expected more than the {done} already done, got {config.iterations}; see --evaluate"
+        )
+    remaining = batches(done, config.iterations)
+    replica: nn.Module = model
+    if world > 1:
+        devices = [device] if device.type == "cuda" else None
+        replica = nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    per_epoch = len(data.train) // (batch_size * world)
+    folder = options.output / name
+    with (
+        exclusive(folder, lambda: remove_temporaries(options.output, f"{name}*")),
+        RunLog(
+            folder,
+            options,
+            total_steps=config.iterations,
+            steps_per_epoch=per_epoch,
+            done_steps=done,
+            config=dataclasses.asdict(config) | {"arch": arch},
+            enabled=rank() == 0,
+        ) as log,
+        Preemption() as preemption,
+    ):
+        started = time.perf_counter() - (log.records[-1]["seconds"] if log.records else 0.0)
+        total, counted, before = torch.zeros((), dtype=torch.float64, device=device), 0, time.perf_counter()
+        for iteration, batch in enumerate(remaining, done):
+            wait = time.perf_counter() - before
+            torch.manual_seed(int(hash_seeds(config.seed, iteration, rank())))  # the same choices after resuming
+            for group in optimizer.param_groups:
+                group["lr"] = lr = config.lr_at(iteration)
+            loss = loss_of(replica, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, counted, step = total + loss.detach(), counted + 1, iteration + 1
+            metrics = {"images": len(batch) * world, "wait": wait, "lr": lr}
+            is_last = step == config.iterations
+            if step % options.print_freq == 0 or is_last:  # only here the host waits for the device
+                metrics["loss"] = _finite(loss.item(), step, config.lr)
+            log.step(step, metrics)
+            is_record = is_last or (config.eval_every and step % config.eval_every == 0)
+            if is_record:
+                if config.bn_batches:
+                    with torch.no_grad(), averaged_batchnorm(model):
+                        for sample in batches(0, config.bn_batches):
+                            loss_of(model, sample)
+                if world > 1:
+                    for buffer in model.buffers():
+                        dist.broadcast(buffer, 0)
+                scores = evaluate(model, data.test, device=device, workers=options.workers)
+                epoch, seconds = step / per_epoch, time.perf_counter() - started
+                record = {"epoch": epoch, "step": step, "lr": lr, "loss": total.item() / counted, **scores}
+                log.record(record | {"seconds": round(seconds, 3)})
+                total, counted = torch.zeros_like(total), 0
+            # After the evaluation, which several ranks finish together.
+            stopped = preemption.agreed(is_last or step % options.print_freq == 0)
+            if is_record or stopped or (options.save_every and step % options.save_every == 0):
+                check_finite(model, optimizer)
+                if rank() == 0:
+                    save_checkpoint(
+                        options.output / f"{name}.pth",
+                        epoch=step // per_epoch,
+                        arch=f"{arch}-{head}",
+                        model=model,
+                        optimizer=optimizer,
+                        iteration=step,
+                        classes=list(data.classes),
+                    )
+            if stopped:
+                preemption.stop(options.console, step)
+            before = time.perf_counter()
+    return log.records
+
+
+def restore(model: nn.Module, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Load a checkpoint of :func:`train_iterations`; returns its completed iterations.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or of another architecture, head, number of classes or kind.
+    """
+    checkpoint = load_checkpoint(path)
+    iteration = checkpoint.get("iteration", "no")
+    if not isinstance(iteration, int):
+        raise ValueError(f"resume: expected a checkpoint of detect or segment, got {iteration} iteration in {path}")
+    load_into(model, checkpoint, path, arch=arch, optimizer=optimizer)
+    return iteration
+
+
+def _finite(loss: float, step: int, lr: float) -> float:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"loss: expected a finite number, got {loss} by iteration {step} (lr {lr:g}); a lower lr may help"
+        )
+    return loss
