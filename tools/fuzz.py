@@ -387,7 +387,7 @@ def info_nce(draw: Draw) -> None:
     sizes = {"query": per_row * longest / s.query_norm[:, 0], "temperature": per_row * L}
     bounds = {name: size * tol for name, size in sizes.items()}
     bounds["temperature"] += 1e-6 * sizes["temperature"]  # a temperature in float32
-    # Intermediate results below the smallest normal number are flushed to 0, before the division by norm or temperature.
+    # Intermediate results below the smallest normal number are flushed to 0, and then divided by norm or temperature.
     tiny = 8 * torch.finfo(torch.float64 if is_wide else torch.float32).smallest_normal
     bounds["query"] += tiny / s.query_norm[:, 0]
     bounds["temperature"] += tiny * (1 + c * query_length / s.T)
