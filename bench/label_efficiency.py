@@ -290,7 +290,7 @@ def accuracies(final: dict[str, Any]) -> Accuracies:
 
 
 def section(data: str, result: dict[str, Any]) -> str:
-    final, lines = result["final"], [f"### {data}", ""]
+    final, lines = result["final"], []
     scores = accuracies(final)
     budgets = sorted({budget for of_method in scores.values() for budget in of_method})
     runs = [content for name, content in final.items() if name.startswith("pretrain")]
@@ -319,19 +319,23 @@ def section(data: str, result: dict[str, Any]) -> str:
         gains.append(f"| {METHODS[method].removeprefix('linear, ')} | {' | '.join(cells)} |")
     lines += ["", "Seed by seed:", "", *gains]
     lines += ["", f"![Accuracy on {data} by labels per class]({PLOT.format(data=data)})"]
-    if tried := sorted(result.get("search", {}).values(), key=lambda trial: -trial["linear_top1"]["trained"]):
-        lines += [
-            "",
-            "Settings tried, on the validation images (one seed; linear: mean ± standard deviation of "
-            f"{tried[0]['subsets']} subsets of {tried[0]['labels_per_class']} labels per class):",
-            "",
-            "| settings | epochs | linear, % | kNN, % |",
-            "|---|--:|--:|--:|",
-        ]
-        for trial in tried:
-            linear = f"{trial['linear_top1']['trained']:.1f} ± {trial['linear_std']['trained']:.1f}"
-            words = f"`{trial['settings']}`" if trial["settings"] else "preset"
-            lines.append(f"| {words} | {trial['epochs']} | {linear} | {trial['knn_top1']['trained']:.1f} |")
+    return "\n".join(lines)
+
+
+def search_table(trials: list[dict[str, Any]]) -> str:
+    trials = sorted(trials, key=lambda trial: -trial["linear_top1"]["trained"])
+    lines = [
+        "Settings tried, on the validation images (one seed; linear: mean ± standard deviation of "
+        f"{trials[0]['subsets']} subsets of {trials[0]['labels_per_class']} labels per class):",
+        "",
+        "| settings | epochs | linear, % | kNN, % |",
+        "|---|--:|--:|--:|",
+    ]
+    rows = [("trained", f"`{trial['settings']}`" if trial["settings"] else "preset", trial) for trial in trials]
+    for kind, words, trial in [*rows, ("pixels", "pixels, no encoder", trials[0])]:
+        linear = f"{trial['linear_top1'][kind]:.1f} ± {trial['linear_std'][kind]:.1f}"
+        epochs = trial["epochs"] if kind == "trained" else ""
+        lines.append(f"| {words} | {epochs} | {linear} | {trial['knn_top1'][kind]:.1f} |")
     return "\n".join(lines)
 
 
@@ -343,7 +347,14 @@ def each_gain(scores: Accuracies, method: str, budget: int) -> str:
 
 def sections(results: dict[str, Any]) -> str:
     """What the page says, by data set."""
-    return "\n\n".join(section(data, result) for data, result in results.items() if result.get("final"))
+    parts = []
+    for data, result in results.items():
+        parts.append(f"### {data}")
+        if result.get("final"):
+            parts.append(section(data, result))
+        if result.get("search"):
+            parts.append(search_table([*result["search"].values()]))
+    return "\n\n".join(parts)
 
 
 def spread(values: list[float]) -> str:
