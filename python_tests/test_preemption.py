@@ -129,7 +129,7 @@ def test_a_loader_worker_ends_by_its_parent_alone():
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_one_line(tmp_path):
+def test_ctrl_c_is_one_line(tmp_path, interruptible):
     output = tmp_path / "run"
     run = start([*PRETRAIN, *LONG, "--save-every", "1", "-j", "2"], output)
     os.killpg(run.pid, signal.SIGINT)
