@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
-from training import torchrun
+from training import assert_equal_states, run_in, torchrun, weights_of
 
 from moco_ext import MoCo, cli, encoders
 from moco_ext.checkpoints import files
 from moco_ext.checkpoints.detectron2 import detector_from_detectron2, detector_to_detectron2
 from moco_ext.checkpoints.training import save_checkpoint
-from moco_ext.data.detection import detection_batches, load_detection
+from moco_ext.data.detection import load_detection
+from moco_ext.data.items import training_items
 from moco_ext.evaluate.detection import average_precision, evaluate_detector
-from moco_ext.runs.options import RunOptions
 from moco_ext.train import iterations
 from moco_ext.train.detector import RECIPES, DetectorConfig, build_detector, to_device, train_detector
 from moco_ext.train.iterations import restore
@@ -72,18 +71,6 @@ def data(folders):
 def detector(config: DetectorConfig = CONFIG, classes: int = 10, arch: str = ARCH):
     torch.manual_seed(0)
     return build_detector(encoders.build(arch, 1), classes, config)
-
-
-def options_in(folder, **options) -> RunOptions:
-    return RunOptions(folder, console=Console(quiet=True), logger="none", **options)
-
-
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -193,11 +180,14 @@ def test_batches_depend_on_the_iteration_alone(data):
     def boxes(batches):
         return [torch.cat([target["boxes"] for _, target in batch]) for batch in batches]
 
-    whole = boxes(detection_batches(data.train, 4, stop=7, seed=1))
-    later = boxes(detection_batches(data.train, 4, start=4, stop=7, seed=1))
+    whole = boxes(training_items(data.train.view, len(data.train), 4, stop=7, seed=1))
+    later = boxes(training_items(data.train.view, len(data.train), 4, start=4, stop=7, seed=1))
     assert len(whole) == 7
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], later, strict=True))
-    halves = [boxes(detection_batches(data.train, 2, stop=7, seed=1, rank=rank, world=2)) for rank in (0, 1)]
+    halves = [
+        boxes(training_items(data.train.view, len(data.train), 2, stop=7, seed=1, rank=rank, world=2))
+        for rank in (0, 1)
+    ]
     assert all(torch.equal(a, torch.cat(pair)) for a, *pair in zip(whole, *halves, strict=True))
 
 
@@ -244,7 +234,7 @@ def test_ignored_objects_are_neither_found_nor_missed():
 @pytest.mark.parametrize("arch", [ARCH, "resnet10-small"])
 def test_the_encoder_is_the_backbone_and_all_of_it_is_trained(neck, arch):
     encoder = encoders.build(arch, 1).requires_grad_(False)
-    expected = state_of(encoder)
+    expected = weights_of(encoder)
     model = build_detector(encoder, 3, dataclasses.replace(CONFIG, neck=neck))
     state = model.state_dict()
     prefixes = ("backbone.", "roi_heads.box_head.0.") if neck == "c4" else ("backbone.body.",)
@@ -308,7 +298,7 @@ def test_settings_that_make_no_sense():
 @pytest.mark.parametrize("kind", [pytest.param("basic", id="18"), pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_detectron2_names_and_back(kind, tmp_path):
     model = detector(classes=3, arch="resnet10" if kind == "basic" else kind)
-    state = state_of(model)
+    state = weights_of(model)
     for name, value in state.items():
         if value.is_floating_point():
             value.normal_()
@@ -316,7 +306,7 @@ def test_detectron2_names_and_back(kind, tmp_path):
             value[:4] = 0  # of the background
     files.write(tmp_path / "x.pkl", detector_to_detectron2(state))
     content = files.read(tmp_path / "x.pkl")["model"]
-    assert is_equal(detector_from_detectron2(content), state)
+    assert_equal_states(detector_from_detectron2(content), state)
     names = {
         "backbone.stem.conv1.weight": "backbone.conv1.weight",
         "backbone.stem.conv1.norm.running_mean": "backbone.bn1.running_mean",
@@ -350,8 +340,8 @@ def test_the_loss_falls_and_everything_moves(data, tmp_path, neck, half, factor)
         CONFIG, neck=neck, iterations=2 * half, schedule=(2 * half - 2,), eval_every=half, rois=half, proposals=5
     )
     model = detector(config)
-    before = state_of(model)
-    records = train_detector(model, data, config, options_in(tmp_path, print_freq=1), name="detect", arch=ARCH)
+    before = weights_of(model)
+    records = train_detector(model, data, config, run_in(tmp_path, print_freq=1), name="detect", arch=ARCH)
     assert [record["step"] for record in records] == [half, 2 * half]
     assert records[1]["loss"] < factor * records[0]["loss"]
     assert records[1]["lr"] == pytest.approx(0.002)
@@ -369,16 +359,14 @@ def test_resuming_changes_nothing(data, tmp_path):
     whole, first, second = detector(), detector(), detector()
     run = {"data": data, "name": "detect", "arch": ARCH}
     config = dataclasses.replace(CONFIG, eval_every=2)
-    train_detector(whole, config=config, options=options_in(tmp_path / "whole"), **run)
-    train_detector(
-        first, config=dataclasses.replace(config, iterations=2), options=options_in(tmp_path / "parts"), **run
-    )
+    train_detector(whole, config=config, options=run_in(tmp_path / "whole"), **run)
+    train_detector(first, config=dataclasses.replace(config, iterations=2), options=run_in(tmp_path / "parts"), **run)
     checkpoint = tmp_path / "parts" / "detect.pth"
-    records = train_detector(second, config=config, options=options_in(tmp_path / "parts", resume=checkpoint), **run)
+    records = train_detector(second, config=config, options=run_in(tmp_path / "parts", resume=checkpoint), **run)
     assert [record["step"] for record in records] == [2, 4]
-    assert is_equal(state_of(whole), state_of(second))
+    assert_equal_states(weights_of(whole), weights_of(second))
     with pytest.raises(ValueError, match=r"^iterations: expected more than the 4 already done, got 4"):
-        train_detector(second, config=config, options=options_in(tmp_path / "parts", resume=checkpoint), **run)
+        train_detector(second, config=config, options=run_in(tmp_path / "parts", resume=checkpoint), **run)
     with pytest.raises(ValueError, match=rf"^resume: expected a checkpoint of {ARCH}-fpn, got one of {ARCH}-c4"):
         restore(detector(), checkpoint, f"{ARCH}-fpn")
     with pytest.raises(ValueError, match=r"^resume: .*detect.pth is of another configuration: .*box_predictor"):
@@ -388,29 +376,29 @@ def test_resuming_changes_nothing(data, tmp_path):
 def test_sigterm_saves_the_iteration(data, tmp_path, monkeypatch):
     whole, model = detector(), detector()
     run = {"data": data, "config": CONFIG, "name": "detect", "arch": ARCH}
-    train_detector(whole, options=options_in(tmp_path / "whole"), **run)
+    train_detector(whole, options=run_in(tmp_path / "whole"), **run)
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patch:
         patch.setattr(iterations, "_finite", lambda loss, *_: os.kill(os.getpid(), signal.SIGTERM) or loss)
         with pytest.raises(SystemExit) as stopped:
-            train_detector(model, options=options_in(folder, print_freq=1), **run)
+            train_detector(model, options=run_in(folder, print_freq=1), **run)
     assert stopped.value.code == 143
     assert torch.load(folder / "detect.pth", weights_only=True)["iteration"] == 1
-    train_detector(model, options=options_in(folder, resume=folder / "detect.pth"), **run)
-    assert is_equal(state_of(whole), state_of(model))
+    train_detector(model, options=run_in(folder, resume=folder / "detect.pth"), **run)
+    assert_equal_states(weights_of(whole), weights_of(model))
 
 
 def test_statistics_of_batchnorm_are_averages(data, tmp_path):
     """Of the last model over ``bn_batches``, not of the models that training went through."""
     model = detector()
-    train_detector(model, data, CONFIG, options_in(tmp_path), name="detect", arch=ARCH)
+    train_detector(model, data, CONFIG, run_in(tmp_path), name="detect", arch=ARCH)
     sums = torch.zeros(model.backbone.bn1.num_features)
 
     def add(layer: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         sums.add_(inputs[0].mean((0, 2, 3)) / 2)
 
     hook = model.backbone.bn1.register_forward_pre_hook(add)
-    for batch in detection_batches(data.train, 4, stop=2, seed=CONFIG.seed):
+    for batch in training_items(data.train.view, len(data.train), 4, stop=2, seed=CONFIG.seed):
         with torch.no_grad():
             model(*to_device(batch, torch.device("cpu")))
     hook.remove()
@@ -422,7 +410,7 @@ def test_statistics_of_batchnorm_are_averages(data, tmp_path):
 def test_an_infinite_loss_stops_and_leaves_nothing(data, tmp_path):
     config = dataclasses.replace(CONFIG, lr=1e30)
     with pytest.raises(FloatingPointError, match=r"^loss: expected a finite number, got nan by iteration \d"):
-        train_detector(detector(), data, config, options_in(tmp_path, print_freq=1), name="detect", arch=ARCH)
+        train_detector(detector(), data, config, run_in(tmp_path, print_freq=1), name="detect", arch=ARCH)
     assert not (tmp_path / "detect.pth").exists()
 
 

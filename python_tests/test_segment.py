@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import nn
-from training import environment, torchrun
+from training import assert_equal_states, environment, run_in, torchrun, weights_of
 
 from moco_ext import cli, encoders
 from moco_ext.data.items import training_items
 from moco_ext.data.segmentation import IGNORED, load_segmentation, random_view
 from moco_ext.evaluate.segmentation import confusion_matrix, evaluate_segmenter, intersection_over_union
-from moco_ext.runs.options import RunOptions
 from moco_ext.train.iterations import restore
 from moco_ext.train.segmenter import RECIPES, SegmenterConfig, build_segmenter, cross_entropy, train_segmenter
 
@@ -106,18 +104,6 @@ def data(folders):
 def segmenter(arch: str = ARCH, classes: int = 3):
     torch.manual_seed(0)
     return build_segmenter(encoders.build(arch, 1), classes, CONFIG)
-
-
-def options_in(folder, **options) -> RunOptions:
-    return RunOptions(folder, console=Console(quiet=True), logger="none", **options)
-
-
-def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def is_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -314,14 +300,14 @@ def test_perfect_predictions_score_100(data):
 )
 def test_the_encoder_is_the_backbone_and_all_of_it_is_trained(arch, stride):
     encoder = encoders.build(arch, 1).requires_grad_(False)
-    expected = state_of(encoder)
+    expected = weights_of(encoder)
     model = build_segmenter(encoder, 5, CONFIG)
     state = model.state_dict()
     layers = [name for name in expected if not name.startswith(("fc.", "head."))]
     assert all(torch.equal(state[f"backbone.{name}"], expected[name]) for name in layers)
     new = [name for name in state if name.removeprefix("backbone.") not in layers]
     assert all(name.startswith("classifier.") for name in new)
-    assert is_equal(state_of(encoder), expected)  # the same names, for other tools
+    assert_equal_states(weights_of(encoder), expected)  # the same names, for other tools
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(layer.training for layer in model.modules())
     norms = [name for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -408,8 +394,8 @@ def test_training_segments(data, tmp_path):
     arch = "resnet10-small"
     config = dataclasses.replace(CONFIG, iterations=16, schedule=(14,), batch_size=8, lr=0.05, eval_every=8)
     model = segmenter(arch)
-    untrained, before = evaluate_segmenter(model, data.test)["mIoU"], state_of(model)
-    records = train_segmenter(model, data, config, options_in(tmp_path), name="segment", arch=arch)
+    untrained, before = evaluate_segmenter(model, data.test)["mIoU"], weights_of(model)
+    records = train_segmenter(model, data, config, run_in(tmp_path), name="segment", arch=arch)
     assert untrained < 30
     assert [record["step"] for record in records] == [8, 16]
     assert records[1]["mIoU"] > 60
@@ -426,13 +412,13 @@ def test_resuming_changes_nothing(data, tmp_path):
     run = {"data": data, "name": "segment", "arch": ARCH}
     config = dataclasses.replace(CONFIG, eval_every=2)
     short = dataclasses.replace(config, iterations=2)
-    train_segmenter(whole, config=config, options=options_in(tmp_path / "whole"), **run)
-    train_segmenter(first, config=short, options=options_in(tmp_path / "parts"), **run)
+    train_segmenter(whole, config=config, options=run_in(tmp_path / "whole"), **run)
+    train_segmenter(first, config=short, options=run_in(tmp_path / "parts"), **run)
     checkpoint = tmp_path / "parts" / "segment.pth"
-    options = options_in(tmp_path / "parts", resume=checkpoint, workers=1)
+    options = run_in(tmp_path / "parts", resume=checkpoint, workers=1)
     records = train_segmenter(second, config=config, options=options, **run)
     assert [record["step"] for record in records] == [2, 4]
-    assert is_equal(state_of(whole), state_of(second))
+    assert_equal_states(weights_of(whole), weights_of(second))
     one, other = (torch.load(tmp_path / f / "segment.pth", weights_only=True) for f in ("whole", "parts"))
     assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
     for slot, same in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
@@ -514,7 +500,7 @@ def test_a_killed_run_resumes_to_the_same_result(folders, tmp_path):
     one, other = (
         torch.load(folder / "segment-scratch.pth", weights_only=True)["state_dict"] for folder in (whole, killed)
     )
-    assert is_equal(one, other)
+    assert_equal_states(one, other)
 
 
 @pytest.mark.slow

@@ -38,6 +38,10 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoint.pth", weights_only=True)["state_dict"]
 
 
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
 def assert_equal_states(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():

@@ -22,7 +22,7 @@ tags: [kernel]
 ---
 # moco_ext
 
-Fused operators for momentum contrast (MoCo). See `moco_ext` on PyPI for the documentation.
+Fused operators for momentum contrast (MoCo). `help(moco_ext.info_nce)` documents the loss.
 
 ```python
 from kernels import get_kernel

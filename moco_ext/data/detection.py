@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .files import few
 from .images import read_image
-from .items import ItemData, training_items
+from .items import ItemData
 from .seeds import uniforms
 
 LAYOUTS = ("voc", "coco")
@@ -177,8 +177,3 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ValueError(f"data: expected annotations in {path}, got no such file")
     return path
-
-
-def detection_batches(split: DetectionSplit, batch_size: int, **order: int) -> Iterator[list[Item]]:
-    """:func:`moco_ext.data.items.training_items` of a split."""
-    return training_items(split.view, len(split), batch_size, **order)
