@@ -423,6 +423,10 @@ def test_resuming_changes_nothing(data, tmp_path):
     assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
     for slot, same in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
         assert torch.equal(slot["momentum_buffer"], same["momentum_buffer"])
+    evaluated = build_segmenter(encoders.build(ARCH, 1), 3, CONFIG, mean=(0.1, 0.2, 0.3))
+    restore(evaluated, checkpoint, f"{ARCH}-fcn")
+    assert_equal_states(weights_of(evaluated), weights_of(second))  # the normalization of images, too
+    assert torch.equal(evaluated.mean, second.mean)
     with pytest.raises(ValueError, match=r"^resume: .*segment.pth is of another configuration: .*classifier"):
         restore(segmenter(classes=4), checkpoint, f"{ARCH}-fcn")
     with pytest.raises(ValueError, match=rf"^resume: expected a checkpoint of {ARCH}-c4, got one of {ARCH}-fcn"):

@@ -61,8 +61,8 @@ class Segmenter(FCN):
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__(backbone, classifier)
-        self.register_buffer("mean", mean[:, None, None], persistent=False)
-        self.register_buffer("std", std[:, None, None], persistent=False)
+        self.register_buffer("mean", mean[:, None, None])  # in checkpoints, so that --evaluate normalizes as training did
+        self.register_buffer("std", std[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes, H, W] of images uint8 [N, 3, H, W]."""
