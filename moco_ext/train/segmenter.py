@@ -61,7 +61,8 @@ class Segmenter(FCN):
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__(backbone, classifier)
-        self.register_buffer("mean", mean[:, None, None])  # in checkpoints, so that --evaluate normalizes as training did
+        # In checkpoints, so that an evaluation normalizes as the training did.
+        self.register_buffer("mean", mean[:, None, None])
         self.register_buffer("std", std[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
