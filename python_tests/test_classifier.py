@@ -154,7 +154,7 @@ def test_linear_moves_the_new_layer_alone(digits, tmp_path):
     kept = [json.loads(line) for line in (tmp_path / "linear" / "metrics.jsonl").read_text().splitlines()]
     assert kept == records
     checkpoint = torch.load(tmp_path / "linear.pth", weights_only=True)
-    assert checkpoint.keys() == {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "transform"}
+    assert checkpoint.keys() == {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "transform", "config"}
     assert (checkpoint["epoch"], checkpoint["arch"]) == (2, ARCH)
     assert checkpoint["best_acc1"] == max(record["val_acc1"] for record in records)
     assert all(torch.equal(checkpoint["state_dict"][f"module.{name}"], v) for name, v in model.state_dict().items())

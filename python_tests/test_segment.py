@@ -21,7 +21,6 @@ from moco_ext import cli, encoders
 from moco_ext.data.items import training_items
 from moco_ext.data.segmentation import IGNORED, load_segmentation, random_view
 from moco_ext.evaluate.segmentation import confusion_matrix, evaluate_segmenter, intersection_over_union
-from moco_ext.train.iterations import restore
 from moco_ext.train.segmenter import RECIPES, SegmenterConfig, build_segmenter, cross_entropy, train_segmenter
 
 for package in ("tensorboard", "timm"):
@@ -305,8 +304,7 @@ def test_the_encoder_is_the_backbone_and_all_of_it_is_trained(arch, stride):
     state = model.state_dict()
     layers = [name for name in expected if not name.startswith(("fc.", "head."))]
     assert all(torch.equal(state[f"backbone.{name}"], expected[name]) for name in layers)
-    new = [name for name in state if name.removeprefix("backbone.") not in layers]
-    assert [name for name in new if not name.startswith("classifier.")] == ["mean", "std"]
+    assert all(name.startswith("classifier.") for name in state if name.removeprefix("backbone.") not in layers)
     assert_equal_states(weights_of(encoder), expected)  # the same names, for other tools
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(layer.training for layer in model.modules())
@@ -402,7 +400,7 @@ def test_training_segments(data, tmp_path):
     assert records[1]["loss"] < 0.5 * records[0]["loss"]
     assert records[1] == pytest.approx(records[1] | evaluate_segmenter(model, data.test))
     same = [name for name, value in model.state_dict().items() if value.ndim > 1 and torch.equal(value, before[name])]
-    assert same == ["mean", "std"]
+    assert not same
     groups = torch.load(tmp_path / "segment.pth", weights_only=True)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [1e-4, 0]
 
@@ -423,14 +421,6 @@ def test_resuming_changes_nothing(data, tmp_path):
     assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
     for slot, same in zip(one["optimizer"]["state"].values(), other["optimizer"]["state"].values(), strict=True):
         assert torch.equal(slot["momentum_buffer"], same["momentum_buffer"])
-    evaluated = build_segmenter(encoders.build(ARCH, 1), 3, CONFIG, mean=(0.1, 0.2, 0.3))
-    restore(evaluated, checkpoint, f"{ARCH}-fcn")
-    assert_equal_states(weights_of(evaluated), weights_of(second))  # the normalization of images, too
-    assert torch.equal(evaluated.mean, second.mean)
-    with pytest.raises(ValueError, match=r"^resume: .*segment.pth is of another configuration: .*classifier"):
-        restore(segmenter(classes=4), checkpoint, f"{ARCH}-fcn")
-    with pytest.raises(ValueError, match=rf"^resume: expected a checkpoint of {ARCH}-c4, got one of {ARCH}-fcn"):
-        restore(segmenter(), checkpoint, f"{ARCH}-c4")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -448,9 +438,8 @@ def test_the_command(folders, tmp_path, capsys):
     assert (found["schedule"], found["crop"], found["batch_size"], found["scales"]) == ([7, 9], 48, 4, [0.5, 2.0])
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"segment.json", "segment.pth", "segment"}
     assert json.loads((tmp_path / "run/segment.json").read_text()).items() >= found.items()
-    scores = ("iterations", "mIoU", "pixel_accuracy", "IoU/background", "IoU/square", "IoU/disk")
-    again = answer(capsys, folders / "folders", *start, *FLAGS, "--evaluate")
-    assert [again[name] for name in scores] == [found[name] for name in scores]
+    again = answer(capsys, folders / "folders", "--output", tmp_path / "run", "--evaluate")
+    assert again == {name: found[name] for name in again} | {"pretrained": None}
     more = answer(capsys, folders / "folders", *start, *FLAGS, "--iterations", 12, "--resume", "auto")
     assert more["iterations"] == 12
     assert len((tmp_path / "run/segment/metrics.jsonl").read_text().splitlines()) == 2
@@ -508,7 +497,7 @@ def test_a_killed_run_resumes_to_the_same_result(folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(folders, data, tmp_path):
+def test_two_processes_train_one_model(folders, tmp_path, capsys):
     """On CPUs each process has its own statistics of BatchNorm, and those of rank 0 are evaluated and saved."""
     command = ("segment", folders / "folders", "--scratch", "-a", ARCH, "--device", "cpu")
     done = torchrun(2, "-m", "moco_ext", *command, *FLAGS, "--iterations", 10, "--output", tmp_path, "--json")
@@ -516,7 +505,5 @@ def test_two_processes_train_one_model(folders, data, tmp_path):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["iterations"] == 10
     assert math.isfinite(found["mIoU"])
-    model = segmenter()
-    restore(model, tmp_path / "segment-scratch.pth", f"{ARCH}-fcn")
-    alone = evaluate_segmenter(model, data.test)  # in one process: the same images
-    assert {name: found[name] for name in alone} == pytest.approx(alone, abs=0.01)
+    alone = answer(capsys, folders / "folders", "--scratch", "--output", tmp_path, "--evaluate")  # in one process
+    assert [alone[name] for name in ("mIoU", "pixel_accuracy")] == [found[name] for name in ("mIoU", "pixel_accuracy")]

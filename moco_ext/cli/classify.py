@@ -80,13 +80,14 @@ def train(
     frozen = None if reference is None else Classifier(reference, 1, data.size).backbone.state_dict()
     if args.evaluate:
         assert options.resume is not None
-        epoch, _ = restore(model, Path(options.resume), arch)
+        checkpoint = restore(model, Path(options.resume), arch)
+        epoch, trained = checkpoint["epoch"], checkpoint.get("config", {})
         if frozen is not None:
             check_unchanged(model.backbone, frozen)
         scores = evaluate(model.to(options.device), data, device=options.device, workers=options.workers)
         report_unreadable(options, data.unreadable)
         if rank() == 0:
-            result |= {"epochs": epoch, "top1": percent(scores["acc1"]), "top5": percent(scores["acc5"])}
+            result |= trained | {"epochs": epoch, "top1": percent(scores["acc1"]), "top5": percent(scores["acc5"])}
             show(result, title, columns, [(f"epoch {epoch}", scores["acc1"], scores["acc5"])], as_json=args.json)
         return 0
 

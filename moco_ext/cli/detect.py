@@ -38,16 +38,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
     average_precision([], [])  # a missing package is an error before training
-    encoder, arch, transform = transfer.load_start(args)
     data = load_detection(args.data, args.layout)
-    config = transfer.configuration(args, RECIPES[args.recipe or {"voc": "voc", "coco": "coco-1x"}[data.layout]])
-    torch.manual_seed(config.seed)
-    model = build_detector(encoder, len(data.classes), config, transform.mean, transform.std)
+    recipe = RECIPES[args.recipe or {"voc": "voc", "coco": "coco-1x"}[data.layout]]
+    start = transfer.load_start(args, options, recipe, data.classes)
+    torch.manual_seed(start.config.seed)
+    model = build_detector(start.encoder, len(data.classes), start.config, start.transform.mean, start.transform.std)
 
     def export() -> None:
         if args.export is not None:
             state = {name: value.cpu() for name, value in model.state_dict().items()}
             files.write(Path(args.export), detector_to_detectron2(state))
 
-    task = transfer.Task("detect", "Faster R-CNN", config.neck, train_detector, evaluate_detector, _SCORES, _SCORES)
-    return transfer.train(task, args, options, model, arch, data, config, export)
+    neck = start.config.neck
+    task = transfer.Task("Faster R-CNN", neck, train_detector, evaluate_detector, _SCORES, _SCORES)
+    return transfer.train(task, args, options, model, start, data, export)

@@ -30,12 +30,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
-    encoder, arch, transform = transfer.load_start(args)
     data = load_segmentation(args.data)
-    recipe = args.recipe or (data.layout if data.layout in RECIPES else "voc")
-    config = transfer.configuration(args, RECIPES[recipe])
-    torch.manual_seed(config.seed)
-    model = build_segmenter(encoder, len(data.classes), config, transform.mean, transform.std)
+    recipe = RECIPES[args.recipe or (data.layout if data.layout in RECIPES else "voc")]
+    start = transfer.load_start(args, options, recipe, data.classes)
+    torch.manual_seed(start.config.seed)
+    model = build_segmenter(start.encoder, len(data.classes), start.config, start.transform.mean, start.transform.std)
     scores = (*_COLUMNS, *(f"IoU/{name}" for name in data.classes))
-    task = transfer.Task("segment", "FCN", HEAD, train_segmenter, evaluate_segmenter, scores, _COLUMNS)
-    return transfer.train(task, args, options, model, arch, data, config)
+    task = transfer.Task("FCN", HEAD, train_segmenter, evaluate_segmenter, scores, _COLUMNS)
+    return transfer.train(task, args, options, model, start, data)

@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..checkpoints.training import load_into
 from ..data import EvalTransform
 from ..data.items import ItemData
 from ..distributed import rank
@@ -18,22 +19,30 @@ from ..encoders import build
 from ..evaluate.encoder import load_encoder
 from ..runs.options import RunOptions
 from ..runs.settings import settings
-from ..train.iterations import IterationsConfig, restore
+from ..train.iterations import IterationsConfig, read
 from . import launch
 from .classify import RUN_SETTINGS, resolve_resume
 from .config_file import add_config_flag
 from .evaluate import percent, show, write_result
 from .flags import add_settings, given, name_of
 
-C = TypeVar("C", bound=IterationsConfig)
 _SAVE_EVERY = 1000
+
+
+class Start(NamedTuple):
+    """What a model is built from, and with --evaluate its checkpoint."""
+
+    encoder: nn.Module
+    arch: str
+    transform: EvalTransform
+    config: Any
+    checkpoint: dict[str, Any] | None = None
 
 
 class Task(NamedTuple):
     """What is trained.
 
     Attributes:
-        name: of the files written; ``-scratch`` is added for random weights.
         model: kind of the model, for the console.
         head: ending of the architecture in checkpoints.
         train: ``train(model, data, config, options, name=..., arch=...)`` -> records.
@@ -42,7 +51,6 @@ class Task(NamedTuple):
         columns: those in the table.
     """
 
-    name: str
     model: str
     head: str
     train: Callable[..., list[dict[str, Any]]]
@@ -78,27 +86,45 @@ def add_flags(
 
 
 def run(work: launch.Work, args: argparse.Namespace) -> int:
-    if args.scratch == (args.pretrained is not None) or (args.scratch and args.arch is None):
+    if not args.evaluate and (args.scratch == (args.pretrained is not None) or (args.scratch and args.arch is None)):
         got = "both" if args.pretrained else "--scratch alone" if args.scratch else "neither"
         raise ValueError(f"pretrained: expected --pretrained WEIGHTS, or --scratch with --arch ARCH, got {got}")
     return launch.run(work, args, Path(args.output or f"runs/{args.command}-{name_of(args.data)}"))
 
 
-def load_start(args: argparse.Namespace) -> tuple[nn.Module, str, EvalTransform]:
-    """The encoder of --pretrained, or a new one, its architecture, and the transform of its images."""
-    if args.scratch:
-        torch.manual_seed(getattr(args, "seed", 0))
-        return build(args.arch, 1), args.arch, EvalTransform()
-    loaded, transform = load_encoder(args.pretrained, args.arch)
-    return getattr(loaded.model, "encoder", loaded.model), loaded.arch, transform  # timm's are wrapped
+def load_start(
+    args: argparse.Namespace, options: RunOptions, recipe: IterationsConfig, classes: Sequence[str]
+) -> Start:
+    """The encoder of --pretrained, or a new one; with --evaluate, that of the checkpoint and the settings it records.
 
-
-def configuration(args: argparse.Namespace, recipe: C) -> C:
-    """The recipe and the flags given; its schedule is scaled to the number of iterations."""
+    Flags override the settings. A recipe's schedule is scaled to the number of iterations.
+    """
+    resolve_resume(options, _name(args), args.evaluate)
     flags = given(args, type(recipe))
+    if args.evaluate:
+        assert options.resume is not None
+        checkpoint = read(options.resume, classes)
+        arch = checkpoint["arch"].rpartition("-")[0]
+        try:
+            config = type(recipe)(**checkpoint["config"] | flags)
+        except TypeError:
+            raise ValueError(
+                f"resume: expected a checkpoint of {args.command}, got one of {checkpoint['arch']}: {options.resume}"
+            ) from None
+        return Start(build(arch, 1), arch, EvalTransform(**checkpoint["transform"]), config, checkpoint)
     share = flags.get("iterations", recipe.iterations) / recipe.iterations
     schedule = tuple(round(share * milestone) for milestone in recipe.schedule)
-    return dataclasses.replace(recipe, **{"schedule": schedule} | flags)
+    config = dataclasses.replace(recipe, **{"schedule": schedule} | flags)
+    if args.scratch:
+        torch.manual_seed(config.seed)
+        return Start(build(args.arch, 1), args.arch, EvalTransform(), config)
+    loaded, transform = load_encoder(args.pretrained, args.arch)
+    encoder = getattr(loaded.model, "encoder", loaded.model)  # timm's are wrapped
+    return Start(encoder, loaded.arch, transform, config)
+
+
+def _name(args: argparse.Namespace) -> str:
+    return f"{args.command}-scratch" if args.scratch else args.command
 
 
 def train(
@@ -106,9 +132,8 @@ def train(
     args: argparse.Namespace,
     options: RunOptions,
     model: nn.Module,
-    arch: str,
+    start: Start,
     data: ItemData[Any],
-    config: IterationsConfig,
     finish: Callable[[], None] = lambda: None,
 ) -> int:
     """Train ``model``, or with --evaluate only evaluate it; print and write its scores.
@@ -116,12 +141,11 @@ def train(
     Args:
         finish: what rank 0 does before it prints the scores.
     """
-    name = f"{task.name}-scratch" if args.scratch else task.name
+    name, arch, config = _name(args), start.arch, start.config
     options.save_every = getattr(args, "save_every", _SAVE_EVERY)
-    resolve_resume(options, name, args.evaluate)
-    if args.evaluate:
-        assert options.resume is not None
-        step = restore(model, Path(options.resume), f"{arch}-{task.head}")
+    if start.checkpoint is not None:
+        load_into(model, start.checkpoint, Path(str(options.resume)), arch=f"{arch}-{task.head}")
+        step = start.checkpoint["iteration"]
         scores = task.evaluate(model.to(options.device), data.test, device=options.device, workers=options.workers)
     else:
         options.console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -95,6 +95,15 @@ def settings(cls: type, *names: str) -> dict[str, Setting]:
         for field in dataclasses.fields(cls)
         if field.metadata and (not names or field.name in names)
     }
+
+
+def changed_settings(before: Mapping[str, Any], now: Any) -> list[str]:
+    """``NAME OLD -> NEW`` of each field of a dataclass's instance ``now`` that had another value before."""
+    return [
+        f"{name} {before[name]} -> {value}"
+        for name, value in dataclasses.asdict(now).items()
+        if name in before and before[name] != value
+    ]
 
 
 def check_settings(instance: Any) -> None:

@@ -26,7 +26,7 @@ from ..runs.directory import exclusive
 from ..runs.files import remove_temporaries, write_atomically
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
-from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, check_settings, setting
+from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, changed_settings, check_settings, setting
 from .preemption import Interrupts
 
 M = TypeVar("M", bound=nn.Module)
@@ -239,9 +239,13 @@ def train_classifier(
     )
     optimizer = _optimizer(model, config)
     done, best = options.start_epoch, 0.0
-    checkpoint, best_checkpoint = options.output / f"{name}.pth", options.output / f"{name}_best.pth"
+    path, best_path = options.output / f"{name}.pth", options.output / f"{name}_best.pth"
     if options.resume is not None:
-        done, best = restore(model, Path(options.resume), arch, optimizer)
+        checkpoint = restore(model, Path(options.resume), arch, optimizer)
+        done, best = checkpoint["epoch"], float(checkpoint["best_acc1"])
+        if rank() == 0 and (changed := changed_settings(checkpoint.get("config", {}), config)):
+            options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
+        del checkpoint  # as large as the model and its optimizer
     if done >= config.epochs:
         raise ValueError(f"epochs: expected more than the {done} already done, got {config.epochs}; see --evaluate")
     folder = options.output / name
@@ -279,23 +283,22 @@ def train_classifier(
             check_finite(model, optimizer)
             if rank() == 0:
                 save_checkpoint(
-                    checkpoint,
+                    path,
                     epoch=epoch + 1,
                     arch=arch,
                     model=model,
                     optimizer=optimizer,
                     best_acc1=best,
                     transform=EvalTransform.of(data).as_dict(),
+                    config=dataclasses.asdict(config),
                 )
                 if is_best:
-                    write_atomically(best_checkpoint, lambda file: file.write(checkpoint.read_bytes()))
+                    write_atomically(best_path, lambda file: file.write(path.read_bytes()))
     return log.records
 
 
-def restore(
-    model: Classifier, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None
-) -> tuple[int, float]:
-    """Load a checkpoint of :func:`train_classifier`; returns its completed epochs and its best val_acc1.
+def restore(model: Classifier, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Load a checkpoint of :func:`train_classifier` and return it: epoch (completed ones), best_acc1, config.
 
     Raises:
         ValueError: the checkpoint is damaged, or of another architecture, data set or configuration.
@@ -305,7 +308,7 @@ def restore(
     if not isinstance(best, (int, float)):
         raise ValueError(f"resume: expected a classifier's checkpoint, got {best} best_acc1 in {path}")
     load_into(model, checkpoint, path, arch=arch, optimizer=optimizer)
-    return checkpoint["epoch"], float(best)
+    return checkpoint
 
 
 class _Epochs:

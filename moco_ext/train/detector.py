@@ -150,6 +150,8 @@ def train_detector(
         name=name,
         arch=arch,
         head=config.neck,
+        mean=model.transform.image_mean,
+        std=model.transform.image_std,
         view=data.train.view,
         loss_of=lambda model, batch: sum(model(*to_device(batch, options.device)).values()),
         evaluate=evaluate_detector,

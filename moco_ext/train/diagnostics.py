@@ -168,7 +168,7 @@ class Diagnostics:
         self._warned = True
         warnings.warn(
             f"features are collapsing: at step {step} the spread of the queries is {spread:.3f} (1: even, 0: none) "
-            f"and their effective rank {rank:.1f}",
+            f"and their effective rank {rank:.1f}; a warm-up (warmup_epochs) or a lower learning rate may help",
             stacklevel=3,
         )
 

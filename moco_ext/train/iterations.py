@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..runs.directory import exclusive
 from ..runs.files import remove_temporaries
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
-from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, at_least, check_settings, setting
+from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, at_least, changed_settings, check_settings, setting
 from .classifier import synchronize_batchnorm
 from .preemption import Preemption
 
@@ -80,6 +81,8 @@ def train_iterations(
     name: str,
     arch: str,
     head: str,
+    mean: Sequence[float],
+    std: Sequence[float],
     view: Callable[[int, int], Any],
     loss_of: Callable[[nn.Module, list[Any]], Tensor],
     evaluate: Callable[..., dict[str, float]],
@@ -95,6 +98,7 @@ def train_iterations(
         name: name of the files in ``options.output``: ``NAME.pth``, ``NAME/metrics.jsonl`` and ``NAME/tensorboard/``.
             Existing ones are replaced.
         arch: name of the encoder's architecture. That of the checkpoint is ``ARCH-HEAD``.
+        mean, std: normalization of the model's images, for the checkpoint.
         view: as for :func:`moco_ext.data.items.training_items`.
         loss_of: loss of a model in training mode on a batch of views.
         evaluate: ``evaluate(model, data.test, device=..., workers=...)``: scores in percent, the same on all ranks.
@@ -118,7 +122,14 @@ def train_iterations(
         {"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum)
-    done = 0 if options.resume is None else restore(model, Path(options.resume), f"{arch}-{head}", optimizer)
+    done = 0
+    if options.resume is not None:
+        checkpoint = read(options.resume, data.classes)
+        load_into(model, checkpoint, Path(options.resume), arch=f"{arch}-{head}", optimizer=optimizer)
+        done = checkpoint["iteration"]
+        if rank() == 0 and (changed := changed_settings(checkpoint["config"], config)):
+            options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
+        del checkpoint  # as large as the model and its optimizer
     if done >= config.iterations:
         raise ValueError(
             f"iterations: expected more than the {done} already done, got {config.iterations}; see --evaluate"
@@ -187,6 +198,8 @@ def train_iterations(
                         optimizer=optimizer,
                         iteration=step,
                         classes=list(data.classes),
+                        config=dataclasses.asdict(config),
+                        transform={"mean": list(mean), "std": list(std)},
                     )
             if stopped:
                 preemption.stop(options.console, step)
@@ -194,18 +207,27 @@ def train_iterations(
     return log.records
 
 
-def restore(model: nn.Module, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Load a checkpoint of :func:`train_iterations`; returns its completed iterations.
+def read(path: str | Path, classes: Sequence[str]) -> dict[str, Any]:
+    """A checkpoint of :func:`train_iterations`: that of :func:`moco_ext.checkpoints.training.load_checkpoint`, with
+    iteration (completed ones), config, transform and classes.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another architecture, head, number of classes or kind.
+        ValueError: the checkpoint is damaged, or of another kind or other classes.
     """
     checkpoint = load_checkpoint(path)
-    iteration = checkpoint.get("iteration", "no")
-    if not isinstance(iteration, int):
-        raise ValueError(f"resume: expected a checkpoint of detect or segment, got {iteration} iteration in {path}")
-    load_into(model, checkpoint, path, arch=arch, optimizer=optimizer)
-    return iteration
+    missing = {"iteration", "config", "transform", "classes"} - checkpoint.keys()
+    if missing:
+        raise ValueError(
+            f"resume: expected a checkpoint of detect or segment, got one without {', '.join(sorted(missing))}: {path}"
+        )
+    if checkpoint["classes"] != list(classes):
+        pairs = itertools.zip_longest(classes, checkpoint["classes"], fillvalue="none")
+        own, other = next(pair for pair in pairs if len({*pair}) > 1)
+        raise ValueError(
+            f"resume: expected a checkpoint of the {len(classes)} classes of the data, got one of "
+            f"{len(checkpoint['classes'])}, with {other} instead of {own}: {path}"
+        )
+    return checkpoint
 
 
 def _finite(loss: float, step: int, lr: float) -> float:

@@ -61,9 +61,8 @@ class Segmenter(FCN):
 
     def __init__(self, backbone: nn.Module, classifier: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__(backbone, classifier)
-        # In checkpoints, so that an evaluation normalizes as the training did.
-        self.register_buffer("mean", mean[:, None, None])
-        self.register_buffer("std", std[:, None, None])
+        self.register_buffer("mean", mean[:, None, None], persistent=False)
+        self.register_buffer("std", std[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes, H, W] of images uint8 [N, 3, H, W]."""
@@ -136,6 +135,8 @@ def train_segmenter(
         name=name,
         arch=arch,
         head=HEAD,
+        mean=model.mean.flatten().tolist(),
+        std=model.std.flatten().tolist(),
         view=functools.partial(data.train.view, crop=config.crop, scales=config.scales, fill=fill),
         loss_of=functools.partial(cross_entropy, device=options.device),
         evaluate=evaluate_segmenter,

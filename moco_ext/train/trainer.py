@@ -33,6 +33,7 @@ from ..runs.directory import claim, clear, list_unreadable
 from ..runs.files import write_atomically
 from ..runs.metrics import Averages, RunLog, read_metrics
 from ..runs.options import RunOptions
+from ..runs.settings import changed_settings
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
 from .initialize import describe, initialize_
@@ -357,9 +358,7 @@ class Trainer:
         if self.rank > 0:
             return
         self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
-        now = dataclasses.asdict(self.config)
-        changed = [f"{name} {old} -> {now[name]}" for name, old in before.items() if name in now and now[name] != old]
-        if changed:
+        if changed := changed_settings(before, self.config):
             self.options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
         if self.step >= self.total:
             warnings.warn(f"resume: {path} has completed all of its {self.total} steps", stacklevel=5)
