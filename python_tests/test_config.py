@@ -33,6 +33,15 @@ def test_explicit_settings_win_over_a_preset():
     assert resolve_config("digits", {"schedule": (3,), "cos": True}).cos
 
 
+def test_the_warm_up_of_a_preset_is_at_most_a_tenth_of_the_run():
+    found = [
+        resolve_config("fashion-mnist", given).warmup_epochs
+        for given in ({}, {"epochs": 100}, {"epochs": 1}, {"steps": 50}, {"epochs": 4, "warmup_epochs": 1.0})
+    ]
+    assert found == [1.8, 1.8, 0.1, 0.0, 1.0]
+    assert resolve_config("cifar10", {}, "cifar10").warmup_epochs == 0  # the notebook's
+
+
 def test_recipes_are_the_published_ones():
     v2 = resolve_config("/some/folder", {}, "moco-v2")
     assert (v2.mlp, v2.moco_t, v2.aug_plus, v2.cos, v2.lr, v2.epochs) == (True, 0.2, True, True, 0.03, 200)

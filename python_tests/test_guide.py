@@ -76,6 +76,13 @@ def test_epochs():
     assert "epochs" not in chosen(1000, steps=500)
 
 
+def test_warm_up():
+    assert [resolved(n).warmup_epochs for n in (100, 250_000, IMAGENET, 10**7)] == [10, 10, 0, 2.6]
+    assert resolved(1_000_000 - 1, CPU).warmup_epochs == 0.1  # of one epoch
+    assert chosen(64_000, steps=500)["warmup_epochs"] == 0.2  # two epochs of 250 steps
+    assert "warmup_epochs" not in chosen(64_000, schedule=(3,))  # a command of the official trainer
+
+
 def test_a_short_run_has_a_faster_key_encoder():
     assert resolved(10_000).moco_m == 0.99
     assert resolved(IMAGENET).moco_m == 0.999

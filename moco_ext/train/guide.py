@@ -17,6 +17,7 @@ _EPOCHS, _BATCH, _LR, _K, _SIZE = 200, 256, 0.03, 65_536, 224
 _IMAGENET, _MANY, _LONGEST = 1_281_167, 1_000_000, 800
 _SMALL_SIDE = 64  # pixels; for larger images the "-small" encoders take too much time
 _SHORT_RUN = 100_000  # steps
+_WARMUP = 10.0  # epochs; as in SimCLR and MoCo v3
 _MEMORY_SHARE = {"cuda": 0.8, "cpu": 0.5}  # the rest is for libraries, fragmentation and, on a CPU, loader processes
 # Training on a CPU for hours, not days: images in all epochs, by whether they are small.
 _CPU_EPOCHS, _CPU_IMAGES, _CPU_SMALL_IMAGES, _CPU_SIZE = 200, 200_000, 2_000_000, 128
@@ -112,10 +113,12 @@ def choose(
     if not explicit.get("steps"):
         add("epochs", *_epochs(images, cpu, small))
     epochs = value_of("epochs", _EPOCHS)
+    steps = explicit.get("steps") or epochs * steps_per_epoch
     published = images >= _MANY and ("epochs" not in chosen or epochs == _EPOCHS)
     if not published and not {"schedule", "lr_every"} & explicit.keys():
         add("cos", True, "MoCo v2; it fits any number of epochs")
-    steps = explicit.get("steps") or epochs * steps_per_epoch
+        warmup = min(_WARMUP, steps / steps_per_epoch / 10)
+        add("warmup_epochs", warmup, "the first steps, against a random queue, are too large")
     if steps < _SHORT_RUN and has("moco_m") and not own_momentum(mechanism):
         add("moco_m", 0.99, f"the key encoder has to follow within about {steps:,} steps")
     if images < 64 * 200:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .config import PretrainConfig
@@ -64,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # Short runs need a key encoder that moves faster than with m = 0.999, and K well below the number of images: other
 # views of an image that are still in the queue count as its negatives.
 _SHORT = {"mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True, "lr": 0.06, "moco_m": 0.99}
-_CIFAR = _SHORT | {"arch": "resnet18-small", "batch_size": 512, "moco_k": 4096}
+_CIFAR = _SHORT | {"arch": "resnet18-small", "batch_size": 512, "moco_k": 4096, "warmup_epochs": 10.0}
 _PRESETS: dict[str, dict[str, Any]] = {
     "digits": _SHORT
     | {
@@ -80,6 +81,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     | {
         "arch": "resnet10",
         "epochs": 18,
+        "warmup_epochs": 1.8,
         "batch_size": 128,
         "moco_k": 4096,
         "crop_min": 0.5,
@@ -97,7 +99,8 @@ def resolve_config(
     ``guided``, then the published defaults. With a recipe, the preset only supplies what depends on the data: ``arch``
     and ``crop_min``.
 
-    An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off.
+    An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off. With explicit ``epochs``, a preset's
+    warm-up takes at most a tenth of them, and with explicit ``steps`` there is none.
 
     Args:
         guided: what :mod:`moco_ext.train.guide` chose for the images and the device.
@@ -122,6 +125,9 @@ def layers(
     if "schedule" in explicit and "cos" not in explicit:
         explicit = explicit | {"cos": False}
     preset = _PRESETS.get(data, {})
+    if "warmup_epochs" in preset:
+        epochs = 0 if explicit.get("steps") else explicit.get("epochs", math.inf)
+        preset = preset | {"warmup_epochs": min(preset["warmup_epochs"], epochs / 10)}
     if recipe is not None:
         preset = {name: preset[name] for name in ("arch", "crop_min") if name in preset}
     mechanism = explicit.get("dictionary")
