@@ -230,12 +230,15 @@ def run_search(args: argparse.Namespace, data: ImageData) -> None:
         name = f"{re.sub(r'[^a-z0-9.]+', '_', flags).strip('_') or 'preset'},epochs={args.epochs}"
         config = configuration(args.data, flags, args.seed, epochs=args.epochs)
         options = options_of(args, work / name / "run")
-        part(work / name, args.device, lambda: {"settings": flags} | search(data, config, options))  # noqa: B023
+        sized = dataclasses.replace(data, size=config.image_size or data.size)
+        part(work / name, args.device, lambda: {"settings": flags} | search(sized, config, options))  # noqa: B023
         collect(work, args.out)
 
 
 def run_final(args: argparse.Namespace, data: ImageData) -> None:
     work = args.work / args.data / "final"
+    size = configuration(args.data, args.settings, 0).image_size
+    data = dataclasses.replace(data, size=size or data.size)
     for seed in args.seeds:
         config = configuration(args.data, args.settings, seed)
         options = options_of(args, Path(args.runs.format(seed=seed)))
