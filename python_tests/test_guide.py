@@ -76,6 +76,12 @@ def test_epochs():
     assert "epochs" not in chosen(1000, steps=500)
 
 
+def test_a_cpu_that_multiplies_bfloat16():
+    fast = CPU._replace(bf16=True)
+    assert resolved(10_000, fast).precision == "bf16"
+    assert (resolved(10_000, CPU).precision, resolved(10_000, fast, precision="fp32").precision) == ("fp32", "fp32")
+
+
 def test_warm_up():
     assert [resolved(n).warmup_epochs for n in (100, 250_000, IMAGENET, 10**7)] == [10, 10, 0, 2.6]
     assert resolved(1_000_000 - 1, CPU).warmup_epochs == 0.1  # of one epoch

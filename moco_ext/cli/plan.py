@@ -69,12 +69,14 @@ def explicit_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def make_plan(args: argparse.Namespace, options: RunOptions) -> Plan:
     """Load the data and resolve every setting. In a process group every rank must call it; all get the same."""
-    explicit, guidable = explicit_settings(args), guide.applies(data_of(args), args.recipe)
-    guided = _of_resumed_run(options, explicit) if guidable else {}
+    explicit = explicit_settings(args)
+    guided = _of_resumed_run(options, explicit) if args.recipe is None else {}
+    if not guide.applies(data_of(args), args.recipe):  # a preset has the rest
+        guided = {name: value for name, value in guided.items() if name == "precision"}
     choices: dict[str, Choice] = {}
     first = configuration(args, guided)
     data = load(first.data, args.data_root, val_fraction=first.val_fraction, image_size=first.image_size)
-    if guidable and not guided:
+    if args.recipe is None and not guided:
         choices = _choose(first, data, explicit, options)
         if data.why_not_scored:
             choices.pop("knn_k", None)
@@ -166,18 +168,27 @@ def _choose(
     if distributed.rank() == 0:
         local = options.local_world
         share = 1 if options.device.type == "cuda" else local
-        machine = Machine(options.device.type, device_memory(options.device) // share, local, max(1, world // local))
+        available, nodes = device_memory(options.device) // share, max(1, world // local)
+        machine = Machine(options.device.type, available, local, nodes, _multiplies_bf16(options.device))
 
         def memory(settings: dict[str, Any], images: int) -> int:
             settings = {name: value for name, value in settings.items() if name != "batch_size"}
             wanted = resolve_config(config.data, settings)
             return sum(estimate(wanted, wanted.image_size or data.size, len(data.train), images, world).values())
 
-        side = guide.typical_side(data.train)
-        shared = [guide.choose(len(data.train), side, machine, explicit, memory, mlp=_takes_mlp(explicit.get("arch")))]
+        if guide.applies(config.data, None):
+            side, mlp = guide.typical_side(data.train), _takes_mlp(explicit.get("arch"))
+            shared = [guide.choose(len(data.train), side, machine, explicit, memory, mlp=mlp)]
+        else:
+            shared = [guide.choose_for_device(machine, explicit)]
     if world > 1:
         dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
 
 
 def _takes_mlp(arch: str | None) -> bool:
