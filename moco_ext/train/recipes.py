@@ -99,7 +99,7 @@ def resolve_config(
     ``guided``, then the published defaults. With a recipe, the preset only supplies what depends on the data: ``arch``
     and ``crop_min``.
 
-    An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off. With explicit ``epochs``, a preset's
+    An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off. With explicit ``epochs``, its
     warm-up takes at most a tenth of them, and with explicit ``steps`` there is none.
 
     Args:
