@@ -1,7 +1,7 @@
 """Draws the plots of docs/curves.md and docs/moco.md from bench/results/curves.json, or records the runs they show.
 
     for run in "good" "m0 --moco-m 0" "lr --lr 3"; do set -- $run; moco-ext pretrain --data digits --steps 400 \
-        --log-every 4 --print-freq 1 --online-knn 0 --output runs/curves/$1 ${@:2}; done
+        --precision fp32 --log-every 4 --print-freq 1 --online-knn 0 --output runs/curves/$1 ${@:2}; done
     python bench/curves.py runs/curves    # reads the runs
     python bench/curves.py                # draws again
 """

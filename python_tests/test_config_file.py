@@ -211,6 +211,20 @@ def test_the_guide_chooses_for_a_folder(photos):
     assert named.choices == {}
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_precision_fits_the_device(photos, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr("moco_ext.cli.plan._multiplies_bf16", lambda device: fast)
+    expected = "bf16" if fast else "fp32"
+    digits, folder = plan_of("--data", "digits"), plan_of(photos)
+    assert digits.config.precision == folder.config.precision == expected
+    assert digits.choices.keys() == ({"precision"} if fast else set())
+    assert plan_of("--data", "digits", "--recipe", "moco-v1").config.precision == "fp32"
+    assert plan_of("--data", "digits", "--precision", "fp16").config.precision == "fp16"
+    monkeypatch.setattr("moco_ext.cli.plan._multiplies_bf16", lambda device: not fast)
+    as_written(digits.config, tmp_path / "run")
+    assert plan_of("--data", "digits", "--output", tmp_path / "run", resume="auto").config.precision == expected
+
+
 def test_a_resumed_run_keeps_its_settings(photos, tmp_path):
     """More images than before, or another device, would change the choices."""
     first = plan_of(photos)

@@ -76,7 +76,7 @@ def test_epochs():
     assert "epochs" not in chosen(1000, steps=500)
 
 
-def test_a_cpu_that_multiplies_bfloat16():
+def test_a_device_that_multiplies_bfloat16():
     fast = CPU._replace(bf16=True)
     assert resolved(10_000, fast).precision == "bf16"
     assert (resolved(10_000, CPU).precision, resolved(10_000, fast, precision="fp32").precision) == ("fp32", "fp32")

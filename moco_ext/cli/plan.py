@@ -95,8 +95,10 @@ def make_plan(args: argparse.Namespace, options: RunOptions) -> Plan:
 
 
 def show_choices(plan: Plan, options: RunOptions) -> None:
-    """What the size guide chose, in a small table."""
-    if not plan.choices:
+    """What the size guide chose, in a small table or, for one choice, in a line."""
+    if len(plan.choices) <= 1:
+        for name, (value, reason) in plan.choices.items():
+            options.console.print(f"chosen: --{name.replace('_', '-')} {_text(value)} ({reason})", highlight=False)
         return
     table = Table("setting", "value", "why", title="chosen for these images and this device", title_justify="left")
     for name, (value, reason) in plan.choices.items():
@@ -187,6 +189,8 @@ def _choose(
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in known)
 

@@ -38,7 +38,7 @@ class Machine(NamedTuple):
         memory: bytes of each process's device.
         processes: on each node.
         nodes: number of machines.
-        bf16: a CPU with instructions for bfloat16 products.
+        bf16: the device has instructions for bfloat16 products.
     """
 
     device: str
@@ -57,7 +57,7 @@ def choose_for_device(machine: Machine, explicit: Mapping[str, Any]) -> dict[str
     """Choose what depends on the device alone, and is not in ``explicit``."""
     if not machine.bf16 or "precision" in explicit:
         return {}
-    return {"precision": Choice("bf16", "this CPU multiplies bfloat16 matrices about twice as fast")}
+    return {"precision": Choice("bf16", "this device multiplies bfloat16 matrices much faster")}
 
 
 def choose(
