@@ -194,7 +194,7 @@ COMMAND += ["--threads", "1", "--shard-queue", "--online-knn", "0", "--arch", "r
 
 def test_dry_run_divides_the_queue(tmp_path):
     for world, expected in ((1, "5.1"), (2, "2.6")):
-        run = [*COMMAND, "--dry-run", "--moco-k", "10000", "--output", str(tmp_path / "run")]
+        run = [*COMMAND, "--dry-run", "--moco-k", "10000", "--precision", "fp32", "--output", str(tmp_path / "run")]
         torchrun = {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
         done = subprocess.run(run, capture_output=True, text=True, timeout=120, env=os.environ | torchrun)
         assert done.returncode == 0, done.stderr
