@@ -1,7 +1,7 @@
 """Writes the tables and plots of docs/ablations.md from bench/results/ablations*.json.
 
 python bench/ablations.py              updates the page and the plots
-python bench/ablations.py DIR NAME     first copies the results of moco-ext ablate --output DIR to NAME.json
+python bench/ablations.py DIR... --name NAME    first joins the results of moco-ext ablate --output DIR in NAME.json
 python bench/ablations.py --check      fails if the page is out of date
 """
 
@@ -22,13 +22,12 @@ PLOTS = ROOT / "docs" / "ablations"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", type=Path, metavar="DIR")
-    parser.add_argument("name", nargs="?", default="ablations", metavar="NAME", help="ablations, or starting with it")
+    parser.add_argument("directories", nargs="*", type=Path, metavar="DIR")
+    parser.add_argument("--name", default="ablations", help="ablations, or starting with it")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    if arguments.directory:
-        results = json.loads((arguments.directory / "results.json").read_text())
-        write_json(RESULTS / f"{arguments.name}.json", results)
+    if arguments.directories:
+        write_json(RESULTS / f"{arguments.name}.json", joined(arguments.directories))
     text = filled = PAGE.read_text()
     for path in sorted(RESULTS.glob("ablations*.json")):
         results, name = json.loads(path.read_text()), path.stem
@@ -47,6 +46,18 @@ def main() -> int:
         return int(filled != text)
     PAGE.write_text(filled)
     return 0
+
+
+def joined(directories: list[Path]) -> dict:
+    """The results of one base configuration, in several directories; the first run of a name counts."""
+    results, *others = [json.loads((directory / "results.json").read_text()) for directory in directories]
+    for other in others:
+        for title, rows in other["tables"].items():
+            known = results["tables"].setdefault(title, [])
+            known += [row for row in rows if row not in known]
+        names = {run["name"] for run in results["runs"]}
+        results["runs"] += [run for run in other["runs"] if run["name"] not in names]
+    return results
 
 
 if __name__ == "__main__":
