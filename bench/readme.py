@@ -46,9 +46,11 @@ def record(name: str, run: Path) -> None:
 
 def run_section(summary: dict) -> str:
     columns = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "trained encoder"}
+    seconds = summary["seconds"]
+    time = f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
     lines = [
         f"`{shlex.join(['moco-ext', 'pretrain', '--data', summary['data'], '--output', 'RUN'])}`: "
-        f"{summary['seconds'] / 60:.1f} minutes of training on {summary['machine']} (commit {summary['commit']}).",
+        f"{time} of training on {summary['machine']} (commit {summary['commit']}).",
         "",
         "| top-1 on test images, % | " + " | ".join(columns.values()) + " |",
         "|---" * 4 + "|",
