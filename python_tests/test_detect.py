@@ -442,6 +442,14 @@ def test_the_command(folders, tmp_path, capsys):
     assert json.loads((tmp_path / "run/detect.json").read_text()).items() >= found.items()
     again = answer(capsys, folders / "voc", "--output", tmp_path / "run", "--evaluate")  # with the settings recorded
     assert again == {name: found[name] for name in again} | {"pretrained": None}
+    damaged = torch.load(tmp_path / "run/detect.pth", weights_only=True)
+    for entry, value in (("iteration", "x"), ("config", None), ("transform", [1]), ("classes", 3)):
+        torch.save(damaged | {entry: value}, tmp_path / "damaged.pth")
+        assert cli.main(["detect", str(folders / "voc"), "-e", "--resume", str(tmp_path / "damaged.pth")]) == 1
+        expected = f"resume: expected a checkpoint of detect or segment, got {value} {entry} in"
+        assert expected in capsys.readouterr().err
+    assert cli.main(["detect", str(folders / "voc"), "-e", "-a", "resnet34", "--output", str(tmp_path / "run")]) == 1
+    assert f"resume: expected a checkpoint of resnet34, got one of {ARCH}" in capsys.readouterr().err
     more = answer(capsys, folders / "voc", *start, *FLAGS, "--iterations", 3, "--resume", "auto")
     assert more["iterations"] == 3
     assert "roi_heads.res5.norm.weight" in files.read(tmp_path / "d2.pkl")["model"]
@@ -486,6 +494,7 @@ def test_the_command_from_scratch_on_coco(folders, tmp_path, capsys):
         (["DATA"], "pretrained: expected --pretrained WEIGHTS, or --scratch with --arch ARCH, got neither"),
         (["DATA", "--scratch"], "got --scratch alone"),
         (["DATA", "--scratch", "-a", "resnet10", "--pretrained", "x"], "got both"),
+        (["DATA", "--scratch", "--pretrained", "x", "-e"], "got both"),
         (["DATA", "--pretrained", "nowhere.pth"], "checkpoint: no such file: nowhere.pth"),
         (["nowhere", "--scratch", "-a", ARCH], "data: expected a folder in the layout of VOC or COCO, got nowhere"),
         (["DATA", "--scratch", "-a", "vit_small"], "arch: expected a ResNet"),

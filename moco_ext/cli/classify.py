@@ -81,7 +81,7 @@ def train(
     if args.evaluate:
         assert options.resume is not None
         checkpoint = restore(model, Path(options.resume), arch)
-        epoch, trained = checkpoint["epoch"], checkpoint.get("config", {})
+        epoch, trained = checkpoint["epoch"], checkpoint["config"]
         if frozen is not None:
             check_unchanged(model.backbone, frozen)
         scores = evaluate(model.to(options.device), data, device=options.device, workers=options.workers)

@@ -86,7 +86,9 @@ def add_flags(
 
 
 def run(work: launch.Work, args: argparse.Namespace) -> int:
-    if not args.evaluate and (args.scratch == (args.pretrained is not None) or (args.scratch and args.arch is None)):
+    both = args.scratch and args.pretrained is not None
+    started = args.pretrained is not None or (args.scratch and args.arch is not None)
+    if both or not (started or args.evaluate):
         got = "both" if args.pretrained else "--scratch alone" if args.scratch else "neither"
         raise ValueError(f"pretrained: expected --pretrained WEIGHTS, or --scratch with --arch ARCH, got {got}")
     return launch.run(work, args, Path(args.output or f"runs/{args.command}-{name_of(args.data)}"))
@@ -105,13 +107,15 @@ def load_start(
         assert options.resume is not None
         checkpoint = read(options.resume, classes)
         arch = checkpoint["arch"].rpartition("-")[0]
+        if args.arch not in (None, arch):
+            raise ValueError(f"resume: expected a checkpoint of {args.arch}, got one of {arch}: {options.resume}")
         try:
             config = type(recipe)(**checkpoint["config"] | flags)
         except TypeError:
             raise ValueError(
                 f"resume: expected a checkpoint of {args.command}, got one of {checkpoint['arch']}: {options.resume}"
             ) from None
-        return Start(build(arch, 1), arch, EvalTransform(**checkpoint["transform"]), config, checkpoint)
+        return Start(build(arch, 1), arch, EvalTransform.from_dict(checkpoint["transform"]), config, checkpoint)
     share = flags.get("iterations", recipe.iterations) / recipe.iterations
     schedule = tuple(round(share * milestone) for milestone in recipe.schedule)
     config = dataclasses.replace(recipe, **{"schedule": schedule} | flags)
@@ -144,7 +148,8 @@ def train(
     name, arch, config = _name(args), start.arch, start.config
     options.save_every = getattr(args, "save_every", _SAVE_EVERY)
     if start.checkpoint is not None:
-        load_into(model, start.checkpoint, Path(str(options.resume)), arch=f"{arch}-{task.head}")
+        assert options.resume is not None
+        load_into(model, start.checkpoint, Path(options.resume), arch=f"{arch}-{task.head}")
         step = start.checkpoint["iteration"]
         scores = task.evaluate(model.to(options.device), data.test, device=options.device, workers=options.workers)
     else:

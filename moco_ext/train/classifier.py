@@ -243,7 +243,7 @@ def train_classifier(
     if options.resume is not None:
         checkpoint = restore(model, Path(options.resume), arch, optimizer)
         done, best = checkpoint["epoch"], float(checkpoint["best_acc1"])
-        if rank() == 0 and (changed := changed_settings(checkpoint.get("config", {}), config)):
+        if rank() == 0 and (changed := changed_settings(checkpoint["config"], config)):
             options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
         del checkpoint  # as large as the model and its optimizer
     if done >= config.epochs:
@@ -307,6 +307,8 @@ def restore(model: Classifier, path: Path, arch: str, optimizer: torch.optim.Opt
     best = checkpoint.get("best_acc1", "no")
     if not isinstance(best, (int, float)):
         raise ValueError(f"resume: expected a classifier's checkpoint, got {best} best_acc1 in {path}")
+    if not isinstance(checkpoint.setdefault("config", {}), dict):  # main_lincls.py records none
+        raise ValueError(f"resume: expected settings by name as config in {path}, got {checkpoint['config']}")
     load_into(model, checkpoint, path, arch=arch, optimizer=optimizer)
     return checkpoint
 

@@ -127,7 +127,7 @@ def choose(
     if not published and not {"schedule", "lr_every"} & explicit.keys():
         add("cos", True, "MoCo v2; it fits any number of epochs")
         warmup = min(_WARMUP, steps / steps_per_epoch / 10)
-        add("warmup_epochs", warmup, "the first steps, against a random queue, are too large")
+        add("warmup_epochs", warmup, "at the full rate, the first steps may be too large")
     if steps < _SHORT_RUN and has("moco_m") and not own_momentum(mechanism):
         add("moco_m", 0.99, f"the key encoder has to follow within about {steps:,} steps")
     if images < 64 * 200:

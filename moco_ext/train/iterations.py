@@ -215,11 +215,10 @@ def read(path: str | Path, classes: Sequence[str]) -> dict[str, Any]:
         ValueError: the checkpoint is damaged, or of another kind or other classes.
     """
     checkpoint = load_checkpoint(path)
-    missing = {"iteration", "config", "transform", "classes"} - checkpoint.keys()
-    if missing:
-        raise ValueError(
-            f"resume: expected a checkpoint of detect or segment, got one without {', '.join(sorted(missing))}: {path}"
-        )
+    for entry, kind in {"iteration": int, "config": dict, "transform": dict, "classes": list}.items():
+        if not isinstance(checkpoint.get(entry), kind):
+            got = checkpoint.get(entry, "no")
+            raise ValueError(f"resume: expected a checkpoint of detect or segment, got {got} {entry} in {path}")
     if checkpoint["classes"] != list(classes):
         pairs = itertools.zip_longest(classes, checkpoint["classes"], fillvalue="none")
         own, other = next(pair for pair in pairs if len({*pair}) > 1)
