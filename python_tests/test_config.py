@@ -38,8 +38,16 @@ def test_the_warm_up_of_a_preset_is_at_most_a_tenth_of_the_run():
         resolve_config("fashion-mnist", given).warmup_epochs
         for given in ({}, {"epochs": 100}, {"epochs": 1}, {"steps": 50}, {"epochs": 4, "warmup_epochs": 1.0})
     ]
-    assert found == [1.8, 1.8, 0.1, 0.0, 1.0]
+    assert found == [0.6, 0.6, 0.1, 0.0, 1.0]
     assert resolve_config("cifar10", {}, "cifar10").warmup_epochs == 0  # the notebook's
+
+
+def test_the_image_size_of_a_preset_is_for_its_own_encoder():
+    assert resolve_config("fashion-mnist", {}).image_size == 56
+    assert resolve_config("fashion-mnist", {}, "moco-v2").image_size == 56
+    assert resolve_config("fashion-mnist", {"image_size": 28}).image_size == 28
+    assert resolve_config("fashion-mnist", {"arch": "resnet18-small"}).image_size is None
+    assert resolve_config("fashion-mnist", {}, "cifar10").image_size is None
 
 
 def test_recipes_are_the_published_ones():
@@ -68,6 +76,20 @@ def test_a_recipe_keeps_only_what_belongs_to_the_data():
     assert (config.moco_k, config.epochs, config.cos, config.moco_t) == (65536, 200, False, 0.07)
     with pytest.raises(ValueError, match=r"recipe: expected one of moco-v1, .* got 'v3'"):
         resolve_config("digits", {}, "v3")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compile_mode": "reduce-overhead"}, "compile_mode: expected default without compile, got reduce-overhead"),
+        ({"compile": True, "compile_mode": "fast"}, "compile_mode: expected one of default, .* got 'fast'"),
+        ({"compile": True, "compile_mode": "max-autotune", "accumulate": 2}, "accumulate: expected 1 .* got 2"),
+    ],
+    ids=str,
+)
+def test_modes_of_compilation_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**settings)
 
 
 def test_a_memory_bank_has_the_momentum_of_the_paper():

@@ -259,6 +259,9 @@ def pretrain_sharded(args, options) -> int:
     config = tiny(key_encoder="partial")
     with pytest.raises(ValueError, match="parallel: expected ddp with encoders that share layers, got fsdp"):
         pretrain(config, data, run_in(Path(folder) / "partial", local_world=2, parallel="fsdp"))
+    config = tiny(compile=True, compile_mode="reduce-overhead")
+    with pytest.raises(ValueError, match=r"compile_mode: expected default or .* with parallel fsdp, .* got reduce-over"):
+        pretrain(config, data, run_in(Path(folder) / "graphs", local_world=2, parallel="fsdp"))
 
     model = build_model(tiny())
     hollow, before = hollow_copy(model.encoder_q), copy.deepcopy(model.encoder_q.state_dict())

@@ -300,6 +300,12 @@ class PretrainConfig:
         None, shown="on CPUs, and with bf16 or fp16", help="channels-last memory layout", group=_OPTIMIZATION
     )
     compile: bool = setting(False, help="compile the encoders with torch.compile", group=_OPTIMIZATION)
+    compile_mode: str = setting(
+        "default",
+        valid=one_of("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        help="with --compile: torch.compile's mode; reduce-overhead replays CUDA graphs, for small batches on a GPU",
+        group=_OPTIMIZATION,
+    )
     knn_k: int = setting(200, valid=at_least(1), help="neighbors in the kNN evaluation", group=LOGGING)
     online_knn: int = setting(
         10, valid=NOT_NEGATIVE, help="epochs (with --steps, steps) between kNN evaluations", group=LOGGING
@@ -316,6 +322,13 @@ class PretrainConfig:
         check_name(self.optimizer)
         if not self.steps and 0 < self.epochs <= self.warmup_epochs:
             raise ValueError(f"warmup_epochs: expected less than the {self.epochs} epochs, got {self.warmup_epochs}")
+        if self.compile_mode != "default" and not self.compile:
+            raise ValueError(f"compile_mode: expected default without compile, got {self.compile_mode}")
+        if self.cuda_graphs and self.accumulate > 1:
+            raise ValueError(
+                f"accumulate: expected 1 with compile_mode {self.compile_mode}, whose CUDA graphs overwrite the last "
+                f"batch's gradients, got {self.accumulate}"
+            )
         if self.aug_plus and self.aug_byol:
             raise ValueError("aug_byol: expected False with aug_plus, got both")
         if self.symmetric and MECHANISMS[self.dictionary].symmetric:
@@ -340,6 +353,11 @@ class PretrainConfig:
                 raise ValueError(
                     f"{name}: expected {declared.default!r} with dictionary {self.dictionary}, got {value!r}"
                 )
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether the compiled encoders are replayed as CUDA graphs, on a GPU."""
+        return self.compile_mode in ("reduce-overhead", "max-autotune")
 
     def augmentation(self, data: ImageData) -> Augmentation:
         """Views of MoCo v1, with ``aug_plus`` v2 or with ``aug_byol`` v3, at the size of the data; flipped only if

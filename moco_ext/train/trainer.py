@@ -100,6 +100,11 @@ class Trainer:
             )
         # With one process there is nothing to shard.
         self.sharded = options.parallel == "fsdp" and self.world > 1
+        if self.sharded and config.cuda_graphs:
+            raise ValueError(
+                "compile_mode: expected default or max-autotune-no-cudagraphs with parallel fsdp, whose weights move "
+                f"between steps, got {config.compile_mode}"
+            )
         if channels_last and (cuda or wanted) and not self.sharded:  # FSDP2 needs contiguous weights
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.loader = TrainLoader(
@@ -138,7 +143,7 @@ class Trainer:
         )
         if config.compile:
             for encoder in self.model.children():  # encoder_q, encoder_k
-                encoder.compile()
+                encoder.compile(mode=config.compile_mode)
         # Random numbers (a memory bank's negatives) differ between ranks, but not between runs.
         torch.manual_seed(config.seed + 1_000_003 * self.rank)
         self.per_epoch = self.loader.steps_per_epoch
@@ -206,6 +211,8 @@ class Trainer:
         if self.model.m is not None:
             # The published update opens the next step.
             self.model.m = config.key_momentum(self.step + 1, self.per_epoch)
+        if config.cuda_graphs:  # they may overwrite the last step's outputs
+            torch.compiler.cudagraph_mark_step_begin()
         health: dict[str, float] = {}
 
         def examine(scale: float) -> None:
