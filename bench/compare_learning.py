@@ -421,6 +421,7 @@ def main() -> int:
             print(f"seed {seed}: kept, {arguments.out} has it", flush=True)
             continue
         config = resolve_config(arguments.data, {"epochs": arguments.epochs, "seed": seed})
+        data = dataclasses.replace(data, size=config.image_size or data.size)
         made_with = setting(arguments.device)
         for name, figures in train(config, data, todo, arguments.device, arguments.curve).items():
             if name not in done:

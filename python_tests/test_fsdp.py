@@ -260,7 +260,7 @@ def pretrain_sharded(args, options) -> int:
     with pytest.raises(ValueError, match="parallel: expected ddp with encoders that share layers, got fsdp"):
         pretrain(config, data, run_in(Path(folder) / "partial", local_world=2, parallel="fsdp"))
     config = tiny(compile=True, compile_mode="reduce-overhead")
-    with pytest.raises(ValueError, match=r"compile_mode: expected default or .* with parallel fsdp, .* got reduce-over"):
+    with pytest.raises(ValueError, match=r"compile_mode: expected default or .* with parallel fsdp"):
         pretrain(config, data, run_in(Path(folder) / "graphs", local_world=2, parallel="fsdp"))
 
     model = build_model(tiny())

@@ -120,6 +120,7 @@ def stage_3() -> Iterator[Group]:
 def stage_4() -> Iterator[Group]:
     yield from build()
     yield 1, [bench("step", f"resnet50-{batch}x224", 240) for batch in (32, 256)]
+    yield 1, [("pytest CUDA graphs", "python -m pytest python_tests/test_trainer.py -q -k cuda_graphs", 240)]
     yield 1, [bench("info_nce", shape) for shape in ("C768", "N1024", "K1048576")]
     yield sanitize("racecheck")
     yield sanitize("synccheck")

@@ -80,12 +80,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": _SHORT
     | {
         "arch": "resnet10",
-        "epochs": 18,
-        "warmup_epochs": 1.8,
+        "image_size": 56,  # at 28 pixels the last stage would see a 1x1 map
+        "epochs": 6,
+        "warmup_epochs": 0.6,
         "batch_size": 128,
         "moco_k": 4096,
         "crop_min": 0.8,  # garments are centered and fill the image
-        "online_knn": 3,
+        "online_knn": 2,
     },
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
@@ -96,11 +97,12 @@ def resolve_config(
     data: str, explicit: dict[str, Any], recipe: str | None = None, guided: dict[str, Any] | None = None
 ) -> PretrainConfig:
     """The configuration of a run on ``data``: explicit settings, then the recipe, then the data set's preset, then
-    ``guided``, then the published defaults. With a recipe, the preset only supplies what depends on the data: ``arch``
-    and ``crop_min``.
+    ``guided``, then the published defaults. With a recipe, the preset only supplies what depends on the data: ``arch``,
+    ``image_size`` and ``crop_min``.
 
-    An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off. With explicit ``epochs``, its
-    warm-up takes at most a tenth of them, and with explicit ``steps`` there is none.
+    An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off. With another ``arch``, a preset's
+    image size is not used. With explicit ``epochs``, its warm-up takes at most a tenth of them, and with explicit
+    ``steps`` there is none.
 
     Args:
         guided: what :mod:`moco_ext.train.guide` chose for the images and the device.
@@ -124,17 +126,20 @@ def layers(
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     if "schedule" in explicit and "cos" not in explicit:
         explicit = explicit | {"cos": False}
+    published = RECIPES[recipe] if recipe is not None else {}
     preset = _PRESETS.get(data, {})
     if "warmup_epochs" in preset:
         epochs = 0 if explicit.get("steps") else explicit.get("epochs", math.inf)
         preset = preset | {"warmup_epochs": min(preset["warmup_epochs"], epochs / 10)}
     if recipe is not None:
-        preset = {name: preset[name] for name in ("arch", "crop_min") if name in preset}
+        preset = {name: preset[name] for name in ("arch", "image_size", "crop_min") if name in preset}
+    if "arch" in published or "arch" in explicit:  # the preset's image size is for its own encoder
+        preset = {name: value for name, value in preset.items() if name != "image_size"}
     mechanism = explicit.get("dictionary")
     return {
         "guide": guided or {},
         "preset": preset,
-        "recipe": RECIPES[recipe] if recipe is not None else {},
+        "recipe": published,
         "mechanism": own_momentum(mechanism) if mechanism in MECHANISMS else {},
         "given": explicit,
     }
