@@ -9,9 +9,8 @@ from . import pretrain
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "teacher", metavar="TEACHER", help="a run, weights, torchvision:NAME, timm:NAME, or hf:USER/NAME"
-    )
+    teacher = "a run, a checkpoint that names its architecture, an exported folder, or hf:USER/NAME"
+    parser.add_argument("teacher", metavar="TEACHER", help=teacher)
     pretrain.add_flags(parser)
     parser.description = (
         "Train an encoder of any architecture, without labels, to reproduce the similarities between images that a "
