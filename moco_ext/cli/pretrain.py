@@ -24,9 +24,9 @@ from .plan import Plan, check_step_memory, configuration, make_plan, print_dry_r
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train an encoder with momentum contrast. Flags have the names, meanings and defaults of main_moco.py. "
-        "Unspecified settings come from --recipe, or from a preset for the small data sets. For other images, they "
-        "are chosen by the number of images and the device."
+        "Train an encoder with momentum contrast. Flags have the names and meanings of main_moco.py. Unspecified "
+        "settings come from --recipe, or from a preset for the built-in data sets. For other images, they are chosen "
+        "for the number of images and the device. The defaults below are those of --recipe moco-v1."
     )
     add = parser.add_argument
     add("dir", nargs="*", metavar="DIR", help="folders, lists or shards of images; the same as --data DIR")

@@ -141,8 +141,8 @@ def info_nce(
     Raises:
         ValueError, TypeError: an argument of the wrong type, shape, dtype, device or value; the message names it.
             Nothing is computed.
-        RuntimeError: a second derivative or forward-mode differentiation is requested, there is no kernel for the
-            device, or memory runs out (``torch.OutOfMemoryError`` on CUDA).
+        RuntimeError: a second derivative or forward-mode differentiation is requested, or memory runs out
+            (``torch.OutOfMemoryError`` on CUDA).
     """
     check_tensors(query=query, **{} if key is None else {"key": key})
     if target is not None and target.requires_grad:

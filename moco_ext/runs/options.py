@@ -55,7 +55,11 @@ class RunOptions:
         0, valid=NOT_NEGATIVE, help="number of the first epoch, without --resume", group="optimization"
     )
     workers: int = setting(
-        0, flags=("-j", "--workers"), valid=NOT_NEGATIVE, shown="one per core", help="data loading processes per node"
+        0,
+        flags=("-j", "--workers"),
+        valid=NOT_NEGATIVE,
+        shown="one per core, at most 32",
+        help="data loading processes per node",
     )
     local_world: int = 1
     print_freq: int = setting(
@@ -64,7 +68,7 @@ class RunOptions:
     log_seconds: float = setting(
         30.0,
         valid=NOT_NEGATIVE,
-        help="outside a terminal: seconds between progress lines; 0: one per epoch",
+        help="outside a terminal: seconds between progress lines; 0: only one line per record",
         group=GROUP,
     )
     logger: str = setting(
