@@ -19,7 +19,7 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         help="YAML, TOML or JSON file with the names of these flags and their values, or a run directory, for its "
-        "config.json; flags on the command line win",
+        "config.json; flags on the command line take precedence",
     )
 
 

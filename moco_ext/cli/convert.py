@@ -23,10 +23,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--to", required=True, metavar="FORMAT", help="format of OUT")
     add("--from", dest="from_format", metavar="FORMAT", help="format of IN (default: detected)")
     add("--encoder", choices=("q", "k"), help="only this encoder (default: both where OUT holds both, else q)")
-    add("--head", choices=("keep", "drop"), help="layers after pooling (default: kept in whole models)")
+    add("--head", choices=("keep", "drop"), help="layers after pooling (default: drop if OUT is one encoder)")
     add("-a", "--arch", metavar="ARCH", help="architecture of the encoder: checked, and recorded where OUT names it")
     add("--force", action="store_true", help="overwrite OUT")
-    add("--report", metavar="FILE", help="write what happened to every tensor as JSON")
+    add("--report", metavar="FILE", help="write the report about every tensor as JSON")
     add("-q", "--quiet", action="store_true", help="print only the totals")
 
 

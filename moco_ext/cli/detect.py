@@ -21,7 +21,8 @@ _SCORES = ("AP", "AP50", "AP75")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train Faster R-CNN on a ResNet, from a trained encoder (for MoCo, the query encoder) or, for comparison, from "
-        "scratch, as in section 4.2 of the MoCo paper: all layers are trained, BatchNorm is synchronized between GPUs."
+        "scratch, as in section 4.2 of the MoCo paper: all layers are trained, and BatchNorm is synchronized between "
+        "GPUs."
     )
     data = "folder in the layout of VOC (VOCdevkit, or a year of it) or of COCO"
     transfer.add_flags(parser, "detect", RECIPES, data=data, recipe="voc or coco-1x")

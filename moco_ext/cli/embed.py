@@ -23,13 +23,13 @@ from .flags import add_data_root, add_settings
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Write the features of all images of folders or lists to a file: .parquet (columns path, features, label), "
-        ".npy with the paths in OUTPUT.json, .npz or .safetensors. Images that cannot be decoded are skipped and "
-        "listed in OUTPUT.unreadable.txt."
+        "Write the features of all images of folders, lists or shards to a file: .parquet (columns path, features, "
+        "label), .npy with the paths in FILE.json, .npz or .safetensors. Images that cannot be decoded are skipped and "
+        "listed in FILE.unreadable.txt."
     )
     add = parser.add_argument
     add_encoder_flags(parser)
-    add("data", nargs="+", metavar="DATA", help="folders of images, lists of them, or a built-in name such as digits")
+    add("data", nargs="+", metavar="DATA", help="folders, lists or shards of images, or a built-in name such as digits")
     add("-o", "--output", required=True, metavar="FILE", help=f"the file to write: {', '.join(SUFFIXES)}")
     add("--head", action="store_true", help="keep the projection head")
     add("--normalize", action="store_true", help="scale each row to unit length")

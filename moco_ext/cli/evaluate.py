@@ -61,7 +61,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "--val-fraction",
         type=float,
         metavar="F",
-        help="share of the images to hold out, if there is no val/ (default: that of the run)",
+        help="fraction of the images to hold out, if there is no val/ (default: that of the run)",
     )
     add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: that of the run, or 224)")
     add("--output", metavar="DIR", help="where results go (default: the run directory, else runs/COMMAND-DATA)")

@@ -24,7 +24,7 @@ _HEAD_FACTOR = 10
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train all layers for classification, from a trained encoder (for MoCo, the query encoder) or, for comparison, "
-        "from scratch. BatchNorm is trained too, and synchronized between GPUs; there is one more before the new "
+        "from scratch. BatchNorm is trained too, and synchronized between GPUs; another BatchNorm precedes the new "
         "linear layer."
     )
     evaluate.add_input_flags(parser)

@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "compared with raw pixels."
     )
     evaluate.add_input_flags(parser)
-    which = "(default: lbfgs for the built-in data sets if no flag of SGD is given, else sgd)"
+    which = "optimizer (default: lbfgs for the built-in data sets if no flag of SGD is given, else sgd)"
     parser.add_argument("--solver", choices=("sgd", "lbfgs"), help=which)
     parser.add_argument("-C", type=float, metavar="C", help="inverse L2 penalty of lbfgs (default: 1)")
     classify.add_training_flags(parser, _SETTINGS, _DEFAULTS)

@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("queries", nargs="*", metavar="QUERY", help="image files, folders or lists of images")
     add("-k", type=int, default=10, metavar="N", help="neighbors (default: 10)")
     add("--weights", metavar="RUN|WEIGHTS", help="path of the encoder, if it has moved")
-    add("--gallery", metavar="FILE", help="write a page with the pictures")
+    add("--gallery", metavar="FILE", help="write an HTML page with the images")
     add("--faiss", metavar="FILE", help="write a FAISS index of the normalized features (needs faiss-cpu)")
     add("--json", action="store_true", help="print one JSON object")
     add_data_root(parser)

@@ -18,8 +18,8 @@ _COLUMNS = ("mIoU", "pixel_accuracy")
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train an FCN for semantic segmentation on a ResNet, from a trained encoder (for MoCo, the query encoder) or, "
-        "for comparison, from scratch, as in section 4.2 of the MoCo paper: all layers are trained, BatchNorm is "
-        "synchronized between GPUs."
+        "for comparison, from scratch, as in section 4.2 of the MoCo paper: all layers are trained, and BatchNorm "
+        "is synchronized between GPUs."
     )
     data = "folder in the layout of VOC or Cityscapes, or with images/{train,val} and masks/{train,val}"
     transfer.add_flags(parser, "segment", RECIPES, data=data, recipe="cityscapes for its layout, else voc")

@@ -75,11 +75,11 @@ def add_flags(
     add("-e", "--evaluate", action="store_true", help="only evaluate the model of --resume, or of the output")
     own = settings(type(next(iter(recipes.values()))))
     shown: dict[str, Any] = {
-        name: "of the recipe"
+        name: "from the recipe"
         for name, setting in own.items()
         if any(getattr(recipe, name) != setting.default for recipe in recipes.values())
     }
-    shown |= {"schedule": "of the recipe, scaled to --iterations", "save_every": _SAVE_EVERY}
+    shown |= {"schedule": "from the recipe, scaled to --iterations", "save_every": _SAVE_EVERY}
     declared = own | RUN_SETTINGS | settings(RunOptions, "workers", "save_every")
     del declared["start_epoch"]
     add_settings(parser, declared | settings(launch.LaunchOptions), shown)

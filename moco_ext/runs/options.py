@@ -37,7 +37,7 @@ class RunOptions:
         save_every: steps between checkpoints, in addition to one at the end of each epoch; 0: only those.
         keep: number of checkpoints to keep.
         checkpoint_format: ``"file"``: rank 0 gathers and writes each checkpoint, in the official layout. ``"dcp"``:
-            every rank writes its part to a folder (torch.distributed.checkpoint), while training goes on.
+            every rank writes its part to a folder (torch.distributed.checkpoint), while training continues.
         parallel: how several processes train: ``"ddp"``, each has all weights; ``"fsdp"``, each has a shard of them.
         overwrite: start a new run in a used directory; what the previous run wrote there, evaluations included, is
             deleted.

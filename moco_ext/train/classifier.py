@@ -53,7 +53,7 @@ class ClassifierConfig:
     lr: float = setting(flags=("--lr", "--learning-rate"), metavar="LR", valid=POSITIVE, help="learning rate")
     lr_head: float | None = setting(None, metavar="LR", valid=POSITIVE, help="learning rate of the new layers")
     schedule: tuple[int, ...] = setting(
-        (), metavar="E", valid=NOT_NEGATIVE, help="epochs at which the learning rate falls tenfold"
+        (), metavar="E", valid=NOT_NEGATIVE, help="epochs at which the learning rate drops by 10x"
     )
     batch_size: int = setting(
         256, flags=("-b", "--batch-size"), valid=at_least(1), help="images per node, over all its processes"
@@ -62,12 +62,12 @@ class ClassifierConfig:
     weight_decay: float = setting(
         0.0, flags=("--wd", "--weight-decay"), metavar="W", valid=NOT_NEGATIVE, help="weight decay"
     )
-    fraction: float = setting(1.0, metavar="F", valid=SHARE, help="share of each class's labels to train on")
+    fraction: float = setting(1.0, metavar="F", valid=SHARE, help="fraction of each class's labels to train on")
     labels_per_class: int | None = setting(
         None, valid=at_least(1), shown="all", help="labeled images of each class to train on"
     )
     crop_min: float = setting(
-        0.08, metavar="A", valid=SHARE, help="smallest share of the image's area in a training view"
+        0.08, metavar="A", valid=SHARE, help="smallest fraction of the image's area in a training view"
     )
     seed: int = setting(0, help="seed of new weights, order, augmentations and the labeled subset")
 

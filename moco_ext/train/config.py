@@ -80,7 +80,7 @@ class PretrainConfig:
 
     data: str
     val_fraction: float = setting(
-        0.0, metavar="F", valid=BELOW_1, help="share of the images to hold out for evaluation, if there is no val/"
+        0.0, metavar="F", valid=BELOW_1, help="fraction of the images to hold out for evaluation, if there is no val/"
     )
     image_size: int | None = setting(
         None, valid=at_least(1), shown="224, or that of the small data sets", help="side of the views in pixels"
@@ -139,7 +139,7 @@ class PretrainConfig:
         0.0, metavar="E", valid=NOT_NEGATIVE, help="epochs in which lr rises linearly from 0", group=_OPTIMIZATION
     )
     schedule: tuple[int, ...] = setting(
-        (120, 160), metavar="E", valid=NOT_NEGATIVE, help="epochs at which lr falls tenfold", group=_OPTIMIZATION
+        (120, 160), metavar="E", valid=NOT_NEGATIVE, help="epochs at which lr drops by 10x", group=_OPTIMIZATION
     )
     cos: bool = setting(False, help="cosine schedule instead of --schedule", group=_OPTIMIZATION)
     lr_gamma: float = setting(0.9, metavar="G", valid=POSITIVE, help="factor for --lr-every", group=_OPTIMIZATION)
@@ -178,7 +178,7 @@ class PretrainConfig:
         metavar="D",
         valid=SHARE,
         shown="none",
-        help="factor of the learning rate from each layer to the one below it",
+        help="multiply the learning rate by D from each layer to the one below it",
         group=_OPTIMIZATION,
     )
     clip_grad: float | None = setting(
@@ -201,11 +201,13 @@ class PretrainConfig:
     moco_t: float = setting(0.07, metavar="T", valid=POSITIVE, help="softmax temperature", group=_CONTRAST)
     moco_m_cos: bool = setting(False, help="increase m to 1 on a cosine schedule", group=_CONTRAST)
     mlp: bool = setting(False, help="MoCo v2's projection head", group=_CONTRAST)
-    dictionary: str = setting("queue", valid=one_of(*MECHANISMS), help="mechanism", group=_CONTRAST)
+    dictionary: str = setting(
+        "queue", valid=one_of(*MECHANISMS), help="how the dictionary of keys is built", group=_CONTRAST
+    )
     key_encoder: str | None = setting(
         None,
         metavar="KIND",
-        shown="the first",
+        shown="the first of these",
         help="queue: momentum, partial (shared backbone) or identical; end-to-end: identical, partial, different or "
         "an architecture",
         group=_CONTRAST,
@@ -217,7 +219,7 @@ class PretrainConfig:
         group=_QUEUE,
     )
     label_smoothing: float = setting(
-        0.0, metavar="E", valid=BELOW_1, help="share of the target spread over all keys", group=_QUEUE
+        0.0, metavar="E", valid=BELOW_1, help="fraction of the target that is spread over all keys", group=_QUEUE
     )
     in_batch: bool = setting(
         False, help="use the other keys of the batch (of all ranks) as negatives too", group=_QUEUE
@@ -268,7 +270,7 @@ class PretrainConfig:
         False, help="BYOL's augmentations, different for the two views, as in MoCo v3", group=_VIEWS
     )
     crop_min: float = setting(
-        0.2, metavar="A", valid=FROM_0_TO_1, help="smallest share of the image's area in a view", group=_VIEWS
+        0.2, metavar="A", valid=FROM_0_TO_1, help="smallest fraction of the image's area in a view", group=_VIEWS
     )
     rotate: float = setting(
         0.0, metavar="DEGREES", valid=_UP_TO_180, help="largest rotation of a view, in either direction", group=_VIEWS
@@ -294,7 +296,7 @@ class PretrainConfig:
     )
     drop_last: bool = setting(False, help="drop an epoch's last partial batch", group=_VIEWS)
     precision: str = setting(
-        "fp32", valid=one_of(*DTYPES), help="autocast; fp16 uses loss scaling", group=_OPTIMIZATION
+        "fp32", valid=one_of(*DTYPES), help="precision of autocast; fp16 uses loss scaling", group=_OPTIMIZATION
     )
     channels_last: bool | None = setting(
         None, shown="on CPUs, and with bf16 or fp16", help="channels-last memory layout", group=_OPTIMIZATION

@@ -42,7 +42,7 @@ class IterationsConfig:
 
     iterations: int = setting(valid=at_least(1), help="number of iterations")
     schedule: tuple[int, ...] = setting(
-        metavar="I", valid=NOT_NEGATIVE, help="iterations at which the learning rate falls tenfold"
+        metavar="I", valid=NOT_NEGATIVE, help="iterations at which the learning rate drops by 10x"
     )
     lr: float = setting(flags=("--lr", "--learning-rate"), metavar="LR", valid=POSITIVE, help="learning rate")
     warmup: int = setting(0, valid=NOT_NEGATIVE, help="iterations in which the learning rate rises linearly")
