@@ -18,8 +18,8 @@ def clip_loss(
 
     The candidates are the pairs of all ranks, and gradients reach both sides of each of them: with DDP, which averages
     over the ranks, the gradient is that of the loss over the global batch. The similarities are never stored, but
-    computed twice in each direction: eight matrix products in all, where plain torch has three. So this saves memory,
-    and not time where the N x M similarities fit.
+    computed twice in each direction: eight matrix products in all, where plain torch has three. This saves memory, but
+    takes longer if the N x M similarities fit in memory.
 
     Args:
         image, text: [N, C] features of the rank's pairs, with equal N on all ranks.

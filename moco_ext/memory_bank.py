@@ -34,7 +34,7 @@ class MemoryBankOutput(NamedTuple):
 
 
 class MemoryBank(Mechanism):
-    """One encoder and a stored feature for each image: its own is the positive, K random ones are the negatives.
+    """One encoder and a stored feature for each image: an image's own is the positive, K random ones the negatives.
 
     The dictionary is large but inconsistent: each feature comes from the encoder at the time its image was last seen.
     As in the paper's comparison, momentum is applied to the features, not to the encoder::

@@ -61,7 +61,7 @@ class MoCo(Mechanism, KeyQueue):
     ``encoder_k.*``, ``queue`` [dim, K], ``queue_ptr`` [1]), so checkpoints load in both directions.
 
     Large encoders are sharded by FSDP2: ``fully_shard(model.encoder_q); fully_shard(model.encoder_k)``, after their
-    blocks and before the optimizer is made. ``update`` then moves the local shards and gathers nothing. Use the policy
+    blocks and before the optimizer is made. ``update`` then updates the local shards and gathers nothing. Use FSDP2's
     ``MixedPrecisionPolicy`` instead of ``low_precision``.
 
     Args:
@@ -74,8 +74,8 @@ class MoCo(Mechanism, KeyQueue):
         mlp: MoCo v2's head: a hidden layer as wide as the backbone and a ReLU before the last linear layer.
         queue_dtype: dtype of the stored keys.
         shuffle_bn: ``"auto"``, ``"gather"``, ``"all_to_all"``, ``"loader"`` or ``"none"``: how key images are exchanged
-            between processes, so that no query shares batch statistics with its key. With ``"loader"`` the data loader
-            has already done it. A single process exchanges nothing.
+            between processes, so that no query shares batch statistics with its key. With ``"loader"``, the data loader
+            has already exchanged them. A single process exchanges nothing.
         split_bn: number of groups of the batch with separate BatchNorm statistics. More than one gives a single device
             the effect of as many devices.
         key_encoder: ``"momentum"``, a separate network that follows the query encoder; ``"partial"``, which shares all
@@ -88,7 +88,7 @@ class MoCo(Mechanism, KeyQueue):
         empty: start with an empty queue instead of K random keys.
         objective: ``"infonce"``; ``"nnclr"``, where the key's nearest neighbor in the queue is the positive; or
             ``"ressl"``, where the query's softmax over the queue learns the key's, at temperature ``teacher_T``. See
-            moco_ext/objectives.py. The last two have none of the loss's options, and need a full queue.
+            moco_ext/objectives.py. The last two accept no options of the loss, and need a full queue.
         queue_sharding: divide the queue among the processes, K / world keys each. Queries then go to the keys, see
             moco_ext/sharded_queue.py; losses and gradients are those of one queue up to rounding. The process group
             must exist when the model is made.

@@ -117,8 +117,8 @@ def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = Fa
         head: keep the head that the source holds.
 
     Returns:
-        (encoder, transform). Runs and exported folders record their preprocessing; other weights get that of
-        ImageNet, 224 pixels.
+        (encoder, transform). Runs and exported folders record their preprocessing; for other weights it is ImageNet's,
+        with 224 pixels.
 
     Raises:
         FileNotFoundError: no such file.

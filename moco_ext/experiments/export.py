@@ -49,14 +49,14 @@ def export(
     """Write an encoder for other software.
 
     A program (``.onnx``, ``.pt2``) takes normalized images, float32 [N, 3, size, size] with any N, as ``images`` and
-    returns ``features`` [N, D]. It is run at several batch sizes, and written only if its features are those of the
-    encoder within 1e-5 of the largest one. Its metadata describe the preprocessing.
+    returns ``features`` [N, D]. It is run at several batch sizes, and written only if its features differ from the
+    encoder's by at most 1e-5 of the largest one. Its metadata describe the preprocessing.
 
     Args:
         source: for :func:`moco_ext.load_encoder`, with ``arch`` and ``head``; or an encoder.
         output: file, or folder for the hub.
         format: ``"torchvision"`` or ``"timm"``, a state dict with that package's names; ``"safetensors"``, the
-            weights with a model card ``README.md`` beside them; ``"onnx"``; ``"torch-export"``, for
+            weights with a model card ``README.md`` next to them; ``"onnx"``; ``"torch-export"``, for
             ``torch.export.load``; or ``"hub"``, a folder in the layout of the Hugging Face hub, which
             :func:`moco_ext.load_encoder` and timm read. By default the output's suffix decides.
         overwrite: replace existing files.

@@ -18,8 +18,8 @@ def enqueue_(
 ) -> None:
     """Write a batch of keys into the circular queue, in place, and advance its pointer (Algorithm 1 of the paper).
 
-    Overwrites rows ``[ptr, ptr + B) mod K``, cast to the queue's dtype. Any B is allowed; of more than K keys, the last
-    K remain. The pointer is read and written on the device, without a host synchronization.
+    Overwrites rows ``[ptr, ptr + B) mod K``, cast to the queue's dtype. Any B is allowed; of more than K keys, only the
+    last K remain. The pointer is read and written on the device, without a host synchronization.
 
     Args:
         queue: [K, C] contiguous; float32, bfloat16 or float16 (float64 on the CPU).

@@ -12,7 +12,7 @@ from .info_nce_operator import NONE, OWN_KEYS, SAME_IDS, Arguments, Results, cur
 
 
 class ExpectedKey(NamedTuple):
-    """What :func:`expected_key` returns.
+    """Result of :func:`expected_key`.
 
     Attributes:
         keys: [N, C] mean of each row's candidates, weighted by their softmax.
@@ -59,7 +59,7 @@ def expected_key(
         own_key: ``"positive"``, it is a candidate, or ``"excluded"``.
 
     Returns:
-        :class:`ExpectedKey`, float32 (float64 if an input is float64). Of no candidates, the keys are NaN and lse is
+        :class:`ExpectedKey`, float32 (float64 if an input is float64). Without candidates, the keys are NaN and lse is
         -inf.
 
     Raises:

@@ -130,8 +130,8 @@ def info_nce(
 
     Precision: accumulation is float32. On CUDA, a bfloat16 or float16 queue is multiplied in its own dtype. A float32
     queue is multiplied with float32 accuracy by default, and in bfloat16 under bfloat16 autocast, as the matrix
-    products of the published formulation are. In between, if ``torch.backends.cuda.matmul.allow_tf32`` is set or under
-    float16 autocast, the scores keep 16 bits (tf32 and float16: 11), and the gradient's sum of keys has bfloat16
+    products of the published formulation are. If ``torch.backends.cuda.matmul.allow_tf32`` is set, or under float16
+    autocast, the scores keep 16 bits (tf32 and float16: 11), and the gradient's sum of keys has bfloat16
     operands (relative error of the gradient up to 4e-4). On a CPU the products are float32, also under autocast, where
     16 bits would not be faster.
 

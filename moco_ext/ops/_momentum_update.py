@@ -22,7 +22,7 @@ def momentum_update_(
     Updates all tensors in one launch. Computes in float32 (float64 for float64) and rounds to the key's dtype. Keys in
     bfloat16 lose most steps to rounding at m = 0.999, so keep them in float32; the queries may be bfloat16.
 
-    Of DTensors, such as parameters sharded by FSDP2 (``fully_shard``), each rank updates its own shards: nothing is
+    With DTensors, such as parameters sharded by FSDP2 (``fully_shard``), each rank updates its own shards; nothing is
     gathered.
 
     Args:

@@ -10,7 +10,7 @@ from .checks import check_devices, check_tensors, native
 
 
 class NearestKeys(NamedTuple):
-    """What :func:`nearest_keys` returns.
+    """Result of :func:`nearest_keys`.
 
     Attributes:
         similarity: [N, k], highest first.
@@ -36,7 +36,7 @@ def nearest_keys(
         queue: [K, C], contiguous, rows of unit length for cosine similarities.
         k: 1 to K.
         normalize: scale query rows to unit length first.
-        num_valid: use only the first ``num_valid`` keys, as in :func:`info_nce`. Of fewer than k keys, the remaining
+        num_valid: use only the first ``num_valid`` keys, as in :func:`info_nce`. With fewer than k keys, the remaining
             similarities are -inf and indices -1.
 
     Returns:

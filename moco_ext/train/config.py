@@ -46,7 +46,7 @@ class PretrainConfig:
         batch_size: images per node (all its processes) and forward pass; a step takes ``accumulate`` of these batches.
         optimizer: an optimizer of torch or timm, with ``betas``, ``opt_eps``, ``layer_decay`` and ``decay_norm_bias``
             as for :func:`moco_ext.train.optimizer.build_optimizer`.
-        lr: for the whole batch; falls tenfold at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
+        lr: for the whole batch; drops by 10x at each epoch of ``schedule``, or follows half a cosine with ``cos``, or
             is multiplied by ``lr_gamma`` every ``lr_every`` steps if that is not 0.
         lr_base: instead of ``lr``, the learning rate per 256 images: ``lr = lr_base * images per step / 256``.
         warmup_epochs: epochs in which the rate rises linearly from 0, by steps; the cosine then follows by steps too,

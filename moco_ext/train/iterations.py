@@ -33,7 +33,7 @@ class IterationsConfig:
     """How a model is trained for a number of iterations.
 
     Attributes:
-        schedule: iterations at which the learning rate falls tenfold.
+        schedule: iterations at which the learning rate drops by 10x.
         bn_batches: training batches that the statistics of BatchNorm are averaged over before each evaluation.
 
     Raises:
