@@ -341,19 +341,28 @@ def _of_size(build: BaseEncoder, arch: str, argument: str, image_size: int | Non
         except (AssertionError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"image_size: expected one that {arch} can take, got {image_size}: {reason}") from None
-        patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", 1)
-        side = patch if isinstance(patch, int) else patch[0]
-        if image_size % side:
-            raise ValueError(f"image_size: expected a multiple of {side}, the patch size of {arch}, got {image_size}")
+        _check_patches(encoder, arch, image_size)
         return encoder
 
     return build_of_size
 
 
 def set_image_size(encoder: nn.Module, image_size: int) -> None:
-    """Adapt a timm encoder that is built for one image size to another, in place (resampled position embedding)."""
+    """Adapt a timm encoder that is built for one image size to another, in place (resampled position embedding).
+
+    Raises:
+        ValueError: the size is not a multiple of its patches'.
+    """
     if hasattr(encoder, "set_input_size"):
+        _check_patches(encoder, type(encoder).__name__, image_size)
         encoder.set_input_size(img_size=image_size)  # type: ignore[operator]
+
+
+def _check_patches(encoder: nn.Module, name: str, image_size: int) -> None:
+    patch = getattr(getattr(encoder, "patch_embed", None), "patch_size", 1)
+    side = patch if isinstance(patch, int) else patch[0]
+    if image_size % side:
+        raise ValueError(f"image_size: expected a multiple of {side}, the patch size of {name}, got {image_size}")
 
 
 def _timm_knows(name: str) -> bool:

@@ -1,5 +1,7 @@
 """load_encoder: the features must be those of the evaluation, and the transform its preprocessing."""
 
+import copy
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -19,7 +21,11 @@ from moco_ext.checkpoints.pretrained import load_pretrained
 from moco_ext.data import EvalTransform, ImageData, eval_batches, load
 from moco_ext.data.images import read_image
 from moco_ext.evaluate import encoder_features
+from moco_ext.evaluate.embed import embed
+from moco_ext.evaluate.feature_files import FeatureFile
+from moco_ext.evaluate.neighbors import find_encoder
 from moco_ext.train import pretrain
+from moco_ext.train.teacher import load_teacher
 
 pytest.importorskip("torchvision")
 
@@ -198,6 +204,43 @@ def test_timm_architectures(tmp_path):
     assert_same(moco_ext.load_encoder(tmp_path / "hub")[0], encoder, 64)
     kept, _ = moco_ext.load_encoder(tmp_path / "timm.pth", "timm:test_convnext", head=True)
     assert_same(kept, module.eval(), 64)
+
+
+@pytest.fixture
+def timm_weights(monkeypatch):
+    """timm's pretrained weights, without a download."""
+    timm = pytest.importorskip("timm")
+    published = settled(timm.create_model("test_vit"))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: copy.deepcopy(published))
+    return published
+
+
+def test_timms_weights(timm_weights, tmp_path):
+    """With timm's own preprocessing; at another size the position embedding is resampled, for queries too."""
+    encoder, transform = moco_ext.load_encoder("timm:test_vit.r160_in1k")
+    assert (encoder.arch, transform) == ("timm:test_vit", EvalTransform(160, (0.5,) * 3, (0.5,) * 3))
+    images = torch.randn(2, 3, 160, 160)
+    features = timm_weights.forward_head(timm_weights.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(encoder(images), features)
+    whole, _ = moco_ext.load_encoder("timm:test_vit.r160_in1k", head=True)
+    torch.testing.assert_close(whole(images), timm_weights(images))
+    smaller, transform = moco_ext.load_encoder("timm:test_vit", image_size=96)
+    assert (smaller(images[..., :96, :96]).shape[1], transform.size) == (encoder.num_features, 96)
+    write_photos(tmp_path / "photos", 3)
+    embed(smaller, tmp_path / "photos", tmp_path / "f.npz")
+    again = find_encoder(FeatureFile(tmp_path / "f.npz"))
+    assert (again.fingerprint(), again.transform) == (smaller.fingerprint(), transform)
+    with pytest.raises(ValueError, match=r"arch: expected timm:test_vit, which .* holds, got resnet18"):
+        moco_ext.load_encoder("timm:test_vit", "resnet18")
+
+
+def test_timms_weights_teach(timm_weights):
+    """A student's images may be smaller than the teacher's."""
+    data = few_digits()
+    teacher, features = load_teacher("timm:test_vit", dataclasses.replace(data, size=96))
+    assert teacher(torch.randn(2, 3, 96, 96)).shape == (2, features)
+    with pytest.raises(ValueError, match=r"image_size: expected a multiple of 16, the patch size of .*, got 8"):
+        load_teacher("timm:test_vit", data)
 
 
 def test_the_hub(tmp_path, monkeypatch):

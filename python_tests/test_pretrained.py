@@ -117,7 +117,13 @@ def test_torchvision_by_name(monkeypatch):
     loaded, arch = load_pretrained("torchvision:IMAGENET1K_V1", "resnet18")
     assert arch == "resnet18"
     assert_same_features(loaded, published, 32)
+    loaded, arch = load_pretrained("torchvision:ResNet18_Weights.IMAGENET1K_V1")
+    assert arch == "resnet18"
+    assert_same_features(loaded, published, 32)
     for arguments, message in (
+        (("torchvision:ResNet18_Weights.DEFAULT", "resnet50"), "arch: expected resnet18, which .* got resnet50"),
+        (("torchvision:ResNet18_Weights.V9",), "pretrained: expected one of .* of resnet18, got 'V9'"),
+        (("torchvision:ResNot_Weights.DEFAULT",), "pretrained: expected a class .* got 'ResNot_Weights'"),
         (("torchvision:IMAGENET1K_V1",), "arch: expected --arch with torchvision:IMAGENET1K_V1"),
         (
             ("torchvision:IMAGENET22K", "resnet18"),

@@ -13,7 +13,7 @@ from .convert import query_encoder, read_checkpoint
 from .files import newest
 from .fit import backbone_tensors, encoder_of
 
-_BY_NAME, _TIMM = "torchvision:", "timm:"
+_BY_NAME, TIMM = "torchvision:", "timm:"
 
 
 def load_pretrained(
@@ -27,7 +27,8 @@ def load_pretrained(
         source: a run directory (its ``checkpoint.pth``); a checkpoint of any format that ``moco-ext convert`` reads
             (its query encoder is used), or of linear evaluation or fine-tuning; a state dictionary of an encoder, like
             torchvision's files, pickled or ``.safetensors``; or ``"torchvision:NAME"``, torchvision's weights of that
-            name for ``arch`` (``"torchvision:IMAGENET1K_V2"``), which are downloaded.
+            name, which are downloaded: ``"torchvision:IMAGENET1K_V2"`` for ``arch``, or
+            ``"torchvision:ResNet50_Weights.IMAGENET1K_V2"``.
         arch: a name for :func:`moco_ext.encoders.resolve`; required if the source does not contain it.
         image_size: side of the images to encode, for encoders that are built for one size; None: that of training.
 
@@ -70,9 +71,9 @@ def read_weights(source: str, arch: str) -> tuple[dict[str, Tensor], str | None]
         FileNotFoundError: no such file.
         ValueError: the source cannot be read, or there are no such weights.
     """
-    if source.startswith(_TIMM):
-        name = source.removeprefix(_TIMM) or arch.removeprefix(_TIMM)
-        return dict(_timm(name).state_dict()), f"{_TIMM}{name.partition('.')[0]}"
+    if source.startswith(TIMM):
+        name = source.removeprefix(TIMM) or arch.removeprefix(TIMM)
+        return dict(_timm(name).state_dict()), f"{TIMM}{name.partition('.')[0]}"
     name = source.removeprefix(_BY_NAME)
     if source.startswith(_BY_NAME) or (not Path(source).exists() and name in _torchvision_names(arch)):
         return dict(_torchvision_weights(name, arch).get_state_dict(progress=False, check_hash=True)), arch
@@ -81,11 +82,25 @@ def read_weights(source: str, arch: str) -> tuple[dict[str, Tensor], str | None]
     return query_encoder(checkpoint.tensors) | predictor, checkpoint.about.get("arch")
 
 
+def load_timm(source: str) -> tuple[nn.Module, str, dict[str, Any]]:
+    """A timm model with its pretrained weights and head, the name of its architecture, and timm's configuration of it.
+
+    Args:
+        source: ``"timm:NAME"``, with or without the tag of the weights.
+
+    Raises:
+        ValueError: timm has no such weights.
+    """
+    name = source.removeprefix(TIMM)
+    model = _timm(name)
+    return model, f"{TIMM}{name.partition('.')[0]}", dict(model.pretrained_cfg)  # type: ignore[arg-type]
+
+
 def _timm(name: str) -> nn.Module:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"pretrained: expected the name of a timm model with {_TIMM}, got {name!r}")
+        raise ValueError(f"pretrained: expected the name of a timm model with {TIMM}, got {name!r}")
     try:
         return timm.create_model(name, pretrained=True)
     except RuntimeError as error:  # no weights of that name
@@ -95,8 +110,21 @@ def _timm(name: str) -> nn.Module:
 def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
     from torchvision import models
 
+    kind, _, member = name.rpartition(".")
+    if kind:  # ResNet50_Weights.IMAGENET1K_V2
+        named = {models.get_model_weights(model).__name__: model for model in models.list_models(module=models)}
+        if kind not in named:
+            raise ValueError(
+                f"pretrained: expected a class of torchvision.models such as ResNet50_Weights, got {kind!r}"
+            )
+        if arch not in (None, named[kind]):
+            raise ValueError(f"arch: expected {named[kind]}, which {_BY_NAME}{name} is for, got {arch}")
+        name, arch = member, named[kind]
     if arch is None:
-        raise ValueError(f"arch: expected --arch with {_BY_NAME}{name}, as several architectures have such weights")
+        raise ValueError(
+            f"arch: expected --arch with {_BY_NAME}{name}, as several architectures have such weights; "
+            f"or {_BY_NAME}CLASS.{name}, such as {_BY_NAME}ResNet50_Weights.{name}"
+        )
     return models.get_model(arch, weights=_torchvision_weights(name, arch)), arch
 
 

@@ -9,7 +9,10 @@ from . import pretrain
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    teacher = "a run, a checkpoint that names its architecture, an exported folder, or hf:USER/NAME"
+    teacher = (
+        "a run, a checkpoint that names its architecture, an exported folder, hf:USER/NAME, timm:NAME, or "
+        "torchvision:CLASS.NAME, such as torchvision:ResNet50_Weights.IMAGENET1K_V2"
+    )
     parser.add_argument("teacher", metavar="TEACHER", help=teacher)
     pretrain.add_flags(parser)
     parser.description = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -46,8 +45,8 @@ def add_encoder_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="RUN|WEIGHTS",
-        help="run directory, checkpoint of any known format, state dict, exported folder, torchvision:NAME, or "
-        "hf:USER/NAME",
+        help="run directory, checkpoint of any known format, state dict, exported folder, torchvision:NAME, "
+        "timm:NAME, or hf:USER/NAME",
     )
     parser.add_argument("-a", "--arch", metavar="ARCH", help="architecture, if the weights do not name it")
 
@@ -61,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
-    encoder, transform = load_encoder(args.source, args.arch, head=args.head)
-    if args.image_size is not None:
-        encoder.transform = dataclasses.replace(transform, size=args.image_size)
+    encoder = load_encoder(args.source, args.arch, head=args.head, image_size=args.image_size)[0]
     data = load(os.pathsep.join(args.data), args.data_root)
     done = embed(
         encoder,

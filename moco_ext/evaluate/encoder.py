@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import tempfile
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from ..checkpoints import files
 from ..checkpoints.convert import query_encoder, read_checkpoint
 from ..checkpoints.fit import backbone_tensors, head_prefixes
-from ..checkpoints.pretrained import load_pretrained
+from ..checkpoints.pretrained import TIMM, load_pretrained, load_timm
 from ..data import EvalTransform
-from ..encoders import backbone, build, restored_modes
+from ..encoders import backbone, build, restored_modes, set_image_size
 from ..runs.files import read_json
 from . import hub
 from .model_card import model_card
@@ -101,7 +102,9 @@ class Encoder(nn.Module):
         return model_card(self.arch, self.num_features, self.transform.as_dict(), name, training)
 
 
-def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = False) -> tuple[Encoder, EvalTransform]:
+def load_encoder(
+    source: str | Path, arch: str | None = None, *, head: bool = False, image_size: int | None = None
+) -> tuple[Encoder, EvalTransform]:
     """A trained encoder in eval mode, without its head, and the transform from an image to its input.
 
     ::
@@ -111,20 +114,35 @@ def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = Fa
 
     Args:
         source: a run directory; weights that :func:`moco_ext.checkpoints.pretrained.load_pretrained` reads; a folder
-            that ``moco-ext export --format hub`` has written; or ``"hf:USER/NAME"`` or ``"hf:USER/NAME@REVISION"``, a
-            repository of the Hugging Face hub with such a folder.
+            that ``moco-ext export --format hub`` has written; ``"hf:USER/NAME"`` or ``"hf:USER/NAME@REVISION"``, a
+            repository of the Hugging Face hub with such a folder; or ``"timm:NAME"``, timm's pretrained weights.
         arch: architecture, if the source does not name it.
         head: keep the head that the source holds.
+        image_size: side of the images to encode; None: that of the preprocessing.
 
     Returns:
-        (encoder, transform). Runs and exported folders record their preprocessing; for other weights it is ImageNet's,
-        with 224 pixels.
+        (encoder, transform). Runs, exported folders and timm record their preprocessing; for other weights it is
+        ImageNet's, with 224 pixels.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the source cannot be read, is of another architecture, or has no head to keep.
     """
     source = str(source)
+    module, arch, transform = _of_timm(source, arch) if source.startswith(TIMM) else _of_files(source, arch, head)
+    if image_size is not None:
+        set_image_size(module, image_size)
+        transform = dataclasses.replace(transform, size=image_size)
+    return Encoder(module, arch, transform, head=head, source=source).eval(), transform
+
+
+def _of_timm(source: str, arch: str | None) -> tuple[nn.Module, str, EvalTransform]:
+    module, said, recorded = load_timm(source)
+    _check_arch(arch, said, source)
+    return module, said, EvalTransform(recorded["input_size"][-1], recorded["mean"], recorded["std"])
+
+
+def _of_files(source: str, arch: str | None, head: bool) -> tuple[nn.Module, str, EvalTransform]:
     folder = hub.find(source)
     if folder is None:
         weights = str(files.newest(Path(source))) if Path(source).is_dir() else source
@@ -132,13 +150,16 @@ def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = Fa
     else:
         weights, recorded = str(folder / hub.WEIGHTS), hub.read_config(folder)
     said = recorded.get("arch")
-    if said is not None and arch not in (None, said):
-        raise ValueError(f"arch: expected {said}, which {source} holds, got {arch}")
+    _check_arch(arch, said, source)
     module, arch = load_pretrained(weights, arch or said)
     if head:
         module = _with_head(weights, arch)
-    transform = _transform_of(recorded, Path(weights))
-    return Encoder(module, arch, transform, head=head, source=source).eval(), transform
+    return module, arch, _transform_of(recorded, Path(weights))
+
+
+def _check_arch(arch: str | None, said: str | None, source: str) -> None:
+    if said is not None and arch not in (None, said):
+        raise ValueError(f"arch: expected {said}, which {source} holds, got {arch}")
 
 
 def _transform_of(recorded: dict[str, Any], path: Path) -> EvalTransform:

@@ -128,7 +128,7 @@ def find_encoder(bank: FeatureFile, weights: str | Path | Encoder | None = None)
         ValueError: they are not those of the features.
     """
     recorded = bank.metadata
-    named = recorded["weights"]
+    named, transform = recorded["weights"], EvalTransform.from_dict(recorded["transform"])
     if weights is None and not (":" in named or (named and Path(named).exists())):
         raise FileNotFoundError(
             f"weights: expected the encoder of {bank.path} in {named or 'a file'}, got none there; --weights names it"
@@ -136,14 +136,15 @@ def find_encoder(bank: FeatureFile, weights: str | Path | Encoder | None = None)
     if isinstance(weights, Encoder):
         encoder = copy.copy(weights)  # as its transform is set
     else:
-        encoder = load_encoder(weights or named, recorded["arch"], head=recorded["head"])[0]
+        options = {"head": recorded["head"], "image_size": transform.size}
+        encoder = load_encoder(weights or named, recorded["arch"], **options)[0]
     fingerprint = encoder.fingerprint()
     if fingerprint != recorded["fingerprint"]:
         raise ValueError(
             f"weights: expected those that {bank.path} was computed with ({recorded['fingerprint']}), got "
             f"{encoder.source} ({fingerprint}), which may have been trained since; embed the images again"
         )
-    encoder.transform = EvalTransform.from_dict(recorded["transform"])
+    encoder.transform = transform
     return encoder
 
 

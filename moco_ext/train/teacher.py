@@ -31,7 +31,7 @@ class Renormalized(nn.Module):
 
 def load_teacher(source: str, data: ImageData) -> tuple[nn.Module, int]:
     """The encoder of :func:`moco_ext.load_encoder`, for images normalized as those of ``data``; number of features."""
-    encoder, transform = load_encoder(source)
+    encoder, transform = load_encoder(source, image_size=data.size)
     own, given = ((torch.tensor(x.mean), torch.tensor(x.std)) for x in (transform, data))
     return Renormalized(encoder, own, given), encoder.num_features
 
