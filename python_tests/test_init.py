@@ -94,7 +94,8 @@ def test_torchvision_names(monkeypatch):
 
     published = settled(encoders.resolve("resnet18")(num_classes=1000))
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda *_, **__: published.state_dict())  # no download
-    for source in ("torchvision:IMAGENET1K_V1", "IMAGENET1K_V1", "DEFAULT"):
+    names = ("torchvision:IMAGENET1K_V1", "IMAGENET1K_V1", "DEFAULT", "torchvision:ResNet18_Weights.DEFAULT")
+    for source in names:
         model = fresh("resnet18")
         assert initialize_(model, source, "resnet18")[0].share == 1.0
         assert_same_features(model.encoder_q, published, 32)

@@ -110,16 +110,7 @@ def _timm(name: str) -> nn.Module:
 def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
     from torchvision import models
 
-    kind, _, member = name.rpartition(".")
-    if kind:  # ResNet50_Weights.IMAGENET1K_V2
-        named = {models.get_model_weights(model).__name__: model for model in models.list_models(module=models)}
-        if kind not in named:
-            raise ValueError(
-                f"pretrained: expected a class of torchvision.models such as ResNet50_Weights, got {kind!r}"
-            )
-        if arch not in (None, named[kind]):
-            raise ValueError(f"arch: expected {named[kind]}, which {_BY_NAME}{name} is for, got {arch}")
-        name, arch = member, named[kind]
+    name, arch = _of_class(name, arch)
     if arch is None:
         raise ValueError(
             f"arch: expected --arch with {_BY_NAME}{name}, as several architectures have such weights; "
@@ -128,9 +119,25 @@ def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
     return models.get_model(arch, weights=_torchvision_weights(name, arch)), arch
 
 
+def _of_class(name: str, arch: str | None) -> tuple[str, str | None]:
+    """The name of torchvision's weights and their architecture, which CLASS.NAME implies."""
+    from torchvision import models
+
+    kind, _, member = name.rpartition(".")  # ResNet50_Weights.IMAGENET1K_V2
+    if not kind:
+        return name, arch
+    named = {models.get_model_weights(model).__name__: model for model in models.list_models(module=models)}
+    if kind not in named:
+        raise ValueError(f"pretrained: expected a class of torchvision.models such as ResNet50_Weights, got {kind!r}")
+    if arch not in (None, named[kind]):
+        raise ValueError(f"arch: expected {named[kind]}, which {_BY_NAME}{name} is for, got {arch}")
+    return member, named[kind]
+
+
 def _torchvision_weights(name: str, arch: str) -> Any:
     from torchvision import models
 
+    name, _ = _of_class(name, arch)
     if arch not in models.list_models(module=models):
         raise ValueError(f"arch: expected a torchvision model with {_BY_NAME}{name}, got {arch!r}")
     known = _torchvision_names(arch)
