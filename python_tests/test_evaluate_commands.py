@@ -1,15 +1,19 @@
 """``moco-ext knn``, ``linear`` and ``finetune``, run in this process."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from test_classifier import ARCH, encoder_of
+from training import run_in
 
 from moco_ext import MoCo, cli, encoders
 from moco_ext import data as mdata
 from moco_ext.checkpoints.pretrained import load_pretrained
 from moco_ext.checkpoints.training import save_checkpoint
+from moco_ext.evaluate.scores import all_features, knn_score
 from moco_ext.train.classifier import Classifier
 
 pytest.importorskip("tensorboard")
@@ -52,6 +56,20 @@ def photos(tmp_path_factory):
 def answer(capsys, *arguments) -> dict:
     assert cli.main([*map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("own", [(0.9,), (0.1, 0.5, 0.9)], ids=str)
+def test_images_are_normalized_as_in_training(run, tmp_path, own, capsys):
+    """An encoder of other images, gray or in color, evaluated on digits."""
+    checkpoint = torch.load(run / "checkpoint.pth", weights_only=True)
+    checkpoint["transform"] = mdata.EvalTransform(8, own, own, 1.0).as_dict()
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    shutil.copy(run / "config.json", tmp_path)
+    found = answer(capsys, "knn", tmp_path, "--data", "digits", "--threads", 1)["knn_top1"]
+    digits = dataclasses.replace(mdata.load("digits"), mean=own, std=own)
+    features = all_features(digits, run_in(tmp_path), trained=load_pretrained(tmp_path)[0])
+    assert found["trained"] == round(knn_score(digits, features["trained"], k=20), 2)
+    assert found != answer(capsys, "knn", run, "--threads", 1, "--output", tmp_path)["knn_top1"]
 
 
 def test_linear_solves_unless_sgd_is_meant(run, tmp_path, capsys):

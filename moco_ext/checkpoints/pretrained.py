@@ -1,4 +1,4 @@
-"""Pretrained encoders from checkpoints of any format, plain state dictionaries and torchvision."""
+"""Pretrained encoders from checkpoints of any format, plain state dictionaries, torchvision and timm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .convert import query_encoder, read_checkpoint
 from .files import newest
 from .fit import backbone_tensors, encoder_of
 
-_BY_NAME, TIMM = "torchvision:", "timm:"
+TORCHVISION, TIMM = "torchvision:", "timm:"
 
 
 def load_pretrained(
@@ -26,9 +26,8 @@ def load_pretrained(
     Args:
         source: a run directory (its ``checkpoint.pth``); a checkpoint of any format that ``moco-ext convert`` reads
             (its query encoder is used), or of linear evaluation or fine-tuning; a state dictionary of an encoder, like
-            torchvision's files, pickled or ``.safetensors``; or ``"torchvision:NAME"``, torchvision's weights of that
-            name, which are downloaded: ``"torchvision:IMAGENET1K_V2"`` for ``arch``, or
-            ``"torchvision:ResNet50_Weights.IMAGENET1K_V2"``.
+            torchvision's files, pickled or ``.safetensors``; or weights to download: ``"timm:NAME"``,
+            ``"torchvision:IMAGENET1K_V2"`` for ``arch``, or ``"torchvision:ResNet50_Weights.IMAGENET1K_V2"``.
         arch: a name for :func:`moco_ext.encoders.resolve`; required if the source does not contain it.
         image_size: side of the images to encode, for encoders that are built for one size; None: that of training.
 
@@ -37,9 +36,19 @@ def load_pretrained(
         ValueError: the source cannot be read, is of another architecture, or its architecture is unknown; the message
             says how many layers fit.
     """
-    if str(source).startswith(_BY_NAME):
-        return _torchvision(str(source).removeprefix(_BY_NAME), arch)
-    path = newest(Path(source))
+    name = str(source)
+    if name.startswith(TORCHVISION):
+        encoder, arch = _torchvision(name.removeprefix(TORCHVISION), arch)
+    elif name.startswith(TIMM):
+        encoder, arch = _of_timm(name, arch)
+    else:
+        encoder, arch = _saved(newest(Path(source)), arch)
+    if image_size is not None:
+        set_image_size(encoder, image_size)
+    return encoder, arch
+
+
+def _saved(path: Path, arch: str | None) -> tuple[nn.Module, str]:
     checkpoint = read_checkpoint(path, otherwise="timm")
     said = checkpoint.about.get("arch")
     if said is not None and arch not in (None, said):
@@ -50,8 +59,6 @@ def load_pretrained(
     tensors = query_encoder(checkpoint.tensors)
     encoder = encoder_of(name, tensors, checkpoint.about.get("image_size"))
     encoder.load_state_dict(backbone_tensors(encoder, tensors, name, path), strict=False)
-    if image_size is not None:
-        set_image_size(encoder, image_size)
     return encoder, name
 
 
@@ -59,8 +66,8 @@ def read_weights(source: str, arch: str) -> tuple[dict[str, Tensor], str | None]
     """The tensors of pretrained weights to start from, and the architecture that the source names.
 
     Args:
-        source: as for :func:`load_pretrained`; also ``"timm:NAME"``, timm's pretrained weights of that name, or
-            ``"timm:"``, the default ones of ``arch``; and torchvision's names without ``torchvision:``.
+        source: as for :func:`load_pretrained`; also ``"timm:"``, the default weights of ``arch``, and torchvision's
+            names without ``torchvision:``.
         arch: the architecture to initialize.
 
     Returns:
@@ -74,26 +81,27 @@ def read_weights(source: str, arch: str) -> tuple[dict[str, Tensor], str | None]
     if source.startswith(TIMM):
         name = source.removeprefix(TIMM) or arch.removeprefix(TIMM)
         return dict(_timm(name).state_dict()), f"{TIMM}{name.partition('.')[0]}"
-    name = source.removeprefix(_BY_NAME)
-    if source.startswith(_BY_NAME) or (not Path(source).exists() and name in _torchvision_names(arch)):
+    name = source.removeprefix(TORCHVISION)
+    if source.startswith(TORCHVISION) or (not Path(source).exists() and name in _torchvision_names(arch)):
         return dict(_torchvision_weights(name, arch).get_state_dict(progress=False, check_hash=True)), arch
     checkpoint = read_checkpoint(newest(Path(source)), otherwise="timm")
     predictor = {name: value for name, value in checkpoint.tensors.items() if name.startswith("predictor.")}
     return query_encoder(checkpoint.tensors) | predictor, checkpoint.about.get("arch")
 
 
-def load_timm(source: str) -> tuple[nn.Module, str, dict[str, Any]]:
-    """A timm model with its pretrained weights and head, the name of its architecture, and timm's configuration of it.
+def timm_configuration(source: str) -> Any:
+    """timm's description of the weights ``"timm:NAME"``: ``input_size`` (C, H, W), ``mean``, ``std`` and more."""
+    import timm
 
-    Args:
-        source: ``"timm:NAME"``, with or without the tag of the weights.
+    return timm.get_pretrained_cfg(source.removeprefix(TIMM))
 
-    Raises:
-        ValueError: timm has no such weights.
-    """
+
+def _of_timm(source: str, arch: str | None) -> tuple[nn.Module, str]:
     name = source.removeprefix(TIMM)
-    model = _timm(name)
-    return model, f"{TIMM}{name.partition('.')[0]}", dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    own = f"{TIMM}{name.partition('.')[0]}"
+    if arch not in (None, own):
+        raise ValueError(f"arch: expected {own}, which {source} holds, got {arch}")
+    return _timm(name), own
 
 
 def _timm(name: str) -> nn.Module:
@@ -113,8 +121,8 @@ def _torchvision(name: str, arch: str | None) -> tuple[nn.Module, str]:
     name, arch = _of_class(name, arch)
     if arch is None:
         raise ValueError(
-            f"arch: expected --arch with {_BY_NAME}{name}, as several architectures have such weights; "
-            f"or {_BY_NAME}CLASS.{name}, such as {_BY_NAME}ResNet50_Weights.{name}"
+            f"arch: expected --arch with {TORCHVISION}{name}, as several architectures have such weights; "
+            f"or {TORCHVISION}CLASS.{name}, such as {TORCHVISION}ResNet50_Weights.{name}"
         )
     return models.get_model(arch, weights=_torchvision_weights(name, arch)), arch
 
@@ -130,7 +138,7 @@ def _of_class(name: str, arch: str | None) -> tuple[str, str | None]:
     if kind not in named:
         raise ValueError(f"pretrained: expected a class of torchvision.models such as ResNet50_Weights, got {kind!r}")
     if arch not in (None, named[kind]):
-        raise ValueError(f"arch: expected {named[kind]}, which {_BY_NAME}{name} is for, got {arch}")
+        raise ValueError(f"arch: expected {named[kind]}, which {TORCHVISION}{name} is for, got {arch}")
     return member, named[kind]
 
 
@@ -139,7 +147,7 @@ def _torchvision_weights(name: str, arch: str) -> Any:
 
     name, _ = _of_class(name, arch)
     if arch not in models.list_models(module=models):
-        raise ValueError(f"arch: expected a torchvision model with {_BY_NAME}{name}, got {arch!r}")
+        raise ValueError(f"arch: expected a torchvision model with {TORCHVISION}{name}, got {arch!r}")
     known = _torchvision_names(arch)
     if name not in known:
         raise ValueError(f"pretrained: expected one of {', '.join(known)} of {arch}, got {name!r}")

@@ -15,6 +15,7 @@ from torch import nn
 from ..checkpoints.pretrained import load_pretrained
 from ..data import ImageData, load
 from ..encoders import set_image_size
+from ..evaluate.encoder import normalized_for
 from ..runs.console import make_console
 from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
@@ -53,7 +54,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         metavar="WEIGHTS",
         help="run directory, checkpoint of any known format, state dict (pickled or .safetensors), or "
-        "torchvision:NAME, such as torchvision:IMAGENET1K_V2",
+        "torchvision:NAME such as torchvision:IMAGENET1K_V2, or timm:NAME",
     )
     add("-a", "--arch", metavar="ARCH", help="architecture of the encoder, if the weights do not name it")
     add_data_flags(parser, "that of the run")
@@ -99,10 +100,11 @@ def _configuration(weights: str | None) -> tuple[dict[str, Any], Path | None]:
 
 
 def load_inputs(inputs: Inputs, args: argparse.Namespace) -> tuple[nn.Module, str, ImageData]:
-    """Encoder, its architecture, and data; the encoder first, as data may have to be downloaded."""
+    """Encoder, its architecture, and data, normalized as in its training; the encoder first, as data may have to be
+    downloaded."""
     assert inputs.weights is not None
     encoder, arch = load_pretrained(inputs.weights, args.arch)
-    data = load_labeled(inputs, args)
+    data = normalized_for(inputs.weights, load_labeled(inputs, args))
     set_image_size(encoder, data.size)
     return encoder, arch, data
 

@@ -201,7 +201,8 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         scale = self.byte_scale if images.dtype == torch.uint8 else self.scale
         values = images.float()
-        own = None if values is images else values
+        # In place, unless these are the caller's, or one channel becomes three.
+        own = None if values is images or len(scale[0]) > images.shape[1] else values
         return torch.addcmul(self.shift, values, scale, out=own).expand(-1, 3, -1, -1)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..checkpoints import files
 from ..checkpoints.convert import query_encoder, read_checkpoint
 from ..checkpoints.fit import backbone_tensors, head_prefixes
-from ..checkpoints.pretrained import TIMM, load_pretrained, load_timm
-from ..data import EvalTransform
+from ..checkpoints.pretrained import TIMM, TORCHVISION, load_pretrained, timm_configuration
+from ..data import EvalTransform, ImageData
 from ..encoders import backbone, build, restored_modes, set_image_size
 from ..runs.files import read_json
 from . import hub
@@ -114,8 +114,8 @@ def load_encoder(
 
     Args:
         source: a run directory; weights that :func:`moco_ext.checkpoints.pretrained.load_pretrained` reads; a folder
-            that ``moco-ext export --format hub`` has written; ``"hf:USER/NAME"`` or ``"hf:USER/NAME@REVISION"``, a
-            repository of the Hugging Face hub with such a folder; or ``"timm:NAME"``, timm's pretrained weights.
+            that ``moco-ext export --format hub`` has written; or ``"hf:USER/NAME"`` or ``"hf:USER/NAME@REVISION"``, a
+            repository of the Hugging Face hub with such a folder.
         arch: architecture, if the source does not name it.
         head: keep the head that the source holds.
         image_size: side of the images to encode; None: that of the preprocessing.
@@ -129,20 +129,6 @@ def load_encoder(
         ValueError: the source cannot be read, is of another architecture, or has no head to keep.
     """
     source = str(source)
-    module, arch, transform = _of_timm(source, arch) if source.startswith(TIMM) else _of_files(source, arch, head)
-    if image_size is not None:
-        set_image_size(module, image_size)
-        transform = dataclasses.replace(transform, size=image_size)
-    return Encoder(module, arch, transform, head=head, source=source).eval(), transform
-
-
-def _of_timm(source: str, arch: str | None) -> tuple[nn.Module, str, EvalTransform]:
-    module, said, recorded = load_timm(source)
-    _check_arch(arch, said, source)
-    return module, said, EvalTransform(recorded["input_size"][-1], recorded["mean"], recorded["std"])
-
-
-def _of_files(source: str, arch: str | None, head: bool) -> tuple[nn.Module, str, EvalTransform]:
     folder = hub.find(source)
     if folder is None:
         weights = str(files.newest(Path(source))) if Path(source).is_dir() else source
@@ -150,27 +136,41 @@ def _of_files(source: str, arch: str | None, head: bool) -> tuple[nn.Module, str
     else:
         weights, recorded = str(folder / hub.WEIGHTS), hub.read_config(folder)
     said = recorded.get("arch")
-    _check_arch(arch, said, source)
+    if said is not None and arch not in (None, said):
+        raise ValueError(f"arch: expected {said}, which {source} holds, got {arch}")
     module, arch = load_pretrained(weights, arch or said)
     if head:
         module = _with_head(weights, arch)
-    return module, arch, _transform_of(recorded, Path(weights))
+    transform = _transform_of(weights, recorded)
+    if transform is None:
+        size = read_json(Path(weights).parent / "config.json").get("image_size")
+        transform = EvalTransform(size or EvalTransform.size)
+    if image_size is not None:
+        set_image_size(module, image_size)
+        transform = dataclasses.replace(transform, size=image_size)
+    return Encoder(module, arch, transform, head=head, source=source).eval(), transform
 
 
-def _check_arch(arch: str | None, said: str | None, source: str) -> None:
-    if said is not None and arch not in (None, said):
-        raise ValueError(f"arch: expected {said}, which {source} holds, got {arch}")
-
-
-def _transform_of(recorded: dict[str, Any], path: Path) -> EvalTransform:
-    """The preprocessing that an export or a run has recorded; ImageNet's if there is none."""
-    found = recorded.get("transform")
+def _transform_of(weights: str, recorded: dict[str, Any]) -> EvalTransform | None:
+    """The preprocessing that the weights were trained with, if it is known."""
+    if weights.startswith(TIMM):
+        known = timm_configuration(weights)
+        return EvalTransform(known.input_size[-1], known.mean, known.std)
+    if weights.startswith(TORCHVISION):
+        return EvalTransform()
+    path, found = Path(weights), recorded.get("transform")
     if found is None and files.exists(path) and path.suffix not in (".safetensors", ".pkl"):
         content = files.read_saved(path, inert=True, mmap=True)
         found = content.get("transform") if isinstance(content, dict) else None
-    if isinstance(found, dict):
-        return EvalTransform.from_dict(found)
-    return EvalTransform(read_json(path.parent / "config.json").get("image_size") or EvalTransform.size)
+    return EvalTransform.from_dict(found) if isinstance(found, dict) else None
+
+
+def normalized_for(source: str, data: ImageData) -> ImageData:
+    """The data, with the normalization that the weights of ``source`` were trained with, if it is known."""
+    path = Path(source)
+    weights = str(files.newest(path)) if path.is_dir() else source
+    known = _transform_of(weights, files.read_metadata(Path(weights)))
+    return data if known is None else dataclasses.replace(data, mean=known.mean, std=known.std)
 
 
 def _with_head(source: str, arch: str) -> nn.Module:
