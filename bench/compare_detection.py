@@ -25,7 +25,7 @@ from moco_ext.runs.metrics import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 # For images of 96 pixels, shown at twice their size: a ResNet's layer3 has a stride of 16.
 FLAGS = (
-    "--iterations 400 --eval-every 100 -b 8 --lr 0.02 --warmup 50 --min-size 192 --anchors 32 48 64 88 112 --rois 32 "
+    "--iterations 400 --eval-every 200 -b 4 --lr 0.01 --warmup 50 --min-size 192 --anchors 32 48 64 88 112 --rois 32 "
     "--proposals 50 --roi-size 7 --bn-batches 20 --logger none"
 )
 
