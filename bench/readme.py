@@ -39,7 +39,8 @@ RUNS = {"demo": "digits", "fashion": "fashion-mnist"}  # marker in README.md -> 
 
 def record(name: str, run: Path) -> None:
     summary, made = (json.loads((run / f"{part}.json").read_text()) for part in ("summary", "environment"))
-    summary["machine"] = f"{made['device']}, {made['threads']} threads, torch {made['torch']}"
+    threads = f"{made['threads']} thread{'s' * (made['threads'] > 1)}"
+    summary["machine"] = f"{made['device']}, {threads}, torch {made['torch']}"
     summary["commit"] = made["commit"]
     (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
 
