@@ -97,6 +97,15 @@ def test_finetune_and_the_comparison_from_scratch(run, tmp_path, capsys):
     }
 
 
+def test_a_classifier_of_another_image_size_is_noticed(run, tmp_path, capsys):
+    flags = ("finetune", run, "--fraction", 0.1, "-b", 32, "--output", tmp_path, "--threads", 1, "--logger", "none")
+    tuned = answer(capsys, *flags, "--epochs", 1, "--image-size", 12)
+    for more in (["--evaluate"], ["--epochs", 2, "--resume", "auto"]):
+        assert cli.main([*map(str, (*flags, *more))]) == 1
+        assert f"image_size: expected 12, that of the images which {tmp_path}/finetune.pth" in capsys.readouterr().err
+    assert answer(capsys, *flags, "--evaluate", "--image-size", 12)["top1"] == tuned["top1"]
+
+
 def test_few_labels(run, tmp_path, capsys):
     flags = ("--labels-per-class", 3, "--seed", 1, "--output", tmp_path, "--threads", 1)
     solved, voted = (answer(capsys, command, run, *flags) for command in ("linear", "knn"))

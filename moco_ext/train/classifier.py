@@ -94,7 +94,7 @@ class Classifier(nn.Module):
         self, encoder: nn.Module, classes: int, size: int, *, frozen: bool = False, head_bn: bool = False
     ) -> None:
         super().__init__()
-        self.frozen = frozen
+        self.frozen, self.size = frozen, size
         self.backbone: nn.Module
         if hasattr(encoder, "reset_classifier"):  # timm: removes the head without leaving unused parameters
             encoder.reset_classifier(0)  # type: ignore[operator]
@@ -301,7 +301,7 @@ def restore(model: Classifier, path: Path, arch: str, optimizer: torch.optim.Opt
     """Load a checkpoint of :func:`train_classifier` and return it: epoch (completed ones), best_acc1, config.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another architecture, data set or configuration.
+        ValueError: the checkpoint is damaged, or of another architecture, data set, image size or configuration.
     """
     checkpoint = load_checkpoint(path)
     best = checkpoint.get("best_acc1", "no")
@@ -309,6 +309,12 @@ def restore(model: Classifier, path: Path, arch: str, optimizer: torch.optim.Opt
         raise ValueError(f"resume: expected a classifier's checkpoint, got {best} best_acc1 in {path}")
     if not isinstance(checkpoint.setdefault("config", {}), dict):  # main_lincls.py records none
         raise ValueError(f"resume: expected settings by name as config in {path}, got {checkpoint['config']}")
+    recorded = checkpoint.get("transform")
+    if isinstance(recorded, dict) and recorded.get("size") != model.size:  # its weights fit images of any size
+        raise ValueError(
+            f"image_size: expected {recorded.get('size')}, that of the images which {path} was trained on, "
+            f"got {model.size}"
+        )
     load_into(model, checkpoint, path, arch=arch, optimizer=optimizer)
     return checkpoint
 
