@@ -160,6 +160,7 @@ def test_round_trip_through_a_folder(head, tmp_path):
     for again in (
         moco_ext.load_encoder(tmp_path / "hub", head=head)[0],
         moco_ext.Encoder.from_pretrained(tmp_path / "hub", head=head),
+        moco_ext.load_encoder(tmp_path / "hub" / "model.safetensors", ARCH, head=head)[0],
     ):
         assert_same(again, encoder)
         assert again.transform == transform

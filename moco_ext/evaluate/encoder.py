@@ -137,19 +137,24 @@ def load_encoder(source: str | Path, arch: str | None = None, *, head: bool = Fa
     module, arch = load_pretrained(weights, arch or said)
     if head:
         module = _with_head(weights, arch)
-    transform = _transform_of(recorded, Path(weights))
+    transform = recorded_transform(Path(weights)) or EvalTransform()
     return Encoder(module, arch, transform, head=head, source=source).eval(), transform
 
 
-def _transform_of(recorded: dict[str, Any], path: Path) -> EvalTransform:
-    """The preprocessing that an export or a run has recorded; ImageNet's if there is none."""
-    found = recorded.get("transform")
-    if found is None and files.exists(path) and path.suffix not in (".safetensors", ".pkl"):
-        content = files.read_saved(path, inert=True, mmap=True)
+def recorded_transform(weights: Path) -> EvalTransform | None:
+    """The preprocessing that an export or a run has recorded with its weights; None if there is none."""
+    if not files.exists(weights):
+        return None
+    found = files.read_metadata(weights).get("transform")
+    if weights.suffix not in (".safetensors", ".pkl"):
+        content = files.read_saved(weights, inert=True, mmap=True)
         found = content.get("transform") if isinstance(content, dict) else None
+    config = read_json(weights.parent / "config.json")
+    if found is None:
+        found = config.get("transform")  # of a folder for the hub
     if isinstance(found, dict):
         return EvalTransform.from_dict(found)
-    return EvalTransform(read_json(path.parent / "config.json").get("image_size") or EvalTransform.size)
+    return EvalTransform(config["image_size"]) if config.get("image_size") else None
 
 
 def _with_head(source: str, arch: str) -> nn.Module:
