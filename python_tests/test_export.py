@@ -147,6 +147,11 @@ def test_commands_of_runs_are_their_configurations():
         ("photos of me", {"schedule": (3, 4), "mlp": True, "lr": 0.1}),
         ("digits", {"cos": False, "schedule": (), "moco_k": 512}),
         ("cifar10", {"dictionary": "memory-bank", "arch": "resnet18"}),
+        ("cifar10", {"dictionary": "memory-bank", "moco_m": 0.99}),  # as in the preset, and not as in a memory bank
+        ("digits", {"precision": "bf16", "queue_dtype": "fp32"}),
+        ("fashion-mnist", {}),
+        ("fashion-mnist", {"arch": "resnet10"}),  # at the size of the data, unlike the preset
+        ("fashion-mnist", {"arch": "resnet18", "image_size": 56}),
     ):
         config = resolve_config(data, settings)
         import shlex
