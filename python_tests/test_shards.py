@@ -58,10 +58,12 @@ def test_labels_that_are_no_json_or_not_in_the_manifest(tmp_path):
     write_tar(tmp_path / "0.tar", {"a.png": encoded(0), "a.json": b"{"})
     with pytest.raises(ValueError, match=r"got .*0.tar: a.json is not JSON"):
         mdata.load(tmp_path)
-    write_tar(tmp_path / "0.tar", {"a.png": encoded(0), "a.cls": b"2"})
     (tmp_path / "shards.json").write_text('{"classes": ["x", "y"]}')
-    with pytest.raises(ValueError, match=r"^data: expected labels 0 to 1 of shards.json in .*0.tar, got \('2',\)$"):
-        mdata.load(tmp_path)
+    for label in ("2", "-1"):
+        write_tar(tmp_path / "0.tar", {"a.png": encoded(0), "a.cls": label.encode()})
+        message = rf"^data: expected labels 0 to 1 of shards.json in .*0.tar, got \('{label}',\)$"
+        with pytest.raises(ValueError, match=message):
+            mdata.load(tmp_path)
     (tmp_path / "shards.json").write_text("[")
     with pytest.raises(ValueError, match=r"^data: expected a JSON object in .*/shards.json"):
         mdata.load(tmp_path)
