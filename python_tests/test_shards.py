@@ -80,6 +80,9 @@ def test_few_test_images_may_lack_a_class(tmp_path):
     data = mdata.load(tmp_path)
     assert data.classes == ("0", "1", "2")
     assert [split.labels.tolist() for split in data.splits] == [[0, 1, 2], [2, 0]]
+    write_tar(tmp_path / "val" / "0.tar", {"0.png": encoded(0), "0.cls": b"cat"})  # the name of a number
+    with pytest.raises(ValueError, match=r"^data: expected test images of the classes 0, 1, 2 in .*0.tar, got cat$"):
+        mdata.load(tmp_path)
 
 
 # --- patterns and sources --------------------------------------------------------------------------------------------
