@@ -311,3 +311,14 @@ def test_label_free_scores_are_those_of_their_definitions(tmp_path):
     singular = torch.linalg.svdvals(rows)
     p = singular / singular.sum()
     assert scores["rankme"] == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-3)
+
+
+def test_label_free_scores_of_more_images_than_float32_can_count():
+    from moco_ext.evaluate import label_free_scores
+
+    images = torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8).expand(2**24 + 4, -1, -1, -1)
+    many = mdata.TensorSplit(images, torch.zeros(1, dtype=torch.int64).expand(len(images)))
+    data = mdata.ImageData("many", (), 8, (0.5,), (0.25,), False, many, None)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    encoder.fc = torch.nn.Identity()
+    assert label_free_scores(encoder, data, mdata.Augmentation.v1(8))["images"] == 2048
