@@ -131,6 +131,10 @@ def test_finished_runs_are_kept_and_only_new_ones_run(tmp_path, monkeypatch):
     changed = dataclasses.replace(BASE, lr=0.5)
     with pytest.raises(ValueError, match=r"expected runs of this configuration or none, got another lr in .*base"):
         run_grid(make_grid(changed, {"moco_t": [0.2]}, [0]), changed, few, run)
+    other = dataclasses.replace(BASE, arch="resnet18-small")
+    with pytest.raises(ValueError, match=r"got another arch in .*pixels"):  # none of its runs is there
+        run_grid(make_grid(other, {"moco_t": [0.7]}, [1], full=True), other, few, run)
+    assert not list(tmp_path.glob("*seed=1"))
     with pytest.raises(ValueError, match="got another images"):
         run_grid(grid, BASE, few_digits(65), run)
 
