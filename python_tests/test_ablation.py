@@ -236,8 +236,10 @@ def test_a_subset_is_the_same_every_time():
 def test_command(tmp_path, capsys):
     grid = ["--data", "digits", "--output", str(tmp_path), "--images", "96", "--epochs", "1", "--threads", "1"]
     command = ["ablate", *grid, "-j", "0", "--moco-m", "0", "0.99", "--seeds", "1", "2"]
-    assert cli.main([*command, "--", "--moco-k", "32", "-b", "48"]) == 0
+    (tmp_path / "file.json").write_text('{"epochs": 7, "steps": 1000}')
+    assert cli.main([*command, "--", "--moco-k", "32", "-b", "48", "--config", str(tmp_path / "file.json")]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["base"]["epochs"], results["base"]["steps"]) == (1, 0)  # as the flag says
     assert (results["base"]["moco_k"], results["base"]["batch_size"], results["images"]) == (32, 48, 96)
     trained = [run["name"] for run in results["runs"] if "seed" in run]
     assert trained == ["base,seed=1", "moco_m=0,seed=1", "base,seed=2", "moco_m=0,seed=2"]
