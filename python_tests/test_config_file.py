@@ -139,6 +139,7 @@ def test_several_folders_and_loggers_in_a_list(written):
         ("data: {a: b}", r"data: expected text, got \{'a': 'b'\}"),
         ("- 3", r"config: expected names and values in .*, got list"),
         ("a: [", r"config: .*run.yaml cannot be read: while parsing"),
+        ("lr: 1\nmlp: true\nlr: 2", r"config: .*run.yaml cannot be read: expected lr once"),
     ],
 )
 def test_errors_in_files(written, text, message):
@@ -146,7 +147,9 @@ def test_errors_in_files(written, text, message):
         parse("pretrain", "--config", written(text))
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "a = "), ("a.txt", "lr: 1")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", "{"), ("b.json", '{"lr": 1, "lr": 2}'), ("a.toml", "a = "), ("a.txt", "lr: 1")]
+)
 def test_files_that_cannot_be_read(written, name, text):
     with pytest.raises(ValueError, match=r"^config: "):
         parse("pretrain", "--config", written(text, name))
