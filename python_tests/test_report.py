@@ -656,6 +656,14 @@ def test_errors(tmp_path, monkeypatch, capsys, arguments, message):
     assert capsys.readouterr().err == f"moco-ext: error: {message}\n"
 
 
+@pytest.mark.parametrize(("content", "got"), [(b'{"a": ', "Expecting value"), (b"\xff", "'utf-8'"), (b"[1]", "list")])
+def test_a_damaged_file_is_named(tmp_path, content, got):
+    folder = directory(tmp_path / "run")
+    (folder / "linear.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^expected a JSON object in .*run/linear.json, got {got}"):
+        read_run(folder, "run")
+
+
 def test_names_tell_runs_apart():
     assert distinct_names([Path("x/a"), Path("x/b")]) == ["a", "b"]
     assert distinct_names([Path("x/a"), Path("y/a"), Path("x/b")]) == ["x/a", "y/a", "x/b"]
