@@ -154,7 +154,8 @@ def recorded_transform(weights: Path) -> EvalTransform | None:
         found = config.get("transform")  # of a folder for the hub
     if isinstance(found, dict):
         return EvalTransform.from_dict(found)
-    return EvalTransform(config["image_size"]) if config.get("image_size") else None
+    size = config.get("image_size")  # of a run; other packages have a list
+    return EvalTransform(size) if isinstance(size, int) else None
 
 
 def _with_head(source: str, arch: str) -> nn.Module:
