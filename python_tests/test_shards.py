@@ -137,6 +137,13 @@ def test_sources_that_do_not_fit(tmp_path, monkeypatch, name, message):
         mdata.load(name)
 
 
+def test_overlapping_patterns_give_each_shard_once(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", {"a.png": encoded(i)})
+    data = mdata.load(f"{tmp_path}/{{0..1}}.tar{os.pathsep}{tmp_path}/{{1..2}}.tar")
+    assert contents(data.train) == [encoded(i) for i in range(3)]
+
+
 def test_an_archive_next_to_images_is_no_shard(tmp_path):
     Path(tmp_path, "a.png").write_bytes(encoded(0))
     write_tar(tmp_path / "backup.tar", {"b.png": encoded(1)})

@@ -393,7 +393,8 @@ def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
 
 def _shards(name: str, found: list[tuple[list[str], list[str]]], val_fraction: float) -> ImageData:
     """Images in shards. Few test images may lack a class; one that the training images lack cannot be learned."""
-    train, test = ([url for part in parts for url in part] for parts in zip(*found, strict=True))
+    # Patterns may overlap, and images of a shard that is there twice would be in both splits.
+    train, test = (list(dict.fromkeys(url for part in parts for url in part)) for parts in zip(*found, strict=True))
     opened = [open_shards(urls) for urls in (train, test) if urls]
     classes = opened[0].names
     unknown = {name for part in opened for name in part.names}.difference(classes)
