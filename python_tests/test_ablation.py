@@ -131,6 +131,10 @@ def test_finished_runs_are_kept_and_only_new_ones_run(tmp_path, monkeypatch):
     changed = dataclasses.replace(BASE, lr=0.5)
     with pytest.raises(ValueError, match=r"expected runs of this configuration or none, got another lr in .*base"):
         run_grid(make_grid(changed, {"moco_t": [0.2]}, [0]), changed, few, run)
+    other = dataclasses.replace(BASE, arch="resnet18-small")
+    with pytest.raises(ValueError, match=r"got another arch in .*pixels"):  # none of its runs is there
+        run_grid(make_grid(other, {"moco_t": [0.7]}, [1], full=True), other, few, run)
+    assert not list(tmp_path.glob("*seed=1"))
     with pytest.raises(ValueError, match="got another images"):
         run_grid(grid, BASE, few_digits(65), run)
 
@@ -232,8 +236,10 @@ def test_a_subset_is_the_same_every_time():
 def test_command(tmp_path, capsys):
     grid = ["--data", "digits", "--output", str(tmp_path), "--images", "96", "--epochs", "1", "--threads", "1"]
     command = ["ablate", *grid, "-j", "0", "--moco-m", "0", "0.99", "--seeds", "1", "2"]
-    assert cli.main([*command, "--", "--moco-k", "32", "-b", "48"]) == 0
+    (tmp_path / "file.json").write_text('{"epochs": 7, "steps": 1000}')
+    assert cli.main([*command, "--", "--moco-k", "32", "-b", "48", "--config", str(tmp_path / "file.json")]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["base"]["epochs"], results["base"]["steps"]) == (1, 0)  # as the flag says
     assert (results["base"]["moco_k"], results["base"]["batch_size"], results["images"]) == (32, 48, 96)
     trained = [run["name"] for run in results["runs"] if "seed" in run]
     assert trained == ["base,seed=1", "moco_m=0,seed=1", "base,seed=2", "moco_m=0,seed=2"]

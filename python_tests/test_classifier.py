@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -154,7 +155,8 @@ def test_linear_moves_the_new_layer_alone(digits, tmp_path):
     kept = [json.loads(line) for line in (tmp_path / "linear" / "metrics.jsonl").read_text().splitlines()]
     assert kept == records
     checkpoint = torch.load(tmp_path / "linear.pth", weights_only=True)
-    assert checkpoint.keys() == {"epoch", "arch", "state_dict", "best_acc1", "optimizer", "transform", "config"}
+    official = {"epoch", "arch", "state_dict", "best_acc1", "optimizer"}
+    assert checkpoint.keys() == official | {"transform", "classes", "config"}
     assert (checkpoint["epoch"], checkpoint["arch"]) == (2, ARCH)
     assert checkpoint["best_acc1"] == max(record["val_acc1"] for record in records)
     assert all(torch.equal(checkpoint["state_dict"][f"module.{name}"], v) for name, v in model.state_dict().items())
@@ -221,13 +223,16 @@ def test_foreign_checkpoints_are_not_resumed(digits, tmp_path):
     save_checkpoint(tmp_path / "b.pth", epoch=1, arch=ARCH, model=model, optimizer=optimizer)
     other = Classifier(encoder_of(digits), 3, 8)
     save_checkpoint(tmp_path / "c.pth", epoch=1, arch=ARCH, model=other, optimizer=optimizer, best_acc1=1.0)
+    save = functools.partial(save_checkpoint, epoch=1, arch=ARCH, model=model, optimizer=optimizer, best_acc1=1.0)
+    save(tmp_path / "d.pth", classes=[*"012345678", "a bag"])
     for name, message in (
         ("a.pth", f"resume: expected a checkpoint of {ARCH}, got one of resnet18"),
         ("b.pth", "resume: expected a classifier's checkpoint, got no best_acc1"),
+        ("d.pth", r"resume: expected a checkpoint of the 10 classes .* of 10, with a bag instead of 9: .*d.pth"),
         ("c.pth", r"resume: .*c.pth is of another configuration: .*fc.weight"),
     ):
         with pytest.raises(ValueError, match=message):
-            restore(model, tmp_path / name, ARCH)
+            restore(model, digits, tmp_path / name, ARCH)
 
 
 def test_an_infinite_loss_stops_and_leaves_nothing(digits, tmp_path):

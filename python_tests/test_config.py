@@ -31,6 +31,9 @@ def test_explicit_settings_win_over_a_preset():
     assert resolve_config("digits", {"lr": 7.0}) == dataclasses.replace(preset, lr=7.0)
     assert not resolve_config("digits", {"schedule": (3,)}).cos
     assert resolve_config("digits", {"schedule": (3,), "cos": True}).cos
+    assert resolve_config("photos", {"epochs": 3}, "moco-v1-1b").steps == 0
+    assert resolve_config("photos", {"cos": True}, "moco-v1-1b").lr_every == 0
+    assert resolve_config("photos", {"cos": True, "lr_every": 9}, "moco-v1-1b").lr_every == 9
 
 
 def test_the_warm_up_of_a_preset_is_at_most_a_tenth_of_the_run():

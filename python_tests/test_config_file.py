@@ -100,6 +100,21 @@ def test_a_schedule_turns_off_the_cosine_of_a_file(written):
     assert not configuration(parse("pretrain", "--config", path, "--schedule", "3")).cos
 
 
+@pytest.mark.parametrize(
+    ("content", "flags", "name", "value"),
+    [
+        ("lr: 0.03\nlr_base: 0.3", ["--lr", "0.1"], "lr_base", None),
+        ("epochs: 200\nsteps: 1000", ["--epochs", "10"], "steps", 0),
+        ("epochs: 200\nsteps: 1000", ["--batch-size", "8"], "steps", 1000),
+        ("lr_every: 100", ["--schedule", "3"], "lr_every", 0),
+        ("lr_every: 100", ["--cos"], "lr_every", 0),
+        ("lr_every: 100", ["--no-cos"], "lr_every", 100),
+    ],
+)
+def test_a_flag_wins_over_what_replaces_it_in_a_file(written, content, flags, name, value):
+    assert getattr(configuration(parse("pretrain", "--config", written(content), *flags)), name) == value
+
+
 def test_several_folders_and_loggers_in_a_list(written):
     args = parse("pretrain", "--config", written("data: [a, b]\nlogger: [csv, wandb]\nschedule: 3"))
     assert (args.data, args.logger, args.schedule) == ("a:b", "csv,wandb", [3])
@@ -124,6 +139,7 @@ def test_several_folders_and_loggers_in_a_list(written):
         ("data: {a: b}", r"data: expected text, got \{'a': 'b'\}"),
         ("- 3", r"config: expected names and values in .*, got list"),
         ("a: [", r"config: .*run.yaml cannot be read: while parsing"),
+        ("lr: 1\nmlp: true\nlr: 2", r"config: .*run.yaml cannot be read: expected lr once"),
     ],
 )
 def test_errors_in_files(written, text, message):
@@ -131,7 +147,9 @@ def test_errors_in_files(written, text, message):
         parse("pretrain", "--config", written(text))
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.json", "{"), ("a.toml", "a = "), ("a.txt", "lr: 1")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.json", "{"), ("b.json", '{"lr": 1, "lr": 2}'), ("a.toml", "a = "), ("a.txt", "lr: 1")]
+)
 def test_files_that_cannot_be_read(written, name, text):
     with pytest.raises(ValueError, match=r"^config: "):
         parse("pretrain", "--config", written(text, name))

@@ -175,6 +175,19 @@ def test_a_category_has_one_name(folders, tmp_path):
         load_detection(tmp_path / "coco")
 
 
+def test_an_image_has_its_own_id(folders, tmp_path):
+    """Or the images after it would have the objects of the ones before them, as in files that were joined by hand."""
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    path = tmp_path / "coco/annotations/instances_val.json"
+    content = json.loads(path.read_text())
+    content["images"][1]["id"] = content["images"][0]["id"]
+    known = {image["id"] for image in content["images"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in known]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"^data: expected an id for each image in .*val.json, got 4 of 5 images"):
+        load_detection(tmp_path / "coco")
+
+
 def test_batches_depend_on_the_iteration_alone(data):
     def boxes(batches):
         return [torch.cat([target["boxes"] for _, target in batch]) for batch in batches]

@@ -247,6 +247,7 @@ def test_the_command_on_a_folder_of_photos(teacher, tmp_path, capsys):
         Image.effect_noise((20, 20), number + 1).convert("RGB").save(photos / f"{number}.png")
     flags = [str(photos), "-a", "resnet18-small", "-b", "8", "--epochs", "1", "--image-size", "16", "--workers", "0"]
     assert main(["distill", str(teacher), *flags, "--output", str(tmp_path / "run")]) == 0
+    assert f"warning: teacher: its images have 8 pixels and those of {photos} 16" in capsys.readouterr().err
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["dictionary"], config["moco_dim"], config["arch"]) == ("distillation", 256, "resnet18-small")
     assert main(["distill", str(teacher), *flags, "--moco-dim", "5", "--output", str(tmp_path / "other")]) == 1

@@ -189,6 +189,24 @@ def test_a_replaced_file_forgets_the_unreadable_ones(run, photos, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"fine", "f.npy", "f.npy.json"}
 
 
+def test_names_that_are_no_text(run, tmp_path):
+    """Every format takes them but Parquet, whose error comes before the work."""
+    folder = tmp_path / os.fsdecode(b"photo\xe9")
+    paths = write_photos(folder, 3)
+    (folder / "bad.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"^output: expected paths and classes in UTF-8 for .parquet, got '.*udce9"):
+        embed(run, folder, tmp_path / "f.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    for suffix in ("npy", "npz", "safetensors"):
+        output = tmp_path / f"f.{suffix}"
+        embed(run, folder, output)
+        assert FeatureFile(output).paths == [str(path) for path in paths]
+        assert (tmp_path / f"f.{suffix}.unreadable.txt").read_bytes() == os.fsencode(folder / "bad.png") + b"\n"
+    flags = ["--gallery", str(tmp_path / "page.html"), "--threads", "1"]
+    assert cli.main(["neighbors", str(output), str(paths[0]), *flags]) == 0
+    assert 'title="' in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -78,6 +78,7 @@ def test_knn_survives_a_tiny_temperature_and_clips_k():
         ({"train_labels": torch.zeros(3, dtype=torch.int64)}, r"train_labels: expected \[8\], got \[3\]"),
         ({"k": 0}, "k, temperature, N: expected all positive, got 0"),
         ({"temperature": -1.0}, "got 200, -1.0, 8"),
+        ({"temperature": math.nan}, "got 200, nan, 8"),
     ],
 )
 def test_knn_errors(changes, message):

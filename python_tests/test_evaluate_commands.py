@@ -115,6 +115,34 @@ def test_finetune_and_the_comparison_from_scratch(run, tmp_path, capsys):
     }
 
 
+def test_a_classifier_of_another_image_size_is_noticed(run, tmp_path, capsys):
+    flags = ("finetune", run, "--fraction", 0.1, "-b", 32, "--output", tmp_path, "--threads", 1, "--logger", "none")
+    tuned = answer(capsys, *flags, "--epochs", 1, "--image-size", 12)
+    for more in (["--evaluate"], ["--epochs", 2, "--resume", "auto"]):
+        assert cli.main([*map(str, (*flags, *more))]) == 1
+        assert f"image_size: expected 12, that of the images which {tmp_path}/finetune.pth" in capsys.readouterr().err
+    assert answer(capsys, *flags, "--evaluate", "--image-size", 12)["top1"] == tuned["top1"]
+
+
+def test_images_have_the_size_of_the_training(run, tmp_path, capsys):
+    """Also where there is no config.json, or where it leaves the size to the data."""
+    saved = torch.load(run / "checkpoint.pth")
+    transform = mdata.EvalTransform.of(mdata.load("digits", image_size=12)).as_dict()
+    torch.save(saved | {"transform": transform}, tmp_path / "copy.pth")
+    (tmp_path / "run").mkdir()
+    torch.save(saved | {"transform": transform}, tmp_path / "run" / "checkpoint.pth")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"data": "cifar10", "image_size": None}))
+    assert cli.main(["export", str(tmp_path / "copy.pth"), "-o", str(tmp_path / "exported.safetensors")]) == 0
+    capsys.readouterr()
+    flags = ("-k", 20, "--output", tmp_path, "--threads", 1)
+    expected = answer(capsys, "knn", run, *flags, "--image-size", 12)["knn_top1"]
+    assert answer(capsys, "knn", run, *flags)["knn_top1"] != expected
+    for weights in ("copy.pth", "exported.safetensors"):
+        named = ("knn", "digits", "--pretrained", tmp_path / weights, "-a", ARCH)
+        assert answer(capsys, *named, *flags)["knn_top1"] == expected
+    assert answer(capsys, "knn", tmp_path / "run", "--data", "digits", *flags)["knn_top1"] == expected
+
+
 def test_few_labels(run, tmp_path, capsys):
     flags = ("--labels-per-class", 3, "--seed", 1, "--output", tmp_path, "--threads", 1)
     solved, voted = (answer(capsys, command, run, *flags) for command in ("linear", "knn"))

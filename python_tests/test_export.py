@@ -136,6 +136,18 @@ def test_hub_folder(run, tmp_path):
     assert_same(torch.export.load(tmp_path / "again.pt2").module(), encoder)
 
 
+def test_an_export_into_the_run_directory_leaves_the_run(tmp_path):
+    write_run(tmp_path / "run")
+    config = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(FileExistsError, match=r"output: .*config.json exists and is not of an exported encoder"):
+        export(tmp_path / "run", tmp_path / "run", overwrite=True)
+    assert not (tmp_path / "run" / "README.md").exists()
+    export(tmp_path / "run", tmp_path / "run" / "model.safetensors")  # a name that folders for the hub have too
+    assert (tmp_path / "run" / "config.json").read_text() == config
+    encoder, transform = moco_ext.load_encoder(tmp_path / "run")
+    assert (encoder.arch, transform) == (ARCH, TRANSFORM)
+
+
 def test_commands_of_runs_are_their_configurations():
     """The command's settings are those of the run, defaults and presets included."""
     import dataclasses
@@ -147,6 +159,11 @@ def test_commands_of_runs_are_their_configurations():
         ("photos of me", {"schedule": (3, 4), "mlp": True, "lr": 0.1}),
         ("digits", {"cos": False, "schedule": (), "moco_k": 512}),
         ("cifar10", {"dictionary": "memory-bank", "arch": "resnet18"}),
+        ("cifar10", {"dictionary": "memory-bank", "moco_m": 0.99}),  # as in the preset, and not as in a memory bank
+        ("digits", {"precision": "bf16", "queue_dtype": "fp32"}),
+        ("fashion-mnist", {}),
+        ("fashion-mnist", {"arch": "resnet10"}),  # at the size of the data, unlike the preset
+        ("fashion-mnist", {"arch": "resnet18", "image_size": 56}),
     ):
         config = resolve_config(data, settings)
         import shlex

@@ -83,6 +83,17 @@ def test_several_sources(tmp_path):
     assert data.train.labels.tolist() == [0, 1, 0, 2]
 
 
+def test_relative_and_absolute_paths_of_one_image(tmp_path, monkeypatch):
+    """As of a folder and of a file of moco-ext embed, whose paths are absolute."""
+    images(tmp_path, "photos/a/1.png", "photos/b/2.png")
+    (tmp_path / "list.csv").write_text(f"path,label\n{tmp_path}/photos/a/1.png,a\n")
+    monkeypatch.chdir(tmp_path)
+    assert mdata.load(f"photos{os.pathsep}list.csv").train.paths == ["photos/a/1.png", "photos/b/2.png"]
+    (tmp_path / "list.csv").write_text(f"path,label\n{tmp_path}/photos/a/1.png,b\n")
+    with pytest.raises(ValueError, match=r"expected one class for .*1.png, got a and b"):
+        mdata.load(f"photos{os.pathsep}list.csv")
+
+
 def test_a_text_list_of_files_and_folders(tmp_path):
     images(tmp_path, "a/1.png", "a/2.png", "3.png")
     listed = tmp_path / "list.txt"
@@ -138,6 +149,7 @@ def test_a_table_that_cannot_be_used(tmp_path, content, error):
         b"\xef\xbb\xbfPath,label\r\na/1.png,x\r\n\r\n2.png,y\r\n",  # as Excel writes it
         b"id,file,class\n7,a/1.png,x,more\n8,2.png,y",
         b"path,label\na/1.png,x\n2.png,y\na/1.png,x\n",  # one image twice
+        b"path,label\na/1.png,x\n2.png,y\n./a/1.png,x\na/../2.png,y\n",
     ],
 )
 def test_forms_of_a_table(tmp_path, content):
@@ -311,3 +323,14 @@ def test_label_free_scores_are_those_of_their_definitions(tmp_path):
     singular = torch.linalg.svdvals(rows)
     p = singular / singular.sum()
     assert scores["rankme"] == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), rel=1e-3)
+
+
+def test_label_free_scores_of_more_images_than_float32_can_count():
+    from moco_ext.evaluate import label_free_scores
+
+    images = torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8).expand(2**24 + 4, -1, -1, -1)
+    many = mdata.TensorSplit(images, torch.zeros(1, dtype=torch.int64).expand(len(images)))
+    data = mdata.ImageData("many", (), 8, (0.5,), (0.25,), False, many, None)
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    encoder.fc = torch.nn.Identity()
+    assert label_free_scores(encoder, data, mdata.Augmentation.v1(8))["images"] == 2048

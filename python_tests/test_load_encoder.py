@@ -91,6 +91,8 @@ def test_a_run_records_its_preprocessing(tmp_path):
 def test_weights_without_a_record_get_imagenets_preprocessing(tmp_path):
     write_run(tmp_path / "run", transform=None, image_size=64)
     assert moco_ext.load_encoder(tmp_path / "run")[1] == EvalTransform(64)
+    (tmp_path / "run" / "config.json").write_text('{"image_size": [64, 64]}')  # of another package
+    assert moco_ext.load_encoder(tmp_path / "run")[1] == EvalTransform()
     module = settled(encoders.resolve(ARCH)(num_classes=5))
     torch.save(module.state_dict(), tmp_path / "plain.pth")
     encoder, transform = moco_ext.load_encoder(tmp_path / "plain.pth", ARCH)
@@ -166,6 +168,7 @@ def test_round_trip_through_a_folder(head, tmp_path):
     for again in (
         moco_ext.load_encoder(tmp_path / "hub", head=head)[0],
         moco_ext.Encoder.from_pretrained(tmp_path / "hub", head=head),
+        moco_ext.load_encoder(tmp_path / "hub" / "model.safetensors", ARCH, head=head)[0],
     ):
         assert_same(again, encoder)
         assert again.transform == transform

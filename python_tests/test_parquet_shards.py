@@ -79,6 +79,17 @@ def test_parquet_without_labels_or_bytes(tmp_path):
         mdata.load(tmp_path)
 
 
+def test_minus_1_of_hugging_face_is_no_label(tmp_path):
+    """And not the last class; a number without a name is an error."""
+    images = [encoded(i) for i in range(3)]
+    write_parquet(tmp_path / "0.parquet", images, hugging_face=True, labels=[0, -1, 1], names=("cat", "dog"))
+    data = mdata.load(tmp_path)
+    assert (data.classes, data.train.labels.tolist()) == ((), [-1, -1, -1])
+    write_parquet(tmp_path / "0.parquet", images, hugging_face=True, labels=[0, 2, 1], names=("cat", "dog"))
+    with pytest.raises(ValueError, match=r"^data: expected labels 0 to 1 or -1 in label of .*, got 2$"):
+        mdata.load(tmp_path)
+
+
 def test_a_parquet_file_of_masks_too(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -276,6 +276,22 @@ def test_scores_of_the_commands(tmp_path):
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_scores_on_other_data_say_so(tmp_path):
+    folder = directory(tmp_path / "run", summary={})
+    elsewhere = {"data": "/data/labeled"}
+    (folder / "knn.json").write_text(json.dumps(elsewhere | {"knn_top1": {"pixels": 50.0, "trained": 60.0}}))
+    (folder / "linear.json").write_text(json.dumps(elsewhere | {"solver": "sgd", "top1": 67.5}))
+    (folder / "finetune.json").write_text(json.dumps(elsewhere | {"fraction": 1.0, "top1": 71.25}))
+    run = read_run(folder, "run")
+    assert run.top1("knn") == {}
+    page = compose([run], [])
+    headings = ("kNN on labeled", "linear, SGD on labeled", "fine-tuned, 100 % of labels on labeled")
+    assert "".join(f"<th>{heading}</th>" for heading in headings) in page
+    assert cells(page, "trained encoder") == ["&ndash;", "&ndash;", "60.0", "67.5", "71.2"]
+    assert cells(page, "raw pixels") == ["&ndash;", "&ndash;", "50.0", "&ndash;", "&ndash;"]
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_few_labels_have_a_column():
     means, stds = {"pixels": 65.0, "untrained": 60.0, "trained": 75.25}, dict.fromkeys(LABELS, 1.5)
     few = {"labels_per_class": 10, "subsets": 5, "linear_top1": means, "linear_std": stds}
@@ -638,6 +654,14 @@ def test_errors(tmp_path, monkeypatch, capsys, arguments, message):
     directory(tmp_path / "a")
     assert cli.main(["report", *arguments]) == 1
     assert capsys.readouterr().err == f"moco-ext: error: {message}\n"
+
+
+@pytest.mark.parametrize(("content", "got"), [(b'{"a": ', "Expecting value"), (b"\xff", "'utf-8'"), (b"[1]", "list")])
+def test_a_damaged_file_is_named(tmp_path, content, got):
+    folder = directory(tmp_path / "run")
+    (folder / "linear.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^expected a JSON object in .*run/linear.json, got {got}"):
+        read_run(folder, "run")
 
 
 def test_names_tell_runs_apart():

@@ -58,10 +58,12 @@ def test_labels_that_are_no_json_or_not_in_the_manifest(tmp_path):
     write_tar(tmp_path / "0.tar", {"a.png": encoded(0), "a.json": b"{"})
     with pytest.raises(ValueError, match=r"got .*0.tar: a.json is not JSON"):
         mdata.load(tmp_path)
-    write_tar(tmp_path / "0.tar", {"a.png": encoded(0), "a.cls": b"2"})
     (tmp_path / "shards.json").write_text('{"classes": ["x", "y"]}')
-    with pytest.raises(ValueError, match=r"^data: expected labels 0 to 1 of shards.json in .*0.tar, got \('2',\)$"):
-        mdata.load(tmp_path)
+    for label in ("2", "-1"):
+        write_tar(tmp_path / "0.tar", {"a.png": encoded(0), "a.cls": label.encode()})
+        message = rf"^data: expected labels 0 to 1 of shards.json in .*0.tar, got \('{label}',\)$"
+        with pytest.raises(ValueError, match=message):
+            mdata.load(tmp_path)
     (tmp_path / "shards.json").write_text("[")
     with pytest.raises(ValueError, match=r"^data: expected a JSON object in .*/shards.json"):
         mdata.load(tmp_path)
@@ -78,6 +80,9 @@ def test_few_test_images_may_lack_a_class(tmp_path):
     data = mdata.load(tmp_path)
     assert data.classes == ("0", "1", "2")
     assert [split.labels.tolist() for split in data.splits] == [[0, 1, 2], [2, 0]]
+    write_tar(tmp_path / "val" / "0.tar", {"0.png": encoded(0), "0.cls": b"cat"})  # the name of a number
+    with pytest.raises(ValueError, match=r"^data: expected test images of the classes 0, 1, 2 in .*0.tar, got cat$"):
+        mdata.load(tmp_path)
 
 
 # --- patterns and sources --------------------------------------------------------------------------------------------
@@ -130,6 +135,13 @@ def test_sources_that_do_not_fit(tmp_path, monkeypatch, name, message):
     Path("mixed/1.parquet").touch()
     with pytest.raises(ValueError, match=message):
         mdata.load(name)
+
+
+def test_overlapping_patterns_give_each_shard_once(tmp_path):
+    for i in range(3):
+        write_tar(tmp_path / f"{i}.tar", {"a.png": encoded(i)})
+    data = mdata.load(f"{tmp_path}/{{0..1}}.tar{os.pathsep}{tmp_path}/{{1..2}}.tar")
+    assert contents(data.train) == [encoded(i) for i in range(3)]
 
 
 def test_an_archive_next_to_images_is_no_shard(tmp_path):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -262,6 +263,17 @@ def load_into(
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"resume: {path} is of another configuration: {reason}") from None
+
+
+def check_classes(checkpoint: Mapping[str, Any], classes: Sequence[str], path: str | Path) -> None:
+    """Raise a ValueError unless ``classes``, in their order, are those that a checkpoint of ``path`` records."""
+    found = checkpoint["classes"]
+    if found != list(classes):
+        own, other = next(pair for pair in itertools.zip_longest(classes, found, fillvalue="none") if len({*pair}) > 1)
+        raise ValueError(
+            f"resume: expected a checkpoint of the {len(classes)} classes of the data, got one of {len(found)}, with "
+            f"{other} instead of {own}: {path}"
+        )
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     epochs = {"epochs": args.epochs} if hasattr(args, "epochs") else {}
     options = options_of(argparse.Namespace(**{"keep": 1} | vars(trainer) | vars(args)), Path(args.output))
     named = {"dir": [], "data": args.data or trainer.data, "data_root": args.data_root}
+    named["from_file"] = getattr(trainer, "from_file", frozenset()) - epochs.keys()
     trainer = argparse.Namespace(**{"online_knn": 0} | vars(trainer) | epochs | named)
     plan = make_plan(trainer, options)
     base, data = plan.config, plan.data

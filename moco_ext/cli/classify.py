@@ -80,7 +80,7 @@ def train(
     frozen = None if reference is None else Classifier(reference, 1, data.size).backbone.state_dict()
     if args.evaluate:
         assert options.resume is not None
-        checkpoint = restore(model, Path(options.resume), arch)
+        checkpoint = restore(model, data, Path(options.resume), arch)
         epoch, trained = checkpoint["epoch"], checkpoint["config"]
         if frozen is not None:
             check_unchanged(model.backbone, frozen)

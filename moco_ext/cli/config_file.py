@@ -55,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if suffix == ".json":
-            content = json.loads(text)
+            content = json.loads(text, object_pairs_hook=_each_once)
         elif suffix == ".toml":
             content = _toml(text)
         else:
@@ -78,10 +78,25 @@ def _toml(text: str) -> Any:
 def _yaml(text: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _each_once([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
+
+
+def _each_once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The object of these names and values; a ValueError for a name that is there twice, as in TOML."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"expected {name} once")
+        found[name] = value
+    return found
 
 
 def _typed(parser: argparse.ArgumentParser, content: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoints.pretrained import load_pretrained
 from ..data import ImageData, load
 from ..encoders import set_image_size
-from ..evaluate.encoder import normalized_for
+from ..evaluate.encoder import normalized_for, recorded_size
 from ..runs.console import make_console
 from ..runs.files import read_json, write_json
 from ..runs.options import RunOptions
@@ -64,7 +64,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="fraction of the images to hold out, if there is no val/ (default: that of the run)",
     )
-    add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: that of the run, or 224)")
+    add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: as in training, or 224)")
     add("--output", metavar="DIR", help="where results go (default: the run directory, else runs/COMMAND-DATA)")
     add_config_flag(parser)
     add("--json", action="store_true", help="print one JSON object instead of a table")
@@ -111,12 +111,14 @@ def load_inputs(inputs: Inputs, args: argparse.Namespace) -> tuple[nn.Module, st
 
 def load_labeled(inputs: Inputs, args: argparse.Namespace) -> ImageData:
     """The data; a ValueError, before anything is computed, if it has no labeled test images."""
-    run = inputs.config
+    size = args.image_size
+    if size is None and inputs.weights is not None:
+        size = recorded_size(inputs.weights)
     data = load(
         inputs.data,
         args.data_root,
-        val_fraction=run.get("val_fraction", 0.0) if args.val_fraction is None else args.val_fraction,
-        image_size=run.get("image_size") if args.image_size is None else args.image_size,
+        val_fraction=inputs.config.get("val_fraction", 0.0) if args.val_fraction is None else args.val_fraction,
+        image_size=size,
     )
     assert data.splits
     return data

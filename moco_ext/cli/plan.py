@@ -25,7 +25,7 @@ from ..train import guide
 from ..train.config import PretrainConfig
 from ..train.guide import Choice, Machine
 from ..train.memory import device_memory, estimate
-from ..train.recipes import layers, resolve_config
+from ..train.recipes import alternatives, layers, resolve_config
 from .flags import given
 
 
@@ -60,11 +60,10 @@ def data_of(args: argparse.Namespace) -> str:
 
 
 def explicit_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings given by flags or the configuration file; --schedule turns off a cosine of the file."""
+    """The settings given by flags or the configuration file; --schedule turns off a cosine of the file, for example."""
     explicit, file = given(args, PretrainConfig), _from_file(args)
-    if "schedule" in explicit and "schedule" not in file and "cos" in file:
-        explicit["cos"] = False
-    return explicit
+    flags = {name: value for name, value in explicit.items() if name not in file}
+    return explicit | {name: off for name, off in alternatives(flags).items() if name in file}
 
 
 def make_plan(args: argparse.Namespace, options: RunOptions) -> Plan:

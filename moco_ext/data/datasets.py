@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 from .files import ImageFiles, few, find_images
 from .images import UnreadableImageError, open_regular, read_image
 from .seeds import hash_seeds
-from .shards import ShardSplit, find_shards, open_shards, sorted_names
+from .shards import ShardSplit, find_shards, open_shards
 from .urls import split_sources
 from .workers import leave_signals_to_parent, sigterm_held
 
@@ -393,10 +393,14 @@ def _files(name: str, sources: list[Path], val_fraction: float) -> ImageData:
 
 
 def _shards(name: str, found: list[tuple[list[str], list[str]]], val_fraction: float) -> ImageData:
-    """Images in shards. Few test images may lack a class; so the classes are those of training and test images."""
-    train, test = ([url for part in parts for url in part] for parts in zip(*found, strict=True))
+    """Images in shards. Few test images may lack a class; one that the training images lack cannot be learned."""
+    # Patterns may overlap, and images of a shard that is there twice would be in both splits.
+    train, test = (list(dict.fromkeys(url for part in parts for url in part)) for parts in zip(*found, strict=True))
     opened = [open_shards(urls) for urls in (train, test) if urls]
-    classes = sorted_names({name for part in opened for name in part.names})
+    classes = opened[0].names
+    unknown = {name for part in opened for name in part.names}.difference(classes)
+    if classes and unknown:
+        raise ValueError(f"data: expected test images of the classes {few(classes)} in {test[0]}, got {few(unknown)}")
     if len(classes) < 2 or not all(part.names for part in opened):
         classes = ()
     images, *held_out = (part.split(classes) for part in opened)

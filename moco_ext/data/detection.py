@@ -150,6 +150,10 @@ def _coco(root: Path) -> tuple[tuple[str, ...], DetectionSplit, DetectionSplit]:
     for [file], content, training in zip(files, contents, (True, False), strict=True):
         images = root / file.stem.removeprefix("instances_")
         rows: dict[int, list[list[float]]] = {image["id"]: [] for image in content["images"]}
+        if len(rows) < len(content["images"]):
+            raise ValueError(
+                f"data: expected an id for each image in {file}, got {len(rows):,} of {len(content['images']):,} images"
+            )
         for entry in content["annotations"]:
             (x, y, width, height), crowd = entry["bbox"], entry.get("iscrowd", 0)
             if not (training and crowd):  # a box around a crowd is not an object

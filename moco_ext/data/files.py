@@ -42,13 +42,19 @@ def find_images(sources: Sequence[Path]) -> ImageFiles:
             classes.
     """
     found = [_of_folder(source) if source.is_dir() else _of_list(source) for source in sources]
+    if len(sources) == 1 and sources[0].is_dir():
+        return found[0]
     labeled = all(files.classes is not None for files in found)
     class_of: dict[str, str] = {}
+    paths: list[str] = []
     for files in found:
         for path, name in zip(files.paths, (labeled and files.classes) or itertools.repeat("")):  # noqa: B905
-            if class_of.setdefault(path, name) != name:
-                raise ValueError(f"data: expected one class for {path}, got {class_of[path]} and {name}")
-    return ImageFiles(list(class_of), list(class_of.values()) if labeled else None)
+            same = os.path.abspath(path)  # of ./x.jpg, x.jpg and its absolute path
+            if same not in class_of:
+                paths.append(path)
+            if class_of.setdefault(same, name) != name:
+                raise ValueError(f"data: expected one class for {path}, got {class_of[same]} and {name}")
+    return ImageFiles(paths, list(class_of.values()) if labeled else None)
 
 
 def _of_folder(root: Path) -> ImageFiles:

@@ -122,8 +122,11 @@ def read_footer(url: str) -> tuple[str, list[int], np.ndarray, list[str]]:
     name = column_of_labels(file.schema_arrow)
     if name is None:
         return column, rows, np.full(sum(rows), -1, np.int32), []
-    labels, values = encode_labels(file.read(columns=[name], use_threads=False).column(0))
-    known = _class_names(file.schema_arrow, name)
+    found, known = file.read(columns=[name], use_threads=False).column(0), _class_names(file.schema_arrow, name)
+    labels, values = encode_labels(_without_minus_1(found) if known else found)
+    unknown = [value for value in values if not (isinstance(value, int) and 0 <= value < len(known))]
+    if known and unknown:
+        raise ValueError(f"data: expected labels 0 to {len(known) - 1} or -1 in {name} of {url}, got {unknown[0]!r}")
     return column, rows, labels, [known[value] if known else str(value) for value in values]
 
 
@@ -135,6 +138,16 @@ def encode_labels(column: Any) -> tuple[np.ndarray, list]:
     """Each row's number in the list of values, or -1: int32 [N]; the values."""
     encoded = column.combine_chunks().dictionary_encode()
     return np.asarray(encoded.indices.fill_null(-1)).astype(np.int32), encoded.dictionary.to_pylist()
+
+
+def _without_minus_1(column: Any) -> Any:
+    """Null in place of -1, which Hugging Face's ``ClassLabel`` has for images without a label."""
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    if not pa.types.is_integer(column.type):
+        return column
+    return compute.if_else(compute.equal(column, -1), pa.scalar(None, column.type), column)
 
 
 def _class_names(schema: Any, column: str) -> list[str]:

@@ -172,9 +172,10 @@ def _translated(names: Sequence[str], classes: Sequence[str], url: str) -> Seque
     """The labels of a shard as class names: with a manifest they are indexes into its classes."""
     if not classes:
         return names
+    by_number = dict(enumerate(classes))  # in a list, -1 would be the last class
     try:
-        return [classes[int(name)] for name in names]
-    except (ValueError, IndexError):
+        return [by_number[int(name)] for name in names]
+    except (ValueError, KeyError):
         raise ValueError(f"data: expected labels 0 to {len(classes) - 1} of {MANIFEST} in {url}, got {names}") from None
 
 

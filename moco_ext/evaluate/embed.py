@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.nn.functional import normalize as unit_rows
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from .. import __version__
-from ..data import EvalTransform, ImageData, Normalize, TensorSplit, UnreadableImageError, load
+from ..data import EvalTransform, FolderSplit, ImageData, Normalize, TensorSplit, UnreadableImageError, load
 from ..data.urls import is_url
 from ..data.workers import leave_signals_to_parent, sigterm_held
 from ..distributed import rank, wait_for_all, world_size
@@ -94,6 +95,11 @@ def embed(
     encoder = weights if isinstance(weights, Encoder) else load_encoder(weights, arch, head=head)[0]
     data = data if isinstance(data, ImageData) else load(str(data), data_root)
     images = _Everything(data)
+    if output.suffix == ".parquet" and (path := images.find_no_text()) is not None:  # before hours of work
+        raise ValueError(
+            f"output: expected paths and classes in UTF-8 for .parquet, got {path!r}; .npz, .npy and .safetensors take "
+            "any bytes"
+        )
     started = time.monotonic()
     if rank() == 0:
         name = glob.escape(output.name)
@@ -161,7 +167,7 @@ class _Everything:
     def __init__(self, data: ImageData) -> None:
         self.splits = [(name, split) for name, split in (("train", data.train), ("test", data.test)) if split]
         self.labels = torch.cat([split.labels for _, split in self.splits])
-        self._data = data.name
+        self._data, self._classes = data.name, data.classes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -178,12 +184,22 @@ class _Everything:
         path = split.name(row)
         return path if is_url(path) else os.path.abspath(path)
 
+    def find_no_text(self) -> str | None:
+        """The first path of a file, or class, that is not UTF-8, as names of files may be any bytes."""
+        paths = (path for _, split in self.splits if isinstance(split, FolderSplit) for path in split.paths)
+        texts = itertools.chain(self._classes, paths)
+        return next((text for text in texts if not text.isascii() and not _is_utf8(text)), None)
+
     def _find(self, row: int) -> tuple[str, Any, int]:
         for name, split in self.splits:
             if row < len(split):
                 return name, split, row
             row -= len(split)
         raise IndexError(row)
+
+
+def _is_utf8(text: str) -> bool:
+    return text.encode(errors="ignore").decode() == text
 
 
 class ViewBatches(Dataset):
@@ -276,6 +292,6 @@ def _read_shards(shards: Sequence[Path], dim: int, dtype: np.dtype) -> Iterator[
 def _list_unreadable(output: Path, unreadable: list[str]) -> None:
     path = output.with_name(f"{output.name}.unreadable.txt")
     if unreadable:
-        write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in unreadable).encode()))
+        write_atomically(path, lambda file: file.writelines(os.fsencode(line) + b"\n" for line in unreadable))
     else:
         path.unlink(missing_ok=True)  # of the output that was replaced

@@ -141,35 +141,46 @@ def load_encoder(
     module, arch = load_pretrained(weights, arch or said)
     if head:
         module = _with_head(weights, arch)
-    transform = _transform_of(weights, recorded)
-    if transform is None:
-        size = read_json(Path(weights).parent / "config.json").get("image_size")
-        transform = EvalTransform(size or EvalTransform.size)
+    transform = recorded_transform(weights) or EvalTransform(recorded_size(weights) or EvalTransform.size)
     if image_size is not None:
         set_image_size(module, image_size)
         transform = dataclasses.replace(transform, size=image_size)
     return Encoder(module, arch, transform, head=head, source=source).eval(), transform
 
 
-def _transform_of(weights: str, recorded: dict[str, Any]) -> EvalTransform | None:
-    """The preprocessing that the weights were trained with, if it is known."""
+def recorded_transform(weights: str) -> EvalTransform | None:
+    """The preprocessing that weights were trained with, if it is known: a run, an export or timm has recorded it."""
     if weights.startswith(TIMM):
         known = timm_configuration(weights)
         return EvalTransform(known.input_size[-1], known.mean, known.std)
     if weights.startswith(TORCHVISION):
         return EvalTransform()
-    path, found = Path(weights), recorded.get("transform")
-    if found is None and files.exists(path) and path.suffix not in (".safetensors", ".pkl"):
+    path = files.newest(Path(weights))
+    if not files.exists(path):
+        return None
+    found = files.read_metadata(path).get("transform")
+    if path.suffix not in (".safetensors", ".pkl"):
         content = files.read_saved(path, inert=True, mmap=True)
         found = content.get("transform") if isinstance(content, dict) else None
+    if found is None:
+        found = read_json(path.parent / "config.json").get("transform")  # of a folder for the hub
     return EvalTransform.from_dict(found) if isinstance(found, dict) else None
 
 
-def normalized_for(source: str, data: ImageData) -> ImageData:
-    """The data, with the normalization that the weights of ``source`` were trained with, if it is known."""
-    path = Path(source)
-    weights = str(files.newest(path)) if path.is_dir() else source
-    known = _transform_of(weights, files.read_metadata(Path(weights)))
+def recorded_size(weights: str) -> int | None:
+    """The side of the images that a run or an export was trained on; None for weights that do not say it."""
+    if weights.startswith((TIMM, TORCHVISION)):
+        return None
+    transform = recorded_transform(weights)
+    if transform is not None:
+        return transform.size
+    size = read_json(files.newest(Path(weights)).parent / "config.json").get("image_size")  # of a run
+    return size if isinstance(size, int) else None  # other packages have a list
+
+
+def normalized_for(weights: str, data: ImageData) -> ImageData:
+    """The data, with the normalization that the weights were trained with, if it is known."""
+    known = recorded_transform(weights)
     return data if known is None else dataclasses.replace(data, mean=known.mean, std=known.std)
 
 

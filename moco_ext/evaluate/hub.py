@@ -25,7 +25,8 @@ def find(source: str) -> Path | None:
         name, _, revision = source.removeprefix(PREFIX).partition("@")
         wanted = ["config.json", WEIGHTS]
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-    return Path(source) if Path(source, WEIGHTS).is_file() else None
+    is_run = files.exists(files.newest(Path(source)))  # which may have an exported encoder beside its checkpoints
+    return Path(source) if Path(source, WEIGHTS).is_file() and not is_run else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -43,6 +44,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_folder(folder: Path) -> None:
+    """Raise FileExistsError if a folder has a README or a configuration, as of a run, that an export would replace."""
+    check_replaceable(folder / "README.md")
+    config = read_json(folder / "config.json")
+    if config and "transform" not in config:
+        raise FileExistsError(
+            f"output: {folder / 'config.json'} exists and is not of an exported encoder; export to another folder"
+        )
+
+
 def write(
     folder: Path,
     tensors: Mapping[str, Tensor],
@@ -53,7 +64,7 @@ def write(
     card: str,
 ) -> None:
     """Write an encoder; each file atomically, the configuration last."""
-    check_replaceable(folder / "README.md")
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     size, channels = transform.size, 3 // len(transform.mean)
     config = {

@@ -50,7 +50,7 @@ def knn_predict(
         )
     if train_labels.shape != train_features.shape[:1]:
         raise ValueError(f"train_labels: expected [{len(train_features)}], got {list(train_labels.shape)}")
-    if k < 1 or temperature <= 0 or len(train_features) == 0:
+    if k < 1 or not temperature > 0 or len(train_features) == 0:  # NaN is not positive either
         raise ValueError(f"k, temperature, N: expected all positive, got {k}, {temperature}, {len(train_features)}")
     check_finite("train_features", train_features)
     check_finite("test_features", test_features)

@@ -49,7 +49,8 @@ def label_free_scores(
     The encoder runs in eval mode; the mode of every layer is restored. The views are the same in every call.
     """
     split = scored_split(data)
-    rows = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split))).long().unique().tolist()
+    # float32 would round the position of the last of more than 2^24 images up.
+    rows = torch.linspace(0, len(split) - 1, min(SAMPLE, len(split)), dtype=torch.float64).long().unique().tolist()
     sample = dataclasses.replace(data, train=take(split, rows), test=None)
     loader = TrainLoader(sample, augmentation, min(64, len(rows)), workers=workers, device=device)
     views: list[tuple[Tensor, Tensor]] = []

@@ -122,8 +122,11 @@ def run_grid(grid: Grid, base: PretrainConfig, data: ImageData, options: RunOpti
     Raises:
         ValueError: the directory has runs of another configuration or number of images.
     """
-    for run in grid.runs:
-        _claim(options.output / run.name, run.config, len(data.train))
+    claims = {run.name: run.config for run in grid.runs}
+    for seed in dict.fromkeys(run.config.seed for run in grid.runs):
+        seeded = dataclasses.replace(base, seed=seed)
+        claims |= {name: seeded if key == "untrained" else base for key, name in _baselines(seeded).items()}
+    _claim(options.output, claims, len(data.train))
     done = took = 0.0
     for number, run in enumerate(grid.runs, start=1):
         folder = options.output / run.name
@@ -214,21 +217,25 @@ def _plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _claim(folder: Path, config: PretrainConfig, images: int) -> None:
-    """Make the run directory and record its configuration; a ValueError if it has another one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "trial.json"
-    if not path.is_file():
-        write_json(path, {"config": dataclasses.asdict(config), "images": images})
-        return
-    found = read_json(path)
-    found = found["config"] | {"images": found["images"]}
-    wanted = json.loads(json.dumps(dataclasses.asdict(config) | {"images": images}))  # lists for tuples, as in the file
-    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if differing:
-        raise ValueError(
-            f"output: expected runs of this configuration or none, got another {', '.join(differing)} in {folder}"
-        )
+def _claim(output: Path, claims: Mapping[str, PretrainConfig], images: int) -> None:
+    """Make the run directories and record their configurations; a ValueError if one has another, before any is made."""
+    recorded = {name: dataclasses.asdict(config) for name, config in claims.items()}
+    for name, config in recorded.items():
+        found = read_json(output / name / "trial.json")
+        if not found:
+            continue
+        found = found["config"] | {"images": found["images"]}
+        wanted = json.loads(json.dumps(config | {"images": images}))  # lists for tuples, as in the file
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if differing:
+            raise ValueError(
+                f"output: expected runs of this configuration or none, got another {', '.join(differing)} in "
+                f"{output / name}"
+            )
+    for name, config in recorded.items():
+        (output / name).mkdir(parents=True, exist_ok=True)
+        if not (output / name / "trial.json").is_file():
+            write_json(output / name / "trial.json", {"config": config, "images": images})
 
 
 def _train(run: AblationRun, data: ImageData, options: RunOptions) -> dict[str, Any]:
@@ -248,11 +255,15 @@ def _train(run: AblationRun, data: ImageData, options: RunOptions) -> dict[str, 
     return result | scores | {"records": records, "curves": _curves(options.output / "tensorboard")}
 
 
+def _baselines(config: PretrainConfig) -> dict[str, str]:
+    """Names of the directories of a base's baselines, by representation."""
+    names = {"pixels": "pixels", "untrained": f"untrained,seed={config.seed}"}
+    return names if config.teacher is None else names | {"teacher": "teacher"}
+
+
 def _evaluate_baselines(config: PretrainConfig, data: ImageData, options: RunOptions) -> None:
     """Evaluate raw pixels, the untrained encoder of the base and its teacher, if any, unless their results exist."""
-    names = {"pixels": "pixels", "untrained": f"untrained,seed={config.seed}"}
-    if config.teacher is not None:
-        names["teacher"] = "teacher"
+    names = _baselines(config)
     paths = {key: options.output / name / "result.json" for key, name in names.items()}
     if all(path.is_file() for path in paths.values()):
         return
@@ -264,7 +275,6 @@ def _evaluate_baselines(config: PretrainConfig, data: ImageData, options: RunOpt
         if paths[key].is_file():
             continue
         result = {"name": names[key], "status": "untrained", "made_with": environment(options.device)}
-        paths[key].parent.mkdir(exist_ok=True)
         write_json(paths[key], result | _scores(data, config, rows))
 
 

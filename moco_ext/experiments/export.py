@@ -74,8 +74,10 @@ def export(
     found = output / hub.WEIGHTS if format == "hub" else output
     if found.exists() and not overwrite:
         raise FileExistsError(f"output: {found} exists; overwrite (--force) replaces it")
-    if format in ("safetensors", "hub"):
-        check_replaceable((output if format == "hub" else output.parent) / "README.md")
+    if format == "hub":
+        hub.check_folder(output)
+    elif format == "safetensors":
+        check_replaceable(output.parent / "README.md")
     if format == "onnx":
         import onnx  # noqa: F401  # before the weights are read
         import onnxruntime  # noqa: F401

@@ -45,18 +45,24 @@ def training_section(source: str) -> str:
 def command_of(config: dict[str, Any]) -> str:
     """The ``moco-ext pretrain`` command of a run's configuration: its data, and the settings that are not defaults.
 
-    A recipe keeps the size guide from choosing others.
+    A recipe keeps the size guide from choosing others. The architecture is always stated: without it, a preset's image
+    size would replace that of the data.
     """
     data = str(config["data"])
     recipe = "moco-v1" if guide.applies(data, None) else None
     words = ["moco-ext", "pretrain", "--data", data, *(["--recipe", recipe] if recipe else [])]
-    preset = dataclasses.asdict(resolve_config(data, {}, recipe))
-    for name, declared in settings(PretrainConfig).items():
-        value = config.get(name, preset[name])
-        value = tuple(value) if isinstance(value, list) else value
-        if value == preset[name] or value is None:
-            continue
-        flag = (declared.flags or (f"--{name.replace('_', '-')}",))[-1]
+    declared = settings(PretrainConfig)
+    wanted = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items() if name in declared}
+    stated = {"arch"} & wanted.keys()
+    while True:  # what is stated may change the defaults of other settings
+        found = dataclasses.asdict(resolve_config(data, {name: wanted[name] for name in stated}, recipe))
+        differing = {name for name, value in wanted.items() if value is not None and value != found[name]}
+        if differing <= stated:
+            break
+        stated |= differing
+    for name in filter(stated.__contains__, declared):
+        value = wanted[name]
+        flag = (declared[name].flags or (f"--{name.replace('_', '-')}",))[-1]
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")
         else:

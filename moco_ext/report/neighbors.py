@@ -49,7 +49,7 @@ def write_neighbors(
             left=len(results) - len(rows),
         )
     )
-    write_atomically(path, lambda file: file.write(page.encode()))
+    write_atomically(path, lambda file: file.write(page.encode(errors="replace")))  # names of files may be no text
 
 
 class _Pictures:

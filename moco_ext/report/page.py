@@ -177,7 +177,7 @@ def _rows_of_one(run: ReportedRun) -> list[_Row]:
     rows = []
     for name, label in LABELS.items():
         scores, trained = run.scores(name), name == "trained"
-        others = _few_labels(run, name) | (_supervised(run) if trained else {})
+        others = _few_labels(run, name) | _on_other_data(run, name) | (_supervised(run) if trained else {})
         if scores or others:
             rows.append(_Row(label, "run0" if trained else name, scores, "trained" if trained else "", others=others))
     return rows
@@ -200,7 +200,7 @@ def _rows_of_several(numbered: Sequence[tuple[int, ReportedRun]]) -> list[_Row]:
                 run.scores("trained"),
                 f"r{i}",
                 run.scores("untrained"),
-                _few_labels(run, "trained") | _supervised(run),
+                _few_labels(run, "trained") | _on_other_data(run, "trained") | _supervised(run),
             )
         )
     label = LABELS["pixels"]
@@ -213,14 +213,30 @@ def _few_labels(run: ReportedRun, representation: str) -> dict[str, str]:
     return {column: values[representation] for column, values in cells.items() if representation in values}
 
 
+def _on_other_data(run: ReportedRun, representation: str) -> dict[str, str]:
+    """Top-1 of ``moco-ext knn`` and ``linear`` on labeled data that the run was not trained on."""
+    scores = {}
+    for protocol, label in (("knn", "kNN"), ("linear", "linear")):
+        result = run.evaluations.get(protocol, {})
+        top1 = result.get(f"{protocol}_top1", {})
+        if run.other_data(protocol) and representation in top1:
+            scores[f"{label}{_labels(result, ', ')}{_on(run, protocol)}"] = f"{top1[representation]:.1f}"
+    return scores
+
+
 def _supervised(run: ReportedRun) -> dict[str, str]:
     """Top-1 of the classifiers trained by SGD, from the results of ``moco-ext linear`` and ``finetune``."""
     linear, finetune = run.evaluations.get("linear", {}), run.evaluations.get("finetune", {})
-    scores = {f"linear, SGD{_labels(linear, ', ')}": linear["top1"]} if "top1" in linear else {}
+    scores = {f"linear, SGD{_labels(linear, ', ')}{_on(run, 'linear')}": linear["top1"]} if "top1" in linear else {}
     if "top1" in finetune:
         used = _labels(finetune) or f"{100 * finetune['fraction']:g} % of labels"
-        scores[f"fine-tuned, {used}"] = finetune["top1"]
+        scores[f"fine-tuned, {used}{_on(run, 'finetune')}"] = finetune["top1"]
     return {name: f"{score:.1f}" for name, score in scores.items()}
+
+
+def _on(run: ReportedRun, command: str) -> str:
+    data = run.other_data(command)
+    return f" on {Path(data).name}" if data else ""
 
 
 def _labels(result: dict[str, Any], before: str = "") -> str:

@@ -56,9 +56,15 @@ class ReportedRun:
         """What :func:`moco_ext.data.load` makes its images from."""
         return ImageSet(self.config["data"], self.config.get("val_fraction", 0.0), self.config.get("image_size"))
 
+    def other_data(self, command: str) -> str:
+        """The data that ``moco-ext knn``, ``linear`` or ``finetune`` evaluated on; empty if it is that of the run."""
+        data = self.evaluations.get(command, {}).get("data", self.config["data"])
+        return "" if data == self.config["data"] else data
+
     def top1(self, protocol: str) -> dict[str, float]:
-        """Top-1 of ``"knn"`` or ``"linear"`` by representation (pixels, untrained, trained); empty if unknown."""
-        evaluation = self.evaluations.get(protocol, {})
+        """Top-1 of ``"knn"`` or ``"linear"`` on the run's own data by representation (pixels, untrained, trained);
+        empty if unknown."""
+        evaluation = {} if self.other_data(protocol) else self.evaluations.get(protocol, {})
         few = evaluation.get("labels_per_class")  # the summary has the scores of all labels
         return self.summary.get(f"{protocol}_top1") or ({} if few else evaluation.get(f"{protocol}_top1", {}))
 

@@ -63,5 +63,17 @@ def write_json(path: str | Path, content: Any) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
-    return json.loads(Path(path).read_text()) if Path(path).is_file() else {}
+    """The object in a JSON file; empty if there is no such file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    if not Path(path).is_file():
+        return {}
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object in {path}, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object in {path}, got {type(content).__name__}")
+    return content

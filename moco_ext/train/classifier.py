@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoints.training import check_finite, load_checkpoint, load_into, save_checkpoint
+from ..checkpoints.training import check_classes, check_finite, load_checkpoint, load_into, save_checkpoint
 from ..data import EvalTransform, ImageData, SupervisedLoader, eval_batches
 from ..data.images import check_readable
 from ..data.seeds import hash_seeds
@@ -241,7 +241,7 @@ def train_classifier(
     done, best = options.start_epoch, 0.0
     path, best_path = options.output / f"{name}.pth", options.output / f"{name}_best.pth"
     if options.resume is not None:
-        checkpoint = restore(model, Path(options.resume), arch, optimizer)
+        checkpoint = restore(model, data, Path(options.resume), arch, optimizer)
         done, best = checkpoint["epoch"], float(checkpoint["best_acc1"])
         if rank() == 0 and (changed := changed_settings(checkpoint["config"], config)):
             options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
@@ -290,6 +290,7 @@ def train_classifier(
                     optimizer=optimizer,
                     best_acc1=best,
                     transform=EvalTransform.of(data).as_dict(),
+                    classes=list(data.classes),
                     config=dataclasses.asdict(config),
                 )
                 if is_best:
@@ -297,11 +298,14 @@ def train_classifier(
     return log.records
 
 
-def restore(model: Classifier, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def restore(
+    model: Classifier, data: ImageData, path: Path, arch: str, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
     """Load a checkpoint of :func:`train_classifier` and return it: epoch (completed ones), best_acc1, config.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another architecture, data set or configuration.
+        ValueError: the checkpoint is damaged, or of another architecture, image size or configuration, or of other
+            classes.
     """
     checkpoint = load_checkpoint(path)
     best = checkpoint.get("best_acc1", "no")
@@ -309,6 +313,14 @@ def restore(model: Classifier, path: Path, arch: str, optimizer: torch.optim.Opt
         raise ValueError(f"resume: expected a classifier's checkpoint, got {best} best_acc1 in {path}")
     if not isinstance(checkpoint.setdefault("config", {}), dict):  # main_lincls.py records none
         raise ValueError(f"resume: expected settings by name as config in {path}, got {checkpoint['config']}")
+    recorded = checkpoint.get("transform")
+    if isinstance(recorded, dict) and recorded.get("size") != data.size:  # its weights fit images of any size
+        raise ValueError(
+            f"image_size: expected {recorded.get('size')}, that of the images which {path} was trained on, "
+            f"got {data.size}"
+        )
+    if isinstance(checkpoint.get("classes"), list):  # main_lincls.py records none
+        check_classes(checkpoint, data.classes, path)
     load_into(model, checkpoint, path, arch=arch, optimizer=optimizer)
     return checkpoint
 

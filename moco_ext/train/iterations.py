@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoints.training import check_finite, load_checkpoint, load_into, save_checkpoint
+from ..checkpoints.training import check_classes, check_finite, load_checkpoint, load_into, save_checkpoint
 from ..data.items import ItemData, training_items
 from ..data.seeds import hash_seeds
 from ..distributed import rank, world_size
@@ -219,13 +218,7 @@ def read(path: str | Path, classes: Sequence[str]) -> dict[str, Any]:
         if not isinstance(checkpoint.get(entry), kind):
             got = checkpoint.get(entry, "no")
             raise ValueError(f"resume: expected a checkpoint of detect or segment, got {got} {entry} in {path}")
-    if checkpoint["classes"] != list(classes):
-        pairs = itertools.zip_longest(classes, checkpoint["classes"], fillvalue="none")
-        own, other = next(pair for pair in pairs if len({*pair}) > 1)
-        raise ValueError(
-            f"resume: expected a checkpoint of the {len(classes)} classes of the data, got one of "
-            f"{len(checkpoint['classes'])}, with {other} instead of {own}: {path}"
-        )
+    check_classes(checkpoint, classes, path)
     return checkpoint
 
 

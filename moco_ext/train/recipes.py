@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from .config import PretrainConfig
@@ -93,6 +94,21 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Of two ways to say the same, the second wins in a configuration, and is turned off by this value.
+_ALTERNATIVES: dict[str, dict[str, Any]] = {
+    "lr": {"lr_base": None},
+    "epochs": {"steps": 0},
+    "schedule": {"cos": False, "lr_every": 0},
+    "cos": {"lr_every": 0},
+}
+
+
+def alternatives(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that would win over ``chosen`` ones if a weaker source has them, and the values that prevent it."""
+    given = (name for name, value in chosen.items() if value is not False)
+    return {other: off for name in given for other, off in _ALTERNATIVES.get(name, {}).items()}
+
+
 def resolve_config(
     data: str, explicit: dict[str, Any], recipe: str | None = None, guided: dict[str, Any] | None = None
 ) -> PretrainConfig:
@@ -100,9 +116,9 @@ def resolve_config(
     ``guided``, then the published defaults. With a recipe, the preset only supplies what depends on the data: ``arch``,
     ``image_size`` and ``crop_min``.
 
-    An explicit ``schedule`` without an explicit ``cos`` turns a preset's cosine off. With another ``arch``, a preset's
-    image size is not used. With explicit ``epochs``, its warm-up takes at most a tenth of them, and with explicit
-    ``steps`` there is none.
+    Explicit ``epochs`` turn the steps of a recipe off, and an explicit ``schedule`` its cosine; likewise in the other
+    pairs of settings of which one replaces the other. With another ``arch``, a preset's image size is not used. With
+    explicit ``epochs``, its warm-up takes at most a tenth of them, and with explicit ``steps`` there is none.
 
     Args:
         guided: what :mod:`moco_ext.train.guide` chose for the images and the device.
@@ -120,12 +136,8 @@ def layers(
     data: str, explicit: dict[str, Any], recipe: str | None = None, guided: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
     """The settings of :func:`resolve_config` by their source; a later source wins over an earlier one."""
-    if "lr" in explicit and "lr_base" not in explicit:
-        explicit = explicit | {"lr_base": None}
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
-    if "schedule" in explicit and "cos" not in explicit:
-        explicit = explicit | {"cos": False}
     published = RECIPES[recipe] if recipe is not None else {}
     preset = _PRESETS.get(data, {})
     if "warmup_epochs" in preset:
@@ -135,6 +147,8 @@ def layers(
         preset = {name: preset[name] for name in ("arch", "image_size", "crop_min") if name in preset}
     if "arch" in published or "arch" in explicit:  # the preset's image size is for its own encoder
         preset = {name: value for name, value in preset.items() if name != "image_size"}
+    weaker = {**(guided or {}), **preset, **published}
+    explicit = {name: off for name, off in alternatives(explicit).items() if name in weaker} | explicit
     mechanism = explicit.get("dictionary")
     return {
         "guide": guided or {},

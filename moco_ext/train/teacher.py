@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
 from ..data import ImageData
 from ..distillation import Distillation
-from ..evaluate.encoder import load_encoder
+from ..distributed import rank
+from ..evaluate.encoder import load_encoder, recorded_size
 from ..mechanism import Mechanism
 
 
@@ -32,6 +35,13 @@ class Renormalized(nn.Module):
 def load_teacher(source: str, data: ImageData) -> tuple[nn.Module, int]:
     """The encoder of :func:`moco_ext.load_encoder`, for images normalized as those of ``data``; number of features."""
     encoder, transform = load_encoder(source, image_size=data.size)
+    trained = recorded_size(source)
+    if trained not in (None, data.size) and rank() == 0:
+        warnings.warn(
+            f"teacher: its images have {trained} pixels and those of {data.name} {data.size}, which may cost accuracy; "
+            "see --image-size",
+            stacklevel=5,
+        )
     own, given = ((torch.tensor(x.mean), torch.tensor(x.std)) for x in (transform, data))
     return Renormalized(encoder, own, given), encoder.num_features
 
