@@ -75,7 +75,7 @@ def test_the_cifar10_recipe_is_the_notebooks():
 
 def test_a_recipe_keeps_only_what_belongs_to_the_data():
     config = resolve_config("digits", {}, "moco-v1")
-    assert (config.arch, config.crop_min) == ("resnet8-small", 0.5)
+    assert (config.arch, config.crop_min, config.knn_k) == ("resnet8-small", 0.5, 20)
     assert (config.moco_k, config.epochs, config.cos, config.moco_t) == (65536, 200, False, 0.07)
     with pytest.raises(ValueError, match=r"recipe: expected one of moco-v1, .* got 'v3'"):
         resolve_config("digits", {}, "v3")

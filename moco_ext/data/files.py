@@ -157,8 +157,11 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
     with path.open(newline="\n" if suffix == ".txt" else "", encoding="utf-8-sig", errors="surrogateescape") as file:
         if suffix == ".txt":
             return [line.rstrip("\r\n") for line in file if line.strip()], None
-        rows = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
-        place, label = _columns(path, next(rows, []))
+        delimiter = "\t" if suffix == ".tsv" else ","
+        header = next(csv.reader(file, delimiter=delimiter), [])
+        place, label = _columns(path, [name.strip() for name in header])
+        spaced = any(name.startswith(" ") for name in header)  # "path, label"; else a name may begin with a space
+        rows = csv.reader(file, delimiter=delimiter, skipinitialspace=spaced)
         paths, classes = [], []
         for row in filter(None, rows):  # one at a time: other columns may be large
             paths.append(row[place] if place < len(row) else "")

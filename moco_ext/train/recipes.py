@@ -93,6 +93,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": _CIFAR,
 }
 
+_OF_DATA = ("arch", "image_size", "crop_min", "knn_k")  # what a recipe leaves to the preset
 
 # Of two ways to say the same, the second wins in a configuration, and is turned off by this value.
 _ALTERNATIVES: dict[str, dict[str, Any]] = {
@@ -114,7 +115,7 @@ def resolve_config(
 ) -> PretrainConfig:
     """The configuration of a run on ``data``: explicit settings, then the recipe, then the data set's preset, then
     ``guided``, then the published defaults. With a recipe, the preset only supplies what depends on the data: ``arch``,
-    ``image_size`` and ``crop_min``.
+    ``image_size``, ``crop_min`` and ``knn_k``.
 
     Explicit ``epochs`` turn the steps of a recipe off, and an explicit ``schedule`` its cosine; likewise in the other
     pairs of settings of which one replaces the other. With another ``arch``, a preset's image size is not used. With
@@ -144,7 +145,7 @@ def layers(
         epochs = 0 if explicit.get("steps") else explicit.get("epochs", math.inf)
         preset = preset | {"warmup_epochs": min(preset["warmup_epochs"], epochs / 10)}
     if recipe is not None:
-        preset = {name: preset[name] for name in ("arch", "image_size", "crop_min") if name in preset}
+        preset = {name: preset[name] for name in _OF_DATA if name in preset}
     if "arch" in published or "arch" in explicit:  # the preset's image size is for its own encoder
         preset = {name: value for name, value in preset.items() if name != "image_size"}
     weaker = {**(guided or {}), **preset, **published}
