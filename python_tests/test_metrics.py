@@ -224,6 +224,11 @@ def test_the_estimate_has_evaluations_and_a_date(tmp_path, clock):
     )
 
 
+def test_a_path_is_printed_as_it_is(capsys):
+    make_console().print("runs/[old]:smile:[/x]")
+    assert capsys.readouterr().out == "runs/[old]:smile:[/x]\n"
+
+
 def test_long_lines_are_not_wrapped(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
     make_console().print("word " * 60)

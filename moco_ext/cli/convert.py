@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ..checkpoints import FORMATS, convert
+from ..runs.console import make_console
 from ..runs.files import write_json
 
 
@@ -45,17 +45,16 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.report:
         write_json(args.report, report.as_dict())
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(highlight=False, soft_wrap=True)
     if not args.quiet:
         for old, new, shape, dtype in report.mapped:
-            console.print(f"  {escape(old)} -> {escape(new)} {escape(str(shape))} {dtype}")
+            console.print(f"  {old} -> {new} {shape} {dtype}")
         for name, why in report.left.items():
-            console.print(f"[yellow]left[/] {escape(name)}: {escape(why)}")
+            console.print(Text.assemble(("left", "yellow"), f" {name}: {why}"))
         for name in report.missing:
-            console.print(f"[yellow]missing[/] {escape(name)}")
+            console.print(Text.assemble(("missing", "yellow"), f" {name}"))
     console.print(
         f"{args.output}: {report.from_format} -> {report.to}, {len(report.mapped)} tensors mapped, "
-        f"{len(report.left)} left, {len(report.missing)} missing",
-        markup=False,
+        f"{len(report.left)} left, {len(report.missing)} missing"
     )
     return 0

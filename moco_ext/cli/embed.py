@@ -7,8 +7,6 @@ import json
 import os
 from pathlib import Path
 
-from rich.markup import escape
-
 from ..data import load
 from ..distributed import rank
 from ..evaluate.embed import Embedded, embed
@@ -86,4 +84,4 @@ def _tell(done: Embedded, args: argparse.Namespace, options: RunOptions) -> None
     line = f"{done.output}: {done.images:,} images, {done.dim:,} features, {done.images / done.seconds:,.0f} images/s"
     if done.unreadable:
         line += f"; {len(done.unreadable):,} unreadable files are listed in {done.output.name}.unreadable.txt"
-    options.console.print(escape(line), highlight=False, soft_wrap=True)
+    options.console.print(line, highlight=False, soft_wrap=True)

@@ -6,12 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..evaluate.feature_files import FeatureFile
 from ..evaluate.neighbors import Result, neighbors, write_faiss_index
+from ..runs.console import make_console
 from ..runs.options import RunOptions
 from ..runs.settings import settings
 from . import launch
@@ -67,19 +67,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(results: list[Result], unreadable: list[str], args: argparse.Namespace) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(highlight=False, soft_wrap=True)
     for result in results[:_SHOWN]:
-        table = Table("cosine", title=escape(result.query), title_justify="left", box=None)
+        table = Table("cosine", title=result.query, title_justify="left", box=None)
         labels = any(found.label is not None for found in result.neighbors)
         for name in ("image", *(("label",) if labels else ())):
             table.add_column(name, overflow="fold")
         for found in result.neighbors:
-            cells = (f"{found.similarity:.4f}", escape(found.path), *((escape(found.label or ""),) if labels else ()))
+            cells = (f"{found.similarity:.4f}", found.path, *((found.label or "",) if labels else ()))
             table.add_row(*cells)
         console.print(table, soft_wrap=False)
     if len(results) > _SHOWN:
         console.print(f"{len(results) - _SHOWN:,} more queries: --json or --gallery shows them")
     for path in unreadable:
-        console.print(f"[yellow]unreadable[/] {escape(path)}")
+        console.print(Text.assemble(("unreadable", "yellow"), f" {path}"))
     for path in filter(None, (args.gallery, args.faiss)):
-        console.print(escape(path))
+        console.print(path)

@@ -7,8 +7,6 @@ import os
 import warnings
 from pathlib import Path
 
-from rich.markup import escape
-
 from ..data import load
 from ..data.shard_writer import ShardWriter
 from ..runs.console import ImageProgress, make_console
@@ -49,5 +47,5 @@ def run(args: argparse.Namespace) -> int:
         )
     size = sum(os.path.getsize(path) for path in output.glob("**/shard-*.tar")) / 1e9
     line = f"{output}: {done.images:,} images, {done.shards:,} shards, {size:.3g} GB; moco-ext pretrain {output}"
-    console.print(escape(line), highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, soft_wrap=True)
     return 0

@@ -16,7 +16,9 @@ _LINE_EVERY = 30.0  # seconds
 
 
 def make_console(**options: Any) -> Console:
-    """A console that does not wrap lines, unless it is a terminal or COLUMNS is set."""
+    """A console that prints text as it is, since paths may contain [tags] and :emoji:, and that does not wrap lines
+    unless it is a terminal or COLUMNS is set."""
+    options = {"markup": False, "emoji": False} | options
     console = Console(**options)
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(**options, width=10_000)
 

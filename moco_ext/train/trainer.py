@@ -332,7 +332,7 @@ class Trainer:
             loaded, arch = initialize_(self.model, source, self.config.arch)
             said = describe(loaded, source, self.config.arch, arch)
         if self.rank == 0:
-            self.options.console.print(said, highlight=False, markup=False, soft_wrap=True)
+            self.options.console.print(said, highlight=False, soft_wrap=True)
 
     def _checkpoint_to_resume(self) -> tuple[dict[str, Any], Path]:
         source, shards = self.options.resume, sharded_tensors(self.model, self.optimizer)
