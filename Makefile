@@ -33,7 +33,7 @@ demo: $(VENV)/installed
 	$(BIN)/moco-ext pretrain --data digits --output runs/demo --overwrite
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest python_tests -m "not slow and not torture"
+	$(BIN)/python -m pytest python_tests -m "not slow and not torture" -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest python_tests -m slow

@@ -18,6 +18,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than ten seconds on two cores")
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
 
 
 @pytest.fixture(params=DEVICES, scope="session")
