@@ -440,6 +440,7 @@ def test_rotation_is_torchvisions():
         torch.testing.assert_close(view[:, 4:12, 4:12], want[:, 4:12, 4:12], atol=1e-4, rtol=0)  # inside of the edges
 
 
+@pytest.mark.slow
 def test_elastic_deformation_is_as_strong_as_torchvisions():
     from torchvision.transforms.v2 import ElasticTransform
 
