@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import tarfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
@@ -20,6 +21,8 @@ from .files import IMAGES, LABEL_COLUMNS
 from .urls import Stamp, is_url, open_file, read_file, read_range, stamp
 
 _VERSION = 1  # of the index files; others are built again
+# np.load parses headers with ast, whose recursion counter all threads share in CPython 3.11: a rare SystemError.
+_PARSER = threading.Lock()
 _OPEN_FILES = 128  # of a process
 _BLOCK = 512  # of tar
 
@@ -155,7 +158,7 @@ def _saved(url: str, found: Stamp, last_fits: Callable[[str, TarIndex], bool]) -
         content = read_file(index_path(url))
         if content is None:
             return None
-        with np.load(io.BytesIO(content)) as saved:
+        with _PARSER, np.load(io.BytesIO(content)) as saved:
             version, size, mtime_ns = saved["stamp"].tolist()
             arrays = {name: saved[name] for name in TarIndex._fields}
             index = TarIndex(**arrays | {"names": tuple(arrays["names"].tolist())})
