@@ -1,5 +1,6 @@
 """``moco-ext knn``, ``linear`` and ``finetune``, run in this process."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -70,6 +71,22 @@ def test_images_are_normalized_as_in_training(run, tmp_path, own, capsys):
     features = all_features(digits, run_in(tmp_path), trained=load_pretrained(tmp_path)[0])
     assert found["trained"] == round(knn_score(digits, features["trained"], k=20), 2)
     assert found != answer(capsys, "knn", run, "--threads", 1, "--output", tmp_path)["knn_top1"]
+
+
+def test_timms_weights_by_name(tmp_path, monkeypatch, capsys):
+    """A config.json in the working directory is not theirs."""
+    timm = pytest.importorskip("timm")
+    published = timm.create_model("test_resnet").eval()
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: copy.deepcopy(published))  # no download
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"data": "photos", "knn_k": 3}))
+    weights = ("digits", "--pretrained", "timm:test_resnet.r160_in1k", "--image-size", 32, "--threads", 1)
+    found = answer(capsys, "knn", *weights)
+    assert (found["k"], found["knn_top1"]["pixels"] > 90, found["knn_top1"]["trained"] > 50) == (200, True, True)
+    sgd = ("--solver", "sgd", "--epochs", 1, "--schedule", "--labels-per-class", 2)
+    assert answer(capsys, "linear", *weights, *sgd)["arch"] == "timm:test_resnet"  # its tensors are unchanged
+    tuned = ("--epochs", 1, "--schedule", "--labels-per-class", 2)
+    assert answer(capsys, "finetune", *weights, *tuned)["arch"] == "timm:test_resnet"
 
 
 def test_linear_solves_unless_sgd_is_meant(run, tmp_path, capsys):

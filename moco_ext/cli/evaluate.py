@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from torch import nn
 
-from ..checkpoints.pretrained import load_pretrained
+from ..checkpoints.pretrained import TIMM, TORCHVISION, load_pretrained
 from ..data import ImageData, load
 from ..encoders import set_image_size
 from ..evaluate.encoder import normalized_for, recorded_size
@@ -92,7 +92,7 @@ def find_inputs(args: argparse.Namespace) -> Inputs:
 
 def _configuration(weights: str | None) -> tuple[dict[str, Any], Path | None]:
     """The configuration of the pre-training run that wrote the weights, and its directory."""
-    if weights is None:
+    if weights is None or weights.startswith((TORCHVISION, TIMM)):
         return {}, None
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     config = read_json(folder / "config.json")
