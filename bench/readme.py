@@ -11,6 +11,7 @@ import re
 import shlex
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 from table import commits, heading, ratios, table
@@ -222,26 +223,26 @@ def compat_sections(report: dict) -> dict[str, str]:
     return {marker: "\n".join([*head, *lines]) for marker, lines in steps.items()}
 
 
-def detection_section(report: dict) -> str:
-    """AP of each start by iteration, mean and standard deviation over the seeds."""
+def transfer_section(report: dict, *, model: str, scores: tuple[str, ...]) -> str:
+    """Scores of each start by iteration, mean and standard deviation over the seeds."""
     runs = report["runs"]
     starts = list(dict.fromkeys(run["start"] for run in runs))
     seeds = {start: sorted(run["seed"] for run in runs if run["start"] == start) for start in starts}
     first = runs[0]
     lines = [
-        f"Faster R-CNN on {first['arch']}, `{first['flags']}`; {first['device']}, torch {first['torch']}, commit "
+        f"{model} on {first['arch']}, `{first['flags']}`; {first['device']}, torch {first['torch']}, commit "
         f"{', '.join(sorted({run['commit'] for run in runs}))}. Mean ± standard deviation over "
         f"{len(seeds[starts[0]])} seeds, %.",
         "",
         "| iterations | "
-        + " | ".join(f"{name}, {start}" for name in ("AP", "AP50", "AP75") for start in starts)
+        + " | ".join(f"{name.replace('_', ' ')}, {start}" for name in scores for start in starts)
         + " |",
-        "|--:" * (1 + 3 * len(starts)) + "|",
+        "|--:" * (1 + len(scores) * len(starts)) + "|",
     ]
     for number, record in enumerate(first["records"]):
         cells = [
             spread([run["records"][number][name] for run in runs if run["start"] == start])
-            for name in ("AP", "AP50", "AP75")
+            for name in scores
             for start in starts
         ]
         lines.append(f"| {record['step']:,} | " + " | ".join(cells) + " |")
@@ -274,7 +275,8 @@ def sections() -> dict[str, str]:
         "h200": ("h200", report_section),
         "loader": ("loader", loader_section),
         "shards": ("shards", shards_section),
-        "detection": ("detection", detection_section),
+        "detection": ("detection", partial(transfer_section, model="Faster R-CNN", scores=("AP", "AP50", "AP75"))),
+        "segmentation": ("segmentation", partial(transfer_section, model="FCN", scores=("mIoU", "pixel_accuracy"))),
     }
     for marker, (name, make) in makers.items():
         if (RESULTS / f"{name}.json").is_file():

@@ -27,7 +27,7 @@ from moco_ext.train import iterations
 from moco_ext.train.detector import RECIPES, DetectorConfig, build_detector, to_device, train_detector
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import detection_set
+import garments
 
 for package in ("pycocotools", "tensorboard", "timm", "torchmetrics"):
     pytest.importorskip(package)
@@ -58,7 +58,7 @@ def folders(tmp_path_factory):
     """Digits on 64x64 pixels, in both layouts."""
     root = tmp_path_factory.mktemp("detection")
     for layout in ("voc", "coco"):
-        detection_set.write(root / layout, layout, {"train": 24, "val": 5}, side=64, objects="digits")
+        garments.write(root / layout, layout, {"train": 24, "val": 5}, side=64, objects="digits")
     return root
 
 

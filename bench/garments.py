@@ -1,7 +1,9 @@
-"""Writes a small object detection data set: Fashion-MNIST garments on textured backgrounds.
+"""Writes a small data set for detection or segmentation: Fashion-MNIST garments on textured backgrounds.
 
-    python bench/detection_set.py build/garments --train 600 --test 200
+    python bench/garments.py build/garments --train 600 --test 200
     moco-ext detect build/garments --pretrained runs/fashion --min-size 96 --anchors 16 24 32 48 64
+    python bench/garments.py build/masks --layout folders --side 192
+    moco-ext segment build/masks --pretrained runs/fashion --crop 192
 
 Garments have random positions, sizes and colors, some are mirrored, and they overlap by at most a fifth of the smaller
 one. Boxes are tight. Training images use the training images of Fashion-MNIST, test images the test images.
@@ -21,8 +23,9 @@ from torch import Tensor
 
 from moco_ext import data as datasets
 
-SIZES = (16, 56)  # of the garments' images in pixels
+SIZES = (1 / 6, 7 / 12)  # of the garments' images, as a share of the whole image's side
 Box = tuple[int, int, int, int, int]  # x1, y1, x2, y2 (exclusive), class from 0
+Composed = dict[str, tuple[list[Box], np.ndarray]]  # by name: boxes and mask
 
 
 def texture(generator: np.random.Generator, side: int) -> np.ndarray:
@@ -37,12 +40,15 @@ def texture(generator: np.random.Generator, side: int) -> np.ndarray:
     )
 
 
-def compose(split: datasets.TensorSplit, generator: np.random.Generator, side: int) -> tuple[Image.Image, list[Box]]:
-    """An image of one to four garments, and their boxes."""
-    canvas, boxes = texture(generator, side), []
+def compose(
+    split: datasets.TensorSplit, generator: np.random.Generator, side: int
+) -> tuple[Image.Image, list[Box], np.ndarray]:
+    """An image of one to four garments, their boxes, and a mask uint8 [side, side]: 0, or a garment's class plus 1."""
+    canvas, boxes, labels = texture(generator, side), [], np.zeros((side, side), np.uint8)
+    sizes = [round(share * side) for share in SIZES]
     for _ in range(generator.integers(1, 5)):
         number = generator.integers(len(split))
-        garment = resized(split.images[number], int(generator.integers(*SIZES, endpoint=True)))
+        garment = resized(split.images[number], int(generator.integers(*sizes, endpoint=True)))
         garment = garment[:, ::-1] if generator.random() < 0.5 else garment
         rows, columns = (np.flatnonzero((garment > 0.1).any(axis)) for axis in (1, 0))
         garment = garment[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -55,9 +61,10 @@ def compose(split: datasets.TensorSplit, generator: np.random.Generator, side: i
                 place = canvas[:, y : y + height, x : x + width]
                 mask = np.clip(garment * 4, 0, 1)  # Fashion-MNIST's background is black
                 place += mask * (garment * color - place)
+                labels[y : y + height, x : x + width][garment > 0.1] = box[4] + 1
                 boxes.append(box)
                 break
-    return Image.fromarray((canvas.transpose(1, 2, 0) * 255).astype(np.uint8)), boxes
+    return Image.fromarray((canvas.transpose(1, 2, 0) * 255).astype(np.uint8)), boxes, labels
 
 
 def resized(image: Tensor, side: int) -> np.ndarray:
@@ -78,20 +85,28 @@ def write(
     classes = [name.replace("/", "-") for name in data.classes]
     for split, (name, count) in zip(data.splits, images.items(), strict=True):
         generator = np.random.default_rng([seed, len(name)])
-        folder = root / {"voc": "JPEGImages", "coco": name}[layout]
+        folder = root / {"voc": "JPEGImages", "coco": name, "folders": f"images/{name}"}[layout]
         folder.mkdir(parents=True, exist_ok=True)
-        composed = {}
+        composed: Composed = {}
         for number in range(count):
-            image, composed[f"{name}{number:05}"] = compose(split, generator, side)
+            image, *composed[f"{name}{number:05}"] = compose(split, generator, side)
             image.save(folder / f"{name}{number:05}.jpg", quality=95)
-        {"voc": write_voc, "coco": write_coco}[layout](root, name, composed, classes, side)
+        {"voc": write_voc, "coco": write_coco, "folders": write_masks}[layout](root, name, composed, classes, side)
 
 
-def write_voc(root: Path, split: str, composed: dict[str, list[Box]], classes: list[str], side: int) -> None:
+def write_masks(root: Path, split: str, composed: Composed, classes: list[str], side: int) -> None:
+    folder = root / "masks" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in ("background", *classes)))
+    for name, (_, mask) in composed.items():
+        Image.fromarray(mask).save(folder / f"{name}.png")
+
+
+def write_voc(root: Path, split: str, composed: Composed, classes: list[str], side: int) -> None:
     for folder in ("Annotations", "ImageSets/Main"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in composed))
-    for name, boxes in composed.items():
+    for name, (boxes, _) in composed.items():
         tree = ElementTree.Element("annotation")
         for x1, y1, x2, y2, label in boxes:
             tag = ElementTree.SubElement(tree, "object")
@@ -103,12 +118,12 @@ def write_voc(root: Path, split: str, composed: dict[str, list[Box]], classes: l
         ElementTree.ElementTree(tree).write(root / "Annotations" / f"{name}.xml")
 
 
-def write_coco(root: Path, split: str, composed: dict[str, list[Box]], classes: list[str], side: int) -> None:
+def write_coco(root: Path, split: str, composed: Composed, classes: list[str], side: int) -> None:
     (root / "annotations").mkdir(exist_ok=True)
     images = [
         {"id": i, "file_name": f"{name}.jpg", "width": side, "height": side} for i, name in enumerate(composed, 1)
     ]
-    rows = [(i, box) for i, boxes in enumerate(composed.values(), 1) for box in boxes]
+    rows = [(i, box) for i, (boxes, _) in enumerate(composed.values(), 1) for box in boxes]
     annotations = [
         {
             "id": number,
@@ -128,7 +143,7 @@ def write_coco(root: Path, split: str, composed: dict[str, list[Box]], classes: 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--layout", choices=("voc", "coco"), default="voc")
+    parser.add_argument("--layout", choices=("voc", "coco", "folders"), default="voc")
     parser.add_argument("--train", type=int, default=600, help="training images")
     parser.add_argument("--test", type=int, default=200, help="test images")
     parser.add_argument("--side", type=int, default=96, help="height and width in pixels")
