@@ -110,7 +110,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Sample i belongs to group i mod G. If G does not divide the batch, group sizes differ by one. The running statistics
     are updated once per step, with the mean over the groups. In eval mode, and in its state dict, it is a plain
-    BatchNorm.
+    BatchNorm. Child layers, if there are any, follow the normalization.
 
     Args:
         num_features: C of an input [N, C, ...].
@@ -129,8 +129,12 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         groups = min(self.groups, x.shape[0])
-        if not self.training or groups <= 1:
-            return super().forward(x)
+        out = self._split(x, groups) if self.training and groups > 1 else super().forward(x)
+        for layer in self.children():
+            out = layer(out)
+        return out
+
+    def _split(self, x: Tensor, groups: int) -> Tensor:
         if x.shape[0] % groups == 0:
             out, mean, var = self._normalize(x, groups)
         else:
@@ -164,6 +168,10 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
 
 
+# The forward passes that only normalize.
+_PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, SplitBatchNorm.forward)
+
+
 def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
     """Replace every BatchNorm in a module with :class:`SplitBatchNorm`, in place. Parameters and buffers are reused.
 
@@ -175,16 +183,19 @@ def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
         The module, or its replacement if it is itself a BatchNorm.
 
     Raises:
-        ValueError: fewer than one group.
+        ValueError: fewer than one group, or a BatchNorm that computes something else too and is not timm's.
     """
     if groups < 1:
         raise ValueError(f"split_bn: expected at least one group, got {groups}")
     if groups == 1:
         return module
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        # timm's BatchNormAct2d is followed by its dropout and its activation.
+        if type(module).forward not in _PLAIN and list(module._modules) != ["drop", "act"]:
+            raise ValueError(f"split_bn: expected BatchNorm layers of torch or timm, got {type(module).__name__}")
         options = {name: getattr(module, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
         split = SplitBatchNorm(module.num_features, groups, **options)
-        split._parameters, split._buffers = module._parameters, module._buffers
+        split._parameters, split._buffers, split._modules = module._parameters, module._buffers, module._modules
         split.training = module.training
         return split
     for name, child in module.named_children():
