@@ -158,8 +158,9 @@ def with_own_head(encoder: nn.Module) -> nn.Module:
             f"key_encoder: expected an encoder with a head named one of {', '.join(HEADS)} for 'partial', got "
             f"{type(encoder).__name__}"
         )
-    shared = {id(child): child for child_name, child in encoder.named_children() if child_name != name}
-    return copy.deepcopy(encoder, shared)
+    # Also what belongs to no layer, such as the class token and the positions of a vision transformer.
+    parts = encoder._modules | encoder._parameters | encoder._buffers
+    return copy.deepcopy(encoder, {id(part): part for part_name, part in parts.items() if part_name != name})
 
 
 def backbone(encoder: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_moco import Tiny, tiny_moco
+from torch import nn
 from torch.nn import functional as F
 
 from moco_ext import EndToEnd, MemoryBank
@@ -125,6 +126,25 @@ def test_partial_moves_only_the_key_encoders_own_head(device):
         torch.testing.assert_close(now, 0.9 * before + 0.1 * query)
     assert all(p.requires_grad for p in model.encoder_q.parameters())
     assert not any(p.requires_grad for p in model.encoder_k.fc.parameters())
+
+
+def test_partial_shares_what_belongs_to_no_layer():
+    """Such as the class token and the position embedding of a vision transformer."""
+
+    class Token(Tiny):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.token = nn.Parameter(torch.zeros(1))
+            self.register_parameter("unused", None)
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, x):
+            return super().forward(x * self.scale + self.token)
+
+    model = EndToEnd(lambda num_classes: Token(num_classes), dim=8, key_encoder="partial")
+    assert model.encoder_k.token is model.encoder_q.token
+    assert model.encoder_k.scale is model.encoder_q.scale
+    assert model.encoder_k.fc is not model.encoder_q.fc
 
 
 def test_identical_encodes_keys_with_the_query_encoder(device):
