@@ -266,13 +266,19 @@ class MoCo(Mechanism, KeyQueue):
 
     @torch.no_grad()
     def update(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """After the optimizer step: momentum update of the key encoder (Eq. 2), then enqueue the keys of the batch.
+        """After the optimizer step: momentum update of the key encoder (Eq. 2), and enqueue the keys of the batch.
 
         Args:
             keys: [B, dim] ``MoCoOutput.keys``, equal on all ranks.
             ids: [B] int64 that identify their images, of all ranks (``moco_ext.distributed.all_gather(ids)``), if the
                 model has a ``same_id``.
+
+        Raises:
+            ValueError, TypeError: keys or ids of another shape, dtype or device, or ``ids`` without ``same_id``.
+                Nothing is changed.
         """
+        self._check_keys(keys)
+        self.enqueue(keys, ids)  # first: it refuses what does not fit
         super().update(keys)
         if self.key_encoder == "momentum":
             flatten = self.flatten_parameters
@@ -281,7 +287,6 @@ class MoCo(Mechanism, KeyQueue):
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
-        self.enqueue(keys, ids)
 
     def extra_repr(self) -> str:
         return f"K={self.K}, dim={self.queue.shape[1]}, m={self.m}, T={self.T}, queue_dtype={self.queue.dtype}"
