@@ -185,8 +185,7 @@ class MoCo(Mechanism, KeyQueue):
         Raises:
             ValueError: views that do not match, or are not floating-point; ``ids`` without ``same_id`` or vice versa.
         """
-        if (ids is None) != (self.same_id is None):
-            raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
+        self._check_ids(ids)
         if self.queue_sharding and self.shards != distributed.world_size():
             raise RuntimeError(
                 f"queue_sharding: expected the {self.shards} processes that the model was made for, got "
@@ -274,10 +273,11 @@ class MoCo(Mechanism, KeyQueue):
                 model has a ``same_id``.
 
         Raises:
-            ValueError, TypeError: keys or ids of another shape, dtype or device, or ``ids`` without ``same_id``.
-                Nothing is changed.
+            ValueError, TypeError: keys or ids of another shape, dtype or device; ``ids`` without ``same_id`` or vice
+                versa. Nothing is changed.
         """
         self._check_keys(keys)
+        self._check_ids(ids)
         self.enqueue(keys, ids)  # first: it refuses what does not fit
         super().update(keys)
         if self.key_encoder == "momentum":
@@ -287,6 +287,10 @@ class MoCo(Mechanism, KeyQueue):
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
+
+    def _check_ids(self, ids: Tensor | None) -> None:
+        if (ids is None) != (self.same_id is None):
+            raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
 
     def extra_repr(self) -> str:
         return f"K={self.K}, dim={self.queue.shape[1]}, m={self.m}, T={self.T}, queue_dtype={self.queue.dtype}"

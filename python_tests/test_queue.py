@@ -97,6 +97,8 @@ def test_moco_passes_ids_to_the_loss(device, in_batch, same_id):
         model.update(out.keys, ids)
     with pytest.raises(ValueError, match=f"ids: expected a tensor with same_id '{same_id}'"):
         model(*views(device))
+    with pytest.raises(ValueError, match=f"ids: expected a tensor with same_id '{same_id}'"):
+        model.update(out.keys)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,7 @@ def test_moco_passes_ids_to_the_loss(device, in_batch, same_id):
         (torch.randn(4, 5), torch.arange(4), "keys: expected 8 features as in queue"),
         (torch.randn(4, 8), torch.arange(4, dtype=torch.int32), r"ids: expected int64 \[4\], one id per key"),
         (torch.randn(4, 8), torch.arange(4, device="meta"), "ids: expected on the device of queue"),
+        (torch.randn(4, 8), None, "ids: expected a tensor with same_id 'mask'"),
     ],
 )
 def test_an_update_that_is_refused_changes_nothing(keys, ids, message):
