@@ -299,6 +299,8 @@ def test_the_backward_operator_checks_for_itself():
         ({"query": torch.ones(0, 4, 8), "key": torch.ones(0, 4, 8)}, "query: expected at least one group"),
         ({"query_ids": torch.zeros(3, 4).long(), "queue_ids": torch.arange(30)}, "query_ids: expected one row of ids"),
         ({"query_ids": torch.zeros(4).long(), "queue_ids": torch.zeros(3, 30).long()}, "queue_ids: expected one row"),
+        ({"query_ids": torch.zeros(1).long(), "queue_ids": torch.arange(30)}, "query_ids: expected 4 ids"),
+        ({"query_ids": torch.zeros(2, 1).long(), "queue_ids": torch.arange(30)}, "query_ids: expected 4 ids"),
     ],
 )
 def test_bad_groups_are_named(change, message):

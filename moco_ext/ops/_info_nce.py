@@ -270,6 +270,8 @@ def _info_nce_groups(a: Arguments) -> tuple[Tensor, ...]:
 
     shared_queue = a.queue is not None and a.queue.dim() == 2 and (a.queue_ids is None or a.queue_ids.dim() == 1)
     if not a.in_batch and shared_queue:
+        if a.query_ids is not None and a.query_ids.shape[-1] != n:
+            raise ValueError(f"query_ids: expected {n} ids, one for each row, got shape {list(a.query_ids.shape)}")
         ids = None if a.query_ids is None else a.query_ids.expand(groups, n).flatten()
         key, target = (None if x is None else x.flatten(0, 1) for x in (a.key, a.target))
         flat = a._replace(query=a.query.flatten(0, 1), key=key, target=target, query_ids=ids)
