@@ -59,7 +59,7 @@ class Distillation(Mechanism, KeyQueue):
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, K, queue_dtype, empty=True)
-        self.T, self.teacher_T = check_temperature(T), check_temperature(teacher_T)
+        self.T, self.teacher_T = check_temperature(T), check_temperature(teacher_T, "teacher_T")
         self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
         self.set_teacher(teacher)
 

@@ -150,7 +150,7 @@ class MoCo(Mechanism, KeyQueue):
                 "objective than 'infonce', got True"
             )
         self.queue_sharding = queue_sharding
-        self.objective, self.teacher_T = objective, check_temperature(teacher_T)
+        self.objective, self.teacher_T = objective, check_temperature(teacher_T, "teacher_T")
         self.label_smoothing, self.in_batch, self.same_id = label_smoothing, in_batch, same_id
         self.m = check_momentum(m)
         self.T = check_temperature(T)
