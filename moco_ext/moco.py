@@ -127,8 +127,6 @@ class MoCo(Mechanism, KeyQueue):
         super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty, sharded=queue_sharding)
         if key_encoder not in KEY_ENCODERS:
             raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
-        if low_precision not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"low_precision: expected None, torch.bfloat16 or torch.float16, got {low_precision}")
         if low_precision is not None and key_encoder != "momentum":
             raise ValueError(f"low_precision: expected None with key_encoder {key_encoder!r}, got {low_precision}")
         if low_precision is not None and not flatten_parameters:

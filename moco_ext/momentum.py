@@ -152,6 +152,8 @@ class LowPrecisionWeights:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"low_precision: expected None, torch.bfloat16 or torch.float16, got {dtype}")
         self.dtype = dtype
         self._flat: Tensor | None = None
         self._copied: list[tuple[int, int]] = []
