@@ -78,8 +78,9 @@ class MemoryBank(Mechanism):
         self.m = check_momentum(m)
         self.T = check_temperature(T)
         self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
-        features = torch.randn(images, dim, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("bank", nn.functional.normalize(features, dim=1).to(bank_dtype))
+        features = torch.randn(images, dim, generator=torch.Generator().manual_seed(0), device="cpu")
+        features = nn.functional.normalize(features, dim=1).to(torch.get_default_device(), bank_dtype)
+        self.register_buffer("bank", features)
 
     def forward(self, im_q: Tensor, index: Tensor) -> MemoryBankOutput:
         """Loss of a batch of views, one of each image.

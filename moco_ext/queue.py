@@ -156,7 +156,8 @@ def _first_keys(K: int, dim: int, dtype: torch.dtype, first: int, rows: int) -> 
     keys = torch.empty(rows, dim, dtype=dtype)
     for block in range(first // _BLOCK, -(-(first + rows) // _BLOCK)):
         start = block * _BLOCK
-        drawn = torch.randn(min(_BLOCK, K - start), dim, generator=torch.Generator().manual_seed(block))
+        generator = torch.Generator().manual_seed(block)  # of the CPU, also within torch.device("cuda")
+        drawn = torch.randn(min(_BLOCK, K - start), dim, generator=generator, device="cpu")
         begin, end = max(first, start), min(first + rows, start + _BLOCK)
         keys[begin - first : end - first] = nn.functional.normalize(drawn, dim=1)[begin - start : end - start]
     return keys

@@ -26,7 +26,7 @@ def check_mode(mode: str) -> str:
 
 def shared_permutation(n: int, step: int) -> Tensor:
     """A random permutation, [n] int64 on the CPU, that depends on the step only, so it is the same on all ranks."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step), device="cpu")
 
 
 def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | None) -> Tensor | None:
