@@ -84,7 +84,7 @@ class Distillation(Mechanism, KeyQueue):
         self._warn_if_update_is_forgotten()
         queries = encode(self.encoder_q, im_q)
         with torch.no_grad():
-            features = encode(self.teacher, im_q)
+            features = encode(self.teacher, im_q, "teacher")
         if features.shape != (len(im_q), self.queue.shape[1]):
             expected = [len(im_q), self.queue.shape[1]]
             raise ValueError(f"teacher: expected features {expected}, got {list(features.shape)}")

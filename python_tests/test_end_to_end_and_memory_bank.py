@@ -8,7 +8,7 @@ from test_moco import Tiny, tiny_moco
 from torch import nn
 from torch.nn import functional as F
 
-from moco_ext import EndToEnd, MemoryBank
+from moco_ext import EndToEnd, MemoryBank, MoCo
 from moco_ext.encoders import encode
 
 
@@ -145,6 +145,24 @@ def test_partial_shares_what_belongs_to_no_layer():
     assert model.encoder_k.token is model.encoder_q.token
     assert model.encoder_k.scale is model.encoder_q.scale
     assert model.encoder_k.fc is not model.encoder_q.fc
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (lambda x: (x,), TypeError, r"base_encoder: expected an encoder that returns a tensor \[N, dim\], got tuple"),
+        (lambda x: None, TypeError, r"base_encoder: .* a tensor \[N, dim\], got NoneType"),
+        (lambda x: x[:, None], ValueError, r"base_encoder: .* features \[N, dim\], got \[6, 1, 8\]"),
+    ],
+)
+@pytest.mark.parametrize("model", [EndToEnd, MoCo])
+def test_encoders_return_features(model, output, error, message):
+    class Other(Tiny):
+        def forward(self, x):
+            return output(super().forward(x))
+
+    with pytest.raises(error, match=message):
+        model(Other, dim=8)(images("cpu"), images("cpu"))
 
 
 def test_identical_encodes_keys_with_the_query_encoder(device):
