@@ -46,7 +46,8 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
         The buffer, 1-d, of the parameters' dtype.
 
     Raises:
-        ValueError: no parameters, or parameters of several dtypes or devices; the message names them.
+        ValueError: no parameters, parameters of several dtypes or devices, or two with the same memory, which would
+            have their own afterwards; the message names them.
         TypeError: the parameters are tensor subclasses, such as the DTensors of FSDP2.
     """
     parameters = list(_parameters(module))
@@ -63,6 +64,14 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
     flat = _flat_buffer(parameters)
     if flat is not None:
         return flat
+    owner: dict[int, str] = {}
+    for name, parameter in module.named_parameters():
+        other = owner.setdefault(parameter.data_ptr(), name) if parameter.numel() > 0 else name
+        if other != name:
+            raise ValueError(
+                f"module: expected parameters with memory of their own, got {name} in that of {other}; to share "
+                "weights, register one nn.Parameter under both names"
+            )
     offsets, total = _layout(parameters)
     flat = first.new_zeros(total)
     for parameter, offset in zip(parameters, offsets, strict=True):

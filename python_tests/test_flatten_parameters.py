@@ -163,6 +163,17 @@ def test_mixed_dtypes_and_devices_are_refused(flatten_):
         flatten_(net)
 
 
+def test_parameters_with_the_same_memory_are_refused(device):
+    """Weights that an encoder shares without sharing the parameter would be separated."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 0)).to(device)
+    net[1].weight = nn.Parameter(net[0].weight.data)
+    with pytest.raises(ValueError, match=r"module: .* memory of their own, got 1.weight in that of 0.weight; .* one"):
+        moco_ext.flatten_parameters_(net)
+    assert net[1].weight.data_ptr() == net[0].weight.data_ptr()
+    net[1].weight = net[0].weight
+    moco_ext.flatten_parameters_(net)
+
+
 def test_no_parameters_is_an_error(flatten_):
     with pytest.raises(ValueError, match="module"):
         flatten_(nn.ReLU())
