@@ -441,6 +441,8 @@ def test_repeatable_to_the_bit(device):
         ({"query_ids": torch.arange(8), "queue_ids": torch.arange(9)}, r"queue_ids: expected shape \[300\]"),
         ({"query_ids": torch.ones(8), "queue_ids": torch.arange(300)}, "query_ids: expected int64, got float32"),
         ({"queue": None}, "queue: expected a tensor, or in_batch keys"),
+        ({"queue": moco_ext.KeyQueue(32, 300)}, "queue: expected a tensor, got KeyQueue"),
+        ({"target": [0.0], "label_smoothing": 0.0}, "target: expected a tensor, got list"),
         ({"key": torch.ones(9, 32)}, r"key: expected the shape of query \[8, 32\], got \[9, 32\]; .* in_batch"),
         ({"query": torch.ones(2, 8, 32)}, r"key: expected \[2, N, C\] as query, got \[8, 32\]"),
     ],

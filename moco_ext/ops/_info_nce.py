@@ -144,7 +144,8 @@ def info_nce(
         RuntimeError: a second derivative or forward-mode differentiation is requested, or memory runs out
             (``torch.OutOfMemoryError`` on CUDA).
     """
-    check_tensors(query=query, **{} if key is None else {"key": key})
+    optional = {"key": key, "queue": queue, "target": target}
+    check_tensors(query=query, **{name: x for name, x in optional.items() if x is not None})
     if target is not None and target.requires_grad:
         raise ValueError("target: expected a tensor without gradient, got one that requires it; pass target.detach()")
     if queue is not None and queue.requires_grad:
