@@ -115,7 +115,7 @@ def update_key_encoder_(
     if not keys and not queries:
         return  # for example, an nn.Identity as the head
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
-    same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
+    same_layout = [(p.shape, p.stride()) for p in keys] == [(p.shape, p.stride()) for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
         # FSDP2 leaves the parameters of a root module gathered after a forward pass without gradient. An update of
         # these copies would be lost.

@@ -8,6 +8,7 @@ from torch import nn
 
 import moco_ext
 import moco_ext.reference
+from moco_ext.momentum import update_key_encoder_
 
 
 @pytest.fixture(params=["moco_ext", "reference"])
@@ -147,6 +148,16 @@ def test_one_update_of_two_buffers_is_the_update_of_all(device):
     want = [0.9 * k.detach() + 0.1 * q.detach() for k, q in zip(key.parameters(), query.parameters(), strict=True)]
     moco_ext.momentum_update_([moco_ext.flatten_parameters_(key)], [moco_ext.flatten_parameters_(query)], 0.9)
     torch.testing.assert_close([p.detach() for p in key.parameters()], want, rtol=1e-6, atol=1e-6)
+
+
+def test_flat_encoders_of_other_shapes_are_refused(device):
+    """Both buffers have 32 elements, because each parameter is padded to 16."""
+    key, query = nn.Linear(2, 4).to(device), nn.Linear(2, 3).to(device)
+    before = moco_ext.flatten_parameters_(key).clone()
+    moco_ext.flatten_parameters_(query)
+    with pytest.raises(ValueError, match=r"encoders: expected weight of the same shape on both sides, got \[3, 2\]"):
+        update_key_encoder_(key, query, 0.5)
+    assert torch.equal(moco_ext.flatten_parameters_(key), before)
 
 
 def test_mixed_dtypes_and_devices_are_refused(flatten_):
