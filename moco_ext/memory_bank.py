@@ -118,7 +118,14 @@ class MemoryBank(Mechanism):
         Args:
             keys: [B, dim] ``MemoryBankOutput.keys``, equal on all ranks.
             index: [B] int64 ``MemoryBankOutput.images``; each image once.
+
+        Raises:
+            ValueError: keys or index of another shape; nothing is changed.
         """
+        self._check_keys(keys)
+        if keys.dim() != 2 or keys.shape[1] != self.bank.shape[1] or index.shape != keys.shape[:1]:
+            expected = f"keys [B, {self.bank.shape[1]}] and index [B]"
+            raise ValueError(f"keys: expected {expected}, got {list(keys.shape)} and {list(index.shape)}")
         super().update(keys)
         # Mixed and scaled in float32; rounded once, to the bank's dtype.
         mixed = torch.lerp(l2_normalize(keys.float()), self.bank[index].float(), self.m)

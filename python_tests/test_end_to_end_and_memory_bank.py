@@ -107,6 +107,17 @@ def test_memory_bank_wants_an_image_number_a_row(device):
         tiny_bank(device)(images(device, 4), torch.arange(3))
 
 
+@pytest.mark.parametrize(("keys", "index"), [((1, 8), 4), ((4, 1), 4), ((4, 8), 1), ((8,), 8)])
+def test_memory_bank_wants_a_key_for_each_image(keys, index):
+    """Not one that is broadcast to all of them."""
+    model = tiny_bank("cpu")
+    before = model.bank.clone()
+    with pytest.raises(ValueError, match=r"keys: expected keys \[B, 8\] and index \[B\], got"):
+        model.update(torch.randn(keys), torch.arange(index))
+    assert torch.equal(model.bank, before)
+    assert model.updates == 0
+
+
 # --- the queue's key encoders, and patches ----------------------------------------------------------------------------
 
 
