@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import moco_ext
+from moco_ext.ops.info_nce_operator import Arguments
 
 
 def problem(n=8, k=300, c=32, device="cpu", dtype=torch.float32, queue_dtype=None, m=None, key_offset=0):
@@ -279,6 +280,18 @@ def test_int32_ids(device):
     ids = {"query_ids": torch.arange(8, device=device), "queue_ids": torch.arange(300, device=device) % 30}
     want = moco_ext.info_nce(query, key, queue, **ids)
     assert torch.equal(moco_ext.info_nce(query, key, queue, **{name: x.int() for name, x in ids.items()}), want)
+
+
+def test_the_forward_operator_wants_ids_of_the_queue_for_the_only_candidates():
+    """Without them it would read matches that nothing has counted."""
+    query, key, queue = problem(4, 30, 8, torch.device("cpu"))
+    ids = torch.arange(4)
+    arguments = Arguments(
+        query, key, queue, None, 0.2, True, 0, False, False, False, 3, True, 0, None, None, 0.0, ids, None, 2, None,
+        torch.zeros_like(query), 0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="queue_ids: expected together with same_id 2"):
+        torch.ops.moco_ext.info_nce_forward.default(*arguments)
 
 
 def test_the_backward_operator_checks_for_itself():
