@@ -120,7 +120,7 @@ def update_key_encoder_(
         # FSDP2 leaves the parameters of a root module gathered after a forward pass without gradient. An update of
         # these copies would be lost.
         keys, queries = (list(_parameters(resharded(encoder))) for encoder in (key_encoder, query_encoder))
-        _check_same_structure(key_encoder, query_encoder)
+        check_same_structure(key_encoder, query_encoder)
         flatten = flatten and not any(map(is_sharded, keys + queries))
         if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
             momentum_update_(keys, queries, m)
@@ -243,7 +243,8 @@ def _is_dense(parameter: Tensor) -> bool:
     return parameter.numel() == 0 or span == parameter.numel()
 
 
-def _check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> None:
+def check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> None:
+    """Refuse encoders whose parameters differ in name or shape."""
     keys, queries = dict(key_encoder.named_parameters()), dict(query_encoder.named_parameters())
     for name in [*queries, *keys]:
         if name not in keys or name not in queries:
