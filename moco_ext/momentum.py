@@ -108,7 +108,8 @@ def update_key_encoder_(
         flatten: if False, leave the parameters where they are and update them as a list.
 
     Raises:
-        ValueError: the encoders' parameters differ in number, shape or sharding; the message names the first that does.
+        ValueError: the encoders' parameters differ in number, shape, order or sharding; the message names the first
+            that does.
         TypeError: sharded parameters with ``low_precision``, or other tensor subclasses.
     """
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
@@ -244,7 +245,7 @@ def _is_dense(parameter: Tensor) -> bool:
 
 
 def check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> None:
-    """Refuse encoders whose parameters differ in name or shape."""
+    """Refuse encoders whose parameters differ in name, shape or order."""
     keys, queries = dict(key_encoder.named_parameters()), dict(query_encoder.named_parameters())
     for name in [*queries, *keys]:
         if name not in keys or name not in queries:
@@ -256,4 +257,10 @@ def check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> No
             raise ValueError(
                 f"encoders: expected {name} of the same shape on both sides, got {list(queries[name].shape)} in the "
                 f"query encoder and {list(keys[name].shape)} in the key encoder"
+            )
+    for key, query in zip(keys, queries, strict=True):
+        if key != query:
+            raise ValueError(
+                f"encoders: expected parameters in the same order on both sides, got {query} in the query encoder in "
+                f"place of the key encoder's {key}"
             )

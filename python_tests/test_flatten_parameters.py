@@ -160,6 +160,16 @@ def test_flat_encoders_of_other_shapes_are_refused(device):
     assert torch.equal(moco_ext.flatten_parameters_(key), before)
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_encoders_that_register_their_layers_in_another_order_are_refused(device, flatten):
+    """Layers of the same shape would be mixed with each other."""
+    key, query = (nn.ModuleDict({name: nn.Linear(3, 3) for name in names}).to(device) for names in ("ab", "ba"))
+    before = key["a"].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"encoders: .* same order .* got b\.weight in the query encoder .* a\.weight"):
+        update_key_encoder_(key, query, 0.0, flatten=flatten)
+    assert torch.equal(key["a"].weight, before)
+
+
 def test_mixed_dtypes_and_devices_are_refused(flatten_):
     net = network("cpu")
     net[3].to(torch.bfloat16)
