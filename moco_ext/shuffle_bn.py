@@ -43,7 +43,7 @@ def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | N
         [world * n] int64 on the CPU, or None for no shuffling.
 
     Raises:
-        ValueError: an order of the wrong length, or no order with mode ``"loader"``.
+        ValueError: an order of the wrong length or with an image twice, or no order with mode ``"loader"``.
     """
     total = world_size() * n
     if mode == "loader" and given is None:
@@ -53,9 +53,16 @@ def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | N
         )
     if given is not None and given.shape != (total,):
         raise ValueError(f"key_order: expected [{total}], a permutation of the global batch, got {list(given.shape)}")
+    # Otherwise a query would get another image's key. A traced function cannot look.
+    if given is not None and not torch.compiler.is_compiling() and not _is_permutation(given):
+        raise ValueError(f"key_order: expected each of 0 to {total - 1} once, got {given.tolist()}")
     if mode == "none" or (mode != "loader" and world_size() == 1 and split_bn == 1):
         return None
     return shared_permutation(total, step) if given is None else given
+
+
+def _is_permutation(order: Tensor) -> bool:
+    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
 
 
 def start_shuffle(images: Tensor, order: Tensor | None, mode: str) -> Callable[[], Tensor] | None:

@@ -222,11 +222,14 @@ def test_keys_are_encoded_anywhere():
     assert abs(sum(stay) / draws - 1 / world) < 5 * sigma
 
 
-def test_an_order_of_the_wrong_length(device):
+def test_an_order_that_is_no_permutation(device):
     model = tiny_moco(device, split_bn=2)
     images = torch.randn(4, 3, 8, 8, device=device)
     with pytest.raises(ValueError, match=r"key_order: expected \[4\], .* got \[3\]"):
         model(images, images, key_order=torch.arange(3))
+    for order in ([0, 1, 1, 3], [1, 2, 3, 4]):
+        with pytest.raises(ValueError, match=r"key_order: expected each of 0 to 3 once, got \[\d, \d, \d, \d\]"):
+            model(images, images, key_order=torch.tensor(order))
     model = tiny_moco(device, shuffle_bn="loader")
     with pytest.raises(ValueError, match="key_order: expected the permutation with which the loader shuffled"):
         model(images, images)
