@@ -70,6 +70,14 @@ inline const char* dtype_text(ScalarType type) {
       return "bool";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default:
       return nullptr;
   }

@@ -154,6 +154,7 @@ inline void check_info_nce(const InfoNceArguments& a) {
     check(!a.target && !a.same_id_positive(), "own_key: expected no target and no further positives with 'decoupled'");
   }
   check(a.same_id >= 0 && a.same_id <= 2, "same_id: expected 0, 1 or 2, got ", a.same_id);
+  check(a.same_id != 2 || !a.query_ids || !a.queue || a.queue_ids, "queue_ids: expected together with same_id 2");
   check(a.label_smoothing == 0 || (!a.target && a.key && a.own_key == 0),
         "label_smoothing: expected 0 with a target and without a positive among the candidates, got ",
         a.label_smoothing);

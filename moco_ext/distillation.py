@@ -59,7 +59,7 @@ class Distillation(Mechanism, KeyQueue):
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__(dim, K, queue_dtype, empty=True)
-        self.T, self.teacher_T = check_temperature(T), check_temperature(teacher_T)
+        self.T, self.teacher_T = check_temperature(T), check_temperature(teacher_T, "teacher_T")
         self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
         self.set_teacher(teacher)
 
@@ -84,7 +84,7 @@ class Distillation(Mechanism, KeyQueue):
         self._warn_if_update_is_forgotten()
         queries = encode(self.encoder_q, im_q)
         with torch.no_grad():
-            features = encode(self.teacher, im_q)
+            features = encode(self.teacher, im_q, "teacher")
         if features.shape != (len(im_q), self.queue.shape[1]):
             expected = [len(im_q), self.queue.shape[1]]
             raise ValueError(f"teacher: expected features {expected}, got {list(features.shape)}")
@@ -112,8 +112,9 @@ class Distillation(Mechanism, KeyQueue):
     @torch.no_grad()
     def update(self, keys: Tensor) -> None:
         """After the optimizer step: enqueue the teacher's features of the batch, equal on all ranks."""
+        self._check_keys(keys)
+        self.enqueue(keys)  # first: it refuses what does not fit
         super().update(keys)
-        self.enqueue(keys)
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda(): the teacher too
         if self.teacher is not None:

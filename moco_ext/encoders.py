@@ -88,14 +88,19 @@ def build(base_encoder: str | BaseEncoder, dim: int, mlp: bool = False) -> nn.Mo
     return encoder
 
 
-def encode(encoder: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Features [N, dim] of images [N, 3, H, W], or of sets of patches [N, P, 3, h, w]: the mean over each set."""
-    if images.ndim != 5:
-        return encoder(images)
-    n, patches = images.shape[:2]
+def encode(encoder: Callable[[Tensor], Tensor], images: Tensor, name: str = "base_encoder") -> Tensor:
+    """Features [N, dim] of images [N, 3, H, W], or of sets of patches [N, P, 3, h, w]: the mean over each set.
+
+    Raises:
+        TypeError, ValueError: the encoder, which the message calls ``name``, returns anything else.
+    """
     # Patch by patch, not image by image: split BatchNorm's groups (row mod G) then keep an image's patches together.
-    features = encoder(images.transpose(0, 1).flatten(0, 1))
-    return features.view(patches, n, -1).mean(dim=0)
+    features = encoder(images.transpose(0, 1).flatten(0, 1) if images.ndim == 5 else images)
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected an encoder that returns a tensor [N, dim], got {type(features).__name__}")
+    if features.ndim != 2:  # the loss would take [N, L, dim] for N problems
+        raise ValueError(f"{name}: expected an encoder that returns features [N, dim], got {list(features.shape)}")
+    return features.view(images.shape[1], len(images), -1).mean(dim=0) if images.ndim == 5 else features
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -158,8 +163,9 @@ def with_own_head(encoder: nn.Module) -> nn.Module:
             f"key_encoder: expected an encoder with a head named one of {', '.join(HEADS)} for 'partial', got "
             f"{type(encoder).__name__}"
         )
-    shared = {id(child): child for child_name, child in encoder.named_children() if child_name != name}
-    return copy.deepcopy(encoder, shared)
+    # Also what belongs to no layer, such as the class token and the positions of a vision transformer.
+    parts = encoder._modules | encoder._parameters | encoder._buffers
+    return copy.deepcopy(encoder, {id(part): part for part_name, part in parts.items() if part_name != name})
 
 
 def backbone(encoder: nn.Module) -> nn.Module:

@@ -118,12 +118,12 @@ class Mechanism(nn.Module):
             self.query_hook(queries)
 
 
-def check_temperature(T: Any) -> float:
+def check_temperature(T: Any, name: str = "T") -> float:
     """T as a positive, finite float."""
     if isinstance(T, bool) or not isinstance(T, numbers.Real):
-        raise TypeError(f"T: expected a number, got {T!r}")
+        raise TypeError(f"{name}: expected a number, got {T!r}")
     if not 0.0 < float(T) < math.inf:
-        raise ValueError(f"T: expected a positive, finite temperature, got {T}")
+        raise ValueError(f"{name}: expected a positive, finite temperature, got {T}")
     return float(T)
 
 

@@ -78,8 +78,9 @@ class MemoryBank(Mechanism):
         self.m = check_momentum(m)
         self.T = check_temperature(T)
         self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
-        features = torch.randn(images, dim, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("bank", nn.functional.normalize(features, dim=1).to(bank_dtype))
+        features = torch.randn(images, dim, generator=torch.Generator().manual_seed(0), device="cpu")
+        features = nn.functional.normalize(features, dim=1).to(torch.get_default_device(), bank_dtype)
+        self.register_buffer("bank", features)
 
     def forward(self, im_q: Tensor, index: Tensor) -> MemoryBankOutput:
         """Loss of a batch of views, one of each image.
@@ -117,7 +118,14 @@ class MemoryBank(Mechanism):
         Args:
             keys: [B, dim] ``MemoryBankOutput.keys``, equal on all ranks.
             index: [B] int64 ``MemoryBankOutput.images``; each image once.
+
+        Raises:
+            ValueError: keys or index of another shape; nothing is changed.
         """
+        self._check_keys(keys)
+        if keys.dim() != 2 or keys.shape[1] != self.bank.shape[1] or index.shape != keys.shape[:1]:
+            expected = f"keys [B, {self.bank.shape[1]}] and index [B]"
+            raise ValueError(f"keys: expected {expected}, got {list(keys.shape)} and {list(index.shape)}")
         super().update(keys)
         # Mixed and scaled in float32; rounded once, to the bank's dtype.
         mixed = torch.lerp(l2_normalize(keys.float()), self.bank[index].float(), self.m)

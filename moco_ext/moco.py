@@ -127,8 +127,6 @@ class MoCo(Mechanism, KeyQueue):
         super().__init__(dim, K, queue_dtype, ids=same_id is not None, empty=empty, sharded=queue_sharding)
         if key_encoder not in KEY_ENCODERS:
             raise ValueError(f"key_encoder: expected one of {', '.join(KEY_ENCODERS)}, got {key_encoder!r}")
-        if low_precision not in (None, torch.bfloat16, torch.float16):
-            raise ValueError(f"low_precision: expected None, torch.bfloat16 or torch.float16, got {low_precision}")
         if low_precision is not None and key_encoder != "momentum":
             raise ValueError(f"low_precision: expected None with key_encoder {key_encoder!r}, got {low_precision}")
         if low_precision is not None and not flatten_parameters:
@@ -150,7 +148,7 @@ class MoCo(Mechanism, KeyQueue):
                 "objective than 'infonce', got True"
             )
         self.queue_sharding = queue_sharding
-        self.objective, self.teacher_T = objective, check_temperature(teacher_T)
+        self.objective, self.teacher_T = objective, check_temperature(teacher_T, "teacher_T")
         self.label_smoothing, self.in_batch, self.same_id = label_smoothing, in_batch, same_id
         self.m = check_momentum(m)
         self.T = check_temperature(T)
@@ -185,8 +183,7 @@ class MoCo(Mechanism, KeyQueue):
         Raises:
             ValueError: views that do not match, or are not floating-point; ``ids`` without ``same_id`` or vice versa.
         """
-        if (ids is None) != (self.same_id is None):
-            raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
+        self._check_ids(ids)
         if self.queue_sharding and self.shards != distributed.world_size():
             raise RuntimeError(
                 f"queue_sharding: expected the {self.shards} processes that the model was made for, got "
@@ -266,13 +263,20 @@ class MoCo(Mechanism, KeyQueue):
 
     @torch.no_grad()
     def update(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """After the optimizer step: momentum update of the key encoder (Eq. 2), then enqueue the keys of the batch.
+        """After the optimizer step: momentum update of the key encoder (Eq. 2), and enqueue the keys of the batch.
 
         Args:
             keys: [B, dim] ``MoCoOutput.keys``, equal on all ranks.
             ids: [B] int64 that identify their images, of all ranks (``moco_ext.distributed.all_gather(ids)``), if the
                 model has a ``same_id``.
+
+        Raises:
+            ValueError, TypeError: keys or ids of another shape, dtype or device; ``ids`` without ``same_id`` or vice
+                versa. Nothing is changed.
         """
+        self._check_keys(keys)
+        self._check_ids(ids)
+        self.enqueue(keys, ids)  # first: it refuses what does not fit
         super().update(keys)
         if self.key_encoder == "momentum":
             flatten = self.flatten_parameters
@@ -281,7 +285,10 @@ class MoCo(Mechanism, KeyQueue):
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
-        self.enqueue(keys, ids)
+
+    def _check_ids(self, ids: Tensor | None) -> None:
+        if (ids is None) != (self.same_id is None):
+            raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
 
     def extra_repr(self) -> str:
         return f"K={self.K}, dim={self.queue.shape[1]}, m={self.m}, T={self.T}, queue_dtype={self.queue.dtype}"

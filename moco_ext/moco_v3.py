@@ -18,6 +18,7 @@ from .mechanism import Mechanism, check_momentum, check_temperature
 from .moco import MoCoOutput
 from .momentum import LowPrecisionWeights, update_key_encoder_
 from .ops import info_nce
+from .queue import check_size
 from .stats import InfoNCEStats
 
 
@@ -63,9 +64,9 @@ class MoCoV3(Mechanism):
         low_precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("mlp_dim", mlp_dim), ("projector_layers", projector_layers or 1)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name, value in (("dim", dim), ("mlp_dim", mlp_dim), ("projector_layers", projector_layers)):
+            if value is not None:
+                check_size(name, value)
         self.m = check_momentum(m)
         self.T = check_temperature(T)
         self.encoder_q = encoders.build(base_encoder, dim)

@@ -46,7 +46,8 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
         The buffer, 1-d, of the parameters' dtype.
 
     Raises:
-        ValueError: no parameters, or parameters of several dtypes or devices; the message names them.
+        ValueError: no parameters, parameters of several dtypes or devices, or two with the same memory, which would
+            have their own afterwards; the message names them.
         TypeError: the parameters are tensor subclasses, such as the DTensors of FSDP2.
     """
     parameters = list(_parameters(module))
@@ -63,6 +64,14 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
     flat = _flat_buffer(parameters)
     if flat is not None:
         return flat
+    owner: dict[int, str] = {}
+    for name, parameter in module.named_parameters():
+        other = owner.setdefault(parameter.data_ptr(), name) if parameter.numel() > 0 else name
+        if other != name:
+            raise ValueError(
+                f"module: expected parameters with memory of their own, got {name} in that of {other}; to share "
+                "weights, register one nn.Parameter under both names"
+            )
     offsets, total = _layout(parameters)
     flat = first.new_zeros(total)
     for parameter, offset in zip(parameters, offsets, strict=True):
@@ -99,19 +108,20 @@ def update_key_encoder_(
         flatten: if False, leave the parameters where they are and update them as a list.
 
     Raises:
-        ValueError: the encoders' parameters differ in number, shape or sharding; the message names the first that does.
+        ValueError: the encoders' parameters differ in number, shape, order or sharding; the message names the first
+            that does.
         TypeError: sharded parameters with ``low_precision``, or other tensor subclasses.
     """
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
     if not keys and not queries:
         return  # for example, an nn.Identity as the head
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
-    same_layout = [p.stride() for p in keys] == [p.stride() for p in queries]
+    same_layout = [(p.shape, p.stride()) for p in keys] == [(p.shape, p.stride()) for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
         # FSDP2 leaves the parameters of a root module gathered after a forward pass without gradient. An update of
         # these copies would be lost.
         keys, queries = (list(_parameters(resharded(encoder))) for encoder in (key_encoder, query_encoder))
-        _check_same_structure(key_encoder, query_encoder)
+        check_same_structure(key_encoder, query_encoder)
         flatten = flatten and not any(map(is_sharded, keys + queries))
         if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
             momentum_update_(keys, queries, m)
@@ -152,6 +162,8 @@ class LowPrecisionWeights:
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"low_precision: expected None, torch.bfloat16 or torch.float16, got {dtype}")
         self.dtype = dtype
         self._flat: Tensor | None = None
         self._copied: list[tuple[int, int]] = []
@@ -232,7 +244,8 @@ def _is_dense(parameter: Tensor) -> bool:
     return parameter.numel() == 0 or span == parameter.numel()
 
 
-def _check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> None:
+def check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> None:
+    """Refuse encoders whose parameters differ in name, shape or order."""
     keys, queries = dict(key_encoder.named_parameters()), dict(query_encoder.named_parameters())
     for name in [*queries, *keys]:
         if name not in keys or name not in queries:
@@ -244,4 +257,10 @@ def _check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> N
             raise ValueError(
                 f"encoders: expected {name} of the same shape on both sides, got {list(queries[name].shape)} in the "
                 f"query encoder and {list(keys[name].shape)} in the key encoder"
+            )
+    for key, query in zip(keys, queries, strict=True):
+        if key != query:
+            raise ValueError(
+                f"encoders: expected parameters in the same order on both sides, got {query} in the query encoder in "
+                f"place of the key encoder's {key}"
             )

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from . import distributed
 from .ops import enqueue_
+from .ops.checks import check_devices
 
 _BLOCK = 65536  # first keys that one seed gives
 
@@ -101,22 +102,27 @@ class KeyQueue(nn.Module):
             normalize: scale the keys to unit length first.
 
         Raises:
-            ValueError: ids for a queue without them, or of another shape or dtype; nothing is written.
+            ValueError: ids for a queue without them, ids of another shape, dtype or device, or keys that
+                :func:`moco_ext.enqueue_` refuses; nothing is written.
         """
         B = len(keys)
         if ids is not None and self.queue_ids is None:
             raise ValueError("ids: expected none for a queue made without ids, got a tensor")
         if ids is not None and (ids.shape != (B,) or ids.dtype != torch.long):
             raise ValueError(f"ids: expected int64 [{B}], one id per key, got {ids.dtype} {list(ids.shape)}")
-        if self.queue_ids is not None and self.queue_written is not None and self.queue_writes is not None:
+        if ids is not None:
+            check_devices(queue=self.queue, ids=ids)
+        start = None if self.queue_ids is None else self.queue_ptr.clone()
+        enqueue_(self.queue, self.queue_ptr, keys, normalize=normalize, row_offset=self.row_offset, K=self.K)
+        if start is not None and self.queue_ids is not None:
+            assert self.queue_written is not None and self.queue_writes is not None
             first = max(B - self.K, 0)  # earlier keys would be overwritten in the same call
-            slots = (self.queue_ptr + torch.arange(first, B, device=self.queue.device)) % self.K
+            slots = (start + torch.arange(first, B, device=self.queue.device)) % self.K
             self.queue_ids[slots] = -1 if ids is None else ids[first:]
             self.queue_written[slots] = self.queue_writes
             self.queue_writes += 1
         if self.queue_valid is not None:
             self.queue_valid.add_(B).clamp_(max=self.K)
-        enqueue_(self.queue, self.queue_ptr, keys, normalize=normalize, row_offset=self.row_offset, K=self.K)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -150,7 +156,8 @@ def _first_keys(K: int, dim: int, dtype: torch.dtype, first: int, rows: int) -> 
     keys = torch.empty(rows, dim, dtype=dtype)
     for block in range(first // _BLOCK, -(-(first + rows) // _BLOCK)):
         start = block * _BLOCK
-        drawn = torch.randn(min(_BLOCK, K - start), dim, generator=torch.Generator().manual_seed(block))
+        generator = torch.Generator().manual_seed(block)  # of the CPU, also within torch.device("cuda")
+        drawn = torch.randn(min(_BLOCK, K - start), dim, generator=generator, device="cpu")
         begin, end = max(first, start), min(first + rows, start + _BLOCK)
         keys[begin - first : end - first] = nn.functional.normalize(drawn, dim=1)[begin - start : end - start]
     return keys

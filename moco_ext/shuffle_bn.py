@@ -26,7 +26,7 @@ def check_mode(mode: str) -> str:
 
 def shared_permutation(n: int, step: int) -> Tensor:
     """A random permutation, [n] int64 on the CPU, that depends on the step only, so it is the same on all ranks."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step), device="cpu")
 
 
 def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | None) -> Tensor | None:
@@ -43,7 +43,7 @@ def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | N
         [world * n] int64 on the CPU, or None for no shuffling.
 
     Raises:
-        ValueError: an order of the wrong length, or no order with mode ``"loader"``.
+        ValueError: an order of the wrong length or with an image twice, or no order with mode ``"loader"``.
     """
     total = world_size() * n
     if mode == "loader" and given is None:
@@ -53,9 +53,16 @@ def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | N
         )
     if given is not None and given.shape != (total,):
         raise ValueError(f"key_order: expected [{total}], a permutation of the global batch, got {list(given.shape)}")
+    # Otherwise a query would get another image's key. A traced function cannot look.
+    if given is not None and not torch.compiler.is_compiling() and not _is_permutation(given):
+        raise ValueError(f"key_order: expected each of 0 to {total - 1} once, got {given.tolist()}")
     if mode == "none" or (mode != "loader" and world_size() == 1 and split_bn == 1):
         return None
     return shared_permutation(total, step) if given is None else given
+
+
+def _is_permutation(order: Tensor) -> bool:
+    return torch.equal(order.sort().values, torch.arange(len(order), dtype=order.dtype, device=order.device))
 
 
 def start_shuffle(images: Tensor, order: Tensor | None, mode: str) -> Callable[[], Tensor] | None:
@@ -110,7 +117,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Sample i belongs to group i mod G. If G does not divide the batch, group sizes differ by one. The running statistics
     are updated once per step, with the mean over the groups. In eval mode, and in its state dict, it is a plain
-    BatchNorm.
+    BatchNorm. Child layers, if there are any, follow the normalization.
 
     Args:
         num_features: C of an input [N, C, ...].
@@ -129,8 +136,12 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
         groups = min(self.groups, x.shape[0])
-        if not self.training or groups <= 1:
-            return super().forward(x)
+        out = self._split(x, groups) if self.training and groups > 1 else super().forward(x)
+        for layer in self.children():
+            out = layer(out)
+        return out
+
+    def _split(self, x: Tensor, groups: int) -> Tensor:
         if x.shape[0] % groups == 0:
             out, mean, var = self._normalize(x, groups)
         else:
@@ -164,6 +175,10 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(var.to(self.running_var.dtype), momentum)
 
 
+# The forward passes that only normalize.
+_PLAIN = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward, SplitBatchNorm.forward)
+
+
 def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
     """Replace every BatchNorm in a module with :class:`SplitBatchNorm`, in place. Parameters and buffers are reused.
 
@@ -175,16 +190,19 @@ def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
         The module, or its replacement if it is itself a BatchNorm.
 
     Raises:
-        ValueError: fewer than one group.
+        ValueError: fewer than one group, or a BatchNorm that computes something else too and is not timm's.
     """
     if groups < 1:
         raise ValueError(f"split_bn: expected at least one group, got {groups}")
     if groups == 1:
         return module
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        # timm's BatchNormAct2d is followed by its dropout and its activation.
+        if type(module).forward not in _PLAIN and list(module._modules) != ["drop", "act"]:
+            raise ValueError(f"split_bn: expected BatchNorm layers of torch or timm, got {type(module).__name__}")
         options = {name: getattr(module, name) for name in ("eps", "momentum", "affine", "track_running_stats")}
         split = SplitBatchNorm(module.num_features, groups, **options)
-        split._parameters, split._buffers = module._parameters, module._buffers
+        split._parameters, split._buffers, split._modules = module._parameters, module._buffers, module._modules
         split.training = module.training
         return split
     for name, child in module.named_children():

@@ -138,6 +138,13 @@ def test_two_processes_equal_open_clip(tmp_path):
     torch.multiprocessing.spawn(run_rank, (2, tmp_path / "rendezvous"), nprocs=2)
 
 
+def test_ranks_of_no_process_group_are_refused():
+    """Without a group, gathering is the identity: half of a batch would be taken for that of another rank."""
+    pairs = torch.randn(2, 4, 8)
+    with pytest.raises(ValueError, match="rank, world_size: expected those of the process group, 0 and 1, got 1 and 2"):
+        ours.ClipLoss(rank=1, world_size=2)(*pairs, torch.tensor(10.0))
+
+
 def test_horovod_is_refused():
     with pytest.raises(ValueError, match="use_horovod: expected False"):
         ours.ClipLoss(use_horovod=True)

@@ -97,5 +97,7 @@ def test_misuse_is_named():
         model._dequeue_and_enqueue(torch.ones(N, C), torch.ones(N - 1, C))
     with pytest.raises(ValueError, match="idx: expected none, got shape"):
         model._dequeue_and_enqueue(torch.ones(N, C), torch.ones(N, C), torch.arange(N))
+    with pytest.raises(ValueError, match=r"text_feat: expected features for a queue of torch.float32, got torch\.fl"):
+        model._dequeue_and_enqueue(torch.ones(N, C), torch.ones(N, C).double())
     for name, value in before.items():
         assert torch.equal(model.state_dict()[name], value), name

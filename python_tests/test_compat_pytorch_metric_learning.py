@@ -346,6 +346,7 @@ PAIRS = (torch.zeros(1, dtype=torch.long),) * 4
     [
         ({"embeddings": torch.zeros(N, DIM + 1)}, r"embeddings: expected \[N, 8\], got \[6, 9\]"),
         ({"embeddings": torch.zeros(DIM)}, r"embeddings: expected \[N, 8\]"),
+        ({"embeddings": torch.ones(N, DIM).int()}, "embeddings: expected float32, .* got torch.int32"),
         ({"labels": None}, "labels: expected integers .* got NoneType"),
         ({"labels": torch.zeros(N)}, "labels: expected integers .* got torch.float32"),
         ({"labels": torch.zeros(N + 1, dtype=torch.long)}, r"labels: expected integers \[6\].* got torch.int64 \[7\]"),

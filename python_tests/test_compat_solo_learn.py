@@ -193,6 +193,7 @@ def test_networks_without_parameters():
 
 def test_initialize_momentum_params():
     online, momentum = nn.Linear(3, 3), nn.Linear(3, 3)
+    nn.init.constant_(momentum.weight, torch.nan)  # of a network that has diverged
     ours.initialize_momentum_params(online, momentum)
     assert torch.equal(online.weight, momentum.weight)
     assert online.weight.requires_grad

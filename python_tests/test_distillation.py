@@ -96,8 +96,10 @@ def test_errors_name_the_argument():
         student(teacher=None)(images(0))
     with pytest.raises(ValueError, match=r"teacher: expected features \[8, 16\], got \[8, 5\]"):
         student(teacher=linear(5))(images(0))
-    with pytest.raises(ValueError, match="T: expected"):
+    with pytest.raises(ValueError, match=r"^teacher_T: expected a positive, finite temperature, got 0\.0"):
         student(teacher_T=0.0)
+    with pytest.raises(TypeError, match=r"^teacher_T: expected a number, got None"):
+        moco("ressl", teacher_T=None)
 
 
 # ---- objectives of MoCo ----
@@ -105,7 +107,7 @@ def test_errors_name_the_argument():
 
 def moco(objective: str, **changes) -> MoCo:
     torch.manual_seed(0)
-    return MoCo(linear, DIM, K, 0.9, 0.1, objective=objective, teacher_T=0.05, **changes)
+    return MoCo(linear, DIM, K, 0.9, 0.1, objective=objective, **{"teacher_T": 0.05} | changes)
 
 
 def test_relations(device):

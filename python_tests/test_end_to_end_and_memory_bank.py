@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from test_moco import Tiny, tiny_moco
+from torch import nn
 from torch.nn import functional as F
 
-from moco_ext import EndToEnd, MemoryBank
+from moco_ext import EndToEnd, MemoryBank, MoCo
 from moco_ext.encoders import encode
 
 
@@ -106,6 +107,17 @@ def test_memory_bank_wants_an_image_number_a_row(device):
         tiny_bank(device)(images(device, 4), torch.arange(3))
 
 
+@pytest.mark.parametrize(("keys", "index"), [((1, 8), 4), ((4, 1), 4), ((4, 8), 1), ((8,), 8)])
+def test_memory_bank_wants_a_key_for_each_image(keys, index):
+    """Not one that is broadcast to all of them."""
+    model = tiny_bank("cpu")
+    before = model.bank.clone()
+    with pytest.raises(ValueError, match=r"keys: expected keys \[B, 8\] and index \[B\], got"):
+        model.update(torch.randn(keys), torch.arange(index))
+    assert torch.equal(model.bank, before)
+    assert model.updates == 0
+
+
 # --- the queue's key encoders, and patches ----------------------------------------------------------------------------
 
 
@@ -125,6 +137,43 @@ def test_partial_moves_only_the_key_encoders_own_head(device):
         torch.testing.assert_close(now, 0.9 * before + 0.1 * query)
     assert all(p.requires_grad for p in model.encoder_q.parameters())
     assert not any(p.requires_grad for p in model.encoder_k.fc.parameters())
+
+
+def test_partial_shares_what_belongs_to_no_layer():
+    """Such as the class token and the position embedding of a vision transformer."""
+
+    class Token(Tiny):
+        def __init__(self, num_classes):
+            super().__init__(num_classes)
+            self.token = nn.Parameter(torch.zeros(1))
+            self.register_parameter("unused", None)
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, x):
+            return super().forward(x * self.scale + self.token)
+
+    model = EndToEnd(lambda num_classes: Token(num_classes), dim=8, key_encoder="partial")
+    assert model.encoder_k.token is model.encoder_q.token
+    assert model.encoder_k.scale is model.encoder_q.scale
+    assert model.encoder_k.fc is not model.encoder_q.fc
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (lambda x: (x,), TypeError, r"base_encoder: expected an encoder that returns a tensor \[N, dim\], got tuple"),
+        (lambda x: None, TypeError, r"base_encoder: .* a tensor \[N, dim\], got NoneType"),
+        (lambda x: x[:, None], ValueError, r"base_encoder: .* features \[N, dim\], got \[6, 1, 8\]"),
+    ],
+)
+@pytest.mark.parametrize("model", [EndToEnd, MoCo])
+def test_encoders_return_features(model, output, error, message):
+    class Other(Tiny):
+        def forward(self, x):
+            return output(super().forward(x))
+
+    with pytest.raises(error, match=message):
+        model(Other, dim=8)(images("cpu"), images("cpu"))
 
 
 def test_identical_encodes_keys_with_the_query_encoder(device):

@@ -8,6 +8,7 @@ from torch import nn
 
 import moco_ext
 import moco_ext.reference
+from moco_ext.momentum import update_key_encoder_
 
 
 @pytest.fixture(params=["moco_ext", "reference"])
@@ -149,6 +150,26 @@ def test_one_update_of_two_buffers_is_the_update_of_all(device):
     torch.testing.assert_close([p.detach() for p in key.parameters()], want, rtol=1e-6, atol=1e-6)
 
 
+def test_flat_encoders_of_other_shapes_are_refused(device):
+    """Both buffers have 32 elements, because each parameter is padded to 16."""
+    key, query = nn.Linear(2, 4).to(device), nn.Linear(2, 3).to(device)
+    before = moco_ext.flatten_parameters_(key).clone()
+    moco_ext.flatten_parameters_(query)
+    with pytest.raises(ValueError, match=r"encoders: expected weight of the same shape on both sides, got \[3, 2\]"):
+        update_key_encoder_(key, query, 0.5)
+    assert torch.equal(moco_ext.flatten_parameters_(key), before)
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_encoders_that_register_their_layers_in_another_order_are_refused(device, flatten):
+    """Layers of the same shape would be mixed with each other."""
+    key, query = (nn.ModuleDict({name: nn.Linear(3, 3) for name in names}).to(device) for names in ("ab", "ba"))
+    before = key["a"].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"encoders: .* same order .* got b\.weight in the query encoder .* a\.weight"):
+        update_key_encoder_(key, query, 0.0, flatten=flatten)
+    assert torch.equal(key["a"].weight, before)
+
+
 def test_mixed_dtypes_and_devices_are_refused(flatten_):
     net = network("cpu")
     net[3].to(torch.bfloat16)
@@ -161,6 +182,17 @@ def test_mixed_dtypes_and_devices_are_refused(flatten_):
     net[3].to("meta")
     with pytest.raises(ValueError, match=r"(?s)(?=.*meta)(?=.*cpu)"):
         flatten_(net)
+
+
+def test_parameters_with_the_same_memory_are_refused(device):
+    """Weights that an encoder shares without sharing the parameter would be separated."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 0)).to(device)
+    net[1].weight = nn.Parameter(net[0].weight.data)
+    with pytest.raises(ValueError, match=r"module: .* memory of their own, got 1.weight in that of 0.weight; .* one"):
+        moco_ext.flatten_parameters_(net)
+    assert net[1].weight.data_ptr() == net[0].weight.data_ptr()
+    net[1].weight = net[0].weight
+    moco_ext.flatten_parameters_(net)
 
 
 def test_no_parameters_is_an_error(flatten_):

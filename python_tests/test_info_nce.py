@@ -200,6 +200,17 @@ def test_accuracy_counts_what_topk_would(device):
     assert 0 < stats.accuracy()[0] < 100  # the case says something
 
 
+def test_accuracy_is_nan_where_it_is_not_known(device):
+    """Nothing scores above a NaN, and positives that are known by their ids alone have no rank."""
+    query, queue = torch.randn(4, 8, device=device), torch.randn(9, 8, device=device)
+    ids = {"query_ids": torch.arange(4, device=device), "queue_ids": torch.arange(9, device=device) % 4}
+    _, stats = moco_ext.info_nce(query, None, queue, return_stats=True, same_id="positive", **ids)
+    assert stats.accuracy()[0].isnan()
+    query[0] = torch.nan
+    _, stats = moco_ext.info_nce(query, torch.randn_like(query), queue, return_stats=True)
+    assert stats.accuracy()[0].isnan()
+
+
 def test_rank_ties_do_not_count(device):
     """Small integers have exact products: negatives equal to the positive are not above it."""
     query = torch.tensor([[1.0, 2.0], [1.0, 0.0]], device=device)

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import moco_ext
+from moco_ext.ops.info_nce_operator import Arguments
 
 
 def problem(n=8, k=300, c=32, device="cpu", dtype=torch.float32, queue_dtype=None, m=None, key_offset=0):
@@ -281,6 +282,18 @@ def test_int32_ids(device):
     assert torch.equal(moco_ext.info_nce(query, key, queue, **{name: x.int() for name, x in ids.items()}), want)
 
 
+def test_the_forward_operator_wants_ids_of_the_queue_for_the_only_candidates():
+    """Without them it would read matches that nothing has counted."""
+    query, key, queue = problem(4, 30, 8, torch.device("cpu"))
+    ids = torch.arange(4)
+    arguments = Arguments(
+        query, key, queue, None, 0.2, True, 0, False, False, False, 3, True, 0, None, None, 0.0, ids, None, 2, None,
+        torch.zeros_like(query), 0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="queue_ids: expected together with same_id 2"):
+        torch.ops.moco_ext.info_nce_forward.default(*arguments)
+
+
 def test_the_backward_operator_checks_for_itself():
     query, key, _ = problem(4, 30, 8, torch.device("cpu"))
     good = [query, key, None, 0.2, True, 3, 0, None, False, None, torch.zeros(4), torch.zeros(4, 3), torch.zeros(4)]
@@ -299,6 +312,8 @@ def test_the_backward_operator_checks_for_itself():
         ({"query": torch.ones(0, 4, 8), "key": torch.ones(0, 4, 8)}, "query: expected at least one group"),
         ({"query_ids": torch.zeros(3, 4).long(), "queue_ids": torch.arange(30)}, "query_ids: expected one row of ids"),
         ({"query_ids": torch.zeros(4).long(), "queue_ids": torch.zeros(3, 30).long()}, "queue_ids: expected one row"),
+        ({"query_ids": torch.zeros(1).long(), "queue_ids": torch.arange(30)}, "query_ids: expected 4 ids"),
+        ({"query_ids": torch.zeros(2, 1).long(), "queue_ids": torch.arange(30)}, "query_ids: expected 4 ids"),
     ],
 )
 def test_bad_groups_are_named(change, message):
@@ -439,6 +454,8 @@ def test_repeatable_to_the_bit(device):
         ({"query_ids": torch.arange(8), "queue_ids": torch.arange(9)}, r"queue_ids: expected shape \[300\]"),
         ({"query_ids": torch.ones(8), "queue_ids": torch.arange(300)}, "query_ids: expected int64, got float32"),
         ({"queue": None}, "queue: expected a tensor, or in_batch keys"),
+        ({"queue": moco_ext.KeyQueue(32, 300)}, "queue: expected a tensor, got KeyQueue"),
+        ({"target": [0.0], "label_smoothing": 0.0}, "target: expected a tensor, got list"),
         ({"key": torch.ones(9, 32)}, r"key: expected the shape of query \[8, 32\], got \[9, 32\]; .* in_batch"),
         ({"query": torch.ones(2, 8, 32)}, r"key: expected \[2, N, C\] as query, got \[8, 32\]"),
     ],

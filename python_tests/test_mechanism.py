@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from moco_ext import EndToEnd, MemoryBank, MoCo
 from moco_ext.mechanism import Mechanism
+from moco_ext.shuffle_bn import shared_permutation
 
 IMAGES, N = 40, 8
 
@@ -52,6 +54,24 @@ def test_a_loop_that_knows_no_mechanism_trains_each(name):
     assert {"encoder_q.1.weight", stored} <= changed
     assert (model.key_queue() is None) == ("queue" not in name)
     assert (model.chance_loss is None) == (name == "end-to-end")
+
+
+class GeneratorsOfTheirDevice(TorchFunctionMode):
+    """As on CUDA, which refuses a CPU's generator; the meta device ignores it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is not None and torch.device(kwargs.get("device", "cpu")).type != "cpu":
+            raise RuntimeError(f"Expected a '{kwargs['device']}' device type for generator but found 'cpu'")
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", models())
+def test_models_are_made_and_shuffled_under_another_default_device(name):
+    with GeneratorsOfTheirDevice(), torch.device("meta"):
+        model = models()[name]
+        assert shared_permutation(4, 0).is_cpu
+    assert all(x.is_meta for x in [*model.parameters(), *model.buffers()])
 
 
 @pytest.mark.parametrize("name", models())

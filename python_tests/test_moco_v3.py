@@ -176,6 +176,8 @@ def test_heads_are_the_published_ones(kind):
     [
         ({"mlp_dim": 0}, "mlp_dim: expected at least 1, got 0"),
         ({"projector_layers": -1}, "projector_layers: expected at least 1, got -1"),
+        ({"projector_layers": 0}, "projector_layers: expected at least 1, got 0"),
+        ({"low_precision": torch.float32}, "low_precision: expected None, torch.bfloat16 or torch.float16, got torch"),
         ({"T": 0.0}, "T: expected a positive, finite temperature, got 0.0"),
         ({"base_encoder": lambda num_classes: nn.Conv2d(3, num_classes, 1)}, "mlp_dim: expected an encoder whose head"),
     ],

@@ -1,5 +1,6 @@
 """Ids, ages and the empty start of KeyQueue, MoCo's loss with them, and DDP."""
 
+import copy
 import os
 
 import pytest
@@ -96,6 +97,29 @@ def test_moco_passes_ids_to_the_loss(device, in_batch, same_id):
         model.update(out.keys, ids)
     with pytest.raises(ValueError, match=f"ids: expected a tensor with same_id '{same_id}'"):
         model(*views(device))
+    with pytest.raises(ValueError, match=f"ids: expected a tensor with same_id '{same_id}'"):
+        model.update(out.keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "ids", "message"),
+    [
+        (torch.randn(4, 5), torch.arange(4), "keys: expected 8 features as in queue"),
+        (torch.randn(4, 8), torch.arange(4, dtype=torch.int32), r"ids: expected int64 \[4\], one id per key"),
+        (torch.randn(4, 8), torch.arange(4, device="meta"), "ids: expected on the device of queue"),
+        (torch.randn(4, 8), None, "ids: expected a tensor with same_id 'mask'"),
+    ],
+)
+def test_an_update_that_is_refused_changes_nothing(keys, ids, message):
+    torch.manual_seed(0)
+    model = MoCo(Tiny, dim=8, K=12, m=0.5, same_id="mask", empty=True)
+    with torch.no_grad():
+        model.encoder_q.fc.weight.add_(1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        model.update(keys, ids)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.updates == 0
 
 
 def test_an_empty_queue_fills(device):

@@ -66,6 +66,29 @@ def test_evaluation_and_state_dict_are_plain_batchnorms(device):
     torch.testing.assert_close(split.eval()(x), plain.eval()(x))
 
 
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_byobnet"])
+def test_activations_within_timms_batchnorms_are_kept(device, name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    plain = timm.create_model(name, num_classes=8).to(device)
+    split = convert_split_bn(copy.deepcopy(plain), 2)
+    assert split.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(4, 3, 32, 32, device=device)
+    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
+    layer = timm.layers.BatchNormAct2d(3).to(device)
+    out = convert_split_bn(copy.deepcopy(layer), 2)(x)
+    torch.testing.assert_close(out, torch.stack([layer(x[g::2]) for g in range(2)], dim=1).flatten(0, 1))
+
+
+def test_a_batchnorm_that_does_something_else_is_refused():
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(ValueError, match="split_bn: expected BatchNorm layers of torch or timm, got Scaled"):
+        convert_split_bn(nn.Sequential(Scaled(3)), 2)
+
+
 def test_split_keys_are_encoded_in_other_groups_than_queries(device):
     """On one device the model permutes the keys across groups, and puts them back in order."""
     model = tiny_moco(device, split_bn=2)
@@ -199,11 +222,14 @@ def test_keys_are_encoded_anywhere():
     assert abs(sum(stay) / draws - 1 / world) < 5 * sigma
 
 
-def test_an_order_of_the_wrong_length(device):
+def test_an_order_that_is_no_permutation(device):
     model = tiny_moco(device, split_bn=2)
     images = torch.randn(4, 3, 8, 8, device=device)
     with pytest.raises(ValueError, match=r"key_order: expected \[4\], .* got \[3\]"):
         model(images, images, key_order=torch.arange(3))
+    for order in ([0, 1, 1, 3], [1, 2, 3, 4]):
+        with pytest.raises(ValueError, match=r"key_order: expected each of 0 to 3 once, got \[\d, \d, \d, \d\]"):
+            model(images, images, key_order=torch.tensor(order))
     model = tiny_moco(device, shuffle_bn="loader")
     with pytest.raises(ValueError, match="key_order: expected the permutation with which the loader shuffled"):
         model(images, images)

@@ -242,6 +242,14 @@ def test_gradcheck(kind):
     assert gradcheck(loss, [x.requires_grad_() for x in inputs])
 
 
+def test_the_default_device_may_be_another(device):
+    query, key, queue = problem(4, 9, 5, device=device)
+    expected = moco_ext.expected_key(query, key, queue)
+    with torch.device("meta"):
+        got = moco_ext.expected_key(query, key, queue)
+    assert torch.equal(got.keys, expected.keys)
+
+
 def test_func_grad(device):
     query, key, queue = problem(device=device)
     target = torch.randn(8, 32, device=device)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..distributed import all_gather
 from ..ops import enqueue_, expected_key, info_nce
+from ..ops.checks import check_devices
 
 __all__ = ["ImageTextContrast"]
 
@@ -112,17 +113,25 @@ class ImageTextContrast(nn.Module):
         """Replace the oldest pairs by those of all ranks, [N, C] each, and advance the pointer. N need not divide K.
 
         Raises:
-            ValueError: features or idx of another shape, or idx without ids of the queue; nothing is written.
+            ValueError: features or idx of another shape, dtype or device, or idx without ids of the queue; nothing is
+                written.
         """
         pointer = getattr(self, self._pointer)
         start, (size, dim) = pointer.clone(), self.image_queue.shape
-        for name, features in (("image_feat", image_feat), ("text_feat", text_feat)):  # before anything is written
+        batches = (("image_feat", self.image_queue, image_feat), ("text_feat", self.text_queue, text_feat))
+        for name, queue, features in batches:  # before anything is written
             if features.shape != (len(image_feat), dim):
                 raise ValueError(f"{name}: expected [{len(image_feat)}, {dim}], got {list(features.shape)}")
+            wide = torch.float64 in (queue.dtype, features.dtype)
+            if not features.is_floating_point() or (wide and queue.dtype != features.dtype):
+                raise ValueError(f"{name}: expected features for a queue of {queue.dtype}, got {features.dtype}")
+            check_devices(**{"queue": queue, name: features})
         if idx is not None and (self.idx_queue is None or idx.numel() != len(image_feat)):
             expected = "none" if self.idx_queue is None else f"{len(image_feat)} integers"
             raise ValueError(f"idx: expected {expected}, got shape {list(idx.shape)}")
-        for queue, features in ((self.image_queue, image_feat), (self.text_queue, text_feat)):
+        if idx is not None:
+            check_devices(image_queue=self.image_queue, idx=idx)
+        for _, queue, features in batches:
             pointer.copy_(start)
             enqueue_(queue, pointer, all_gather(features))
         if self.idx_queue is None:

@@ -70,8 +70,9 @@ class MoCo(nn.Module):
         self.tokenizer = tokenizer
         self.encoder_q = retriever
         self.encoder_k = copy.deepcopy(retriever).requires_grad_(False)
-        keys = torch.randn(opt.queue_size, opt.projection_size, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("queue", F.normalize(keys, dim=1).t())
+        generator = torch.Generator().manual_seed(0)
+        keys = torch.randn(opt.queue_size, opt.projection_size, generator=generator, device="cpu")
+        self.register_buffer("queue", F.normalize(keys, dim=1).to(torch.get_default_device()).t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def _load_retriever(self, model_id: str, pooling: str, random_init: bool) -> tuple[nn.Module, Any]:

@@ -62,7 +62,16 @@ class ClipLoss(nn.Module):
             image_features, text_features: [N, C], normalized by the model.
             logit_scale: the inverse temperature, of shape [] or [1].
             logit_bias: added to all similarities, so it does not change the loss and gets no gradient.
+
+        Raises:
+            ValueError: a world_size above 1 and a rank that are not those of the process group.
         """
+        own = distributed.rank(), distributed.world_size()
+        if self.world_size != 1 and (self.rank, self.world_size) != own:
+            raise ValueError(
+                f"rank, world_size: expected those of the process group, {own[0]} and {own[1]}, got {self.rank} and "
+                f"{self.world_size}"
+            )
         image, text = image_features, text_features
         images, texts = self._gather(image), self._gather(text)
         first = self.rank * len(image) if self.world_size > 1 else 0

@@ -110,6 +110,8 @@ def _ids(labels: Tensor) -> Tensor:
 def _check_rows(name: str, x: Tensor, dim: int | None = None) -> None:
     if x.dim() != 2 or (dim is not None and x.shape[1] != dim):
         raise ValueError(f"{name}: expected [N, {'C' if dim is None else dim}], got {list(x.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):  # before the memory takes it
+        raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
 
 
 def _refuse_pairs(indices_tuple: Any) -> None:

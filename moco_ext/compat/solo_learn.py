@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distributed import all_gather, all_gather_with_grad, rank
-from ..momentum import update_key_encoder_
+from ..momentum import check_same_structure, update_key_encoder_
 from ..ops import enqueue_, expected_key, info_nce, nearest_keys
 from .moco_v3 import check_pairs
 
@@ -155,8 +155,14 @@ def dequeue_and_enqueue_(queue: Tensor, queue_ptr: Tensor, keys: Tensor) -> None
 
 @torch.no_grad()
 def initialize_momentum_params(online_net: nn.Module, momentum_net: nn.Module) -> None:
-    """Copy the online parameters into the momentum network, and freeze it."""
-    update_key_encoder_(momentum_net, online_net, 0.0)
+    """Copy the online parameters into the momentum network, and freeze it.
+
+    Raises:
+        ValueError: the networks have different parameters; nothing is copied.
+    """
+    check_same_structure(momentum_net, online_net)
+    for momentum, online in zip(momentum_net.parameters(), online_net.parameters(), strict=True):
+        momentum.copy_(online)  # an update with tau = 0 would keep NaN, which 0 times NaN is
     momentum_net.requires_grad_(False)
 
 

@@ -106,7 +106,8 @@ def expected_candidates(
     tensor, value = scalar("temperature", temperature)
     # The gradient of logsumexp with respect to unit(query) / temperature, which is the loss of a target of zero.
     query = over_temperature(
-        wide_rows(query, normalize), torch.tensor(value, dtype=torch.float64) if tensor is None else tensor
+        wide_rows(query, normalize),
+        torch.tensor(value, dtype=torch.float64, device="cpu") if tensor is None else tensor,
     )
     key = None if key is None else wide_rows(key, normalize)
     decoupled = own_key == "decoupled"

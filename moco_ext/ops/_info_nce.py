@@ -144,7 +144,8 @@ def info_nce(
         RuntimeError: a second derivative or forward-mode differentiation is requested, or memory runs out
             (``torch.OutOfMemoryError`` on CUDA).
     """
-    check_tensors(query=query, **{} if key is None else {"key": key})
+    optional = {"key": key, "queue": queue, "target": target}
+    check_tensors(query=query, **{name: x for name, x in optional.items() if x is not None})
     if target is not None and target.requires_grad:
         raise ValueError("target: expected a tensor without gradient, got one that requires it; pass target.detach()")
     if queue is not None and queue.requires_grad:
@@ -270,6 +271,8 @@ def _info_nce_groups(a: Arguments) -> tuple[Tensor, ...]:
 
     shared_queue = a.queue is not None and a.queue.dim() == 2 and (a.queue_ids is None or a.queue_ids.dim() == 1)
     if not a.in_batch and shared_queue:
+        if a.query_ids is not None and a.query_ids.shape[-1] != n:
+            raise ValueError(f"query_ids: expected {n} ids, one for each row, got shape {list(a.query_ids.shape)}")
         ids = None if a.query_ids is None else a.query_ids.expand(groups, n).flatten()
         key, target = (None if x is None else x.flatten(0, 1) for x in (a.key, a.target))
         flat = a._replace(query=a.query.flatten(0, 1), key=key, target=target, query_ids=ids)

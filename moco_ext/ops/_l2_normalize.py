@@ -43,9 +43,11 @@ def _l2_normalize_backward(ctx, grad, _):
     # From x in plain differentiable torch, so that a second derivative is right too.
     (x,) = ctx.saved_tensors
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    norm = wide.norm(dim=1, keepdim=True)
-    # The squares of huge rows overflow, their norms may not. Not in float64, which MPS lacks.
-    norm = torch.where(norm.isinf(), (wide * 2.0**-80).norm(dim=1, keepdim=True) * 2.0**80, norm)
+    # The squares of huge rows overflow, those of tiny rows underflow, and their norms do neither. Not in float64, which
+    # MPS lacks.
+    rough = wide.detach().norm(dim=1, keepdim=True)
+    scale = torch.ones_like(rough).masked_fill(rough.isinf(), 2.0**-80).masked_fill(rough < 2.0**-40, 2.0**80)
+    norm = (wide * scale).norm(dim=1, keepdim=True) / scale
     floored = norm.clamp_min(ctx.eps)
     unit = wide / floored
     along = torch.where(norm > ctx.eps, (grad.to(wide.dtype) * unit).sum(dim=1, keepdim=True), 0.0)
