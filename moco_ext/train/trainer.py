@@ -378,6 +378,12 @@ class Trainer:
                 raise ValueError(f"{name}: expected a count, got {count}")
         self.step = trainer["step"]
         self.loader.load_state_dict(trainer["loader"])
+        epochs, steps = trainer["loader"]["epoch"], trainer["loader"]["step"]
+        if self.step != epochs * self.per_epoch + steps:
+            raise ValueError(
+                f"step: expected {epochs} epochs of this run's {self.per_epoch} steps and {steps} more, got "
+                f"{self.step}; drop_last and the number of processes decide whether an epoch's last images are a step"
+            )
         self.optimizer_step.scaler.load_state_dict(trainer["scaler"])
         self.averages.load_state_dict(trainer["averages"])
         self.health_averages.load_state_dict(trainer["health_averages"])
