@@ -410,6 +410,29 @@ def test_sigterm_saves_the_iteration(data, tmp_path, monkeypatch):
     assert_equal_states(weights_of(whole), weights_of(model))
 
 
+def test_a_record_is_of_all_iterations_before_it(data, tmp_path, monkeypatch):
+    """Not only of those after the checkpoint that the run was resumed from, which lies between two records."""
+    run = {"data": data, "config": CONFIG, "name": "detect", "arch": ARCH}
+    [through] = train_detector(detector(), options=run_in(tmp_path / "through"), **run)
+    folder = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            iterations,
+            "_finite",
+            lambda loss, step, _: os.kill(os.getpid(), signal.SIGTERM) or loss if step == 3 else loss,
+        )
+        with pytest.raises(SystemExit):
+            train_detector(detector(), options=run_in(folder, print_freq=1), **run)
+    checkpoint = torch.load(folder / "detect.pth", weights_only=True)
+    [resumed] = train_detector(detector(), options=run_in(folder, resume=folder / "detect.pth"), **run)
+    assert resumed["loss"] == through["loss"]
+    assert resumed["seconds"] > checkpoint["progress"]["seconds"] > 0
+    del checkpoint["progress"]  # as earlier versions wrote it
+    torch.save(checkpoint, folder / "detect.pth")
+    [resumed] = train_detector(detector(), options=run_in(folder, resume=folder / "detect.pth"), **run)
+    assert resumed["loss"] != through["loss"]
+
+
 def test_statistics_of_batchnorm_are_averages(data, tmp_path):
     """Of the last model over ``bn_batches``, not of the models that training went through."""
     model = detector()

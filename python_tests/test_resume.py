@@ -167,7 +167,9 @@ def test_resume_with_another_seed_is_refused(digits, tmp_path):
 def test_resume_with_epochs_of_another_length_is_refused(digits, tmp_path):
     """Its images and records would be out of step with its epochs: one epoch's images came twice."""
     pretrain(tiny(epochs=2, drop_last=True), digits, run_in(tmp_path))
-    with pytest.raises(ValueError, match=r"step: expected 1 epochs of this run's 5 steps and 4 more, got 8; .*drop_last"):
+    with pytest.raises(
+        ValueError, match=r"step: expected 1 epochs of this run's 5 steps and 4 more, got 8; .*drop_last"
+    ):
         pretrain(tiny(epochs=4), digits, run_in(tmp_path, resume="auto"))
 
 
