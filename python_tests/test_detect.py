@@ -410,6 +410,20 @@ def test_sigterm_saves_the_iteration(data, tmp_path, monkeypatch):
     assert_equal_states(weights_of(whole), weights_of(model))
 
 
+def test_sigterm_in_the_last_evaluation_leaves_a_finished_run(data, tmp_path, monkeypatch):
+    """Started again, it would have no iterations left, and never write its result."""
+
+    def evaluate(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"AP": 1.0}
+
+    monkeypatch.setattr("moco_ext.train.detector.evaluate_detector", evaluate)
+    options = run_in(tmp_path, print_freq=1)
+    [record] = train_detector(detector(), data, CONFIG, options, name="detect", arch=ARCH)
+    assert (record["step"], record["AP"]) == (CONFIG.iterations, 1)
+    assert torch.load(tmp_path / "detect.pth", weights_only=True)["iteration"] == CONFIG.iterations
+
+
 def test_a_record_is_of_all_iterations_before_it(data, tmp_path, monkeypatch):
     """Not only of those after the checkpoint that the run was resumed from, which lies between two records."""
     run = {"data": data, "config": CONFIG, "name": "detect", "arch": ARCH}

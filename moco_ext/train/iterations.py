@@ -188,8 +188,8 @@ def train_iterations(
                 record = {"epoch": epoch, "step": step, "lr": lr, "loss": mean_loss, **scores}
                 log.record(record | {"seconds": round(seconds, 3)})
                 total, counted = torch.zeros_like(total), 0
-            # After the evaluation, which several ranks finish together.
-            stopped = preemption.agreed(is_last or step % options.print_freq == 0)
+            # After the evaluation, which several ranks finish together. After the last one nothing is left to stop.
+            stopped = not is_last and preemption.agreed(step % options.print_freq == 0)
             if is_record or stopped or (options.save_every and step % options.save_every == 0):
                 check_finite(model, optimizer)
                 loss_so_far = all_reduce(total.clone()).item() / world
