@@ -216,6 +216,18 @@ def test_resuming_changes_nothing(digits, tmp_path, frozen, protocol):
         train_classifier(second, digits, protocol, resumed, name="linear", arch=ARCH)
 
 
+def test_resuming_with_larger_batches_keeps_the_records(digits, tmp_path):
+    """Of the epochs before: by their steps, which were more, they would be after the checkpoint."""
+    model, run = Classifier(encoder_of(digits), 10, 8, frozen=True), {"name": "linear", "arch": ARCH}
+    small = dataclasses.replace(LINEAR, batch_size=25)
+    before = train_classifier(model, digits, small, options_in(tmp_path), **run)
+    resumed = options_in(tmp_path, resume=tmp_path / "linear.pth")
+    records = train_classifier(model, digits, dataclasses.replace(LINEAR, epochs=3), resumed, **run)
+    assert records[:-1] == before
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert records[-1]["seconds"] > before[-1]["seconds"]
+
+
 def test_foreign_checkpoints_are_not_resumed(digits, tmp_path):
     model = Classifier(encoder_of(digits), 10, 8)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -222,7 +222,10 @@ class RunLog:
         return f"  eta {duration(seconds)} ({clock(time.time() + seconds)})"
 
     def _step_of(self, record: dict[str, Any]) -> int:
-        return record.get("step", round(record["epoch"] * self._per_epoch))
+        epoch = record["epoch"]
+        if isinstance(epoch, int):  # its number of steps may have changed since
+            return epoch * self._per_epoch
+        return record.get("step", round(epoch * self._per_epoch))
 
     def _position(self, step: int) -> str:
         if self._total % self._per_epoch:
