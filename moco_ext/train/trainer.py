@@ -284,12 +284,14 @@ class Trainer:
         random = {"cpu": _of_all_ranks(torch.get_rng_state())}
         if self.options.device.type == "cuda":
             random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
+        averages = self.averages.state_dict()
+        averages["sums"] = _mean_over_ranks(averages["sums"], self.options.device)  # all ranks will resume from these
         trainer = {
             "step": self.step,
             "loader": self.loader.state_dict(),
             "scaler": self.optimizer_step.scaler.state_dict(),
             "random": random,
-            "averages": self.averages.state_dict(),
+            "averages": averages,
             "health_averages": self.health_averages.state_dict(),
             "seconds": [self.seconds, self.epoch_seconds, self.waited],
             "images": self.images,
@@ -435,13 +437,13 @@ def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
         yield step, time.perf_counter() - started
 
 
-def _mean_over_ranks(means: dict[str, float], device: torch.device) -> dict[str, float]:
+def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean over all ranks, which have processed equally many images."""
     world = distributed.world_size()
-    if world == 1:
-        return means
-    total = distributed.all_reduce(torch.tensor(list(means.values()), dtype=torch.float64, device=device))
-    return dict(zip(means, (total / world).tolist(), strict=True))
+    if world == 1 or not values:
+        return values
+    total = distributed.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, (total / world).tolist(), strict=True))
 
 
 def _of_all_ranks(state: torch.Tensor) -> list[torch.Tensor]:
