@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +127,28 @@ def test_crowds_and_empty_images(folders, tmp_path):
     assert len(data.test.read(1)[1]["boxes"]) == 0
 
 
+def replace(path: Path, pattern: str, by: str) -> None:
+    path.write_text(re.sub(pattern, by, path.read_text()))
+
+
 def without(path: Path, tag: str) -> None:
-    path.write_text(re.sub(rf"<{tag}>.*?</{tag}>", "", path.read_text()))
+    replace(path, rf"<{tag}>.*?</{tag}>", "")
+
+
+def change_coco(folder: Path, split: str, change: Callable[[dict], object]) -> None:
+    path = folder / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3], None, [1, 2, math.nan, 4], [1, 2, "wide", 4]])
+def test_a_box_has_four_numbers(folders, tmp_path, box):
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    change_coco(tmp_path / "coco", "val", lambda content: content["annotations"][0].update(bbox=box))
+    message = rf"^data: expected x, y, width and height as each bbox in .*instances_val.json, got {re.escape(str(box))}"
+    with pytest.raises(ValueError, match=message):
+        load_detection(tmp_path / "coco")
 
 
 @pytest.mark.parametrize(
@@ -143,6 +164,18 @@ def without(path: Path, tag: str) -> None:
         (
             lambda root: without(root / "Annotations/train00003.xml", "xmax"),
             "expected annotations of voc in .*bndbox/xmax",
+        ),
+        (
+            lambda root: replace(root / "Annotations/train00003.xml", r"<xmax>\d+", "<xmax>wide"),
+            r"expected xmin, ymin, xmax and ymax in .*train00003.xml, got \['\d+', '\d+', 'wide', '\d+'\]",
+        ),
+        (
+            lambda root: replace(root / "Annotations/train00003.xml", r"<xmax>\d+", "<xmax>nan"),
+            "expected xmin, ymin, xmax and ymax in .*train00003.xml, got .*nan",
+        ),
+        (
+            lambda root: replace(root / "Annotations/train00003.xml", r"<difficult>\d", "<difficult>"),
+            r"expected a number as difficult in .*train00003.xml, got \[''\]",
         ),
         (
             lambda root: (root / "ImageSets/Main/val.txt").write_text(""),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -111,17 +113,22 @@ def _voc(parts: Sequence[Path]) -> tuple[tuple[str, ...], DetectionSplit, Detect
     train, test = (
         DetectionSplit(
             [str(part / "JPEGImages" / f"{name}.jpg") for part, name in items],
-            [_array([_voc_row(tag, classes) for tag in objects]) for objects in split],
+            [
+                _array([_voc_row(tag, classes, annotated(*item)) for tag in objects])
+                for item, objects in zip(items, split, strict=True)
+            ],
         )
         for items, split in zip(names, tags, strict=True)
     )
     return classes, train, test
 
 
-def _voc_row(tag: ElementTree.Element, classes: Sequence[str]) -> list[float]:
-    x1, y1, x2, y2 = (float(_text(tag, f"bndbox/{name}")) for name in ("xmin", "ymin", "xmax", "ymax"))
+def _voc_row(tag: ElementTree.Element, classes: Sequence[str], file: Path) -> list[float]:
+    corners = [_text(tag, f"bndbox/{name}") for name in ("xmin", "ymin", "xmax", "ymax")]
+    x1, y1, x2, y2 = _numbers(corners, 4, f"xmin, ymin, xmax and ymax in {file}")
     label = classes.index(_text(tag, "name")) + 1
-    return [x1 - 1, y1 - 1, x2, y2, label, float(tag.findtext("difficult", "0"))]  # VOC counts pixels from 1
+    [difficult] = _numbers([tag.findtext("difficult", "0")], 1, f"a number as difficult in {file}")
+    return [x1 - 1, y1 - 1, x2, y2, label, difficult]  # VOC counts pixels from 1
 
 
 def _text(tag: ElementTree.Element, path: str) -> str:
@@ -129,6 +136,16 @@ def _text(tag: ElementTree.Element, path: str) -> str:
     if not text:
         raise KeyError(path)
     return text
+
+
+def _numbers(values: Any, count: int, expected: str) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"data: expected {expected}, got {values}")
+    return numbers
 
 
 def _coco(root: Path) -> tuple[tuple[str, ...], DetectionSplit, DetectionSplit]:
@@ -155,7 +172,8 @@ def _coco(root: Path) -> tuple[tuple[str, ...], DetectionSplit, DetectionSplit]:
                 f"data: expected an id for each image in {file}, got {len(rows):,} of {len(content['images']):,} images"
             )
         for entry in content["annotations"]:
-            (x, y, width, height), crowd = entry["bbox"], entry.get("iscrowd", 0)
+            box, crowd = entry["bbox"], entry.get("iscrowd", 0)
+            x, y, width, height = _numbers(box, 4, f"x, y, width and height as each bbox in {file}")
             if not (training and crowd):  # a box around a crowd is not an object
                 rows[entry["image_id"]].append([x, y, x + width, y + height, label_of[entry["category_id"]], crowd])
         splits.append(
