@@ -151,6 +151,15 @@ def test_a_box_has_four_numbers(folders, tmp_path, box):
         load_detection(tmp_path / "coco")
 
 
+def test_the_name_of_a_class_has_no_spaces_around_it(folders, data, tmp_path):
+    """Of an indented file; it would be one more class, and the numbers of the others would change."""
+    shutil.copytree(folders / "voc", tmp_path / "voc")
+    replace(tmp_path / "voc/Annotations/train00003.xml", r"<name>(\d)</name>", r"<name>\n  \1\n</name>")
+    found = load_detection(tmp_path / "voc")
+    assert found.classes == data.classes
+    np.testing.assert_array_equal(found.train.objects[3], data.train.objects[3])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -132,7 +132,7 @@ def _voc_row(tag: ElementTree.Element, classes: Sequence[str], file: Path) -> li
 
 
 def _text(tag: ElementTree.Element, path: str) -> str:
-    text = tag.findtext(path)
+    text = tag.findtext(path, "").strip()
     if not text:
         raise KeyError(path)
     return text
