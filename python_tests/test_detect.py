@@ -279,6 +279,16 @@ def test_ignored_objects_are_neither_found_nor_missed():
     assert average_precision([found], [target])["AP"] == pytest.approx(100)
     target["iscrowd"][1] = 0
     assert average_precision([found], [target])["AP"] == pytest.approx(100 * 51 / 101)  # recall 0 to 0.5 of 101 points
+    target["iscrowd"][:] = 1
+    assert all(math.isnan(score) for score in average_precision([found], [target]).values())
+
+
+def test_test_objects_that_are_all_ignored_are_an_error(folders, tmp_path):
+    """AP would be undefined, of which pycocotools makes -1."""
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    change_coco(tmp_path / "coco", "val", lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]])
+    with pytest.raises(ValueError, match=r"^data: expected test objects that count in .*, got none that is not of a c"):
+        load_detection(tmp_path / "coco")
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

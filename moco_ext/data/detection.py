@@ -95,6 +95,9 @@ def load_detection(folder: str | Path, layout: str | None = None) -> DetectionDa
     for name, split in (("training", train), ("test", test)):
         if not any(map(len, split.objects)):
             raise ValueError(f"data: expected {name} images with objects in {root}, got none")
+    if all(objects[:, 5].all() for objects in test.objects):
+        kind = "of a crowd" if is_coco else "difficult"
+        raise ValueError(f"data: expected test objects that count in {root}, got none that is not {kind}")
     return DetectionData(str(folder), found, classes, train, test)
 
 
