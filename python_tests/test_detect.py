@@ -22,7 +22,8 @@ from moco_ext.checkpoints import files
 from moco_ext.checkpoints.detectron2 import detector_from_detectron2, detector_to_detectron2
 from moco_ext.checkpoints.training import save_checkpoint
 from moco_ext.data.detection import load_detection
-from moco_ext.data.items import training_items
+from moco_ext.data.images import UnreadableImageError
+from moco_ext.data.items import items, training_items
 from moco_ext.evaluate.detection import average_precision, evaluate_detector
 from moco_ext.train import iterations
 from moco_ext.train.detector import RECIPES, DetectorConfig, build_detector, to_device, train_detector
@@ -228,6 +229,29 @@ def test_an_image_has_its_own_id(folders, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"^data: expected an id for each image in .*val.json, got 4 of 5 images"):
         load_detection(tmp_path / "coco")
+
+
+def test_boxes_are_of_the_size_of_their_image(folders, tmp_path):
+    """Of images that were resized after they were annotated, or annotated without their EXIF orientation."""
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    change_coco(tmp_path / "coco", "train", lambda content: content["images"][0].update(width=640, height=480))
+    change_coco(tmp_path / "coco", "val", lambda content: content["images"][0].update(width=0))  # unknown
+    data = load_detection(tmp_path / "coco")
+    data.test.read(0)
+    with pytest.raises(
+        UnreadableImageError, match=r"^data: expected 640 x 480 pixels, as annot.*, got 64 x 64 in .*jpg"
+    ):
+        data.train.read(0)
+    shutil.copytree(folders / "voc", tmp_path / "voc")
+    corners = {"xmin": 70, "ymin": 3, "xmax": 90, "ymax": 9}
+    for tag, value in corners.items():
+        replace(tmp_path / "voc/Annotations/train00000.xml", rf"<{tag}>\d+", f"<{tag}>{value}")
+    data = load_detection(tmp_path / "voc")
+    data.train.read(1)
+    message = r"^data: expected boxes in the 64 x 64 pixels of .*jpg, got \[69.0, 2.0, 90.0, 9.0\]$"
+    for workers in (0, 1):
+        with pytest.raises(UnreadableImageError, match=message):
+            list(items(data.train.read, [1, 0], workers))
 
 
 def test_batches_depend_on_the_iteration_alone(data):
