@@ -629,6 +629,14 @@ def test_the_command_from_scratch_on_coco(folders, tmp_path, capsys):
             ["DATA", "--scratch", "-a", ARCH, "--export", "x.pth"],
             "export: expected a name that ends in .pkl, got x.pth",
         ),
+        (
+            ["DATA", "--scratch", "-a", ARCH, *FLAGS, "--iterations", "1", "--export", "nowhere/x.pkl"],
+            "export: no such folder: nowhere",
+        ),
+        (
+            ["DATA", "--scratch", "-a", ARCH, "--neck", "fpn", *FLAGS, "--iterations", "1", "--export", "x.pkl"],
+            "export: expected --neck c4, whose layers detectron2 has names for, got fpn",
+        ),
         (["DATA", "--scratch", "-a", ARCH, "-b", "200"], "data: expected at least 200 images for one step, got 24"),
     ],
 )
