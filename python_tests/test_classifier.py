@@ -278,6 +278,14 @@ def test_finetuning_trains_everything(digits, tmp_path):
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [1e-4, 1e-4]
 
 
+def test_a_batch_that_the_processes_cannot_share_is_told(digits, tmp_path):
+    """What is left of it is not used, but the result names all of it."""
+    model, options = Classifier(encoder_of(digits), 10, 8), options_in(tmp_path, local_world=3)
+    once = dataclasses.replace(FINETUNE, epochs=1)
+    with pytest.warns(UserWarning, match=r"^batch_size: 50 does not divide by this node's 3 processes; each takes 16$"):
+        train_classifier(model, digits, once, options, name="finetune", arch=ARCH)
+
+
 def test_a_fraction_of_the_labels(digits, tmp_path):
     model = Classifier(encoder_of(digits), 10, 8)
     protocol = dataclasses.replace(FINETUNE, fraction=0.2, batch_size=10)

@@ -24,6 +24,7 @@ from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
 from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, at_least, changed_settings, check_settings, setting
 from .classifier import synchronize_batchnorm
+from .parallel import images_per_process
 from .preemption import Preemption
 
 _NO_PROGRESS = {"loss": 0.0, "counted": 0, "seconds": 0.0}
@@ -109,7 +110,7 @@ def train_iterations(
         ValueError: too few images for one batch; no iterations are left; another process trains the same files.
     """
     device, world = options.device, world_size()
-    batch_size = config.batch_size // options.local_world
+    batch_size = images_per_process(config.batch_size, options)
 
     def batches(start: int, stop: int) -> Iterator[list[Any]]:
         """This rank's batches of the iterations ``start`` to ``stop - 1``."""

@@ -39,7 +39,7 @@ from .diagnostics import Diagnostics
 from .initialize import describe, initialize_
 from .model import AUTOCAST, build_model
 from .optimizer import build_optimizer
-from .parallel import filled, hollow_copy, shard_
+from .parallel import filled, hollow_copy, images_per_process, shard_
 from .preemption import Preemption
 from .step import NonFiniteLoss, OptimizerStep
 from .teacher import attach_teacher
@@ -79,12 +79,7 @@ class Trainer:
         self.config, self.data, self.options = config, data, options
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.nodes = max(1, self.world // options.local_world)
-        if config.batch_size % options.local_world and self.rank == 0:
-            warnings.warn(
-                f"batch_size: {config.batch_size} does not divide by this node's {options.local_world} processes; "
-                f"each takes {config.batch_size // options.local_world}",
-                stacklevel=4,
-            )
+        batch_size = images_per_process(config.batch_size, options)
         cuda = options.device.type == "cuda"
         wanted = config.channels_last
         channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
@@ -110,7 +105,7 @@ class Trainer:
         self.loader = TrainLoader(
             data,
             config.augmentation(data),
-            config.batch_size // options.local_world,
+            batch_size,
             accumulate=config.accumulate,
             seed=config.seed,
             rank=self.rank,
