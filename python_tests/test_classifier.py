@@ -278,6 +278,17 @@ def test_finetuning_trains_everything(digits, tmp_path):
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [1e-4, 1e-4]
 
 
+def test_the_best_of_a_run_without_a_hit_is_its_own(digits, tmp_path, monkeypatch):
+    """Not the file that an earlier run has left there."""
+    none = {"loss": 9.0, "acc1": 0.0, "acc5": 0.0}
+    monkeypatch.setattr("moco_ext.train.classifier.evaluate", lambda *_, **__: none)
+    (tmp_path / "finetune_best.pth").write_bytes(b"of an earlier run")
+    model, once = Classifier(encoder_of(digits), 10, 8), dataclasses.replace(FINETUNE, epochs=1)
+    [record] = train_classifier(model, digits, once, options_in(tmp_path), name="finetune", arch=ARCH)
+    assert record["best_acc1"] == 0
+    assert (tmp_path / "finetune_best.pth").read_bytes() == (tmp_path / "finetune.pth").read_bytes()
+
+
 def test_a_batch_that_the_processes_cannot_share_is_told(digits, tmp_path):
     """What is left of it is not used, but the result names all of it."""
     model, options = Classifier(encoder_of(digits), 10, 8), options_in(tmp_path, local_world=3)

@@ -239,7 +239,7 @@ def train_classifier(
         crop_min=config.crop_min,
     )
     optimizer = _optimizer(model, config)
-    done, best = options.start_epoch, 0.0
+    done, best = options.start_epoch, -math.inf
     path, best_path = options.output / f"{name}.pth", options.output / f"{name}_best.pth"
     if options.resume is not None:
         checkpoint = restore(model, data, Path(options.resume), arch, optimizer)
