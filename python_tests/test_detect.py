@@ -523,6 +523,14 @@ def test_a_record_is_of_all_iterations_before_it(data, tmp_path, monkeypatch):
     assert resumed["loss"] != through["loss"]
 
 
+def test_a_run_that_is_all_warm_up_is_told(data, tmp_path):
+    """A recipe's schedule is scaled to --iterations, its warm-up is not."""
+    config = dataclasses.replace(CONFIG, iterations=1, warmup=100)
+    message = r"^warmup: all of the 1 iterations are in the warm-up of 100, so the learning rate stays below 0.02; see"
+    with pytest.warns(UserWarning, match=message):
+        train_detector(detector(config), data, config, run_in(tmp_path), name="detect", arch=ARCH)
+
+
 def test_statistics_of_batchnorm_are_averages(data, tmp_path):
     """Of the last model over ``bn_batches``, not of the models that training went through."""
     model = detector()

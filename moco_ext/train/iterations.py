@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,12 @@ def train_iterations(
     if done >= config.iterations:
         raise ValueError(
             f"iterations: expected more than the {done} already done, got {config.iterations}; see --evaluate"
+        )
+    if config.warmup >= config.iterations and rank() == 0:
+        warnings.warn(
+            f"warmup: all of the {config.iterations} iterations are in the warm-up of {config.warmup}, so the learning "
+            f"rate stays below {config.lr:g}; see --warmup",
+            stacklevel=3,
         )
     remaining = batches(done, config.iterations)
     replica: nn.Module = model
