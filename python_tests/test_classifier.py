@@ -216,6 +216,18 @@ def test_resuming_changes_nothing(digits, tmp_path, frozen, protocol):
         train_classifier(second, digits, protocol, resumed, name="linear", arch=ARCH)
 
 
+def test_resuming_with_larger_batches_keeps_the_records(digits, tmp_path):
+    """Of the epochs before: by their steps, which were more, they would be after the checkpoint."""
+    model, run = Classifier(encoder_of(digits), 10, 8, frozen=True), {"name": "linear", "arch": ARCH}
+    small = dataclasses.replace(LINEAR, batch_size=25)
+    before = train_classifier(model, digits, small, options_in(tmp_path), **run)
+    resumed = options_in(tmp_path, resume=tmp_path / "linear.pth")
+    records = train_classifier(model, digits, dataclasses.replace(LINEAR, epochs=3), resumed, **run)
+    assert records[:-1] == before
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert records[-1]["seconds"] > before[-1]["seconds"]
+
+
 def test_foreign_checkpoints_are_not_resumed(digits, tmp_path):
     model = Classifier(encoder_of(digits), 10, 8)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -264,6 +276,25 @@ def test_finetuning_trains_everything(digits, tmp_path):
     optimizer = torch.load(tmp_path / "finetune.pth", weights_only=True)["optimizer"]
     assert [group["lr"] for group in optimizer["param_groups"]] == pytest.approx([0.001, 0.01])  # after one fall
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [1e-4, 1e-4]
+
+
+def test_the_best_of_a_run_without_a_hit_is_its_own(digits, tmp_path, monkeypatch):
+    """Not the file that an earlier run has left there."""
+    none = {"loss": 9.0, "acc1": 0.0, "acc5": 0.0}
+    monkeypatch.setattr("moco_ext.train.classifier.evaluate", lambda *_, **__: none)
+    (tmp_path / "finetune_best.pth").write_bytes(b"of an earlier run")
+    model, once = Classifier(encoder_of(digits), 10, 8), dataclasses.replace(FINETUNE, epochs=1)
+    [record] = train_classifier(model, digits, once, options_in(tmp_path), name="finetune", arch=ARCH)
+    assert record["best_acc1"] == 0
+    assert (tmp_path / "finetune_best.pth").read_bytes() == (tmp_path / "finetune.pth").read_bytes()
+
+
+def test_a_batch_that_the_processes_cannot_share_is_told(digits, tmp_path):
+    """What is left of it is not used, but the result names all of it."""
+    model, options = Classifier(encoder_of(digits), 10, 8), options_in(tmp_path, local_world=3)
+    once = dataclasses.replace(FINETUNE, epochs=1)
+    with pytest.warns(UserWarning, match=r"^batch_size: 50 does not divide by this node's 3 processes; each takes 16$"):
+        train_classifier(model, digits, once, options, name="finetune", arch=ARCH)
 
 
 def test_a_fraction_of_the_labels(digits, tmp_path):

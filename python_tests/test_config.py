@@ -108,6 +108,14 @@ def test_the_queue_has_the_dtype_of_the_precision(precision):
     assert tiny(precision=precision, queue_dtype="fp16").queue_dtype == "fp16"
 
 
+def test_a_run_by_steps_is_longer_than_its_warm_up():
+    """Its learning rate would never be the one that was asked for."""
+    config = PretrainConfig("digits", steps=20, warmup_epochs=2.0)
+    assert config.total_steps(9) == 20
+    with pytest.raises(ValueError, match=r"^warmup_epochs: expected less than the 2 epochs of 20 steps, got 2.0"):
+        config.total_steps(10)
+
+
 def test_learning_rates_by_epochs():
     step = tiny(lr=1.0, epochs=200)
     assert [step.learning_rate(epoch * 10, 10) for epoch in (0, 119)] == [1.0, 1.0]

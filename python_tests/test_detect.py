@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ from moco_ext.checkpoints import files
 from moco_ext.checkpoints.detectron2 import detector_from_detectron2, detector_to_detectron2
 from moco_ext.checkpoints.training import save_checkpoint
 from moco_ext.data.detection import load_detection
-from moco_ext.data.items import training_items
+from moco_ext.data.images import UnreadableImageError
+from moco_ext.data.items import items, training_items
 from moco_ext.evaluate.detection import average_precision, evaluate_detector
 from moco_ext.train import iterations
 from moco_ext.train.detector import RECIPES, DetectorConfig, build_detector, to_device, train_detector
@@ -126,8 +128,37 @@ def test_crowds_and_empty_images(folders, tmp_path):
     assert len(data.test.read(1)[1]["boxes"]) == 0
 
 
+def replace(path: Path, pattern: str, by: str) -> None:
+    path.write_text(re.sub(pattern, by, path.read_text()))
+
+
 def without(path: Path, tag: str) -> None:
-    path.write_text(re.sub(rf"<{tag}>.*?</{tag}>", "", path.read_text()))
+    replace(path, rf"<{tag}>.*?</{tag}>", "")
+
+
+def change_coco(folder: Path, split: str, change: Callable[[dict], object]) -> None:
+    path = folder / "annotations" / f"instances_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3], None, [1, 2, math.nan, 4], [1, 2, "wide", 4]])
+def test_a_box_has_four_numbers(folders, tmp_path, box):
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    change_coco(tmp_path / "coco", "val", lambda content: content["annotations"][0].update(bbox=box))
+    message = rf"^data: expected x, y, width and height as each bbox in .*instances_val.json, got {re.escape(str(box))}"
+    with pytest.raises(ValueError, match=message):
+        load_detection(tmp_path / "coco")
+
+
+def test_the_name_of_a_class_has_no_spaces_around_it(folders, data, tmp_path):
+    """Of an indented file; it would be one more class, and the numbers of the others would change."""
+    shutil.copytree(folders / "voc", tmp_path / "voc")
+    replace(tmp_path / "voc/Annotations/train00003.xml", r"<name>(\d)</name>", r"<name>\n  \1\n</name>")
+    found = load_detection(tmp_path / "voc")
+    assert found.classes == data.classes
+    np.testing.assert_array_equal(found.train.objects[3], data.train.objects[3])
 
 
 @pytest.mark.parametrize(
@@ -143,6 +174,18 @@ def without(path: Path, tag: str) -> None:
         (
             lambda root: without(root / "Annotations/train00003.xml", "xmax"),
             "expected annotations of voc in .*bndbox/xmax",
+        ),
+        (
+            lambda root: replace(root / "Annotations/train00003.xml", r"<xmax>\d+", "<xmax>wide"),
+            r"expected xmin, ymin, xmax and ymax in .*train00003.xml, got \['\d+', '\d+', 'wide', '\d+'\]",
+        ),
+        (
+            lambda root: replace(root / "Annotations/train00003.xml", r"<xmax>\d+", "<xmax>nan"),
+            "expected xmin, ymin, xmax and ymax in .*train00003.xml, got .*nan",
+        ),
+        (
+            lambda root: replace(root / "Annotations/train00003.xml", r"<difficult>\d", "<difficult>"),
+            r"expected a number as difficult in .*train00003.xml, got \[''\]",
         ),
         (
             lambda root: (root / "ImageSets/Main/val.txt").write_text(""),
@@ -186,6 +229,29 @@ def test_an_image_has_its_own_id(folders, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"^data: expected an id for each image in .*val.json, got 4 of 5 images"):
         load_detection(tmp_path / "coco")
+
+
+def test_boxes_are_of_the_size_of_their_image(folders, tmp_path):
+    """Of images that were resized after they were annotated, or annotated without their EXIF orientation."""
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    change_coco(tmp_path / "coco", "train", lambda content: content["images"][0].update(width=640, height=480))
+    change_coco(tmp_path / "coco", "val", lambda content: content["images"][0].update(width=0))  # unknown
+    data = load_detection(tmp_path / "coco")
+    data.test.read(0)
+    with pytest.raises(
+        UnreadableImageError, match=r"^data: expected 640 x 480 pixels, as annot.*, got 64 x 64 in .*jpg"
+    ):
+        data.train.read(0)
+    shutil.copytree(folders / "voc", tmp_path / "voc")
+    corners = {"xmin": 70, "ymin": 3, "xmax": 90, "ymax": 9}
+    for tag, value in corners.items():
+        replace(tmp_path / "voc/Annotations/train00000.xml", rf"<{tag}>\d+", f"<{tag}>{value}")
+    data = load_detection(tmp_path / "voc")
+    data.train.read(1)
+    message = r"^data: expected boxes in the 64 x 64 pixels of .*jpg, got \[69.0, 2.0, 90.0, 9.0\]$"
+    for workers in (0, 1):
+        with pytest.raises(UnreadableImageError, match=message):
+            list(items(data.train.read, [1, 0], workers))
 
 
 def test_batches_depend_on_the_iteration_alone(data):
@@ -237,6 +303,16 @@ def test_ignored_objects_are_neither_found_nor_missed():
     assert average_precision([found], [target])["AP"] == pytest.approx(100)
     target["iscrowd"][1] = 0
     assert average_precision([found], [target])["AP"] == pytest.approx(100 * 51 / 101)  # recall 0 to 0.5 of 101 points
+    target["iscrowd"][:] = 1
+    assert all(math.isnan(score) for score in average_precision([found], [target]).values())
+
+
+def test_test_objects_that_are_all_ignored_are_an_error(folders, tmp_path):
+    """AP would be undefined, of which pycocotools makes -1."""
+    shutil.copytree(folders / "coco", tmp_path / "coco")
+    change_coco(tmp_path / "coco", "val", lambda content: [entry.update(iscrowd=1) for entry in content["annotations"]])
+    with pytest.raises(ValueError, match=r"^data: expected test objects that count in .*, got none that is not of a c"):
+        load_detection(tmp_path / "coco")
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -410,6 +486,51 @@ def test_sigterm_saves_the_iteration(data, tmp_path, monkeypatch):
     assert_equal_states(weights_of(whole), weights_of(model))
 
 
+def test_sigterm_in_the_last_evaluation_leaves_a_finished_run(data, tmp_path, monkeypatch):
+    """Started again, it would have no iterations left, and never write its result."""
+
+    def evaluate(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"AP": 1.0}
+
+    monkeypatch.setattr("moco_ext.train.detector.evaluate_detector", evaluate)
+    options = run_in(tmp_path, print_freq=1)
+    [record] = train_detector(detector(), data, CONFIG, options, name="detect", arch=ARCH)
+    assert (record["step"], record["AP"]) == (CONFIG.iterations, 1)
+    assert torch.load(tmp_path / "detect.pth", weights_only=True)["iteration"] == CONFIG.iterations
+
+
+def test_a_record_is_of_all_iterations_before_it(data, tmp_path, monkeypatch):
+    """Not only of those after the checkpoint that the run was resumed from, which lies between two records."""
+    run = {"data": data, "config": CONFIG, "name": "detect", "arch": ARCH}
+    [through] = train_detector(detector(), options=run_in(tmp_path / "through"), **run)
+    folder = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            iterations,
+            "_finite",
+            lambda loss, step, _: os.kill(os.getpid(), signal.SIGTERM) or loss if step == 3 else loss,
+        )
+        with pytest.raises(SystemExit):
+            train_detector(detector(), options=run_in(folder, print_freq=1), **run)
+    checkpoint = torch.load(folder / "detect.pth", weights_only=True)
+    [resumed] = train_detector(detector(), options=run_in(folder, resume=folder / "detect.pth"), **run)
+    assert resumed["loss"] == through["loss"]
+    assert resumed["seconds"] > checkpoint["progress"]["seconds"] > 0
+    del checkpoint["progress"]  # as earlier versions wrote it
+    torch.save(checkpoint, folder / "detect.pth")
+    [resumed] = train_detector(detector(), options=run_in(folder, resume=folder / "detect.pth"), **run)
+    assert resumed["loss"] != through["loss"]
+
+
+def test_a_run_that_is_all_warm_up_is_told(data, tmp_path):
+    """A recipe's schedule is scaled to --iterations, its warm-up is not."""
+    config = dataclasses.replace(CONFIG, iterations=1, warmup=100)
+    message = r"^warmup: all of the 1 iterations are in the warm-up of 100, so the learning rate stays below 0.02; see"
+    with pytest.warns(UserWarning, match=message):
+        train_detector(detector(config), data, config, run_in(tmp_path), name="detect", arch=ARCH)
+
+
 def test_statistics_of_batchnorm_are_averages(data, tmp_path):
     """Of the last model over ``bn_batches``, not of the models that training went through."""
     model = detector()
@@ -515,6 +636,14 @@ def test_the_command_from_scratch_on_coco(folders, tmp_path, capsys):
         (
             ["DATA", "--scratch", "-a", ARCH, "--export", "x.pth"],
             "export: expected a name that ends in .pkl, got x.pth",
+        ),
+        (
+            ["DATA", "--scratch", "-a", ARCH, *FLAGS, "--iterations", "1", "--export", "nowhere/x.pkl"],
+            "export: no such folder: nowhere",
+        ),
+        (
+            ["DATA", "--scratch", "-a", ARCH, "--neck", "fpn", *FLAGS, "--iterations", "1", "--export", "x.pkl"],
+            "export: expected --neck c4, whose layers detectron2 has names for, got fpn",
         ),
         (["DATA", "--scratch", "-a", ARCH, "-b", "200"], "data: expected at least 200 images for one step, got 24"),
     ],

@@ -148,8 +148,8 @@ def train_in_every_mode(args: argparse.Namespace, options: RunOptions) -> int:
     model = build_model(config)
     middle = Path(folder) / "gather" / "checkpoint_00000003.pth"
     run = run_in(Path(folder) / "resumed", local_world=options.local_world, resume=middle)
-    pretrain(config, data, run, model)
-    results["resumed"] = {"state": model.state_dict()}
+    records = pretrain(config, data, run, model)
+    results["resumed"] = {"state": model.state_dict(), "losses": [record["loss"] for record in records]}
     torch.save(results, f"{folder}/rank{dist.get_rank()}.pt")
     return 0
 
@@ -200,6 +200,8 @@ def test_resumed_in_a_group(trained):
     """Equal on rank 0, whose statistics are in the checkpoint; on other ranks, equal learned parameters."""
     assert_equal_states(trained[0]["gather"]["state"], trained[0]["resumed"]["state"])
     assert_equal_states(learned(trained[1]["gather"]["state"]), learned(trained[1]["resumed"]["state"]))
+    # The epoch's mean, of which the checkpoint has a part: that of both ranks.
+    assert trained[0]["resumed"]["losses"] == trained[0]["gather"]["losses"]
 
 
 # --- failures and flags -----------------------------------------------------------------------------------------------

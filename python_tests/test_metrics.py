@@ -4,6 +4,7 @@ import io
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,14 @@ def test_what_is_not_finite_is_null(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text == '{"step": 10, "epoch": 1, "loss": null, "acc1": null}\n'  # NaN would be no JSON
     assert log.records == read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_full_disk_is_said_where_it_is(tmp_path):
+    log, _ = open_log(tmp_path)
+    log._path = Path("/dev/full")
+    with log, pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        log.record({"epoch": 1, "step": 10, "loss": 1.0})
 
 
 def test_no_metrics_file(tmp_path):

@@ -164,6 +164,15 @@ def test_resume_with_another_seed_is_refused(digits, tmp_path):
         pretrain(tiny(epochs=2, seed=1), digits, run_in(tmp_path, resume="auto"))
 
 
+def test_resume_with_epochs_of_another_length_is_refused(digits, tmp_path):
+    """Its images and records would be out of step with its epochs: one epoch's images came twice."""
+    pretrain(tiny(epochs=2, drop_last=True), digits, run_in(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"step: expected 1 epochs of this run's 5 steps and 4 more, got 8; .*drop_last"
+    ):
+        pretrain(tiny(epochs=4), digits, run_in(tmp_path, resume="auto"))
+
+
 # --- signals to a process of its own --------------------------------------------------------------------------
 
 PROGRAM = """

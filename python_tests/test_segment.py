@@ -154,6 +154,16 @@ def test_classes_without_names(folders, tmp_path):
         load_segmentation(tmp_path / "set")
 
 
+def test_masks_of_0_and_255_are_an_error(folders, tmp_path):
+    """Their objects would be ignored, and an mIoU of 100 be that of the background alone."""
+    shutil.copytree(folders / "folders", tmp_path / "set")
+    for path in (tmp_path / "set/masks").rglob("*.png"):
+        save(path, np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8))
+    message = r"^data: expected test masks with pixels of two classes, got background in .*masks/val; pixels of 255 are"
+    with pytest.raises(ValueError, match=message):
+        load_segmentation(tmp_path / "set")
+
+
 @pytest.mark.parametrize(
     ("layout", "change", "message"),
     [

@@ -34,6 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.export is not None and Path(args.export).suffix != ".pkl":
         raise ValueError(f"export: expected a name that ends in .pkl, got {args.export}")
+    if args.export is not None and not Path(args.export).parent.is_dir():  # before hours of training
+        raise FileNotFoundError(f"export: no such folder: {Path(args.export).parent}")
     return transfer.run(_work, args)
 
 
@@ -42,6 +44,8 @@ def _work(args: argparse.Namespace, options: RunOptions) -> int:
     data = load_detection(args.data, args.layout)
     recipe = RECIPES[args.recipe or {"voc": "voc", "coco": "coco-1x"}[data.layout]]
     start = transfer.load_start(args, options, recipe, data.classes)
+    if args.export is not None and start.config.neck != "c4":
+        raise ValueError(f"export: expected --neck c4, whose layers detectron2 has names for, got {start.config.neck}")
     torch.manual_seed(start.config.seed)
     model = build_detector(start.encoder, len(data.classes), start.config, start.transform.mean, start.transform.std)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .files import few
-from .images import read_image
+from .images import UnreadableImageError, read_image
 from .items import ItemData
 from .seeds import uniforms
 
@@ -30,20 +32,37 @@ class DetectionSplit:
         paths: N image files.
         objects: float32 [n, 6] of each image: x1, y1, x2, y2 in pixels, label from 1 (0 is the background), and 1 if
             the evaluation ignores the object (VOC: difficult, COCO: crowd).
+        sizes: width and height of each image, as annotated; None: unknown.
     """
 
     paths: list[str]
     objects: list[np.ndarray]
+    sizes: list[tuple[int, int] | None]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, position: int, flip: bool = False) -> Item:
         """An image uint8 [3, H, W], mirrored if ``flip``, and its target for torchvision's detectors and torchmetrics:
-        ``boxes`` float32 [n, 4], ``labels`` and ``iscrowd`` int64 [n]."""
-        image = read_image(self.paths[position])
+        ``boxes`` float32 [n, 4], ``labels`` and ``iscrowd`` int64 [n].
+
+        Raises:
+            UnreadableImageError: the file cannot be decoded, or the annotations are of another size of image.
+        """
+        path, annotated = self.paths[position], self.sizes[position]
+        image = read_image(path)
+        height, width = image.shape[1:]
         objects = torch.from_numpy(self.objects[position])
         boxes, labels, ignored = objects[:, :4].clone(), objects[:, 4].long(), objects[:, 5].long()
+        outside = (boxes[:, 2:] <= 0).any(1) | (boxes[:, :2] >= torch.tensor([width, height])).any(1)
+        if annotated is not None and annotated != (width, height):
+            raise UnreadableImageError(
+                f"data: expected {annotated[0]} x {annotated[1]} pixels, as annotated, got {width} x {height} in {path}"
+            )
+        if outside.any():
+            raise UnreadableImageError(
+                f"data: expected boxes in the {width} x {height} pixels of {path}, got {boxes[outside][0].tolist()}"
+            )
         if flip:
             image = image.flip(-1)
             boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
@@ -89,10 +108,17 @@ def load_detection(folder: str | Path, layout: str | None = None) -> DetectionDa
     except (ElementTree.ParseError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"data: expected annotations of {found} in {root}, got {error!r}") from None
     some = [bool(len(objects)) for objects in train.objects]
-    train = DetectionSplit(list(itertools.compress(train.paths, some)), list(itertools.compress(train.objects, some)))
+    train = DetectionSplit(
+        list(itertools.compress(train.paths, some)),
+        list(itertools.compress(train.objects, some)),
+        list(itertools.compress(train.sizes, some)),
+    )
     for name, split in (("training", train), ("test", test)):
         if not any(map(len, split.objects)):
             raise ValueError(f"data: expected {name} images with objects in {root}, got none")
+    if all(objects[:, 5].all() for objects in test.objects):
+        kind = "of a crowd" if is_coco else "difficult"
+        raise ValueError(f"data: expected test objects that count in {root}, got none that is not {kind}")
     return DetectionData(str(folder), found, classes, train, test)
 
 
@@ -111,24 +137,40 @@ def _voc(parts: Sequence[Path]) -> tuple[tuple[str, ...], DetectionSplit, Detect
     train, test = (
         DetectionSplit(
             [str(part / "JPEGImages" / f"{name}.jpg") for part, name in items],
-            [_array([_voc_row(tag, classes) for tag in objects]) for objects in split],
+            [
+                _array([_voc_row(tag, classes, annotated(*item)) for tag in objects])
+                for item, objects in zip(items, split, strict=True)
+            ],
+            [None] * len(items),  # their sizes are wrong in some data sets
         )
         for items, split in zip(names, tags, strict=True)
     )
     return classes, train, test
 
 
-def _voc_row(tag: ElementTree.Element, classes: Sequence[str]) -> list[float]:
-    x1, y1, x2, y2 = (float(_text(tag, f"bndbox/{name}")) for name in ("xmin", "ymin", "xmax", "ymax"))
+def _voc_row(tag: ElementTree.Element, classes: Sequence[str], file: Path) -> list[float]:
+    corners = [_text(tag, f"bndbox/{name}") for name in ("xmin", "ymin", "xmax", "ymax")]
+    x1, y1, x2, y2 = _numbers(corners, 4, f"xmin, ymin, xmax and ymax in {file}")
     label = classes.index(_text(tag, "name")) + 1
-    return [x1 - 1, y1 - 1, x2, y2, label, float(tag.findtext("difficult", "0"))]  # VOC counts pixels from 1
+    [difficult] = _numbers([tag.findtext("difficult", "0")], 1, f"a number as difficult in {file}")
+    return [x1 - 1, y1 - 1, x2, y2, label, difficult]  # VOC counts pixels from 1
 
 
 def _text(tag: ElementTree.Element, path: str) -> str:
-    text = tag.findtext(path)
+    text = tag.findtext(path, "").strip()
     if not text:
         raise KeyError(path)
     return text
+
+
+def _numbers(values: Any, count: int, expected: str) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"data: expected {expected}, got {values}")
+    return numbers
 
 
 def _coco(root: Path) -> tuple[tuple[str, ...], DetectionSplit, DetectionSplit]:
@@ -155,16 +197,24 @@ def _coco(root: Path) -> tuple[tuple[str, ...], DetectionSplit, DetectionSplit]:
                 f"data: expected an id for each image in {file}, got {len(rows):,} of {len(content['images']):,} images"
             )
         for entry in content["annotations"]:
-            (x, y, width, height), crowd = entry["bbox"], entry.get("iscrowd", 0)
+            box, crowd = entry["bbox"], entry.get("iscrowd", 0)
+            x, y, width, height = _numbers(box, 4, f"x, y, width and height as each bbox in {file}")
             if not (training and crowd):  # a box around a crowd is not an object
                 rows[entry["image_id"]].append([x, y, x + width, y + height, label_of[entry["category_id"]], crowd])
         splits.append(
             DetectionSplit(
-                [str(images / image["file_name"]) for image in content["images"]], list(map(_array, rows.values()))
+                [str(images / image["file_name"]) for image in content["images"]],
+                list(map(_array, rows.values())),
+                [_size(image) for image in content["images"]],
             )
         )
     train, test = splits
     return tuple(name for _, name in categories), train, test
+
+
+def _size(image: dict[str, Any]) -> tuple[int, int] | None:
+    width, height = image.get("width"), image.get("height")
+    return (width, height) if width and height else None
 
 
 def _array(rows: list[list[float]]) -> np.ndarray:

@@ -129,7 +129,8 @@ def load_segmentation(folder: str | Path) -> SegmentationData:
     Pixels of 255 are ignored.
 
     Raises:
-        ValueError: a folder of another layout, without images, or with an image without a mask.
+        ValueError: a folder of another layout, without images, with an image without a mask, or with test masks of one
+            class.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -155,7 +156,23 @@ def load_segmentation(folder: str | Path) -> SegmentationData:
         for path in (path for pair in found for path in pair if not Path(path).is_file()):
             raise ValueError(f"data: expected an image and a mask for each name, got no file {path}")
     train, test = (SegmentationSplit(found, classes, table) for found in pairs)
+    _check_two_classes(test)
     return SegmentationData(str(folder), layout, classes, train, test)
+
+
+def _check_two_classes(split: SegmentationSplit) -> None:
+    """Raise a ValueError if all labeled pixels are of one class, of which any model has an mIoU of 100."""
+    found: set[int] = set()
+    for _, path in split.files:
+        found.update(split.table[np.unique(read_mask(path))].tolist())
+        if len(found - {IGNORED}) > 1:
+            return
+    names = few([split.classes[label] for label in found if 0 <= label < IGNORED]) or "none"
+    folder = Path(split.files[0][1]).parent
+    raise ValueError(
+        f"data: expected test masks with pixels of two classes, got {names} in {folder}; pixels "
+        f"of {IGNORED} are ignored, so a mask of one object has 0 and 1"
+    )
 
 
 _Pairs = list[tuple[str, str]]  # paths of images and masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ from ..distributed import rank, world_size
 from ..encoders import restored_modes
 
 Detections = Mapping[str, Tensor]
+_SCORES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}
 
 
 def average_precision(detections: Sequence[Detections], targets: Sequence[Detections]) -> dict[str, float]:
-    """COCO's ``AP`` (mean over IoU thresholds 0.5 to 0.95), ``AP50`` and ``AP75`` in percent.
+    """COCO's ``AP`` (mean over IoU thresholds 0.5 to 0.95), ``AP50`` and ``AP75`` in percent; NaN if all objects of the
+    targets are ignored.
 
     Args:
         detections: of each image: ``boxes`` [n, 4] as x1, y1, x2, y2, ``scores`` and ``labels`` [n].
@@ -33,8 +36,9 @@ def average_precision(detections: Sequence[Detections], targets: Sequence[Detect
     metric = MeanAveragePrecision(backend="pycocotools", sync_on_compute=False)
     metric.warn_on_many_detections = False
     metric.update(list(detections), list(targets))
-    found = metric.compute()
-    return {name: 100 * found[key].item() for name, key in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))}
+    computed = metric.compute()
+    found = {name: computed[key].item() for name, key in _SCORES.items()}
+    return {name: 100 * value if value >= 0 else math.nan for name, value in found.items()}  # -1: undefined
 
 
 @torch.no_grad()

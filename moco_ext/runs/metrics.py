@@ -192,13 +192,19 @@ class RunLog:
         """Write a record: ``epoch`` (from 1; a fraction within an epoch), ``step``, and means since the last record.
 
         NaN and infinity, which JSON does not have, are written as null.
+
+        Raises:
+            OSError: ``metrics.jsonl`` cannot be written; the message names it.
         """
         if not self._enabled:
             return
         record = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in record.items()}
         self.records.append(record)
-        with open(self._path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # of a write, which names no file
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         step = self._step_of(record)
         values = {name: v for name, v in record.items() if name not in ("step", "epoch") and v is not None}
         self._loggers.log(step, _named("epoch", values))
@@ -222,7 +228,10 @@ class RunLog:
         return f"  eta {duration(seconds)} ({clock(time.time() + seconds)})"
 
     def _step_of(self, record: dict[str, Any]) -> int:
-        return record.get("step", round(record["epoch"] * self._per_epoch))
+        epoch = record["epoch"]
+        if isinstance(epoch, int):  # its number of steps may have changed since
+            return epoch * self._per_epoch
+        return record.get("step", round(epoch * self._per_epoch))
 
     def _position(self, step: int) -> str:
         if self._total % self._per_epoch:

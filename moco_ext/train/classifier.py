@@ -27,6 +27,7 @@ from ..runs.files import remove_temporaries, write_atomically
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
 from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, changed_settings, check_settings, setting
+from .parallel import images_per_process
 from .preemption import Interrupts
 
 M = TypeVar("M", bound=nn.Module)
@@ -224,7 +225,7 @@ def train_classifier(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not model.frozen:
         model = synchronize_batchnorm(model, device)
-    batch_size = config.batch_size // options.local_world
+    batch_size = images_per_process(config.batch_size, options)
     loader = SupervisedLoader(
         data,
         batch_size,
@@ -238,7 +239,7 @@ def train_classifier(
         crop_min=config.crop_min,
     )
     optimizer = _optimizer(model, config)
-    done, best = options.start_epoch, 0.0
+    done, best = options.start_epoch, -math.inf
     path, best_path = options.output / f"{name}.pth", options.output / f"{name}_best.pth"
     if options.resume is not None:
         checkpoint = restore(model, data, Path(options.resume), arch, optimizer)

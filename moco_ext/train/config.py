@@ -375,7 +375,18 @@ class PretrainConfig:
         )
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        return self.steps or self.epochs * steps_per_epoch
+        """Number of steps of the run.
+
+        Raises:
+            ValueError: all of them are warm-up.
+        """
+        total = self.steps or self.epochs * steps_per_epoch
+        if total <= self.warmup_epochs * steps_per_epoch:
+            raise ValueError(
+                f"warmup_epochs: expected less than the {total / steps_per_epoch:.4g} epochs of {total:,} steps, got "
+                f"{self.warmup_epochs}"
+            )
+        return total
 
     def learning_rate(self, step: int, steps_per_epoch: int, nodes: int = 1) -> float:
         """Learning rate of 0-based ``step``. Constant within an epoch, as published, unless training by steps or with

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..checkpoints.training import check_classes, check_finite, load_checkpoint, load_into, save_checkpoint
 from ..data.items import ItemData, training_items
 from ..data.seeds import hash_seeds
-from ..distributed import rank, world_size
+from ..distributed import all_reduce, rank, world_size
 from ..evaluate.features import averaged_batchnorm
 from ..runs.directory import exclusive
 from ..runs.files import remove_temporaries
@@ -24,7 +25,10 @@ from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
 from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, at_least, changed_settings, check_settings, setting
 from .classifier import synchronize_batchnorm
+from .parallel import images_per_process
 from .preemption import Preemption
+
+_NO_PROGRESS = {"loss": 0.0, "counted": 0, "seconds": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +92,8 @@ def train_iterations(
 ) -> list[dict[str, Any]]:
     """Train by SGD, in place, on one process or in a process group; all records, one an evaluation.
 
-    A record has epoch, step (iterations), lr, loss (mean since the last record), the scores of ``evaluate`` and
-    seconds. A checkpoint is written with each record, and every ``options.save_every`` iterations.
+    A record has epoch, step (iterations), lr, loss (mean over all processes since the last record), the scores of
+    ``evaluate`` and seconds. A checkpoint is written with each record, and every ``options.save_every`` iterations.
 
     Several processes synchronize BatchNorm as in :func:`moco_ext.train.classifier.train_classifier`.
 
@@ -107,7 +111,7 @@ def train_iterations(
         ValueError: too few images for one batch; no iterations are left; another process trains the same files.
     """
     device, world = options.device, world_size()
-    batch_size = config.batch_size // options.local_world
+    batch_size = images_per_process(config.batch_size, options)
 
     def batches(start: int, stop: int) -> Iterator[list[Any]]:
         """This rank's batches of the iterations ``start`` to ``stop - 1``."""
@@ -121,17 +125,23 @@ def train_iterations(
         {"params": [p for p in model.parameters() if p in norms], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, config.lr, config.momentum)
-    done = 0
+    done, progress = 0, _NO_PROGRESS
     if options.resume is not None:
         checkpoint = read(options.resume, data.classes)
         load_into(model, checkpoint, Path(options.resume), arch=f"{arch}-{head}", optimizer=optimizer)
-        done = checkpoint["iteration"]
+        done, progress = checkpoint["iteration"], _NO_PROGRESS | checkpoint["progress"]
         if rank() == 0 and (changed := changed_settings(checkpoint["config"], config)):
             options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
         del checkpoint  # as large as the model and its optimizer
     if done >= config.iterations:
         raise ValueError(
             f"iterations: expected more than the {done} already done, got {config.iterations}; see --evaluate"
+        )
+    if config.warmup >= config.iterations and rank() == 0:
+        warnings.warn(
+            f"warmup: all of the {config.iterations} iterations are in the warm-up of {config.warmup}, so the learning "
+            f"rate stays below {config.lr:g}; see --warmup",
+            stacklevel=3,
         )
     remaining = batches(done, config.iterations)
     replica: nn.Module = model
@@ -153,8 +163,9 @@ def train_iterations(
         ) as log,
         Preemption() as preemption,
     ):
-        started = time.perf_counter() - (log.records[-1]["seconds"] if log.records else 0.0)
-        total, counted, before = torch.zeros((), dtype=torch.float64, device=device), 0, time.perf_counter()
+        before = time.perf_counter()
+        started, counted = before - progress["seconds"], progress["counted"]
+        total = torch.tensor(progress["loss"], dtype=torch.float64, device=device)  # since the last record
         for iteration, batch in enumerate(remaining, done):
             wait = time.perf_counter() - before
             torch.manual_seed(int(hash_seeds(config.seed, iteration, rank())))  # the same choices after resuming
@@ -181,13 +192,15 @@ def train_iterations(
                         dist.broadcast(buffer, 0)
                 scores = evaluate(model, data.test, device=device, workers=options.workers)
                 epoch, seconds = step / per_epoch, time.perf_counter() - started
-                record = {"epoch": epoch, "step": step, "lr": lr, "loss": total.item() / counted, **scores}
+                mean_loss = all_reduce(total).item() / (world * counted)
+                record = {"epoch": epoch, "step": step, "lr": lr, "loss": mean_loss, **scores}
                 log.record(record | {"seconds": round(seconds, 3)})
                 total, counted = torch.zeros_like(total), 0
-            # After the evaluation, which several ranks finish together.
-            stopped = preemption.agreed(is_last or step % options.print_freq == 0)
+            # After the evaluation, which several ranks finish together. After the last one nothing is left to stop.
+            stopped = not is_last and preemption.agreed(step % options.print_freq == 0)
             if is_record or stopped or (options.save_every and step % options.save_every == 0):
                 check_finite(model, optimizer)
+                loss_so_far = all_reduce(total.clone()).item() / world
                 if rank() == 0:
                     save_checkpoint(
                         options.output / f"{name}.pth",
@@ -196,6 +209,7 @@ def train_iterations(
                         model=model,
                         optimizer=optimizer,
                         iteration=step,
+                        progress={"loss": loss_so_far, "counted": counted, "seconds": time.perf_counter() - started},
                         classes=list(data.classes),
                         config=dataclasses.asdict(config),
                         transform={"mean": list(mean), "std": list(std)},
@@ -208,13 +222,14 @@ def train_iterations(
 
 def read(path: str | Path, classes: Sequence[str]) -> dict[str, Any]:
     """A checkpoint of :func:`train_iterations`: that of :func:`moco_ext.checkpoints.training.load_checkpoint`, with
-    iteration (completed ones), config, transform and classes.
+    iteration (completed ones), config, transform, classes and progress (since the last record).
 
     Raises:
         ValueError: the checkpoint is damaged, or of another kind or other classes.
     """
-    checkpoint = load_checkpoint(path)
-    for entry, kind in {"iteration": int, "config": dict, "transform": dict, "classes": list}.items():
+    checkpoint = {"progress": {}} | load_checkpoint(path)  # older ones have none
+    kinds = {"iteration": int, "config": dict, "transform": dict, "classes": list, "progress": dict}
+    for entry, kind in kinds.items():
         if not isinstance(checkpoint.get(entry), kind):
             got = checkpoint.get(entry, "no")
             raise ValueError(f"resume: expected a checkpoint of detect or segment, got {got} {entry} in {path}")

@@ -1,8 +1,9 @@
-"""FSDP2: each process has a shard of the weights, of their gradients and of the optimizer's state."""
+"""What processes share: a batch and, with FSDP2, the weights, their gradients and the optimizer's state."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,19 @@ from .. import distributed
 from ..checkpoints.training import gathered
 from ..encoders import convert_sync_batchnorm
 from ..mechanism import Mechanism
+from ..runs.options import RunOptions
+
+
+def images_per_process(batch_size: int, options: RunOptions) -> int:
+    """What each process of a node takes of its batch; a warning if that is not all of it."""
+    share, rest = divmod(batch_size, options.local_world)
+    if rest and distributed.rank() == 0:
+        warnings.warn(
+            f"batch_size: {batch_size} does not divide by this node's {options.local_world} processes; each takes "
+            f"{share}",
+            stacklevel=5,
+        )
+    return share
 
 
 def shard_(model: Mechanism, device: torch.device, dtype: torch.dtype | None = None) -> None:

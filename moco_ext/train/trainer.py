@@ -39,7 +39,7 @@ from .diagnostics import Diagnostics
 from .initialize import describe, initialize_
 from .model import AUTOCAST, build_model
 from .optimizer import build_optimizer
-from .parallel import filled, hollow_copy, shard_
+from .parallel import filled, hollow_copy, images_per_process, shard_
 from .preemption import Preemption
 from .step import NonFiniteLoss, OptimizerStep
 from .teacher import attach_teacher
@@ -79,12 +79,7 @@ class Trainer:
         self.config, self.data, self.options = config, data, options
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.nodes = max(1, self.world // options.local_world)
-        if config.batch_size % options.local_world and self.rank == 0:
-            warnings.warn(
-                f"batch_size: {config.batch_size} does not divide by this node's {options.local_world} processes; "
-                f"each takes {config.batch_size // options.local_world}",
-                stacklevel=4,
-            )
+        batch_size = images_per_process(config.batch_size, options)
         cuda = options.device.type == "cuda"
         wanted = config.channels_last
         channels_last = wanted if wanted is not None else not cuda or config.precision != "fp32"
@@ -110,7 +105,7 @@ class Trainer:
         self.loader = TrainLoader(
             data,
             config.augmentation(data),
-            config.batch_size // options.local_world,
+            batch_size,
             accumulate=config.accumulate,
             seed=config.seed,
             rank=self.rank,
@@ -284,12 +279,14 @@ class Trainer:
         random = {"cpu": _of_all_ranks(torch.get_rng_state())}
         if self.options.device.type == "cuda":
             random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
+        averages = self.averages.state_dict()
+        averages["sums"] = _mean_over_ranks(averages["sums"], self.options.device)  # all ranks will resume from these
         trainer = {
             "step": self.step,
             "loader": self.loader.state_dict(),
             "scaler": self.optimizer_step.scaler.state_dict(),
             "random": random,
-            "averages": self.averages.state_dict(),
+            "averages": averages,
             "health_averages": self.health_averages.state_dict(),
             "seconds": [self.seconds, self.epoch_seconds, self.waited],
             "images": self.images,
@@ -378,6 +375,12 @@ class Trainer:
                 raise ValueError(f"{name}: expected a count, got {count}")
         self.step = trainer["step"]
         self.loader.load_state_dict(trainer["loader"])
+        epochs, steps = trainer["loader"]["epoch"], trainer["loader"]["step"]
+        if self.step != epochs * self.per_epoch + steps:
+            raise ValueError(
+                f"step: expected {epochs} epochs of this run's {self.per_epoch} steps and {steps} more, got "
+                f"{self.step}; drop_last and the number of processes decide whether an epoch's last images are a step"
+            )
         self.optimizer_step.scaler.load_state_dict(trainer["scaler"])
         self.averages.load_state_dict(trainer["averages"])
         self.health_averages.load_state_dict(trainer["health_averages"])
@@ -429,13 +432,13 @@ def _steps(batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], float]]:
         yield step, time.perf_counter() - started
 
 
-def _mean_over_ranks(means: dict[str, float], device: torch.device) -> dict[str, float]:
+def _mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """The mean over all ranks, which have processed equally many images."""
     world = distributed.world_size()
-    if world == 1:
-        return means
-    total = distributed.all_reduce(torch.tensor(list(means.values()), dtype=torch.float64, device=device))
-    return dict(zip(means, (total / world).tolist(), strict=True))
+    if world == 1 or not values:
+        return values
+    total = distributed.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, (total / world).tolist(), strict=True))
 
 
 def _of_all_ranks(state: torch.Tensor) -> list[torch.Tensor]:
