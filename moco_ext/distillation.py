@@ -113,8 +113,9 @@ class Distillation(Mechanism, KeyQueue):
     def update(self, keys: Tensor) -> None:
         """After the optimizer step: enqueue the teacher's features of the batch, equal on all ranks."""
         self._check_keys(keys)
-        self.enqueue(keys)  # first: it refuses what does not fit
+        self.check_batch(keys)
         super().update(keys)
+        self.enqueue(keys)
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda(): the teacher too
         if self.teacher is not None:

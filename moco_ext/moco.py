@@ -183,7 +183,7 @@ class MoCo(Mechanism, KeyQueue):
         Raises:
             ValueError: views that do not match, or are not floating-point; ``ids`` without ``same_id`` or vice versa.
         """
-        self._check_ids(ids)
+        self._check_same_id(ids)
         if self.queue_sharding and self.shards != distributed.world_size():
             raise RuntimeError(
                 f"queue_sharding: expected the {self.shards} processes that the model was made for, got "
@@ -263,7 +263,7 @@ class MoCo(Mechanism, KeyQueue):
 
     @torch.no_grad()
     def update(self, keys: Tensor, ids: Tensor | None = None) -> None:
-        """After the optimizer step: momentum update of the key encoder (Eq. 2), and enqueue the keys of the batch.
+        """After the optimizer step: momentum update of the key encoder (Eq. 2), then enqueue the keys of the batch.
 
         Args:
             keys: [B, dim] ``MoCoOutput.keys``, equal on all ranks.
@@ -275,8 +275,8 @@ class MoCo(Mechanism, KeyQueue):
                 versa. Nothing is changed.
         """
         self._check_keys(keys)
-        self._check_ids(ids)
-        self.enqueue(keys, ids)  # first: it refuses what does not fit
+        self._check_same_id(ids)
+        self.check_batch(keys, ids)
         super().update(keys)
         if self.key_encoder == "momentum":
             flatten = self.flatten_parameters
@@ -285,8 +285,9 @@ class MoCo(Mechanism, KeyQueue):
             pairs = zip(self.encoder_k.parameters(), self.encoder_q.parameters(), strict=True)
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
+        self.enqueue(keys, ids)
 
-    def _check_ids(self, ids: Tensor | None) -> None:
+    def _check_same_id(self, ids: Tensor | None) -> None:
         if (ids is None) != (self.same_id is None):
             raise ValueError(f"ids: expected {'a tensor' if self.same_id else 'none'} with same_id {self.same_id!r}")
 

@@ -105,13 +105,8 @@ class KeyQueue(nn.Module):
             ValueError: ids for a queue without them, ids of another shape, dtype or device, or keys that
                 :func:`moco_ext.enqueue_` refuses; nothing is written.
         """
+        self._check_ids(keys, ids)
         B = len(keys)
-        if ids is not None and self.queue_ids is None:
-            raise ValueError("ids: expected none for a queue made without ids, got a tensor")
-        if ids is not None and (ids.shape != (B,) or ids.dtype != torch.long):
-            raise ValueError(f"ids: expected int64 [{B}], one id per key, got {ids.dtype} {list(ids.shape)}")
-        if ids is not None:
-            check_devices(queue=self.queue, ids=ids)
         start = None if self.queue_ids is None else self.queue_ptr.clone()
         enqueue_(self.queue, self.queue_ptr, keys, normalize=normalize, row_offset=self.row_offset, K=self.K)
         if start is not None and self.queue_ids is not None:
@@ -123,6 +118,20 @@ class KeyQueue(nn.Module):
             self.queue_writes += 1
         if self.queue_valid is not None:
             self.queue_valid.add_(B).clamp_(max=self.K)
+
+    def check_batch(self, keys: Tensor, ids: Tensor | None = None) -> None:
+        """Raise the error that :meth:`enqueue` would raise for these arguments. Nothing is written."""
+        self._check_ids(keys, ids)
+        enqueue_(self.queue, self.queue_ptr, keys[:0], row_offset=self.row_offset, K=self.K)
+
+    def _check_ids(self, keys: Tensor, ids: Tensor | None) -> None:
+        if ids is None:
+            return
+        if self.queue_ids is None:
+            raise ValueError("ids: expected none for a queue made without ids, got a tensor")
+        if ids.shape != keys.shape[:1] or ids.dtype != torch.long:
+            raise ValueError(f"ids: expected int64 [{len(keys)}], one id per key, got {ids.dtype} {list(ids.shape)}")
+        check_devices(queue=self.queue, ids=ids)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
