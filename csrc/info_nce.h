@@ -90,6 +90,7 @@ inline void check_num_valid(int64_t num_valid, int64_t queue_size) {
 
 inline void check_num_valid(const std::optional<Tensor>& tensor, std::optional<int64_t> number, int64_t queue_size,
                             const Tensor& on) {
+  check(!tensor || !number, "num_valid: expected a tensor or a number, got both");
   if (tensor) {
     check_integers(*tensor, "num_valid");
     check(tensor->numel() == 1 && tensor->dim() <= 1, "num_valid: expected one number, got shape ",

@@ -587,10 +587,12 @@ def test_precision_is_traced_and_guarded():
             with cuda_autocast(autocast):
                 assert current_terms(True) == terms
                 assert compiled(torch.zeros(1)).item() == terms
-        matmul.fp32_precision = "ieee"
-        assert current_terms(True) == 3
-        matmul.fp32_precision = "tf32"
-        assert current_terms(True) == 2
+        for precision, terms in (("ieee", 3), ("tf32", 2), ("ieee", 3)):
+            matmul.fp32_precision = precision
+            assert current_terms(True) == terms
+            assert compiled(torch.zeros(1)).item() == terms
+            torch.compiler.reset()  # or it would find the code that it traced for the old switch
+            assert compiled(torch.zeros(1)).item() == terms
     finally:
         matmul.fp32_precision = before
 

@@ -294,6 +294,23 @@ def test_the_forward_operator_wants_ids_of_the_queue_for_the_only_candidates():
         torch.ops.moco_ext.info_nce_forward.default(*arguments)
 
 
+def test_the_operators_take_one_number_of_valid_keys():
+    """A tensor was not compared with the number, which CUDA would have read up to."""
+    query, key, queue = problem(4, 30, 8, torch.device("cpu"))
+    tensor, number = torch.tensor(20), 1_000_000
+    arguments = Arguments(
+        query, key, queue, None, 0.2, True, 0, False, False, False, 3, False, 0, tensor, number, 0.0, None, None, 0,
+        None, None, 0,
+    )  # fmt: skip
+    for call in (
+        lambda: torch.ops.moco_ext.info_nce_forward.default(*arguments),
+        lambda: torch.ops.moco_ext.info_nce_forward_outputs.default(*arguments),
+        lambda: torch.ops.moco_ext.nearest_keys.default(query, queue, 1, True, tensor, number),
+    ):
+        with pytest.raises(ValueError, match="num_valid: expected a tensor or a number, got both"):
+            call()
+
+
 def test_the_backward_operator_checks_for_itself():
     query, key, _ = problem(4, 30, 8, torch.device("cpu"))
     good = [query, key, None, 0.2, True, 3, 0, None, False, None, torch.zeros(4), torch.zeros(4, 3), torch.zeros(4)]

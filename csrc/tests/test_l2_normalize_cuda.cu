@@ -61,6 +61,11 @@ void test_norms(Random& random) {
       run(x, 3, cols, 1e-12f, true, 0, 0);
       run(x, 3, cols, 0.5f, true, 0, 0);
     }
+    for (const double scale : {0.0, 1e-34, 1e-30, 1e-22, 1e-19, 1e-13, 1.0}) {  // eps below the norms
+      const auto x = check::normal<float>(random, static_cast<size_t>(3 * cols), scale);
+      run(x, 3, cols, 0.0f, true, 0, 0);
+      run(x, 3, cols, 1e-37f, true, 0, 0);
+    }
   }
   auto x = check::normal<float>(random, 3 * 128);
   x[130] = NAN;

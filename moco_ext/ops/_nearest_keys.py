@@ -78,6 +78,8 @@ def nearest_keys_in_pieces(
         raise ValueError(f"k: expected 1 to {K} keys of the queue, got {k}")
     if query.dim() != 2 or queue.dim() != 2 or query.shape[1] != queue.shape[1]:
         raise ValueError(f"query: expected [N, C] for a queue [K, C], got {list(query.shape)} and {list(queue.shape)}")
+    if num_valid is not None and num_valid_tensor is not None:
+        raise ValueError("num_valid: expected a tensor or a number, got both")
     if num_valid is not None and not 0 <= num_valid <= K:
         raise ValueError(f"num_valid: expected 0 to {K} keys of the queue, got {num_valid}")
     for name, x in (("query", query), ("queue", queue)):

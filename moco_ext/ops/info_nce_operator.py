@@ -13,10 +13,9 @@ SAME_IDS = {"mask": 0, "positive": 1, "only": 2}
 OWN_KEYS = {"positive": 0, "decoupled": 1, "excluded": 2}
 
 
+@torch.compiler.assume_constant_result  # torch.compile guards on it, but cannot trace it
 def _allow_tf32() -> bool:
-    if torch.compiler.is_compiling():
-        return torch.backends.cuda.matmul.allow_tf32  # the form that torch.compile traces, and guards on
-    # Sees both of torch's switches, old and new; the old one raises where they have been mixed.
+    # Sees both of torch's switches, old and new; the old one raises where the new one has been set.
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 

@@ -21,7 +21,7 @@ __global__ __launch_bounds__(kThreads,
   if (index >= rows) return;  // the whole team
   const int member = static_cast<int>(threadIdx.x) % team;
   const TeamRow<width, fits, team, T> row(x + index * cols, cols, member);
-  const float divisor = row.norm(eps);
+  const float divisor = row.template norm<true>(eps);
   row.store(out + index * cols, 1.0f / divisor);
   if (norm != nullptr && member == 0) norm[index] = divisor;
 }

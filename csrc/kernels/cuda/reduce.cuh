@@ -158,12 +158,14 @@ class TeamRow {
   }
 
   // max(||row||, eps); NaN if the row contains one. Correct for norms up to the largest float, although their squares
-  // overflow.
+  // overflow, and with kTiny also for norms down to the smallest normal one. Without it, eps must be at least 1e-12.
+  template <bool kTiny = false>
   __device__ __forceinline__ float norm(float eps) const {
     float norm = sqrtf(team_sum<team>(sum_of_squares(1.0f)));
-    if (isinf(norm)) {
-      constexpr float kDown = 0x1p-80f, kUp = 0x1p80f;  // squares neither overflow nor underflow
-      norm = sqrtf(team_sum<team>(sum_of_squares(kDown))) * kUp;
+    const bool tiny = kTiny && norm < 0x1p-40f && eps < 0x1p-40f;
+    if (isinf(norm) || tiny) {
+      const float scale = tiny ? 0x1p100f : 0x1p-80f;  // squares neither overflow nor underflow
+      norm = sqrtf(team_sum<team>(sum_of_squares(scale))) / scale;
     }
     return norm < eps ? eps : norm;
   }
