@@ -159,7 +159,6 @@ std::tuple<Tensor, Tensor> nearest_keys(const Tensor& query, const Tensor& queue
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize, int64_t row_offset,
               std::optional<int64_t> K) {
   check_enqueue(queue, queue_ptr, keys, row_offset, K);
-  if (keys.size(0) == 0) return;
   const Tensor rows = keys_to_write(queue, queue_ptr, keys);
   dispatch(rows, queue, [&]<typename Key, typename Queue>() {
     cpu::enqueue(host(), data<Queue>(queue), data<int64_t>(queue_ptr), const_data<Key>(rows), K.value_or(queue.size(0)),

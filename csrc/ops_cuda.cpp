@@ -142,7 +142,6 @@ Tensor info_nce_keys(const InfoNceArguments& a, const Tensor& lse, const Tensor&
 void enqueue_(const Tensor& queue, const Tensor& queue_ptr, const Tensor& keys, bool normalize, int64_t row_offset,
               std::optional<int64_t> K) {
   check_enqueue(queue, queue_ptr, keys, row_offset, K);
-  if (keys.size(0) == 0) return;
   const Launch launch(queue);
   const Tensor rows = keys_to_write(queue, queue_ptr, keys);
   dispatch(rows, [&]<typename Key>() {

@@ -122,7 +122,8 @@ class KeyQueue(nn.Module):
     def check_batch(self, keys: Tensor, ids: Tensor | None = None) -> None:
         """Raise the error that :meth:`enqueue` would raise for these arguments. Nothing is written."""
         self._check_ids(keys, ids)
-        enqueue_(self.queue, self.queue_ptr, keys[:0], row_offset=self.row_offset, K=self.K)
+        if not torch.compiler.is_compiling():  # a traced function cannot look
+            torch.ops.moco_ext.check_enqueue(self.queue, self.queue_ptr, keys, False, self.row_offset, self.K)
 
     def _check_ids(self, keys: Tensor, ids: Tensor | None) -> None:
         if ids is None:
