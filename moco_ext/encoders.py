@@ -28,6 +28,7 @@ _RESNETS = {
 # Names of the layers after pooling in torchvision's and timm's classifiers.
 HEADS = ("fc", "classifier", "heads", "head")
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype by name of the precision; "fp32": none
 # By default these two return extra outputs in training mode.
 _NO_AUXILIARY = {name: {"aux_logits": False, "init_weights": True} for name in ("googlenet", "inception_v3")}
 
@@ -110,6 +111,17 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     except ModuleNotFoundError:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm
     return convert(module)
+
+
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """Autocast of matrix products and convolutions to "bf16" or "fp16"; with "fp32", none.
+
+    Raises:
+        ValueError: another precision.
+    """
+    if precision != "fp32" and precision not in AUTOCAST:
+        raise ValueError(f"precision: expected one of fp32, {', '.join(AUTOCAST)}, got {precision!r}")
+    return torch.autocast(torch.device(device).type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
 
 
 @contextlib.contextmanager

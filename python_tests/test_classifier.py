@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -197,8 +198,11 @@ def test_sgd_finds_about_what_lbfgs_solves(tmp_path):
     assert records[-1]["val_acc1"] == pytest.approx(solved, abs=4)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("frozen", "protocol"), [(True, LINEAR), (False, FINETUNE)], ids=["linear", "finetune"])
-def test_resuming_changes_nothing(digits, tmp_path, frozen, protocol):
+def test_resuming_changes_nothing(digits, tmp_path, frozen, protocol, precision):
+    protocol = dataclasses.replace(protocol, precision=precision)
+
     def fresh():
         torch.manual_seed(1)
         return Classifier(encoder_of(digits), 10, 8, frozen=frozen)
@@ -210,10 +214,23 @@ def test_resuming_changes_nothing(digits, tmp_path, frozen, protocol):
     resumed = options_in(tmp_path / "parts", resume=tmp_path / "parts" / "linear.pth")
     records = train_classifier(second, digits, protocol, resumed, name="linear", arch=ARCH)
     assert [record["epoch"] for record in records] == [1, 2]
+    assert ("scaler" in torch.load(tmp_path / "parts" / "linear.pth")) == (precision == "fp16")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
     with pytest.raises(ValueError, match="epochs: expected more than the 2 already done, got 2"):
         train_classifier(second, digits, protocol, resumed, name="linear", arch=ARCH)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_encoder_runs_in_16_bits_and_the_head_in_32(digits, tmp_path, frozen):
+    seen = {}
+    model = Classifier(encoder_of(digits), 10, 8, frozen=frozen)
+    model.backbone.register_forward_hook(lambda module, args, features: seen.update(backbone=features.dtype))
+    model.fc.register_forward_hook(lambda module, args, logits: seen.update(head=logits.dtype))
+    config = dataclasses.replace(LINEAR if frozen else FINETUNE, epochs=1, precision="bf16")
+    (record,) = train_classifier(model, digits, config, options_in(tmp_path), name="linear", arch=ARCH)
+    assert seen == {"backbone": torch.bfloat16, "head": torch.float32}
+    assert math.isfinite(record["val_loss"])
 
 
 def test_resuming_with_larger_batches_keeps_the_records(digits, tmp_path):

@@ -179,6 +179,19 @@ def test_built_in_data_has_rows_in_place_of_paths(tmp_path):
     torch.testing.assert_close(rows_of(tmp_path / "f.parquet", 1000), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_encoder_in_16_bits(run, photos, tmp_path):
+    exact, rounded = (tmp_path / f"{name}.npy" for name in ("exact", "rounded"))
+    embed(run, photos, exact)
+    embed(run, photos, rounded, precision="bf16")
+    a, b = np.load(exact), np.load(rounded)
+    assert b.dtype == np.float32
+    assert 0 < np.abs(a - b).max() < 0.02 * np.abs(a).max()
+    assert FeatureFile(rounded).metadata["precision"] == "bf16"
+    with pytest.raises(ValueError, match=r"^precision: expected one of fp32, bf16, fp16, got 'bfloat16'"):
+        embed(run, photos, tmp_path / "f.npy", precision="bfloat16")
+    assert not (tmp_path / "f.npy").exists()
+
+
 def test_a_replaced_file_forgets_the_unreadable_ones(run, photos, tmp_path):
     embed(run, photos, tmp_path / "f.npy")
     write_photos(tmp_path / "fine", 2)

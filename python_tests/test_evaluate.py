@@ -1,5 +1,6 @@
 """Weighted kNN, the linear classifier, their features, and the scores of several representations."""
 
+import copy
 import dataclasses
 import io
 import math
@@ -148,6 +149,23 @@ def test_encoder_features_are_pooled_eval_mode_features_and_leave_no_trace():
     torch.testing.assert_close(encoder.fc(features), encoder(images).detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_features_under_autocast_are_nearly_those_in_float32(precision):
+    digits = few_digits()
+    encoder = encoders.resolve("resnet8-small")(num_classes=16)
+    exact, rounded = (encoder_features(encoder, digits, digits.test, precision=p) for p in ("fp32", precision))
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0, atol=0.02 * exact.abs().max().item())
+    estimated = copy.deepcopy(encoder)
+    estimate_batchnorm_(estimated, digits, digits.train, precision=precision)
+    estimate_batchnorm_(encoder, digits, digits.train)
+    assert not torch.equal(estimated.bn1.running_var, encoder.bn1.running_var)
+    torch.testing.assert_close(estimated.bn1.running_var, encoder.bn1.running_var, rtol=0.02, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^precision: expected one of fp32, bf16, fp16, got 'half'"):
+        encoder_features(encoder, digits, digits.test, precision="half")
+
+
 def test_raw_digits_are_easy():
     digits = mdata.load("digits")
     train, test = pixel_features(digits, digits.train), pixel_features(digits, digits.test)
@@ -229,7 +247,7 @@ def test_few_labels_per_class(tmp_path):
 def test_representations_are_computed_one_at_a_time(tmp_path, monkeypatch):
     """So that the features of two large sets of images need not fit in memory together."""
     asked = []
-    monkeypatch.setattr("moco_ext.evaluate.scores.split_features", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr("moco_ext.evaluate.scores.split_features", lambda *arguments, **_: asked.append(arguments[-1]))
     found = representations(few_digits(), run_in(tmp_path), trained=nn.Identity())
     for name in ("pixels", "trained"):
         assert next(found)[0] == name == asked[-1]

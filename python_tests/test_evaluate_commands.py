@@ -73,6 +73,29 @@ def test_images_are_normalized_as_in_training(run, tmp_path, own, capsys):
     assert found != answer(capsys, "knn", run, "--threads", 1, "--output", tmp_path)["knn_top1"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [("knn",), ("linear",), ("linear", "--solver", "sgd", "--epochs", 1)],
+    ids=lambda words: " ".join(map(str, words)),
+)
+def test_the_precision_of_the_encoder(run, tmp_path, command, capsys, monkeypatch):
+    """It does not choose the solver."""
+    seen = set()
+    autocast = encoders.autocast
+
+    def noted(device, precision):
+        seen.add(precision)
+        return autocast(device, precision)
+
+    for module in ("moco_ext.evaluate.features", "moco_ext.train.classifier"):
+        monkeypatch.setattr(f"{module}.autocast", noted)
+    name, *flags = command
+    found = answer(capsys, name, run, *flags, "--precision", "bf16", "--threads", 1, "--output", tmp_path)
+    assert found["precision"] == "bf16"
+    assert found.get("solver") == {"knn": None, "linear": "sgd" if flags else "lbfgs"}[name]
+    assert seen == {"bf16"}
+
+
 def test_timms_weights_by_name(tmp_path, monkeypatch, capsys):
     """A config.json in the working directory is not theirs."""
     timm = pytest.importorskip("timm")

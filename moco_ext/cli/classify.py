@@ -84,6 +84,7 @@ def train(
         epoch, trained = checkpoint["epoch"], checkpoint["config"]
         if frozen is not None:
             check_unchanged(model.backbone, frozen)
+        model.precision = config.precision
         scores = evaluate(model.to(options.device), data, device=options.device, workers=options.workers)
         report_unreadable(options, data.unreadable)
         if rank() == 0:

@@ -31,6 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--head", action="store_true", help="keep the projection head")
     add("--normalize", action="store_true", help="scale each row to unit length")
     add("--dtype", default="float32", metavar="DTYPE", help=f"{' or '.join(DTYPES)} (default: float32)")
+    add("--precision", default="fp32", metavar="{fp32,bf16,fp16}", help="autocast of the encoder (default: fp32)")
     add("-b", "--batch-size", type=int, default=256, metavar="N", help="images per process and pass (default: 256)")
     add("--image-size", type=int, metavar="N", help="side of the images in pixels (default: that of the training)")
     add("--overwrite", action="store_true", help="replace an existing file")
@@ -69,6 +70,7 @@ def _work(args: argparse.Namespace, options: RunOptions) -> int:
         batch_size=args.batch_size,
         device=options.device,
         workers=options.workers,
+        precision=args.precision,
         overwrite=args.overwrite,
         console=options.console,
     )

@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t", "--temperature", type=float, default=0.07, metavar="T", help="temperature of the votes (default: 0.07)"
     )
-    subset = settings(ClassifierConfig, "labels_per_class", "seed")
+    subset = settings(ClassifierConfig, "labels_per_class", "precision", "seed")
     add_settings(parser, subset | {"seed": subset["seed"]._replace(help="seed of the labeled subset")})
 
 
@@ -37,14 +37,16 @@ def run(args: argparse.Namespace) -> int:
 def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
     encoder, _, data = load_inputs(inputs, args)
     k = inputs.config.get("knn_k", 200) if args.knn_k is None else args.knn_k
-    voting: dict[str, Any] = {"k": k, "temperature": args.temperature} | given(args, ClassifierConfig)
+    flags = given(args, ClassifierConfig)
+    precision = flags.pop("precision", "fp32")
+    voting: dict[str, Any] = {"k": k, "temperature": args.temperature} | flags
     scores = {
         name: percent(knn_score(data, rows, **voting, device=options.device, sharded=True))
-        for name, rows in representations(data, options, trained=encoder)
+        for name, rows in representations(data, options, trained=encoder, precision=precision)
     }
     report_unreadable(options, data.unreadable)
     if rank() == 0:
-        result = {"data": inputs.data, **voting, "knn_top1": scores}
+        result = {"data": inputs.data, "precision": precision, **voting, "knn_top1": scores}
         write_result(options.output, "knn", result)
         rows = [("raw pixels", scores["pixels"]), ("encoder", scores["trained"])]
         show(result, f"{data.name}: kNN top-1, %", ("features", "kNN"), rows, as_json=args.json)

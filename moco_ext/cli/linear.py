@@ -57,7 +57,7 @@ def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
 
 
 def _solver(args: argparse.Namespace, data: ImageData) -> str:
-    shared = _SUBSET if hasattr(args, "labels_per_class") else ()
+    shared = ("precision", *(_SUBSET if hasattr(args, "labels_per_class") else ()))
     of_sgd = [f"--{name.replace('_', '-')}" for name in _SETTINGS if hasattr(args, name) and name not in shared]
     of_sgd += ["--evaluate"] if args.evaluate else []
     small = isinstance(data.train, TensorSplit)
@@ -73,11 +73,13 @@ def _solve(
 ) -> int:
     C = 1.0 if args.C is None else args.C
     subset = given(args, ClassifierConfig)
-    features = all_features(data, options, trained=encoder)
+    precision = subset.pop("precision", "fp32")
+    features = all_features(data, options, trained=encoder, precision=precision)
     report_unreadable(options, data.unreadable)
     if rank() == 0:  # the problem has one solution: the other ranks need not find it too
         scores = {name: percent(linear_score(data, rows, C=C, **subset)) for name, rows in features.items()}
-        result = {"data": inputs.data, "arch": arch, "solver": "lbfgs", "C": C, **subset, "linear_top1": scores}
+        result = {"data": inputs.data, "arch": arch, "solver": "lbfgs", "precision": precision, "C": C, **subset}
+        result |= {"linear_top1": scores}
         write_result(options.output, "linear", result)
         rows = [("raw pixels", scores["pixels"]), ("encoder", scores["trained"])]
         show(result, f"{data.name}: linear top-1, %", ("features", "linear"), rows, as_json=args.json)

@@ -23,7 +23,7 @@ from ..data import EvalTransform, FolderSplit, ImageData, Normalize, TensorSplit
 from ..data.urls import is_url
 from ..data.workers import leave_signals_to_parent, sigterm_held
 from ..distributed import rank, wait_for_all, world_size
-from ..encoders import restored_modes
+from ..encoders import autocast, restored_modes
 from ..runs.console import ImageProgress
 from ..runs.files import remove_temporaries, write_atomically
 from .encoder import Encoder, load_encoder
@@ -55,6 +55,7 @@ def embed(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    precision: str = "fp32",
     data_root: str | Path = "data",
     overwrite: bool = False,
     console: Console | None = None,
@@ -75,7 +76,8 @@ def embed(
             paths in ``OUTPUT.json``; ``.npz`` with arrays ``features``, ``paths``, ``labels``; or ``.safetensors`` with
             a tensor ``features`` and UTF-8 JSON in the tensors ``paths`` and ``labels``.
         normalize: divide each row by its L2 norm.
-        dtype: ``"float32"`` or ``"float16"``.
+        dtype: of the file, ``"float32"`` or ``"float16"``.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``: the encoder runs under autocast.
         overwrite: replace an existing output.
         console: where progress is shown; None: nowhere.
 
@@ -88,6 +90,7 @@ def embed(
     check_output(output)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    autocast(device, precision)  # raises for an unknown precision
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if output.exists() and not overwrite:
@@ -122,6 +125,7 @@ def embed(
                 batch_size=batch_size,
                 device=torch.device(device),
                 workers=workers,
+                precision=precision,
             )
         parts: list[Any] = [(shard, kept, unreadable, dim)]
         if world_size() > 1:
@@ -140,6 +144,7 @@ def embed(
                 "arch": encoder.arch,
                 "fingerprint": encoder.fingerprint(),
                 "head": encoder.head,
+                "precision": precision,
                 "normalized": normalize,
                 "transform": encoder.transform.as_dict(),
                 "data": data.name,
@@ -229,6 +234,7 @@ def encoded_batches(
     batch_size: int,
     device: torch.device,
     workers: int,
+    precision: str = "fp32",
 ) -> Iterator[tuple[list[int], Tensor | None, list[int]]]:
     """The rows of ``images`` in order: those that could be read, their features float32 [n, D], and the others."""
     normalize = Normalize(encoder.transform, device)
@@ -250,8 +256,9 @@ def encoded_batches(
         for kept, views, unreadable in loader:
             features = None
             if views is not None:
-                inputs = normalize(views.to(device, non_blocking=True))
-                features = encoder(to_device(inputs, device)).float()
+                inputs = to_device(normalize(views.to(device, non_blocking=True)), device)
+                with autocast(device, precision):
+                    features = encoder(inputs).float()
             yield kept, features, unreadable
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import ImageData, Split, TensorSplit, eval_batches
 from ..data.images import check_readable
 from ..distributed import all_gather, rank, world_size
-from ..encoders import backbone, restored_modes
+from ..encoders import autocast, backbone, restored_modes
 
 _GATHERED_ROWS = 8192  # per rank and collective: 64 MB of 2048 features
 
@@ -27,6 +27,7 @@ def encoder_features(
     batch_size: int = 512,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    precision: str = "fp32",
     advance: Callable[[int], object] = lambda images: None,
 ) -> Tensor:
     """Pooled features under the head of the images without augmentation, float32 [N, D] on the CPU.
@@ -37,6 +38,9 @@ def encoder_features(
     The row of an image that cannot be decoded is NaN (see :func:`is_missing`), and its path is in ``data.unreadable``.
     NaN that the encoder computes becomes infinity. ``advance`` is called with the number of images of each batch.
 
+    Args:
+        precision: "fp32", "bf16" or "fp16": the encoder runs under autocast.
+
     Raises:
         UnreadableImageError: more than half of the images, on all ranks.
     """
@@ -44,7 +48,8 @@ def encoder_features(
         model = backbone(encoder.eval())
 
         def features(images: Tensor) -> Tensor:
-            rows = model(to_device(images, device)).flatten(1).float().cpu()
+            with autocast(device, precision):
+                rows = model(to_device(images, device)).flatten(1).float().cpu()
             return rows.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=-math.inf)
 
         return _all_rows(features, data, split, batch_size, workers, advance, device)
@@ -132,12 +137,13 @@ def estimate_batchnorm_(
     batch_size: int = 512,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    precision: str = "fp32",
 ) -> None:
     """Set the running statistics of BatchNorm to averages over the images without augmentation, in place.
 
     This makes an encoder with random weights a fair baseline: its initial statistics fit no data.
     """
-    with averaged_batchnorm(encoder):
+    with averaged_batchnorm(encoder), autocast(device, precision):
         model = backbone(encoder)
         for images, _ in eval_batches(data, split, batch_size, workers):
             if len(images) > 1:  # one image has no variance

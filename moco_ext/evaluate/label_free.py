@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..data import Augmentation, ImageData, Split, TensorSplit, TrainLoader
-from ..encoders import backbone, restored_modes
+from ..encoders import autocast, backbone, restored_modes
 from .features import take, to_device
 
 SAMPLE = 2048  # images: [SAMPLE, SAMPLE] similarities
@@ -36,6 +36,7 @@ def label_free_scores(
     *,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    precision: str = "fp32",
 ) -> dict[str, float]:
     """Scores of the pooled features of two views of up to 2,048 images of :func:`scored_split`.
 
@@ -46,7 +47,8 @@ def label_free_scores(
     - ``rankme``: effective rank of the features (Garrido et al., arXiv 2210.02885): from 1 to min(N, D).
     - ``images``: their number, without unreadable ones.
 
-    The encoder runs in eval mode; the mode of every layer is restored. The views are the same in every call.
+    The encoder runs in eval mode and in ``precision``, as in :func:`encoder_features`; the mode of every layer is
+    restored. The views are the same in every call.
     """
     split = scored_split(data)
     # float32 would round the position of the last of more than 2^24 images up.
@@ -58,7 +60,8 @@ def label_free_scores(
     with restored_modes(encoder):
         model = backbone(encoder.eval())
         for batch in loader.epoch(0):
-            one, other = (model(to_device(images, device)).flatten(1).float().cpu() for images in batch[:2])
+            with autocast(device, precision):
+                one, other = (model(to_device(images, device)).flatten(1).float().cpu() for images in batch[:2])
             views.append((one, other))
             index += batch.index.tolist()
     raw, other = (torch.cat(part).double() for part in zip(*views, strict=True))

@@ -23,7 +23,14 @@ LABELS = {"pixels": "raw pixels", "untrained": "untrained encoder", "trained": "
 _FEW, _SUBSETS = 10, 5  # labels per class, and how many such subsets are averaged
 
 
-def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | None, name: str = "encoder") -> Rows:
+def split_features(
+    data: ImageData,
+    options: RunOptions,
+    encoder: nn.Module | None,
+    name: str = "encoder",
+    *,
+    precision: str = "fp32",
+) -> Rows:
     """Features of both splits: of an encoder, or the raw pixels if it is None. Without a test split, those of the
     training split take its place.
 
@@ -31,6 +38,7 @@ def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | No
 
     Args:
         name: what error messages call the representation.
+        precision: of the encoder, as for :func:`encoder_features`.
 
     Raises:
         FloatingPointError: features are not finite, as training has diverged.
@@ -40,10 +48,11 @@ def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | No
 
     def features(split: Split) -> Tensor:
         with ImageProgress(console, -(-len(split) // world_size()), f"{label}: ", bar=False) as progress:
-            workers, advance, device = options.workers, progress.advance, options.device
+            loading: dict[str, Any] = {"workers": options.workers, "advance": progress.advance}
             if encoder is None:
-                return pixel_features(data, split, workers=workers, advance=advance)
-            return encoder_features(encoder.to(device), data, split, device=device, workers=workers, advance=advance)
+                return pixel_features(data, split, **loading)
+            device = options.device
+            return encoder_features(encoder.to(device), data, split, device=device, precision=precision, **loading)
 
     train = features(data.train)
     test = train if data.test is None else features(data.test)
@@ -54,26 +63,33 @@ def split_features(data: ImageData, options: RunOptions, encoder: nn.Module | No
 
 
 def representations(
-    data: ImageData, options: RunOptions, *, untrained: nn.Module | None = None, **encoders: nn.Module
+    data: ImageData,
+    options: RunOptions,
+    *,
+    untrained: nn.Module | None = None,
+    precision: str = "fp32",
+    **encoders: nn.Module,
 ) -> Iterator[tuple[str, Rows]]:
     """Names and :func:`split_features` of the pixels and each encoder, one at a time to save memory.
 
     Args:
         untrained: encoder at its random start. Its BatchNorm statistics fit no data, so they are first set to those of
             the training images, in place.
+        precision: of the encoders, as for :func:`encoder_features`.
     """
     yield "pixels", split_features(data, options, None, "pixels")
     if untrained is not None:
         untrained.to(options.device)
-        estimate_batchnorm_(untrained, data, data.train, device=options.device, workers=options.workers)
+        device, workers = options.device, options.workers
+        estimate_batchnorm_(untrained, data, data.train, device=device, workers=workers, precision=precision)
         encoders = {"untrained": untrained} | encoders
     for name, encoder in encoders.items():
-        yield name, split_features(data, options, encoder, name)
+        yield name, split_features(data, options, encoder, name, precision=precision)
 
 
-def all_features(data: ImageData, options: RunOptions, **encoders: nn.Module) -> Features:
+def all_features(data: ImageData, options: RunOptions, **arguments: Any) -> Features:
     """All :func:`representations`, with the same arguments, at once."""
-    return dict(representations(data, options, **encoders))
+    return dict(representations(data, options, **arguments))
 
 
 def knn_score(

@@ -271,7 +271,7 @@ def _evaluate_baselines(config: PretrainConfig, data: ImageData, options: RunOpt
     encoders = {"untrained": build_model(config, len(data.train), data.size).encoder_q}
     if config.teacher is not None and not paths["teacher"].is_file():
         encoders["teacher"] = load_teacher(config.teacher, data)[0].eval()
-    for key, rows in representations(data, options, **encoders):
+    for key, rows in representations(data, options, precision=config.precision, **encoders):
         if paths[key].is_file():
             continue
         result = {"name": names[key], "status": "untrained", "made_with": environment(options.device)}

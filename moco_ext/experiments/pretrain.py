@@ -66,7 +66,7 @@ def _pretrain_and_evaluate(
         if len(data.train) > _EVALUATED:
             reason = f"{data.name} has more than {_EVALUATED:,} images"
         else:
-            features = all_features(data, options, untrained=untrained, trained=trained)
+            features = all_features(data, options, untrained=untrained, trained=trained, precision=config.precision)
         report_unreadable(options, data.unreadable)
         if first and not reason:
             summary |= top1(data, features, config.knn_k) | {"test_images": len(data.splits[1])}
@@ -106,6 +106,7 @@ def _label_free(
             config.augmentation(data),
             device=options.device,
             workers=options.workers,
+            precision=config.precision,
         )
         for name, encoder in encoders.items()
     }

@@ -20,13 +20,23 @@ from ..data import EvalTransform, ImageData, SupervisedLoader, eval_batches
 from ..data.images import check_readable
 from ..data.seeds import hash_seeds
 from ..distributed import all_reduce, rank, unite, world_size
-from ..encoders import backbone
+from ..encoders import AUTOCAST, autocast, backbone
 from ..evaluate.features import rank_share, to_device
 from ..runs.directory import exclusive
 from ..runs.files import remove_temporaries, write_atomically
 from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
-from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, at_least, changed_settings, check_settings, setting
+from ..runs.settings import (
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    at_least,
+    changed_settings,
+    check_settings,
+    one_of,
+    setting,
+)
 from .parallel import images_per_process
 from .preemption import Interrupts
 
@@ -45,6 +55,7 @@ class ClassifierConfig:
         fraction: share of each class's training labels that is used.
         labels_per_class: number of each class's training labels that is used, instead of ``fraction``.
         crop_min: smallest share of a training image's area that a view shows.
+        precision: of the encoder, which runs under autocast in "bf16" and "fp16"; the new layers are float32.
 
     Raises:
         ValueError: a setting outside its range.
@@ -70,6 +81,9 @@ class ClassifierConfig:
     crop_min: float = setting(
         0.08, metavar="A", valid=SHARE, help="smallest fraction of the image's area in a training view"
     )
+    precision: str = setting(
+        "fp32", valid=one_of("fp32", *AUTOCAST), help="autocast of the encoder; fp16 uses loss scaling in training"
+    )
     seed: int = setting(0, help="seed of new weights, order, augmentations and the labeled subset")
 
     def __post_init__(self) -> None:
@@ -89,7 +103,12 @@ class Classifier(nn.Module):
         size: height and width of the images in pixels.
         frozen: keep the encoder fixed and in evaluation mode, for linear classification.
         head_bn: add a BatchNorm before the linear layer, as pretrained features can have any scale.
+
+    Attributes:
+        precision: of the encoder, as in :class:`ClassifierConfig`.
     """
+
+    precision = "fp32"
 
     def __init__(
         self, encoder: nn.Module, classes: int, size: int, *, frozen: bool = False, head_bn: bool = False
@@ -116,9 +135,10 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, 3, size, size]."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        trained = torch.is_grad_enabled() and not self.frozen
+        with torch.set_grad_enabled(trained), autocast(images.device, self.precision):
             features = self.backbone(images).flatten(1)
-        return self.fc(features)
+        return self.fc(features.to(images.dtype))
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)
@@ -221,6 +241,7 @@ def train_classifier(
     """
     device, world = options.device, world_size()
     model = model.to(device)
+    model.precision = config.precision
     if device.type == "cpu":  # the memory format of the images, or DDP has to copy each gradient
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not model.frozen:
@@ -239,11 +260,14 @@ def train_classifier(
         crop_min=config.crop_min,
     )
     optimizer = _optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     done, best = options.start_epoch, -math.inf
     path, best_path = options.output / f"{name}.pth", options.output / f"{name}_best.pth"
     if options.resume is not None:
         checkpoint = restore(model, data, Path(options.resume), arch, optimizer)
         done, best = checkpoint["epoch"], float(checkpoint["best_acc1"])
+        if scaler.is_enabled() and "scaler" in checkpoint:
+            scaler.load_state_dict(checkpoint["scaler"])
         if rank() == 0 and (changed := changed_settings(checkpoint["config"], config)):
             options.console.print(f"resumed with changed settings: {', '.join(changed)}", highlight=False)
         del checkpoint  # as large as the model and its optimizer
@@ -265,7 +289,7 @@ def train_classifier(
         Interrupts() as interrupts,
     ):
         seconds = log.records[-1]["seconds"] if log.records else 0.0
-        train_epoch = _Epochs(model, loader, optimizer, config, options, log, interrupts)
+        train_epoch = _Epochs(model, loader, optimizer, scaler, config, options, log, interrupts)
         for epoch in range(done, config.epochs):
             started = time.perf_counter()
             record = train_epoch(epoch)
@@ -293,6 +317,7 @@ def train_classifier(
                     transform=EvalTransform.of(data).as_dict(),
                     classes=list(data.classes),
                     config=dataclasses.asdict(config),
+                    **({"scaler": scaler.state_dict()} if scaler.is_enabled() else {}),
                 )
                 if is_best:
                     write_atomically(best_path, lambda file: file.write(path.read_bytes()))
@@ -334,13 +359,14 @@ class _Epochs:
         model: Classifier,
         loader: SupervisedLoader,
         optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
         config: ClassifierConfig,
         options: RunOptions,
         log: RunLog,
         interrupts: Interrupts,
     ) -> None:
         self.loader, self.optimizer, self.config, self.options, self.log = loader, optimizer, config, options, log
-        self.interrupts = interrupts
+        self.scaler, self.interrupts = scaler, interrupts
         self.rates = [group["lr"] for group in _optimizer(model, config).param_groups]
         self.model: nn.Module = model
         if world_size() > 1:
@@ -364,8 +390,9 @@ class _Epochs:
             logits = self.model(to_device(images, device))
             loss = F.cross_entropy(logits, labels)
             self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             counted = _sums(logits.detach(), labels)
             sums += counted
             recent += counted

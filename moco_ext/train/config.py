@@ -8,6 +8,7 @@ import math
 import torch
 
 from ..data import Augmentation, ImageData
+from ..encoders import AUTOCAST
 from ..objectives import OBJECTIVES
 from ..runs.options import GROUP as LOGGING
 from ..runs.settings import (
@@ -27,7 +28,7 @@ from ..shuffle_bn import MODES
 from .mechanisms import MECHANISMS, PARAMETERS, has_setting, has_two_views
 from .optimizer import check_name
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32} | AUTOCAST
 _OPTIMIZATION, _CONTRAST, _VIEWS = "optimization", "momentum contrast", "views"
 _DISTILLATION = "distillation and relations"
 _QUEUE, _BATCH = "momentum contrast with a queue", "momentum contrast without a queue (MoCo v3)"

@@ -8,8 +8,8 @@ import os
 import torch
 from torch import Tensor
 
-from ..encoders import encode
-from .config import DTYPES, PretrainConfig
+from ..encoders import autocast, encode
+from .config import PretrainConfig
 from .model import build_model
 from .optimizer import state_size
 
@@ -44,9 +44,7 @@ def estimate(config: PretrainConfig, size: int, images: int, batch_size: int, wo
             kept[id(memory)] = memory  # a reference, so that no id is reused
         return tensor
 
-    dtype = DTYPES[config.precision]
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast("cpu", config.precision):
         encode(model.encoder_q, views)
     dictionary = sum(b.nbytes for b in model.buffers(recurse=False))
     if config.shard_queue:

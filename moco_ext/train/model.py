@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..encoders import freeze_patch_projection, resolve, zero_init_residual
+from ..encoders import AUTOCAST, freeze_patch_projection, resolve, zero_init_residual
 from ..mechanism import Mechanism
 from .config import DTYPES, PretrainConfig
 from .mechanisms import MECHANISMS, PARAMETERS
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(config: PretrainConfig, images: int = 0, size: int | None = None) -> Mechanism:

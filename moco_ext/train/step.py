@@ -14,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import distributed
 from ..data import Batch
-from ..encoders import convert_sync_batchnorm
+from ..encoders import autocast, convert_sync_batchnorm
 from ..mechanism import Mechanism
 from ..stats import InfoNCEStats
-from .model import AUTOCAST
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -84,7 +83,7 @@ class OptimizerStep:
     ) -> None:
         self.model, self.optimizer, self.clip_grad = model, optimizer, clip_grad
         self._device = next(model.parameters()).device
-        self._autocast = AUTOCAST.get(precision)
+        self._precision = precision
         self.scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
         self._objective: nn.Module = Objective(model, symmetric)
         self._sharded = [network for network in model.children() if isinstance(network, FSDPModule)]
@@ -121,7 +120,7 @@ class OptimizerStep:
                     stack.enter_context(self._objective.no_sync())
                 for network in self._sharded:
                     network.set_requires_gradient_sync(batch.last)
-                with torch.autocast(self._device.type, self._autocast, enabled=self._autocast is not None):
+                with autocast(self._device, self._precision):
                     loss, of_batch, arguments = self._objective(batch)
                 pending.append(arguments)
                 metrics += batch.share * of_batch

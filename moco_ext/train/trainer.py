@@ -27,6 +27,7 @@ from ..checkpoints.training import (
     sharded_tensors,
 )
 from ..data import Batch, EvalTransform, ImageData, TrainLoader
+from ..encoders import AUTOCAST
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
 from ..runs.directory import claim, clear, list_unreadable
@@ -37,7 +38,7 @@ from ..runs.settings import changed_settings
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
 from .initialize import describe, initialize_
-from .model import AUTOCAST, build_model
+from .model import build_model
 from .optimizer import build_optimizer
 from .parallel import filled, hollow_copy, images_per_process, shard_
 from .preemption import Preemption
@@ -269,7 +270,8 @@ class Trainer:
         return filled(self._hollow, encoder) if self.sharded else encoder
 
     def _knn(self) -> float:
-        rows = split_features(self.data, self.options, self.encoder(), "trained")
+        precision = self.config.precision
+        rows = split_features(self.data, self.options, self.encoder(), "trained", precision=precision)
         return knn_score(self.data, rows, k=self.config.knn_k, device=self.options.device, sharded=True)
 
     def _save(self, preemption: Preemption, last: bool) -> None:
