@@ -49,6 +49,8 @@ PROBES = {
     "info_nce 256 65536 64 bfloat16": 0,
     "info_nce 256 65536 256 bfloat16": 0,
     "info_nce 256 65536 128 bfloat16 forward": 0,
+    "info_nce 256 65536 128 bfloat16 near": 0,
+    "info_nce 4096 65536 128 bfloat16 near": 0,
     "copy": 0,
     "momentum_update": 76,
     "momentum_update copy": 0,

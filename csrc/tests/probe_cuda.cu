@@ -2,6 +2,7 @@
 // some results are compared with float64; the exit status is 1 if they differ by more than the tolerance.
 //
 //   probe_cuda info_nce N K C QUEUE_DTYPE [TERMS] [forward]    raw queries to loss and gradient, or to the loss alone
+//   probe_cuda info_nce N K C QUEUE_DTYPE [TERMS] near         keys near the queries, as in training, not random ones
 //   probe_cuda momentum_update [copy]                          ResNet-50's parameters; with a bfloat16 copy
 //   probe_cuda enqueue B QUEUE_DTYPE
 //   probe_cuda copy                                            the limit of memory bandwidth
@@ -28,6 +29,7 @@ constexpr int kSamples = 15;
 constexpr float kTemperature = 0.07f;
 
 bool once = false;
+bool keys_near = false;
 cudaStream_t stream;
 cudaDeviceProp device;
 
@@ -40,6 +42,12 @@ __global__ void fill_kernel(T* x, int64_t n, float limit, uint32_t seed) {
     h = (h ^ (h >> 15)) * 0x846ca68b;
     h ^= h >> 16;
     x[i] = static_cast<T>(limit * (static_cast<float>(h) * 0x1p-31f - 1));
+  }
+}
+
+__global__ void approach_kernel(float* key, const float* query, int64_t n) {  // to a cosine of about 0.9
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n; i += int64_t{gridDim.x} * blockDim.x) {
+    key[i] = query[i] + 0.5f * key[i];
   }
 }
 
@@ -167,6 +175,7 @@ int info_nce(int64_t n, int64_t k, int64_t c, int terms, bool gradient) {
   const cuda::InfoNceOptions options{kTemperature, nullptr, 1e-12f, true, terms};
   const float limit = std::sqrt(3.0f / static_cast<float>(c));  // rows of length 1, nearly
   const Array<float> query(n * c, limit, 1), key(n * c, limit, 2);
+  if (keys_near) approach_kernel<<<1024, 256, 0, stream>>>(key.data, query.data, n * c);
   const int64_t queue_bytes = k * c * int64_t{sizeof(Queue)};
   const int64_t rotated = std::clamp<int64_t>(4 * int64_t{device.l2CacheSize} / queue_bytes + 1, 1, kCalls);
   std::vector<Array<Queue>> queues;
@@ -255,6 +264,7 @@ int run(const std::vector<std::string>& arguments) {
 int main(int argc, char** argv) {
   std::vector<std::string> arguments(argv + 1, argv + argc);
   if (!arguments.empty() && arguments.back() == "once") once = true, arguments.pop_back();
+  if (!arguments.empty() && arguments.back() == "near") keys_near = true, arguments.pop_back();
   check::cuda(cudaGetDeviceProperties(&device, 0));
   check::cuda(cudaStreamCreate(&stream));
   return run(arguments);
