@@ -223,10 +223,11 @@ def test_read_image_of_16_bits_keeps_the_upper_eight(tmp_path, form):
     assert read[0].tolist() == read[2].tolist() == (pixels >> 8).tolist()
 
 
-@pytest.mark.parametrize("pixels", [np.ones((4, 4), np.float32), np.full((4, 4), 2**16, np.int32)])
-def test_read_image_refuses_pixels_of_unknown_range(tmp_path, pixels):
-    Image.fromarray(pixels).save(tmp_path / "deep.tif")
-    with pytest.raises(UnreadableImageError, match=r"expected an image, got ValueError in .*pixels"):
+@pytest.mark.parametrize(("dtype", "value"), [(np.float32, 1), (np.int32, 2**16), (np.int32, 200)])
+def test_read_image_refuses_pixels_of_unknown_range(tmp_path, dtype, value):
+    """200 would be white in 8 bits and black in 16."""
+    Image.fromarray(np.full((4, 4), value, dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(UnreadableImageError, match=r"expected an image, got ValueError in .*pixels of unknown range"):
         read_image(tmp_path / "deep.tif")
 
 

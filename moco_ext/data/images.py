@@ -65,7 +65,7 @@ def decode(open_file: Callable[[], BinaryIO], name: Callable[[], str]) -> Tensor
 
     Raises:
         UnreadableImageError: cannot be opened, empty, truncated, not an image, of more than ``MAX_PIXELS`` pixels, or
-            of floating-point values, whose range is unknown. The message has ``name()``.
+            of floating-point, signed or 32-bit values, whose range is unknown. The message has ``name()``.
     """
     from torchvision.io import ImageReadMode, decode_image
 
@@ -137,13 +137,11 @@ def from_pil(image: Image.Image) -> Tensor:
     from torchvision.transforms.v2.functional import pil_to_tensor
 
     image.load()
+    # PIL has 16-bit PNG and PGM in mode I, too. Of other formats the range is unknown: 0 to 255 would be black.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"pixels of unknown range (PIL's mode {image.mode}); expected 8 or 16 bits, unsigned")
     with contextlib.suppress(Exception):  # damaged EXIF data, of an image that can be read
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() >= 2**16:
-            raise ValueError("integer pixels outside of 16 bits")
-        return torch.from_numpy((pixels >> 8).astype(np.uint8)).expand(3, -1, -1)
+        return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
     return pil_to_tensor(image.convert("RGB"))
