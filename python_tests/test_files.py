@@ -134,6 +134,9 @@ def test_a_table(tmp_path, suffix, labeled):
         ("path\n1.png\n".encode("utf-16"), "expected a list in UTF-8, got UTF-16 in .*list.csv"),
         ('path\n"1.png' + 2**18 * "x", "expected a list of image files in .*list.csv, got field larger"),
         ("path,label\n1.png,a\n1.png,b\n", "expected one class for .*1.png, got a and b"),
+        ("path,label\n1.png,1\n2.png,01\n", "expected one name for each class, got '01' and '1'"),
+        ("path,label\n1.png,1\n2.png,1.0\n", "expected one name for each class, got '1' and '1.0'"),
+        ("path,label\n1.png,a\n2.png,a \n", "expected one name for each class, got 'a' and 'a '"),
     ],
 )
 def test_a_table_that_cannot_be_used(tmp_path, content, error):
@@ -187,6 +190,27 @@ def test_a_parquet_column_of_other_things_than_paths(tmp_path):
     parquet.write_table(pyarrow.table({"image": [{"width": 3, "path": "1.png"}]}), tmp_path / "list.parquet")
     with pytest.raises(ValueError, match=r"^data: expected a path in row 1 of .*list.parquet$"):
         mdata.load(str(tmp_path / "list.parquet"))
+
+
+def write_parquet_list(path, names, labels):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"path": names, "label": labels}), path)
+
+
+def test_integers_that_pandas_made_floats_are_the_same_classes(tmp_path):
+    """As it does when a row of the table, which may have been dropped since, has no label."""
+    images(tmp_path, "1.png", "2.png", "3.png")
+    write_parquet_list(tmp_path / "a.parquet", ["1.png", "2.png"], [10.0, 2.0])
+    (tmp_path / "b.csv").write_text("path,label\n3.png,10\n")
+    data = mdata.load(f"{tmp_path}/a.parquet{os.pathsep}{tmp_path}/b.csv")
+    assert data.classes == ("10", "2")
+    assert data.train.labels.tolist() == [0, 1, 0]
+    write_parquet_list(tmp_path / "a.parquet", ["1.png", "2.png"], [1.0, float("nan")])
+    with pytest.raises(ValueError, match=r"^data: expected a path and a class in row 2 of .*a.parquet$"):
+        mdata.load(f"{tmp_path}/a.parquet")
+    write_parquet_list(tmp_path / "a.parquet", ["1.png", "2.png"], [0.5, 1.0])
+    assert mdata.load(f"{tmp_path}/a.parquet").classes == ("0.5", "1.0")
 
 
 ODD = ["two words.png", " spaces .png", "line\nfeed.png", "b\xff\xfe.png", "sep\u2028.png", "ü.png", "e\u0301.png"]

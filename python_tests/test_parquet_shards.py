@@ -90,6 +90,19 @@ def test_minus_1_of_hugging_face_is_no_label(tmp_path):
         mdata.load(tmp_path)
 
 
+def test_integers_that_pandas_made_floats_are_the_same_classes(tmp_path):
+    images = [encoded(i) for i in range(2)]
+    write_parquet(tmp_path / "0.parquet", images, hugging_face=True, labels=[0.0, 1.0])
+    write_parquet(tmp_path / "1.parquet", images, hugging_face=True, labels=[1, 0])
+    data = mdata.load(tmp_path)
+    assert (data.classes, data.train.labels.tolist()) == (("0", "1"), [0, 1, 1, 0])
+    write_parquet(tmp_path / "1.parquet", images, hugging_face=True, labels=[1.0, float("nan")])
+    assert mdata.load(tmp_path).classes == ()
+    write_parquet(tmp_path / "1.parquet", images, hugging_face=True, labels=[1.0, 0.0], names=("cat", "dog"))
+    (tmp_path / "0.parquet").unlink()
+    assert mdata.load(tmp_path).train.labels.tolist() == [1, 0]
+
+
 def test_a_parquet_file_of_masks_too(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -6,10 +6,11 @@ import codecs
 import csv
 import itertools
 import os
+import re
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
 IMAGES = (
@@ -38,8 +39,8 @@ def find_images(sources: Sequence[Path]) -> ImageFiles:
     A path that is there twice is one image: its second copy would be among its negatives, or in both splits.
 
     Raises:
-        ValueError: a source does not exist, holds no image, or is a list that cannot be read; or an image has two
-            classes.
+        ValueError: a source does not exist, holds no image, or is a list that cannot be read; an image has two classes;
+            or a class has two names, such as 1, 01 and 1.0, which are text in a list.
     """
     found = [_of_folder(source) if source.is_dir() else _of_list(source) for source in sources]
     if len(sources) == 1 and sources[0].is_dir():
@@ -54,6 +55,12 @@ def find_images(sources: Sequence[Path]) -> ImageFiles:
                 paths.append(path)
             if class_of.setdefault(same, name) != name:
                 raise ValueError(f"data: expected one class for {path}, got {class_of[same]} and {name}")
+    spelling: dict[str, str] = {}
+    for name in sorted(set(class_of.values())):
+        number = re.fullmatch(r"0*(\d+)(\.0*)?", name.strip())
+        first = spelling.setdefault(number[1] if number else name.strip(), name)
+        if first != name:
+            raise ValueError(f"data: expected one name for each class, got {first!r} and {name!r}")
     return ImageFiles(paths, list(class_of.values()) if labeled else None)
 
 
@@ -148,8 +155,11 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
         names = parquet.read_schema(path).names
         place, label = _columns(path, names)
         columns = [names[place]] if label is None else [names[place], names[label]]
-        table = parquet.read_table(path, columns=columns).to_pydict()
-        return table[columns[0]], None if label is None else [_text(value) for value in table[columns[1]]]
+        table = parquet.read_table(path, columns=columns)
+        paths = table[columns[0]].to_pylist()
+        if label is None:
+            return paths, None
+        return paths, ["" if value is None else str(value) for value in whole_numbers(table[columns[1]]).to_pylist()]
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"data: expected a list in UTF-8, got UTF-16 in {path}")
@@ -169,8 +179,18 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
     return paths, None if label is None else classes
 
 
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
+def whole_numbers(column: Any) -> Any:
+    """A column of Arrow; pandas' integers with gaps, which are floats and NaN, as integers and nulls."""
+    import pyarrow as pa
+    import pyarrow.compute as compute
+
+    if not pa.types.is_floating(column.type):
+        return column
+    column = compute.if_else(compute.is_nan(column), pa.scalar(None, column.type), column)
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid:  # a fraction
+        return column
 
 
 def _columns(path: Path, names: Sequence[str]) -> tuple[int, int | None]:

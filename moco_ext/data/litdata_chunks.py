@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from .files import IMAGE_COLUMNS, LABEL_COLUMNS
+from .files import IMAGE_COLUMNS, LABEL_COLUMNS, whole_numbers
 from .parquet_shards import column_of_images, column_of_labels, encode_labels
 from .tar_shards import TarIndex, TarShards, index_of
 from .urls import Stamp, is_url, read_file, read_range
@@ -218,7 +218,9 @@ def _arrow_rows(file: BinaryIO, url: str) -> tuple[np.ndarray, np.ndarray, np.nd
         offsets.append(first + edges[:-1])
         sizes.append(np.diff(edges))
     name = column_of_labels(table.schema)
-    labels, values = (np.full(len(table), -1, np.int32), []) if name is None else encode_labels(table[name])
+    if name is None:
+        return np.concatenate(offsets), np.concatenate(sizes), np.full(len(table), -1, np.int32), []
+    labels, values = encode_labels(whole_numbers(table[name]))
     return np.concatenate(offsets), np.concatenate(sizes), labels, [str(value) for value in values]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import IMAGE_COLUMNS, LABEL_COLUMNS
+from .files import IMAGE_COLUMNS, LABEL_COLUMNS, whole_numbers
 from .urls import open_file
 
 _CACHE_BYTES = 256 * 2**20  # decompressed row groups of a process
@@ -122,7 +122,8 @@ def read_footer(url: str) -> tuple[str, list[int], np.ndarray, list[str]]:
     name = column_of_labels(file.schema_arrow)
     if name is None:
         return column, rows, np.full(sum(rows), -1, np.int32), []
-    found, known = file.read(columns=[name], use_threads=False).column(0), _class_names(file.schema_arrow, name)
+    found = whole_numbers(file.read(columns=[name], use_threads=False).column(0))
+    known = _class_names(file.schema_arrow, name)
     labels, values = encode_labels(_without_minus_1(found) if known else found)
     unknown = [value for value in values if not (isinstance(value, int) and 0 <= value < len(known))]
     if known and unknown:
