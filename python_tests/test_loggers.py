@@ -189,6 +189,26 @@ def test_a_resumed_csv_drops_what_is_logged_again(tmp_path):
     assert rows_of(tmp_path) == []
 
 
+@pytest.mark.parametrize(("per_epoch", "done_steps"), [(2, 2), (8, 8)])
+def test_a_run_resumed_with_another_number_of_steps_an_epoch_keeps_its_points(
+    tmp_path, recorder, per_epoch, done_steps
+):
+    """Those up to the checkpoint, which was saved at step 4: after epoch 1."""
+    with open_log(tmp_path, "csv") as log:
+        for step in range(1, 7):  # what follows the checkpoint is lost with the process
+            log.step(step, {"loss": float(step), "images": 8})
+            if step == 4:
+                log.record({"step": 4, "epoch": 1, "loss": 2.5})
+    assert [row["step"] for row in rows_of(tmp_path)] == [2, 4, 4, 6]
+    options = RunOptions(tmp_path, logger="csv,recorder", console=Console(file=io.StringIO()))
+    with RunLog(
+        tmp_path, options, total_steps=2 * per_epoch, steps_per_epoch=per_epoch, done_steps=done_steps
+    ) as resumed:
+        assert [record["step"] for record in resumed.records] == [4]
+    assert [row["step"] for row in rows_of(tmp_path)] == [2, 4, 4]
+    assert recorder[0].done_steps == 4
+
+
 # --- services -----------------------------------------------------------------------------------------------
 
 

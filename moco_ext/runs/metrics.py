@@ -96,7 +96,11 @@ class RunLog:
         self.records = [r for r in read_metrics(self._path) if self._step_of(r) <= done_steps]
         kept = "".join(json.dumps(record) + "\n" for record in self.records)
         write_atomically(self._path, lambda file: file.write(kept.encode()))
-        self._loggers = Loggers(logger_names(options.logger), output, config or {}, done_steps)
+        logged_steps = done_steps
+        if self.records and self._step_of(self.records[-1]) == done_steps:
+            # In the numbers that the loggers know: an epoch may have had another number of steps.
+            logged_steps = max(record.get("step", done_steps) for record in self.records)
+        self._loggers = Loggers(logger_names(options.logger), output, config or {}, logged_steps)
 
         self._averages, self._line_averages = Averages(), Averages()
         self._window: collections.deque[tuple[float, int, float]] = collections.deque(maxlen=_WINDOW)
