@@ -142,6 +142,33 @@ def test_the_last_year_of_voc_and_its_augmented_masks(folders, tmp_path):
     assert Path(data.test.files[0][1]).parent.name == "SegmentationClass"
 
 
+def test_names_with_dots_in_a_list_of_voc(folders, tmp_path):
+    """The files of val00 would take the place of val00.a."""
+    shutil.copytree(folders / "voc", tmp_path / "voc")
+    for path in ("JPEGImages/val00.jpg", "SegmentationClass/val00.png"):
+        shutil.copy(tmp_path / "voc" / path, (tmp_path / "voc" / path).with_suffix(f".a{path[-4:]}"))
+    (tmp_path / "voc/ImageSets/Segmentation/val.txt").write_text("val00.a\n/JPEGImages/val01.jpg\n")
+    files = load_segmentation(tmp_path / "voc").test.files
+    assert [tuple(Path(path).name for path in pair) for pair in files] == [
+        ("val00.a.jpg", "val00.a.png"),
+        ("val01.jpg", "val01.png"),
+    ]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_mask_is_turned_like_its_image(folders, tmp_path, data, orientation):
+    shutil.copytree(folders / "folders", tmp_path / "set")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for path in ("images/train/train03.jpg", "masks/train/train03.png"):
+        with Image.open(tmp_path / "set" / path) as stored:
+            stored.save(tmp_path / "set" / path, exif=exif)
+    image, mask = load_segmentation(tmp_path / "set").train.read(3)
+    turns = {3: 2, 6: -1}[orientation]
+    assert image.shape[1:] == mask.shape
+    assert torch.equal(mask, data.train.read(3)[1].rot90(turns))
+
+
 def test_classes_without_names(folders, tmp_path):
     shutil.copytree(folders / "folders", tmp_path / "set")
     (tmp_path / "set/classes.txt").unlink()

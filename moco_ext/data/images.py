@@ -133,15 +133,22 @@ def _pil() -> Any:
 
 def from_pil(image: Image.Image) -> Tensor:
     """A PIL image as uint8 [3, H, W], like :func:`read_image`."""
-    from PIL import ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    image.load()
     # PIL has 16-bit PNG and PGM in mode I, too. Of other formats the range is unknown: 0 to 255 would be black.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(f"pixels of unknown range (PIL's mode {image.mode}); expected 8 or 16 bits, unsigned")
-    with contextlib.suppress(Exception):  # damaged EXIF data, of an image that can be read
-        image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
         return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
     return pil_to_tensor(image.convert("RGB"))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A PIL image, turned as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data, of an image that can be read
+        return ImageOps.exif_transpose(image)
+    return image

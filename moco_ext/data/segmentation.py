@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from .files import few, find_images
-from .images import UnreadableImageError, read_image
+from .images import UnreadableImageError, read_image, upright
 from .items import ItemData
 from .seeds import uniforms
 
@@ -97,7 +97,7 @@ def random_view(
 
 
 def read_mask(path: str) -> np.ndarray:
-    """The numbers of a mask, uint8 [H, W].
+    """The numbers of a mask, uint8 [H, W], turned as its EXIF orientation says, like an image.
 
     Raises:
         UnreadableImageError: cannot be decoded, or is neither grayscale nor of a palette, in 8 bits.
@@ -108,7 +108,7 @@ def read_mask(path: str) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode not in ("1", "L", "P"):
                 raise ValueError(f"mode {image.mode}")
-            return np.array(image, np.uint8)
+            return np.array(upright(image), np.uint8)
     except (OSError, SyntaxError, ValueError) as error:  # PIL's errors for damaged files
         raise UnreadableImageError(
             f"data: expected a mask with one 8-bit number per pixel, got {error} in {path}"
@@ -183,7 +183,8 @@ def _voc(root: Path) -> _Found:
     def pairs(name: str, masks: str) -> _Pairs:
         file = root / "ImageSets/Segmentation" / f"{name}.txt"
         lines = file.read_text().splitlines() if file.is_file() else []
-        stems = [Path(line.split()[0]).stem for line in lines if line.strip()]  # some lists hold paths
+        names = [Path(line.split()[0]).name for line in lines if line.strip()]  # some lists hold paths
+        stems = [name.removesuffix(".jpg").removesuffix(".png") for name in names]
         return [(str(root / "JPEGImages" / f"{stem}.jpg"), str(root / masks / f"{stem}.png")) for stem in stems]
 
     classes = tuple(name.strip("_") for name in FCN_ResNet50_Weights.DEFAULT.meta["categories"])
