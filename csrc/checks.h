@@ -201,6 +201,8 @@ inline void check_enqueue(const Tensor& queue, const Tensor& queue_ptr, const Te
         shape_name(keys));
   const int64_t others = K.value_or(queue.size(0)) - queue.size(0);
   check(others >= 0, "K: expected at least the ", queue.size(0), " rows of queue, got ", K.value_or(0));
+  // The kernels add to positions below K; that of CUDA has 40 bits for them.
+  check(K.value_or(0) < int64_t{1} << 39, "K: expected less than 2^39 rows, got ", K.value_or(0));
   check(row_offset >= 0 && row_offset <= others, "row_offset: expected 0 to ", others,
         " (K less the rows of queue), got ", row_offset);
 }

@@ -129,7 +129,8 @@ inline void check_info_nce(const InfoNceArguments& a) {
   }
   check(a.reduction >= 0 && a.reduction <= 2, "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", a.reduction);
   check(a.terms >= 1 && a.terms <= 3, "terms: expected 1, 2 or 3, got ", a.terms);
-  check(std::isfinite(a.label_smoothing) && a.label_smoothing >= 0 && a.label_smoothing < 1,
+  // In float32, as on CUDA, a number just below 1 is 1, and a positive without a share marks a row without positives.
+  check(a.label_smoothing >= 0 && static_cast<float>(a.label_smoothing) < 1,
         "label_smoothing: expected a number in [0, 1), got ", a.label_smoothing);
   const bool ids_of_keys = a.in_batch && !a.key_ids;  // query_ids are those of the keys
   check_ids(a.query_ids, "query_ids", ids_of_keys ? m : n, ids_of_keys ? "key" : "query", a.query);

@@ -173,6 +173,7 @@ def test_shards_are_parts_of_the_queue(device, start, batch, shards):
     ("rows", "message"),
     [
         ({"K": 4}, "K: expected at least the 5 rows of queue, got 4"),
+        ({"K": 2**63 - 1}, r"K: expected less than 2\^39 rows, got 9223372036854775807"),
         ({"K": 8, "row_offset": 4}, r"row_offset: expected 0 to 3 .*, got 4"),
         ({"row_offset": -1}, r"row_offset: expected 0 to 0 .*, got -1"),
     ],

@@ -455,6 +455,7 @@ def test_repeatable_to_the_bit(device):
     ("options", "message"),
     [
         ({"label_smoothing": 1.0}, r"label_smoothing: expected a number in \[0, 1\), got 1"),
+        ({"label_smoothing": 1.0 - 1e-9}, r"label_smoothing: expected a number in \[0, 1\), got 1"),  # 1 in float32
         ({"label_smoothing": math.nan}, "label_smoothing: expected a number"),
         ({"num_valid": 301}, "num_valid: expected 0 to 300 keys of the queue, got 301"),
         ({"num_valid": -1}, "num_valid: expected 0 to 300 keys of the queue, got -1"),
