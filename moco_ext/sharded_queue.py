@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from . import distributed
-from .ops import l2_normalize
-from .ops._expected_key import expected_candidates
+from .ops import expected_candidates, l2_normalize
 from .ops.info_nce_operator import NotTwice
 from .stats import InfoNCEStats
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .library import CUDA_LIBRARY, has_cuda_kernels
-from .ops._nearest_keys import nearest_keys_in_pieces
+from .ops import nearest_keys_in_pieces, row_norms
 from .ops.info_nce_operator import Arguments, Results
 
 _SCORES = 1 << 19  # of a tile of keys: 2 MB
@@ -38,7 +38,7 @@ class _Rows(NamedTuple):
         x = x.contiguous().to(dtype)
         if not normalize:
             return cls(x, None)
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(_EPS)
+        norm = row_norms(x).clamp_min(_EPS)
         return cls(x / norm, norm)
 
     def backward(self, grad: Tensor) -> Tensor:
@@ -305,8 +305,8 @@ def momentum_update_(
 def l2_normalize_forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _ops.check_l2_normalize(x, eps)
     wide = x.contiguous().to(torch.promote_types(x.dtype, torch.float32))
-    norm = torch.linalg.vector_norm(wide, dim=1).clamp_min(eps)
-    return (wide / norm[:, None]).to(x.dtype), norm
+    norm = row_norms(wide).clamp_min(eps)
+    return (wide / norm).to(x.dtype), norm[:, 0]
 
 
 def _check_on_cpu(name: str, value: float | Tensor, holds: Callable[[float], bool], expected: str) -> None:

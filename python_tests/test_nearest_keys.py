@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import moco_ext
-from moco_ext.ops._nearest_keys import nearest_keys_in_pieces
+from moco_ext.ops import nearest_keys_in_pieces
 
 
 def in_pieces(query, queue, k=1, *, normalize=True, num_valid=None):

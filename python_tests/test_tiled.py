@@ -98,6 +98,17 @@ print(*[peak(lambda: function(query, key, queue).backward()) for function in (mo
 """
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**80, 2.0**-80])
+def test_rows_whose_squares_leave_the_range(scale):
+    x, queues = torch.randn(5, 16) * scale, (torch.zeros(5, 16), torch.zeros(5, 16))
+    results = [ops.l2_normalize_forward(x, 1e-30) for ops in (tiled, torch.ops.moco_ext)]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    for queue, ops in zip(queues, (tiled, torch.ops.moco_ext), strict=True):
+        ops.enqueue_(queue, torch.zeros(1, dtype=torch.int64), x, True)
+    torch.testing.assert_close(*queues, rtol=1e-6, atol=0)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_is_bounded():
     done = run("-c", MEMORY)

@@ -43,11 +43,7 @@ def _l2_normalize_backward(ctx, grad, _):
     # From x in plain differentiable torch, so that a second derivative is right too.
     (x,) = ctx.saved_tensors
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # The squares of huge rows overflow, those of tiny rows underflow, and their norms do neither. Not in float64, which
-    # MPS lacks.
-    rough = wide.detach().norm(dim=1, keepdim=True)
-    scale = torch.ones_like(rough).masked_fill(rough.isinf(), 2.0**-80).masked_fill(rough < 2.0**-40, 2.0**80)
-    norm = (wide * scale).norm(dim=1, keepdim=True) / scale
+    norm = row_norms(wide)
     floored = norm.clamp_min(ctx.eps)
     unit = wide / floored
     along = torch.where(norm > ctx.eps, (grad.to(wide.dtype) * unit).sum(dim=1, keepdim=True), 0.0)
@@ -57,6 +53,15 @@ def _l2_normalize_backward(ctx, grad, _):
 torch.library.register_autograd(
     "moco_ext::l2_normalize_forward", _l2_normalize_backward, setup_context=_l2_normalize_setup_context
 )
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """The norms [N, 1] of float32 (float64) rows [N, C], differentiable."""
+    # The squares of huge rows overflow, those of tiny rows underflow, and their norms do neither. Not in float64, which
+    # MPS lacks.
+    rough = rows.detach().norm(dim=1, keepdim=True)
+    scale = torch.ones_like(rough).masked_fill(rough.isinf(), 2.0**-80).masked_fill(rough < 2.0**-40, 2.0**80)
+    return (rows * scale).norm(dim=1, keepdim=True) / scale
 
 
 def wide_rows(x: Tensor, normalize: bool) -> Tensor:
