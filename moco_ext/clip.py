@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import distributed
 from .ops import info_nce
+from .ops.checks import check_positive
 
 __all__ = ["clip_loss"]
 
@@ -56,12 +57,8 @@ def both_directions(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Pairs [N, C] among all pairs [M, C], of which they are number ``first`` and following."""
-    if isinstance(logit_scale, Tensor):
-        temperature: float | Tensor = logit_scale.reciprocal().to(image.device)
-    elif logit_scale > 0:
-        temperature = 1 / logit_scale
-    else:
-        raise ValueError(f"logit_scale: expected a positive number, got {logit_scale}")
+    check_positive("logit_scale", logit_scale)
+    temperature = logit_scale.reciprocal().to(image.device) if isinstance(logit_scale, Tensor) else 1 / logit_scale
     losses = [
         info_nce(
             queries,

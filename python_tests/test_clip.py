@@ -70,8 +70,10 @@ def test_stores_no_similarities():
     [
         ({"text": torch.ones(11, 16)}, r"text: expected the shape of image \[12, 16\], got \[11, 16\]"),
         ({"image": torch.ones(12)}, r"image: expected features \[N, C\], got \[12\]"),
-        ({"logit_scale": 0.0}, "logit_scale: expected a positive number, got 0"),
-        ({"logit_scale": torch.tensor(-1.0)}, "temperature: expected a positive number"),
+        ({"logit_scale": 0.0}, "^logit_scale: expected a positive number .* got 0"),
+        ({"logit_scale": torch.tensor(-1.0)}, "^logit_scale: expected a positive number .* got -1"),
+        ({"logit_scale": torch.inf}, "^logit_scale: expected a positive number .* got inf"),
+        ({"logit_scale": torch.ones(3)}, r"^logit_scale: expected a number or .* one element, got shape \[3\]"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

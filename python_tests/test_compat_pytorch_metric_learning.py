@@ -338,6 +338,25 @@ def test_invalid_memories(changes, message):
         memory(**changes)
 
 
+@pytest.mark.parametrize("kind", ["NTXentLoss", "SupConLoss"])
+@pytest.mark.parametrize(
+    ("temperature", "message"),
+    [
+        (-1.0, "temperature: expected a positive number .* got -1"),
+        (torch.tensor(0.0), "temperature: expected a positive number .* got 0"),
+        (torch.full((N,), 0.1), r"temperature: expected a number or a tensor of one element, got shape \[6\]"),
+        ("0.1", "temperature: expected a number or a 0-dim tensor, got '0.1'"),
+    ],
+)
+def test_a_temperature_that_is_refused_stores_nothing(kind, temperature, message):
+    criterion = ours.CrossBatchMemory(getattr(ours, kind)(), DIM, K)
+    criterion.loss.temperature = temperature
+    with pytest.raises((ValueError, TypeError), match=message):
+        criterion(features(0, N, DIM), labels_of(0, N, 3))
+    assert criterion.queue_idx == 0
+    assert not criterion.embedding_memory.any()
+
+
 PAIRS = (torch.zeros(1, dtype=torch.long),) * 4
 
 

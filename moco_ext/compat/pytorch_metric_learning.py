@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..distributed import all_gather, rank, world_size
 from ..ops import info_nce, l2_normalize
+from ..ops.checks import check_positive
 
 __all__ = ["CrossBatchMemory", "DistributedLossWrapper", "NTXentLoss", "SupConLoss"]
 
@@ -193,12 +194,14 @@ _LOSSES: dict[str, tuple[Callable[..., Tensor], str]] = {  # and the peer's defa
 
 
 def _function_of(loss: nn.Module) -> Callable[..., Tensor]:
-    """The function of a loss of this module or of the peer's, as it is set up now."""
+    """The function of a loss of this module or of the peer's, as it is set up now; all of it is checked."""
     kind, package = type(loss).__name__, type(loss).__module__.split(".")[0]
     if kind not in _LOSSES or not (type(loss).__module__ == __name__ or package == "pytorch_metric_learning"):
         name = f"{type(loss).__module__}.{kind}"
         raise TypeError(f"loss: expected NTXentLoss or SupConLoss, of this module or the peer's, got {name}")
     function, reducer = _LOSSES[kind]
+    temperature: Any = loss.temperature
+    check_positive("temperature", temperature)
     if isinstance(loss, _PairLoss):
         return function
 

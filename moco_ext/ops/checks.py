@@ -25,6 +25,18 @@ def scalar(name: str, value: float | Tensor) -> tuple[Tensor | None, float]:
         raise TypeError(f"{name}: expected a number or a 0-dim tensor, got {value!r}") from None
 
 
+def check_positive(name: str, value: float | Tensor) -> None:
+    """Refuse what is no temperature, nor the inverse of one. Of a tensor on a device the value is not known."""
+    tensor, number = scalar(name, value)
+    if tensor is not None and tensor.numel() != 1:
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got shape {list(tensor.shape)}")
+    if tensor is not None:
+        number = tensor.item() if tensor.device.type == "cpu" and not torch.compiler.is_compiling() else 1.0
+    least, most = (torch.finfo(torch.float32).tiny, 1 / torch.finfo(torch.float32).tiny)
+    if not least <= number <= most:
+        raise ValueError(f"{name}: expected a positive number from {least:g} to {most:g}, got {number:g}")
+
+
 def check_tensors(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
