@@ -88,9 +88,14 @@ class MemoryBank(Mechanism):
         Args:
             im_q: [N, 3, H, W], or sets of patches [N, P, 3, h, w].
             index: [N] int64, which images of the data set they are.
+
+        Raises:
+            ValueError: views that are not floating-point, or an index of another shape or dtype; on the CPU, of images
+                that there are not.
         """
         if index.shape != im_q.shape[:1]:
             raise ValueError(f"index: expected [{im_q.shape[0]}], an image number a row, got {list(index.shape)}")
+        self._check_index(index)
         self._check_images(im_q, im_q)
         self._warn_if_update_is_forgotten()
         queries = encode(self.encoder_q, im_q)
@@ -120,13 +125,24 @@ class MemoryBank(Mechanism):
             index: [B] int64 ``MemoryBankOutput.images``; each image once.
 
         Raises:
-            ValueError: keys or index of another shape; nothing is changed.
+            ValueError: keys or index of another shape or dtype; on the CPU, an index of images that there are not.
+                Nothing is changed.
         """
         self._check_keys(keys)
         if keys.dim() != 2 or keys.shape[1] != self.bank.shape[1] or index.shape != keys.shape[:1]:
             expected = f"keys [B, {self.bank.shape[1]}] and index [B]"
             raise ValueError(f"keys: expected {expected}, got {list(keys.shape)} and {list(index.shape)}")
-        super().update(keys)
+        self._check_index(index)
         # Mixed and scaled in float32; rounded once, to the bank's dtype.
         mixed = torch.lerp(l2_normalize(keys.float()), self.bank[index].float(), self.m)
         self.bank[index] = l2_normalize(mixed).to(self.bank.dtype)
+        self.updates += 1
+
+    def _check_index(self, index: Tensor) -> None:
+        if index.dtype != torch.long:  # uint8 would be a mask
+            raise ValueError(f"index: expected int64, got {index.dtype}")
+        if index.device.type != "cpu" or torch.compiler.is_compiling():  # the values are not known
+            return
+        outside = index[(index < 0) | (index >= len(self.bank))]
+        if len(outside):  # -1 would be the last image
+            raise ValueError(f"index: expected images 0 to {len(self.bank) - 1}, got {int(outside[0])}")

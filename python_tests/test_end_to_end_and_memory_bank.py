@@ -107,6 +107,26 @@ def test_memory_bank_wants_an_image_number_a_row(device):
         tiny_bank(device)(images(device, 4), torch.arange(3))
 
 
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (torch.tensor([0, -1]), "index: expected images 0 to 19, got -1"),
+        (torch.tensor([0, 20]), "index: expected images 0 to 19, got 20"),
+        (torch.tensor([0, 1], dtype=torch.uint8), "index: expected int64, got torch.uint8"),
+    ],
+)
+def test_memory_bank_refuses_images_that_it_does_not_have(index, message):
+    """-1 would be the last one."""
+    model = tiny_bank("cpu")
+    before = model.bank.clone()
+    with pytest.raises(ValueError, match=message):
+        model(images("cpu", 2), index)
+    with pytest.raises(ValueError, match=message):
+        model.update(torch.randn(2, 8), index)
+    assert torch.equal(model.bank, before)
+    assert model.updates == 0
+
+
 @pytest.mark.parametrize(("keys", "index"), [((1, 8), 4), ((4, 1), 4), ((4, 8), 1), ((8,), 8)])
 def test_memory_bank_wants_a_key_for_each_image(keys, index):
     """Not one that is broadcast to all of them."""
