@@ -251,12 +251,15 @@ def test_queries_with_gradient_record_nothing(device):
     assert key.tolist() == [0.5] * 5
 
 
-def test_accepts_parameters_iterators_as_lists(device):
+@pytest.mark.parametrize("given", [list, iter])
+def test_accepts_lists_and_iterators_of_parameters(device, given):
     key, query = (torch.nn.Linear(3, 4, device=device) for _ in range(2))
     key.requires_grad_(False)
     want = [0.5 * k + 0.5 * q.detach() for k, q in zip(key.parameters(), query.parameters(), strict=True)]
-    moco_ext.momentum_update_(list(key.parameters()), list(query.parameters()), 0.5)
+    copies = [p.to(torch.bfloat16) for p in key.parameters()]
+    moco_ext.momentum_update_(given(key.parameters()), given(query.parameters()), 0.5, low_precision=given(copies))
     torch.testing.assert_close([p.detach() for p in key.parameters()], want, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(copy, p.to(torch.bfloat16)) for copy, p in zip(copies, key.parameters(), strict=True))
 
 
 def test_writes_are_seen_by_autograd(device):

@@ -1,6 +1,6 @@
 """momentum_update_: wrapper and fake kernel."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from .checks import check_devices, check_plain, is_sharded, scalar
 
 @torch.no_grad()
 def momentum_update_(
-    key_params: Sequence[Tensor],
-    query_params: Sequence[Tensor],
+    key_params: Iterable[Tensor],
+    query_params: Iterable[Tensor],
     m: float | Tensor,
     *,
-    low_precision: Sequence[Tensor] = (),
+    low_precision: Iterable[Tensor] = (),
 ) -> None:
     """Move the key parameters towards the query parameters, in place: ``k = m·k + (1 - m)·q`` (Eq. 2 of the paper).
 
@@ -26,7 +26,7 @@ def momentum_update_(
     gathered.
 
     Args:
-        key_params: tensors to update; views remain views. No two may share memory.
+        key_params: tensors to update, such as ``model.parameters()``; views remain views. No two may share memory.
         query_params: tensors of the same shapes on the same device, sharded alike; their dtypes may differ. A query may
             be its own key, or appear several times, but may not share memory with another key.
         m: momentum in [0, 1], as a number or a 0-dim tensor (on the parameters' device, without a synchronization).
@@ -39,14 +39,15 @@ def momentum_update_(
             freed storage. Nothing is written.
         TypeError: tensor subclasses other than DTensor.
     """
-    keys, queries = _local_shards(key_params, query_params)
+    keys, queries = _local_shards(list(key_params), list(query_params))
+    copies = list(low_precision)
     m_tensor, value = scalar("m", m)
     if m_tensor is None and not 0 <= value <= 1:
         raise ValueError(f"m: expected a momentum in [0, 1], got {m}")
-    if len(key_params) == len(query_params) == len(low_precision) == 0:
+    if len(keys) == len(queries) == len(copies) == 0:
         return  # without a tensor there is no device to dispatch to
-    torch.ops.moco_ext.momentum_update_(keys, queries, m_tensor, value, list(low_precision))
-    torch.autograd.graph.increment_version((*keys, *low_precision))
+    torch.ops.moco_ext.momentum_update_(keys, queries, m_tensor, value, copies)
+    torch.autograd.graph.increment_version((*keys, *copies))
 
 
 @torch.library.register_fake("moco_ext::momentum_update_")
