@@ -114,8 +114,8 @@ class Distillation(Mechanism, KeyQueue):
         """After the optimizer step: enqueue the teacher's features of the batch, equal on all ranks."""
         self._check_keys(keys)
         self.check_batch(keys)
-        super().update(keys)
         self.enqueue(keys)
+        self.updates += 1
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda(): the teacher too
         if self.teacher is not None:

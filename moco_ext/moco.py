@@ -277,7 +277,6 @@ class MoCo(Mechanism, KeyQueue):
         self._check_keys(keys)
         self._check_same_id(ids)
         self.check_batch(keys, ids)
-        super().update(keys)
         if self.key_encoder == "momentum":
             flatten = self.flatten_parameters
             update_key_encoder_(self.encoder_k, self.encoder_q, self.m, self._low_precision, flatten=flatten)
@@ -286,6 +285,7 @@ class MoCo(Mechanism, KeyQueue):
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
         self.enqueue(keys, ids)
+        self.updates += 1
 
     def _check_same_id(self, ids: Tensor | None) -> None:
         if (ids is None) != (self.same_id is None):

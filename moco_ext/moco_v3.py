@@ -119,8 +119,9 @@ class MoCoV3(Mechanism):
     @torch.no_grad()
     def update(self, keys: Tensor) -> None:
         """After the optimizer step: momentum update of the key encoder."""
-        super().update(keys)
+        self._check_keys(keys)
         update_key_encoder_(self.encoder_k, self.encoder_q, self.m, self._low_precision)
+        self.updates += 1
 
     def extra_repr(self) -> str:
         return f"m={self.m}, T={self.T}"

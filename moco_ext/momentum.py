@@ -55,6 +55,8 @@ def flatten_parameters_(module: nn.Module) -> Tensor:
         raise ValueError(f"module: expected parameters to flatten, {type(module).__name__} has none")
     check_plain(module=parameters)
     first = parameters[0]
+    if first.is_meta:
+        raise ValueError("module: expected parameters in memory, got the meta device; see torch.nn.Module.to_empty")
     for name, parameter in module.named_parameters():
         if parameter.dtype != first.dtype or parameter.device != first.device:
             raise ValueError(
@@ -122,7 +124,7 @@ def update_key_encoder_(
         # these copies would be lost.
         keys, queries = (list(_parameters(resharded(encoder))) for encoder in (key_encoder, query_encoder))
         check_same_structure(key_encoder, query_encoder)
-        flatten = flatten and not any(map(is_sharded, keys + queries))
+        flatten = flatten and not any(is_sharded(p) or p.is_meta for p in keys + queries)
         if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
             momentum_update_(keys, queries, m)
             return

@@ -122,7 +122,7 @@ class KeyQueue(nn.Module):
     def check_batch(self, keys: Tensor, ids: Tensor | None = None) -> None:
         """Raise the error that :meth:`enqueue` would raise for these arguments. Nothing is written."""
         self._check_ids(keys, ids)
-        if not torch.compiler.is_compiling():  # a traced function cannot look
+        if not torch.compiler.is_compiling() and not self.queue.is_meta:  # neither has memory to look at
             torch.ops.moco_ext.check_enqueue(self.queue, self.queue_ptr, keys, False, self.row_offset, self.K)
 
     def _check_ids(self, keys: Tensor, ids: Tensor | None) -> None:

@@ -247,6 +247,30 @@ def test_bad_arguments_are_named(options, names):
         moco_ext.MoCo(**{"base_encoder": Tiny, "dim": 8, "K": 24} | options)
 
 
+def test_an_update_that_the_encoders_refuse_does_not_count():
+    """It decides the next permutation of shuffling BN."""
+    model = tiny_moco("cpu")
+    out = model(*views("cpu"))
+    queue = model.queue.clone()
+    model.encoder_q.more = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="encoders: expected the same parameters on both sides"):
+        model.update(out.keys)
+    assert model.updates == 0
+    assert torch.equal(model.queue, queue)
+
+
+def test_a_step_on_the_meta_device():
+    """Which has shapes and no memory: every update said that queue_ptr was an element of the queue."""
+    model = tiny_moco("meta")
+    out = model(*views("meta"))
+    model.update(out.keys)
+    assert model.updates == 1
+    with pytest.raises(ValueError, match="module: expected parameters in memory, got the meta device"):
+        moco_ext.flatten_parameters_(model.encoder_q)
+    model.to_empty(device="cpu")
+    assert _flat_buffer(list(_parameters(model.encoder_k))) is not None
+
+
 def test_views_of_different_batches_are_refused(device):
     im_q, im_k = views(device)
     with pytest.raises(ValueError, match="im_k: expected 12"):
