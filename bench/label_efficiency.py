@@ -300,6 +300,8 @@ def section(data: str, result: dict[str, Any]) -> str:
     tuned = [part for part in final.values() if "steps" in part]
     steps = " or ".join(f"{n:,}" for n in sorted({part["steps"] for part in tuned}))
     rates = " or ".join(sorted({rate for part in tuned for rate in part["validation_top1"]}))
+    if not runs:
+        sys.exit(f"final: expected a pretrain part of {data}, which has the settings, got only {', '.join(final)}")
     made = runs[0]["made_with"]
     lines += [
         f"Top-1 on the test images in %, mean ± standard deviation over {len(runs)} seeds. Pre-training: "

@@ -213,6 +213,12 @@ def test_tables_say_mean_and_standard_error(tmp_path):
     )
     assert "| 8 groups, none | 1.00 | 1.00 | 1.0 | 1.000 | 1.00 |  | 1 | 0 |" in lines
     assert "Raw pixels: kNN 70.00 %, linear 80.00 %." in lines[0]
+    runs[0]["acc1"] = runs[1]["acc1"] = None  # NaN in the file
+    nan = markdown(results).splitlines()
+    assert (
+        "| one group (base) | 2.00 ± 1.00 | 2.00 ± 1.00 | NaN | 2.000 ± 1.000 | 2.00 ± 1.00 |  | 2 ± 1 | 0, 1 |" in nan
+    )
+    assert "| 8 groups, none | 1.00 | 1.00 | NaN | 1.000 | 1.00 |  | 1 | 0 |" in nan
     write_report(results, tmp_path)
     page = (tmp_path / "results.md").read_text()
     for plot in ("accuracy.svg", "shuffling-bn.svg"):

@@ -53,6 +53,11 @@ def test_search_needs_no_test_images(command):
 
 def test_final_keeps_its_parts_and_writes_the_page(command, tmp_path, monkeypatch):
     arguments = ("--settings", TINY, "--budgets", "3", "--epochs", "2", "--seeds")
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- labels:start -->\n<!-- labels:end -->\nafter\n")
+    command("final", *arguments, "0", "--parts", "scratch")
+    with pytest.raises(SystemExit, match=r"final: expected a pretrain part of digits, .* got only scratch,seed=0,lab"):
+        command("table", "--page", str(page))
     some = command("final", *arguments, "0", "--parts", "pretrain", "scratch")["final"]
     assert some.keys() == {"pretrain,seed=0", "scratch,seed=0,labels=3"}
     one = command("final", *arguments, "0")["final"]
@@ -70,8 +75,6 @@ def test_final_keeps_its_parts_and_writes_the_page(command, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match=r"settings: expected those of the run in .*, got another rotate"):
         bench.pretrained(config, few_digits(), RunOptions(tmp_path / "work/digits/moco,seed=0"))
 
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- labels:start -->\n<!-- labels:end -->\nafter\n")
     command("table", "--page", str(page))
     values = [both[f"scratch,seed={seed},labels=3"]["top1"] for seed in (0, 1)]
     assert f"| the same network from scratch | {bench.spread(values)} |" in page.read_text()

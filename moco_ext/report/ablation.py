@@ -71,7 +71,8 @@ def markdown(results: dict[str, Any]) -> str:
             cells = []
             for metric, digits in _COLUMNS.values():
                 found = [run["records"][-1] | run for run in runs]
-                cells.append(mean_and_error([run[metric] for run in found if metric in run], digits))
+                values = [run[metric] for run in found if metric in run]
+                cells.append("NaN" if None in values else mean_and_error(values, digits))  # which JSON does not have
             seeds = ", ".join(str(run["seed"]) for run in runs)
             failed = ", ".join(str(run["seed"]) for run in _runs(results, name) if run["status"] == "failed")
             cells.append(seeds + f" (failed: {failed})" * bool(failed))
