@@ -245,6 +245,14 @@ def test_resuming_with_larger_batches_keeps_the_records(digits, tmp_path):
     assert records[-1]["seconds"] > before[-1]["seconds"]
 
 
+def test_milestones_after_the_last_epoch_are_warned_of(digits, tmp_path):
+    """As of the command's, if it is given fewer epochs."""
+    model = Classifier(encoder_of(digits), 10, 8, frozen=True)
+    config = dataclasses.replace(LINEAR, epochs=1, schedule=(0, 1, 2))
+    with pytest.warns(UserWarning, match=r"^schedule: the learning rate would drop after 1, 2 epochs, .* only 1; see"):
+        train_classifier(model, digits, config, options_in(tmp_path), name="linear", arch=ARCH)
+
+
 def test_foreign_checkpoints_are_not_resumed(digits, tmp_path):
     model = Classifier(encoder_of(digits), 10, 8)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

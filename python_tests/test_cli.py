@@ -69,6 +69,13 @@ def test_knn_of_a_bare_checkpoint_needs_data(finished, tmp_path, capsys):
     assert re.search(r"encoder\s+│\s+\d\d\.\d\d", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("flags", ["--schedule 1 2 3", "--schedule 1", "--schedule", "--schedule 2 --cos"])
+def test_milestones_after_the_last_epoch_are_warned_of(capsys, flags):
+    assert cli.main(["pretrain", "--data", "digits", *TINY, *flags.split(), "--dry-run"]) == 0
+    late = "schedule: the learning rate would drop after 2, 3 epochs, but the run has only 2; see --schedule"
+    assert (late in capsys.readouterr().err) == (flags == "--schedule 1 2 3")
+
+
 def test_image_folder_without_val(tmp_path, capsys):
     for name, color in (("blue", (0, 0, 255)), ("red", (255, 0, 0))):
         (tmp_path / "images" / name).mkdir(parents=True)

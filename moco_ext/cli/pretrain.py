@@ -15,6 +15,7 @@ from ..runs.settings import settings
 from ..train.config import DTYPES, PretrainConfig
 from ..train.mechanisms import has_setting
 from ..train.memory import device_memory
+from ..train.optimizer import warn_of_late_drops
 from ..train.recipes import RECIPES
 from . import launch
 from .config_file import add_config_flag
@@ -64,6 +65,9 @@ def _plan(args: argparse.Namespace, options: RunOptions) -> Plan:
     plan = make_plan(args, options)
     if not plan.config.steps and options.start_epoch >= plan.config.epochs:
         raise ValueError(f"start_epoch: expected less than the {plan.config.epochs} epochs, got {options.start_epoch}")
+    config = plan.config
+    if distributed.rank() == 0 and not (config.steps or config.cos or config.lr_every):
+        warn_of_late_drops(config.schedule, config.epochs, "epochs")
     return plan
 
 

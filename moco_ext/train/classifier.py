@@ -37,6 +37,7 @@ from ..runs.settings import (
     one_of,
     setting,
 )
+from .optimizer import warn_of_late_drops
 from .parallel import images_per_process
 from .preemption import Interrupts
 
@@ -273,6 +274,8 @@ def train_classifier(
         del checkpoint  # as large as the model and its optimizer
     if done >= config.epochs:
         raise ValueError(f"epochs: expected more than the {done} already done, got {config.epochs}; see --evaluate")
+    if rank() == 0:
+        warn_of_late_drops(config.schedule, config.epochs, "epochs")
     folder = options.output / name
     with (
         exclusive(folder, lambda: remove_temporaries(options.output, f"{name}*")),

@@ -25,6 +25,7 @@ from ..runs.metrics import RunLog
 from ..runs.options import RunOptions
 from ..runs.settings import BELOW_1, NOT_NEGATIVE, POSITIVE, at_least, changed_settings, check_settings, setting
 from .classifier import synchronize_batchnorm
+from .optimizer import warn_of_late_drops
 from .parallel import images_per_process
 from .preemption import Preemption
 
@@ -137,6 +138,8 @@ def train_iterations(
         raise ValueError(
             f"iterations: expected more than the {done} already done, got {config.iterations}; see --evaluate"
         )
+    if rank() == 0:
+        warn_of_late_drops(config.schedule, config.iterations, "iterations")
     if config.warmup >= config.iterations and rank() == 0:
         warnings.warn(
             f"warmup: all of the {config.iterations} iterations are in the warm-up of {config.warmup}, so the learning "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -154,3 +155,13 @@ def _groups(
         new = {"params": [], "weight_decay": 0.0 if exempt else weight_decay, "lr_scale": scale}
         groups.setdefault((scale, exempt), new)["params"].append(parameter)
     return [(exempt, group) for (_, exempt), group in groups.items()]
+
+
+def warn_of_late_drops(schedule: Collection[int], end: int, unit: str) -> None:
+    """Warn of milestones that a run of ``end`` epochs or iterations does not reach."""
+    if late := [str(milestone) for milestone in schedule if milestone >= end]:
+        warnings.warn(
+            f"schedule: the learning rate would drop after {', '.join(late)} {unit}, but the run has only {end}; see "
+            "--schedule",
+            stacklevel=3,
+        )
