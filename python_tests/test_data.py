@@ -223,6 +223,16 @@ def test_read_image_of_16_bits_keeps_the_upper_eight(tmp_path, form):
     assert read[0].tolist() == read[2].tolist() == (pixels >> 8).tolist()
 
 
+def test_read_image_of_12_bits_keeps_the_upper_eight(tmp_path):
+    """In 16 bits they would be black. PIL does not write them."""
+    pixels = np.array([[0, 0x123], [0x7FF, 0xFFF]])
+    packed = bytes.fromhex("".join(f"{value:03x}" for value in pixels.flatten()))
+    tags = {256: 2, 257: 2, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 2, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    (tmp_path / "deep.tif").write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + packed)
+    assert read_image(tmp_path / "deep.tif")[0].tolist() == (pixels >> 4).tolist()
+
+
 @pytest.mark.parametrize(("dtype", "value"), [(np.float32, 1), (np.int32, 2**16), (np.int32, 200)])
 def test_read_image_refuses_pixels_of_unknown_range(tmp_path, dtype, value):
     """200 would be white in 8 bits and black in 16."""

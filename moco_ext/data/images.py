@@ -60,8 +60,8 @@ def decode(open_file: Callable[[], BinaryIO], name: Callable[[], str]) -> Tensor
     """Decode an encoded image to uint8 [3, H, W].
 
     The image is turned as its EXIF orientation says, unlike in the official training code. Grayscale is repeated to
-    three channels, transparency is dropped, 16-bit channels keep their upper 8 bits, and an animation gives its first
-    frame.
+    three channels, transparency is dropped, channels of 12 or 16 bits keep their upper 8, and an animation gives its
+    first frame.
 
     Raises:
         UnreadableImageError: cannot be opened, empty, truncated, not an image, of more than ``MAX_PIXELS`` pixels, or
@@ -138,10 +138,11 @@ def from_pil(image: Image.Image) -> Tensor:
     # PIL has 16-bit PNG and PGM in mode I, too. Of other formats the range is unknown: 0 to 255 would be black.
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(f"pixels of unknown range (PIL's mode {image.mode}); expected 8 or 16 bits, unsigned")
-    image = upright(image)
-    if image.mode.startswith("I"):  # 16 bits, which PIL would clip to 8
-        return torch.from_numpy((np.asarray(image) >> 8).astype(np.uint8)).expand(3, -1, -1)
-    return pil_to_tensor(image.convert("RGB"))
+    turned = upright(image)
+    if turned.mode.startswith("I"):  # which PIL would clip to 8 bits
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of TIFF: 12, as of some cameras, or 16
+        return torch.from_numpy((np.asarray(turned) >> (bits - 8)).astype(np.uint8)).expand(3, -1, -1)
+    return pil_to_tensor(turned.convert("RGB"))
 
 
 def upright(image: Image.Image) -> Image.Image:
