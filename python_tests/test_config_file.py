@@ -218,6 +218,18 @@ def test_the_configuration_of_a_run_gives_the_same_run(photos, tmp_path, flags):
             assert (again.data.size, len(again.data.train)) == (plan.data.size, len(plan.data.train))
 
 
+def test_the_images_of_a_run_that_was_started_elsewhere(photos, tmp_path, monkeypatch):
+    """A folder of that name in the working directory may hold other images."""
+    run = as_written(plan_of("--data", str(photos)).config, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"data": "photos"}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "environment.json").write_text(json.dumps({"directory": str(tmp_path)}))
+    monkeypatch.chdir(tmp_path)
+    assert parse("pretrain", "--config", str(run)).data == "photos"
+    monkeypatch.chdir(run)
+    assert parse("pretrain", "--config", str(run)).data == str(photos)
+
+
 def test_the_guide_chooses_for_a_folder(photos):
     plan = plan_of(photos, "--moco-m", "0.9")
     assert (plan.config.arch, plan.config.image_size, plan.data.size) == ("resnet18", 96, 96)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runs.files import read_json
+
 _SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 _SEPARATORS = {"data": os.pathsep, "logger": ","}  # of flags that take several values in one word
 
@@ -64,6 +66,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config: expected names and values in {path}, got {type(content).__name__}")
+    if isinstance(content.get("data"), str) and path.name == "config.json":  # perhaps of a run
+        from ..data import seen_from_here  # takes a second
+
+        started = read_json(path.with_name("environment.json")).get("directory")
+        content["data"] = seen_from_here(content["data"], started)
     return content
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import re
 import shlex
@@ -17,12 +18,13 @@ from .. import __version__
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Command line, versions and device of this process, and the package's commit if it runs from a git checkout."""
+    """Command line, directory, versions and device of this process; the package's commit, of a git checkout."""
     program, *arguments = sys.argv
     name = "moco-ext" if Path(program).name in ("moco-ext", "__main__.py") else program
     commit, changed = _checkout(Path(__file__).parents[1])
     return {
         "command": shlex.join([name, *arguments]),
+        "directory": os.getcwd(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
