@@ -78,6 +78,14 @@ def test_all_formats_say_the_same(written, name, text):
     assert not hasattr(args, "workers")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.yaml", "epochs: 3"), ("a.toml", "epochs = 3"), ("a.json", '{"epochs": 3}')]
+)
+def test_a_byte_order_mark(written, name, text):
+    """Editors on Windows write it."""
+    assert parse("pretrain", "--config", written("\ufeff" + text, name)).epochs == 3
+
+
 def test_flags_win(written):
     path = written(YAML)
     args = parse("pretrain", "--moco-k", "512", "--config", path, "--no-mlp", "--schedule", "5")

@@ -55,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if suffix not in _SUFFIXES or not path.is_file():
         raise ValueError(f"config: expected a file ({', '.join(_SUFFIXES)}) or a run directory, got {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if suffix == ".json":
             content = json.loads(text, object_pairs_hook=_each_once)
         elif suffix == ".toml":
