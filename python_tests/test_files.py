@@ -149,6 +149,7 @@ def test_a_table_that_cannot_be_used(tmp_path, content, error):
         b"\xef\xbb\xbfPath,label\r\na/1.png,x\r\n\r\n2.png,y\r\n",  # as Excel writes it
         b"id,file,class\n7,a/1.png,x,more\n8,2.png,y",
         b"label, path\nx, a/1.png\ny, 2.png\n",
+        b"path,label\na/1.png, x\n2.png,y \n",
         b"path,label\na/1.png,x\n2.png,y\na/1.png,x\n",  # one image twice
         b"path,label\na/1.png,x\n2.png,y\n./a/1.png,x\na/../2.png,y\n",
     ],
@@ -158,6 +159,7 @@ def test_forms_of_a_table(tmp_path, content):
     (tmp_path / "list.csv").write_bytes(content)
     data = mdata.load(str(tmp_path / "list.csv"))
     assert names_of(data.train, tmp_path) == ["a/1.png", "2.png"]
+    assert data.classes == ("x", "y")
     assert data.train.labels.tolist() == [0, 1]
 
 

@@ -165,12 +165,12 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
         paths, classes = [], []
         for row in filter(None, rows):  # one at a time: other columns may be large
             paths.append(row[place] if place < len(row) else "")
-            classes.append("" if label is None or label >= len(row) else sys.intern(row[label]))
+            classes.append("" if label is None or label >= len(row) else sys.intern(row[label].strip()))
     return paths, None if label is None else classes
 
 
 def _text(value: object) -> str:
-    return "" if value is None else str(value)
+    return "" if value is None else str(value).strip()
 
 
 def _columns(path: Path, names: Sequence[str]) -> tuple[int, int | None]:
