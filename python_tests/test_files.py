@@ -300,6 +300,12 @@ def test_options_out_of_range(tmp_path, option, value):
         mdata.load(str(tmp_path), **{option: value})
 
 
+def test_the_source_that_does_not_exist_is_named(tmp_path):
+    images(tmp_path, "a/1.png", "c/1.png")
+    with pytest.raises(ValueError, match=rf"shards of images, got '{tmp_path}/b'$"):
+        mdata.load(":".join(str(tmp_path / name) for name in "abc"))
+
+
 def test_no_images(tmp_path):
     with pytest.raises(ValueError, match=f"data: expected images in {tmp_path}, got none$"):
         mdata.load(str(tmp_path))

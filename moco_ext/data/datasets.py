@@ -181,9 +181,11 @@ def _load(name: str, data_root: Path, val_fraction: float) -> ImageData:
     if found and all(found):
         return _shards(name, [shards for shards in found if shards], val_fraction)
     sources = [Path(part) for part in parts]
-    if not (sources and all(source.exists() for source in sources)):
+    absent = [part for part, shards in zip(parts, found, strict=True) if not (shards or os.path.exists(part))]
+    if absent or not parts:
         raise ValueError(
-            f"data: expected one of {', '.join(BUILT_IN)}, or a folder, list or shards of images, got {name!r}"
+            f"data: expected one of {', '.join(BUILT_IN)}, or a folder, list or shards of images, got "
+            f"{os.pathsep.join(absent or [name])!r}"
         )
     if any(found):
         raise ValueError(f"data: expected only shards, or only folders and lists, got {name!r}")
