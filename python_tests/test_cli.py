@@ -174,6 +174,7 @@ def test_too_few_images_are_one_line_and_leave_nothing(tmp_path, capsys, monkeyp
         ("--moco-dim 100000000 --moco-k 1 --arch resnet50", "out of memory: "),
         ("--moco-k many", "argument --moco-k: invalid int value: 'many'"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--batchsize=8", "unrecognized arguments: --batchsize=8; did you mean --batch-size"),
         ("--device tpu9", "device: "),
         ("--device meta", "device: expected cpu or cuda, got meta"),
         ("--device mps", "device: expected cpu or cuda, got mps"),
