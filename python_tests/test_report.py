@@ -662,7 +662,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     [
         (["nowhere"], "run: expected a run directory, with config.json and a line in metrics.jsonl, got nowhere"),
         (["a", "./a"], "run: expected different directories, got a, a"),
-        (["a"], "checkpoint: no such file: a/checkpoint.pth"),
+        (["a"], "checkpoint: no such file: a/checkpoint.pth; --no-features needs neither data nor checkpoints"),
+        (["a", "--output", "b/c.html"], "output: no such folder: b"),
     ],
 )
 def test_errors(tmp_path, monkeypatch, capsys, arguments, message):
