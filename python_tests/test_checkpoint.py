@@ -243,6 +243,10 @@ def test_any_damage_costs_only_the_newest(tmp_path):
         (lambda c: c["state_dict"]["module.queue"].fill_(math.inf), "expected finite weights in .* in queue"),
         (lambda c: c["trainer"].update(step=-5), "resume: .* does not fit this run: step: expected a count, got -5"),
         (lambda c: c["trainer"].update(step="5"), "resume: .* does not fit this run: step: expected a count, got 5"),
+        (
+            lambda c: c["trainer"]["loader"].update(images=7),
+            "images = 64 .*, got 7; -a .* --init .*c.pth starts a new run",
+        ),
         (lambda c: c["trainer"].pop("loader"), r"resume: .* does not fit this run: KeyError\('loader'\)"),
         (lambda c: c["trainer"]["loader"].update(step=-1), "loader step: expected a count, got -1"),
         (

@@ -122,6 +122,31 @@ def test_errors_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     assert "\n" not in err
 
 
+def test_an_output_that_is_a_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("MOCO_EXT_DEBUG", raising=False)
+    (tmp_path / "file").write_text("")
+    assert cli.main(["knn", str(tmp_path), "--data", "digits", "--output", str(tmp_path / "file")]) == 1
+    error = f"output: expected a directory, got the file {tmp_path / 'file'}"
+    assert capsys.readouterr().err == f"moco-ext: error: {error}\n"
+
+
+def test_paths_from_home(capsys, tmp_path, monkeypatch):
+    """No shell expands ``~`` in a file or after ``=``."""
+    pytest.importorskip("yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    (tmp_path / "run.yaml").write_text("data: [b, ~/a]\noutput: ~/out")
+    assert cli.main(["pretrain", "--config", "run.yaml", "--dry-run"]) == 0
+    assert f"b:{tmp_path}/a" in capsys.readouterr().out.replace("\n", "")
+    (tmp_path / "out").write_text("")
+    for flags in (["--config", "run.yaml"], ["b", "--output=~/out"]):
+        assert cli.main(["pretrain", *flags]) == 1
+        assert f"got the file {tmp_path}/out" in capsys.readouterr().err
+
+
 def test_folders_may_be_between_flags(tmp_path, capsys):
     for name in "abc":
         (tmp_path / name).mkdir()
@@ -156,6 +181,7 @@ def test_too_few_images_are_one_line_and_leave_nothing(tmp_path, capsys, monkeyp
         ("--moco-dim 100000000 --moco-k 1 --arch resnet50", "out of memory: "),
         ("--moco-k many", "argument --moco-k: invalid int value: 'many'"),
         ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+        ("--batchsize=8", "unrecognized arguments: --batchsize=8; did you mean --batch-size"),
         ("--device tpu9", "device: "),
         ("--device meta", "device: expected cpu or cuda, got meta"),
         ("--device mps", "device: expected cpu or cuda, got mps"),

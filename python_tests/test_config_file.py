@@ -78,6 +78,14 @@ def test_all_formats_say_the_same(written, name, text):
     assert not hasattr(args, "workers")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.yaml", "epochs: 3"), ("a.toml", "epochs = 3"), ("a.json", '{"epochs": 3}')]
+)
+def test_a_byte_order_mark(written, name, text):
+    """Editors on Windows write it."""
+    assert parse("pretrain", "--config", written("\ufeff" + text, name)).epochs == 3
+
+
 def test_flags_win(written):
     path = written(YAML)
     args = parse("pretrain", "--moco-k", "512", "--config", path, "--no-mlp", "--schedule", "5")
@@ -216,6 +224,18 @@ def test_the_configuration_of_a_run_gives_the_same_run(photos, tmp_path, flags):
             again = plan_of("--config", path)
             assert again.config == plan.config
             assert (again.data.size, len(again.data.train)) == (plan.data.size, len(plan.data.train))
+
+
+def test_the_images_of_a_run_that_was_started_elsewhere(photos, tmp_path, monkeypatch):
+    """A folder of that name in the working directory may hold other images."""
+    run = as_written(plan_of("--data", str(photos)).config, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text()) | {"data": "photos"}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "environment.json").write_text(json.dumps({"directory": str(tmp_path)}))
+    monkeypatch.chdir(tmp_path)
+    assert parse("pretrain", "--config", str(run)).data == "photos"
+    monkeypatch.chdir(run)
+    assert parse("pretrain", "--config", str(run)).data == str(photos)
 
 
 def test_the_guide_chooses_for_a_folder(photos):

@@ -96,6 +96,18 @@ def test_the_precision_of_the_encoder(run, tmp_path, command, capsys, monkeypatc
     assert seen == {"bf16"}
 
 
+def test_the_images_of_a_run_that_was_started_elsewhere(run, photos, tmp_path, monkeypatch, capsys):
+    """A folder of that name in the working directory may hold other images."""
+    started, here = tmp_path / "started", tmp_path / "here"
+    shutil.copytree(run, started / "run")
+    here.mkdir()
+    (started / "photos").symlink_to(photos)
+    (started / "run" / "config.json").write_text(json.dumps({"data": "photos", "arch": ARCH, "image_size": 8}))
+    (started / "run" / "environment.json").write_text(json.dumps({"directory": str(started)}))
+    monkeypatch.chdir(here)
+    assert answer(capsys, "knn", started / "run", "--threads", 1, "-k", 3)["data"] == str(started / "photos")
+
+
 def test_timms_weights_by_name(tmp_path, monkeypatch, capsys):
     """A config.json in the working directory is not theirs."""
     timm = pytest.importorskip("timm")

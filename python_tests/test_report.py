@@ -1,5 +1,6 @@
 """The page about runs: it shows what the runs recorded, and it is self-contained."""
 
+import dataclasses
 import json
 import math
 import os
@@ -276,6 +277,22 @@ def test_scores_of_the_commands(tmp_path):
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_the_images_of_a_run_that_was_started_elsewhere(tmp_path, monkeypatch):
+    """A folder of that name in the working directory may hold other images."""
+    here, there = (tmp_path / name for name in ("here", "there"))
+    runs = []
+    for place in (here, there):
+        folder = directory(place / "run", data="photos")
+        (folder / "environment.json").write_text(json.dumps({"directory": str(place)}))
+        (folder / "knn.json").write_text(json.dumps({"data": str(place / "photos"), "knn_top1": {"trained": 60.0}}))
+        runs.append(read_run(folder, place.name))
+    monkeypatch.chdir(here)
+    assert [run.images.data for run in runs] == ["photos", str(there / "photos")]
+    assert [run.other_data("knn") for run in runs] == ["", ""]
+    gone = dataclasses.replace(runs[1], environment={"directory": str(tmp_path / "gone")})
+    assert gone.images.data == "photos"  # copied from another machine, perhaps with its images
+
+
 def test_scores_on_other_data_say_so(tmp_path):
     folder = directory(tmp_path / "run", summary={})
     elsewhere = {"data": "/data/labeled"}
@@ -645,7 +662,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     [
         (["nowhere"], "run: expected a run directory, with config.json and a line in metrics.jsonl, got nowhere"),
         (["a", "./a"], "run: expected different directories, got a, a"),
-        (["a"], "checkpoint: no such file: a/checkpoint.pth"),
+        (["a"], "checkpoint: no such file: a/checkpoint.pth; --no-features needs neither data nor checkpoints"),
+        (["a", "--output", "b/c.html"], "output: no such folder: b"),
     ],
 )
 def test_errors(tmp_path, monkeypatch, capsys, arguments, message):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .. import __version__
 from .config_file import with_file
@@ -59,4 +62,11 @@ def _run(argv: Sequence[str]) -> int:
         return 0
     if parser.of_command is not None and hasattr(args, "config"):
         args = with_file(parser.of_command, argv[1:], args)
-    return args.run(args)
+    return args.run(argparse.Namespace(**{name: _from_home(value) for name, value in vars(args).items()}))
+
+
+def _from_home(value: Any) -> Any:
+    """Expand ``~`` in paths: no shell does in a file or in ``--output=~/runs``, and a folder ``~`` would appear."""
+    if isinstance(value, list):
+        return [_from_home(item) for item in value]
+    return os.pathsep.join(map(os.path.expanduser, value.split(os.pathsep))) if isinstance(value, str) else value

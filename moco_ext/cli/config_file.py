@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..runs.files import read_json
+
 _SUFFIXES = (".yaml", ".yml", ".toml", ".json")
 _SEPARATORS = {"data": os.pathsep, "logger": ","}  # of flags that take several values in one word
 
@@ -53,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if suffix not in _SUFFIXES or not path.is_file():
         raise ValueError(f"config: expected a file ({', '.join(_SUFFIXES)}) or a run directory, got {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if suffix == ".json":
             content = json.loads(text, object_pairs_hook=_each_once)
         elif suffix == ".toml":
@@ -64,6 +66,11 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"config: {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config: expected names and values in {path}, got {type(content).__name__}")
+    if isinstance(content.get("data"), str) and path.name == "config.json":  # perhaps of a run
+        from ..data import seen_from_here  # takes a second
+
+        started = read_json(path.with_name("environment.json")).get("directory")
+        content["data"] = seen_from_here(content["data"], started)
     return content
 
 

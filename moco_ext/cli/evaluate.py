@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from ..checkpoints.pretrained import TIMM, TORCHVISION, load_pretrained
-from ..data import ImageData, load
+from ..data import ImageData, load, seen_from_here
 from ..encoders import set_image_size
 from ..evaluate.encoder import normalized_for, recorded_size
 from ..runs.console import make_console
@@ -96,6 +96,9 @@ def _configuration(weights: str | None) -> tuple[dict[str, Any], Path | None]:
         return {}, None
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     config = read_json(folder / "config.json")
+    if "data" in config:
+        directory = read_json(folder / "environment.json").get("directory")
+        config["data"] = seen_from_here(config["data"], directory)
     return config, folder if config else None
 
 

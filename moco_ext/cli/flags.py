@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import re
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"moco-ext: error: {message} (see {self.prog} --help)\n")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            parser = self.of_command or self
+            close = difflib.get_close_matches(rest[0].partition("=")[0], parser._option_string_actions)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return found
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         found, rest = super().parse_known_args(args, namespace)

@@ -118,6 +118,8 @@ def run(work: Work, args: argparse.Namespace, output: Path) -> int:
     Raises:
         ValueError: flags that contradict each other or the machine.
     """
+    if output.exists() and not output.is_dir():  # before anything is computed
+        raise NotADirectoryError(f"output: expected a directory, got the file {output}")
     launch = LaunchOptions(**given(args, LaunchOptions))
     nodes = launch.world_size or 1
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -31,12 +31,19 @@ def run(args: argparse.Namespace) -> int:
     folders = [Path(folder) for folder in args.runs]
     runs = [read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
     output = Path(args.output or (folders[0] / "report.html" if len(runs) == 1 else "report.html"))
+    if not output.parent.is_dir():  # before anything is computed
+        raise FileNotFoundError(f"output: no such folder: {output.parent}")
     options = options_of(args, output.parent)
     console = options.console
     shown = []
     if not args.no_features:
-        with console.status("computing features"):
-            shown = galleries(runs, folders, data_root=args.data_root, device=options.device, workers=options.workers)
+        try:
+            with console.status("computing features"):
+                shown = galleries(
+                    runs, folders, data_root=args.data_root, device=options.device, workers=options.workers
+                )
+        except (ValueError, OSError) as error:  # the images may be on another machine
+            raise ValueError(f"{error}; --no-features needs neither data nor checkpoints") from None
     with console.status("writing the report"):
         page = compose(runs, shown)
         write_atomically(output, lambda file: file.write(page.encode()))

@@ -1,7 +1,18 @@
 """Datasets, augmentations and data loaders."""
 
 from .augment import Augmentation, TwoCropsTransform, augment_batch
-from .datasets import BUILT_IN, FileSplit, FolderSplit, ImageData, Normalize, Split, TensorSplit, eval_batches, load
+from .datasets import (
+    BUILT_IN,
+    FileSplit,
+    FolderSplit,
+    ImageData,
+    Normalize,
+    Split,
+    TensorSplit,
+    eval_batches,
+    load,
+    seen_from_here,
+)
 from .images import UnreadableImageError
 from .loader import Batch, SupervisedLoader, TrainLoader
 from .shard_writer import WrittenShards, write_shards
@@ -28,5 +39,6 @@ __all__ = [
     "augment_batch",
     "eval_batches",
     "load",
+    "seen_from_here",
     "write_shards",
 ]

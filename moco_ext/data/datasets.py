@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from .files import ImageFiles, few, find_images
 from .images import UnreadableImageError, open_regular, read_image
 from .seeds import hash_seeds
 from .shards import ShardSplit, find_shards, open_shards
-from .urls import split_sources
+from .urls import is_url, split_sources
 from .workers import leave_signals_to_parent, sigterm_held
 
 BUILT_IN = ("digits", "fashion-mnist", "cifar10", "cifar100")
@@ -125,6 +126,19 @@ class ImageData:
         self.unreadable.update(unreadable)
 
 
+def seen_from_here(data: str, directory: str | None) -> str:
+    """``data`` of a run that was started in ``directory``: a folder of that name here may hold other images.
+
+    Unchanged if that is the working directory, unknown, or gone, as for a run that was copied to another machine.
+    """
+    if directory is None or not os.path.isdir(directory) or os.path.samefile(directory, os.curdir):
+        return data
+    sources = [data] if os.path.exists(os.path.join(directory, data)) else split_sources(data)
+    return os.pathsep.join(
+        source if source in BUILT_IN or is_url(source) else os.path.join(directory, source) for source in sources
+    )
+
+
 def load(
     name: str | Path, data_root: str | Path = "data", *, val_fraction: float = 0.0, image_size: int | None = None
 ) -> ImageData:
@@ -167,9 +181,11 @@ def _load(name: str, data_root: Path, val_fraction: float) -> ImageData:
     if found and all(found):
         return _shards(name, [shards for shards in found if shards], val_fraction)
     sources = [Path(part) for part in parts]
-    if not (sources and all(source.exists() for source in sources)):
+    absent = [part for part, shards in zip(parts, found, strict=True) if not (shards or os.path.exists(part))]
+    if absent or not parts:
         raise ValueError(
-            f"data: expected one of {', '.join(BUILT_IN)}, or a folder, list or shards of images, got {name!r}"
+            f"data: expected one of {', '.join(BUILT_IN)}, or a folder, list or shards of images, got "
+            f"{os.pathsep.join(absent or [name])!r}"
         )
     if any(found):
         raise ValueError(f"data: expected only shards, or only folders and lists, got {name!r}")

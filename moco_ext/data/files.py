@@ -159,7 +159,8 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
         paths = table[columns[0]].to_pylist()
         if label is None:
             return paths, None
-        return paths, ["" if value is None else str(value) for value in whole_numbers(table[columns[1]]).to_pylist()]
+        labels = whole_numbers(table[columns[1]]).to_pylist()
+        return paths, ["" if value is None else str(value).strip() for value in labels]
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"data: expected a list in UTF-8, got UTF-16 in {path}")
@@ -175,7 +176,7 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
         paths, classes = [], []
         for row in filter(None, rows):  # one at a time: other columns may be large
             paths.append(row[place] if place < len(row) else "")
-            classes.append("" if label is None or label >= len(row) else sys.intern(row[label]))
+            classes.append("" if label is None or label >= len(row) else sys.intern(row[label].strip()))
     return paths, None if label is None else classes
 
 

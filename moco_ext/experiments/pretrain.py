@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import warnings
 from typing import Any
 
@@ -55,7 +56,8 @@ def _pretrain_and_evaluate(
     trainer = Trainer(config, data, options, model)
     if first:
         write_json(options.output / "config.json", dataclasses.asdict(config))
-        write_json(options.output / "environment.json", environment(options.device))
+        started = {"directory": os.getcwd()}  # from which relative paths of the data start
+        write_json(options.output / "environment.json", environment(options.device) | started)
     records = trainer.train()
 
     summary: dict[str, Any] = {"data": config.data}

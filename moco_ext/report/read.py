@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..checkpoints.pretrained import load_pretrained
-from ..data import ImageData, load
+from ..data import ImageData, load, seen_from_here
 from ..evaluate.features import is_missing, take
 from ..evaluate.scores import LABELS, Features, representations, split_features
 from ..runs.files import read_json
@@ -54,12 +55,14 @@ class ReportedRun:
     @property
     def images(self) -> ImageSet:
         """What :func:`moco_ext.data.load` makes its images from."""
-        return ImageSet(self.config["data"], self.config.get("val_fraction", 0.0), self.config.get("image_size"))
+        data = seen_from_here(self.config["data"], self.environment.get("directory"))
+        return ImageSet(data, self.config.get("val_fraction", 0.0), self.config.get("image_size"))
 
     def other_data(self, command: str) -> str:
         """The data that ``moco-ext knn``, ``linear`` or ``finetune`` evaluated on; empty if it is that of the run."""
         data = self.evaluations.get(command, {}).get("data", self.config["data"])
-        return "" if data == self.config["data"] else data
+        start = self.environment.get("directory", "")
+        return "" if os.path.join(start, data) == os.path.join(start, self.config["data"]) else data
 
     def top1(self, protocol: str) -> dict[str, float]:
         """Top-1 of ``"knn"`` or ``"linear"`` on the run's own data by representation (pixels, untrained, trained);

@@ -360,7 +360,10 @@ class Trainer:
                 before = dict(trainer["config"])
             except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, ValueError) as error:
                 reason = str(error) if isinstance(error, ValueError) else repr(error)
-                raise ValueError(f"resume: {path} does not fit this run: {' '.join(reason.split())[:300]}") from None
+                raise ValueError(
+                    f"resume: {path} does not fit this run: {' '.join(reason.split())[:300]}; -a {self.config.arch} "
+                    f"--init {path} starts a new run from its weights"
+                ) from None
         if self.rank > 0:
             return
         self.options.console.print(f"resumed at step {self.step:,} of {self.total:,}: {path}", highlight=False)
