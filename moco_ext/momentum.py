@@ -244,9 +244,19 @@ def _is_dense(parameter: Tensor) -> bool:
     return parameter.numel() == 0 or span == parameter.numel()
 
 
+# Under these names torch.compile and DDP keep the module that they wrap; often only the trained encoder is wrapped.
+_WRAPPED = ("_orig_mod", "module")
+
+
 def check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> None:
     """Refuse encoders whose parameters differ in name, shape or order."""
-    keys, queries = dict(key_encoder.named_parameters()), dict(query_encoder.named_parameters())
+    keys, queries = (
+        {
+            ".".join(part for part in name.split(".") if part not in _WRAPPED): p
+            for name, p in encoder.named_parameters()
+        }
+        for encoder in (key_encoder, query_encoder)
+    )
     for name in [*queries, *keys]:
         if name not in keys or name not in queries:
             side = "query" if name in queries else "key"
