@@ -164,7 +164,7 @@ class MoCo(Mechanism, KeyQueue):
         trained = set(encoder.parameters())
         for parameter in self.encoder_k.parameters():
             if parameter not in trained:
-                parameter.requires_grad = False
+                parameter.requires_grad_(False)  # an error for lazy ones, of which the copy would get other values
         self._flatten()
 
     def forward(

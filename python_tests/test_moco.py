@@ -124,6 +124,13 @@ def test_encoders_start_equal_and_the_queue_holds_unit_keys(device):
     assert model.queue_ptr.item() == 30 % 24
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_an_encoder_without_weights_yet_is_refused(flatten):
+    """Each encoder would draw its own in the first forward pass."""
+    with pytest.raises(ValueError, match="uninitialized parameter"):
+        moco_ext.MoCo(lambda num_classes: nn.LazyLinear(num_classes), 8, 24, flatten_parameters=flatten)
+
+
 def test_a_batch_that_does_not_divide_the_queue(device):
     model = tiny_moco(device)
     keys = [model(*views(device, n=n, seed=n)).keys for n in (10, 10, 7)]
