@@ -205,6 +205,7 @@ def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
         split._parameters, split._buffers, split._modules = module._parameters, module._buffers, module._modules
         split.training = module.training
         return split
-    for name, child in module.named_children():
+    # Not named_children(), which leaves out the second name of a layer that is used twice.
+    for name, child in [(name, child) for name, child in module._modules.items() if child is not None]:
         setattr(module, name, convert_split_bn(child, groups))
     return module
