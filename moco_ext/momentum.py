@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
@@ -115,6 +116,7 @@ def update_key_encoder_(
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
     if not keys and not queries:
         return  # for example, an nn.Identity as the head
+    _warn_if_steps_are_lost(keys, m)
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
     same_layout = [(p.shape, p.stride()) for p in keys] == [(p.shape, p.stride()) for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
@@ -139,6 +141,19 @@ def update_key_encoder_(
     else:
         low_precision.refresh(
             flat_key, keys, lambda copy: momentum_update_([flat_key], [flat_query], m, low_precision=[copy])
+        )
+
+
+def _warn_if_steps_are_lost(keys: list[nn.Parameter], m: float | Tensor) -> None:
+    dtype = keys[0].dtype if keys else torch.float32
+    if dtype not in (torch.bfloat16, torch.float16) or isinstance(m, Tensor):
+        return
+    # Half a unit in the last place is eps / 4 or more of a weight: here, even the step of one that differs by a tenth.
+    if 0 < (1 - m) / 10 < torch.finfo(dtype).eps / 4:
+        warnings.warn(
+            f"key_encoder: expected parameters that momentum {m} can move, got {dtype}, which rounds most of its steps "
+            "to nothing; keep them in float32, and train under torch.autocast",
+            stacklevel=3,
         )
 
 

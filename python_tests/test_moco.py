@@ -1,6 +1,7 @@
 """The model: its step against the official formulation, its state, and its parameters' layout."""
 
 import copy
+import warnings
 
 import official
 import pytest
@@ -295,6 +296,24 @@ def test_low_precision_keys_match_autocast(device, dtype):
     expect_autocast(*views(device))
     assert all(parameter.dtype == torch.float32 for parameter in model.encoder_k.parameters())
     assert model.state_dict().keys() == tiny_moco(device).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "m", "warns"),
+    [(torch.bfloat16, 0.99, True), (torch.half, 0.999, True), (torch.float32, 0.999, False), (torch.half, 0.9, False)],
+)
+def test_a_key_encoder_that_cannot_move(device, dtype, m, warns):
+    model = tiny_moco(device, m=m).to(dtype)
+    with torch.no_grad():
+        for key, query in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+            query.copy_(1.1 * key)
+    before = [key.clone() for key in model.encoder_k.parameters()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.update(torch.ones(1, 8, dtype=dtype, device=device))
+    moved = [not torch.equal(*pair) for pair in zip(before, model.encoder_k.parameters(), strict=True) if pair[0].any()]
+    assert any(moved) == (not warns)
+    assert [str(dtype) in str(warning.message) for warning in caught] == [True] * warns
 
 
 def test_low_precision_weights_follow_steps_below_their_precision(device):
