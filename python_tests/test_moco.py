@@ -238,6 +238,22 @@ def test_the_whole_forward_compiles_without_a_break(device):
     torch.testing.assert_close(compiled.keys, eager.keys)
 
 
+def test_a_compiled_model_that_shuffles_compiles_once(device):
+    """The permutation of each step depends on the number of updates, on which nothing compiled may depend."""
+    torch._dynamo.reset()
+    eager = tiny_moco(device, split_bn=2)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="eager")
+    for seed in range(4):
+        batch = views(device, seed=seed)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            out = compiled(*batch)
+        want = eager(*batch)
+        torch.testing.assert_close(out.keys, want.keys)
+        model.update(out.keys)
+        eager.update(want.keys)
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [
