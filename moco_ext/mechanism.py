@@ -65,6 +65,7 @@ class Mechanism(nn.Module):
         out = self(im_q, im_k, key_order=key_order)
         return out.loss, out.stats, (out.keys,)
 
+    @torch.compiler.disable(reason="would compile again at each step, for another number of updates")
     def update(self, keys: Tensor) -> None:
         """Change the model's state after the optimizer step; see the subclasses."""
         self._check_keys(keys)
