@@ -14,10 +14,9 @@ from . import distributed, encoders
 from .distributed import all_gather, start_all_gather
 from .encoders import encode
 from .mechanism import Mechanism, check_momentum, check_temperature
-from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encoder_
+from .momentum import LowPrecisionWeights, flatten_parameters_, has_another_owner, update_key_encoder_
 from .objectives import OBJECTIVES
 from .ops import info_nce, momentum_update_
-from .ops.checks import is_sharded
 from .queue import KeyQueue
 from .sharded_queue import sharded_info_nce
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
@@ -306,7 +305,7 @@ class MoCo(Mechanism, KeyQueue):
             return
         for encoder in (self.encoder_q, self.encoder_k)[: 2 if self.key_encoder == "momentum" else 1]:
             parameters = list(encoder.parameters())
-            if any(map(is_sharded, parameters)):
+            if any(map(has_another_owner, parameters)):
                 continue
             if len({(p.dtype, p.device) for p in parameters}) == 1 and not parameters[0].is_meta:
                 flatten_parameters_(encoder)

@@ -99,7 +99,8 @@ def update_key_encoder_(
 
     Both encoders are flattened (:func:`flatten_parameters_`) at the first call, and again after they have been moved or
     copied, so that the update is one launch over two buffers. Parameters of several dtypes are updated as a list, still
-    in one launch, and so are the local shards of encoders that FSDP2 (``fully_shard``) has sharded. Buffers (BatchNorm
+    in one launch, and so are the local shards of encoders that FSDP2 (``fully_shard``) has sharded, and parameters that
+    are a part of something else's memory, such as an optimizer's buckets. Buffers (BatchNorm
     statistics) are not updated: the key encoder's own forward passes update its statistics, as published.
 
     Args:
@@ -124,19 +125,24 @@ def update_key_encoder_(
         # these copies would be lost.
         keys, queries = (list(_parameters(resharded(encoder))) for encoder in (key_encoder, query_encoder))
         check_same_structure(key_encoder, query_encoder)
-        flatten = flatten and not any(map(is_sharded, keys + queries))
+        flatten = flatten and not any(map(has_another_owner, keys + queries))
         if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
             momentum_update_(keys, queries, m)
             return
         check_plain(key_encoder=keys, query_encoder=queries)
-        flat_query = flatten_parameters_(query_encoder)
+        flat_query = flatten_parameters_(query_encoder) if flatten else None
         for key, query in zip(keys, queries, strict=True):
             if key.stride() != query.stride():  # only one of the encoders was converted to channels_last
                 key.data = torch.empty_strided(query.shape, query.stride(), dtype=key.dtype, device=key.device).copy_(
                     key
                 )
         flat_key = flatten_parameters_(key_encoder)
-    if low_precision is None:
+    if flat_query is None:
+        assert low_precision is not None
+        low_precision.refresh(
+            flat_key, keys, lambda copy: momentum_update_(keys, queries, m, low_precision=_parts(copy, keys))
+        )
+    elif low_precision is None:
         momentum_update_([flat_key], [flat_query], m)
     else:
         low_precision.refresh(
@@ -199,9 +205,9 @@ class LowPrecisionWeights:
                 raise ValueError(f"low_precision: expected an encoder of float32 parameters, got {flat.dtype}")
             self.refresh(flat, parameters, lambda copy: copy.copy_(flat))
         assert self._flat is not None
-        offsets = dict(zip(parameters, _layout(parameters)[0], strict=True))
+        parts = dict(zip(parameters, _parts(self._flat, parameters), strict=True))
         return {
-            name: self._flat.as_strided(parameter.shape, parameter.stride(), offsets[parameter])
+            name: parts[parameter]
             for name, parameter in module.named_parameters(remove_duplicate=False)
             if parameter.ndim > 1 and name.endswith("weight")
         }
@@ -235,6 +241,18 @@ def _layout(parameters: list[nn.Parameter]) -> tuple[list[int], int]:
         offsets.append(total)
         total += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
     return offsets, total
+
+
+def _parts(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The part of a buffer that belongs to each parameter."""
+    offsets = zip(parameters, _layout(parameters)[0], strict=True)
+    return [flat.as_strided(parameter.shape, parameter.stride(), offset) for parameter, offset in offsets]
+
+
+def has_another_owner(parameter: Tensor) -> bool:
+    """Whether a parameter's memory is a part of something else, which would go on without it: FSDP2's shards, or the
+    buckets of ZeroRedundancyOptimizer(parameters_as_bucket_view=True)."""
+    return is_sharded(parameter) or parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size()
 
 
 def _flat_buffer(parameters: list[nn.Parameter]) -> Tensor | None:

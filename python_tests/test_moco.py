@@ -188,6 +188,23 @@ def test_encoders_of_mixed_dtypes_are_updated_as_lists(device):
     torch.testing.assert_close(model.encoder_k.fc.weight, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
+def test_parameters_in_an_optimizers_buckets_stay_there(device, low_precision):
+    """ZeroRedundancyOptimizer(parameters_as_bucket_view=True) sends its buckets to the other ranks."""
+    model = tiny_moco(device, low_precision=low_precision)
+    queries, keys = list(model.encoder_q.parameters()), list(model.encoder_k.parameters())
+    bucket = 2 * nn.utils.parameters_to_vector(queries).detach()
+    nn.utils.vector_to_parameters(bucket, queries)
+    want = [0.9 * key + 0.1 * query.detach() for key, query in zip(keys, queries, strict=True)]
+    model.to(device).update(torch.ones(1, 8, device=device))
+    torch.testing.assert_close([key.detach() for key in keys], want)
+    if low_precision is not None:
+        half = model._low_precision._weights(model.encoder_k)["fc.weight"]
+        assert torch.equal(half, model.encoder_k.fc.weight.to(low_precision))
+    bucket.zero_()
+    assert not any(query.any() for query in queries)
+
+
 def test_an_optimizer_built_before_a_move_goes_on(device):
     model = tiny_moco("cpu")
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
