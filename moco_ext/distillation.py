@@ -83,6 +83,8 @@ class Distillation(Mechanism, KeyQueue):
         self._check_images(im_q, im_q)
         self._warn_if_update_is_forgotten()
         queries = encode(self.encoder_q, im_q)
+        if self.teacher.training:  # train() of a module that has the teacher, too, among its own
+            self.teacher.eval()
         with torch.no_grad():
             features = encode(self.teacher, im_q, "teacher")
         if features.shape != (len(im_q), self.queue.shape[1]):
@@ -115,7 +117,7 @@ class Distillation(Mechanism, KeyQueue):
         self._check_keys(keys)
         self.check_batch(keys)
         self.enqueue(keys)
-        self.updates += 1
+        self._count_update()
 
     def _apply(self, *args, **kwargs):  # .to(), .cuda(): the teacher too
         if self.teacher is not None:

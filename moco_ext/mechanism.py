@@ -68,7 +68,7 @@ class Mechanism(nn.Module):
     def update(self, keys: Tensor) -> None:
         """Change the model's state after the optimizer step; see the subclasses."""
         self._check_keys(keys)
-        self.updates += 1
+        self._count_update()
 
     def key_queue(self) -> Tensor | None:
         """The keys [K, dim] that stay in the dictionary from one step to the next; None if not all are here."""
@@ -86,6 +86,10 @@ class Mechanism(nn.Module):
                 raise ValueError(f"{name}: expected floating-point images, normalized, got {images.dtype}")
         if im_q.shape[0] != im_k.shape[0]:
             raise ValueError(f"im_k: expected {im_q.shape[0]} images as in im_q, got {im_k.shape[0]}")
+
+    @torch.compiler.disable(reason="would compile again at each step, for another number of updates")
+    def _count_update(self) -> None:
+        self.updates += 1
 
     def _check_keys(self, keys: Tensor) -> None:
         self._steps_without_update = 0

@@ -136,7 +136,7 @@ class MemoryBank(Mechanism):
         # Mixed and scaled in float32; rounded once, to the bank's dtype.
         mixed = torch.lerp(l2_normalize(keys.float()), self.bank[index].float(), self.m)
         self.bank[index] = l2_normalize(mixed).to(self.bank.dtype)
-        self.updates += 1
+        self._count_update()
 
     def _check_index(self, index: Tensor) -> None:
         if index.dtype != torch.long:  # uint8 would be a mask

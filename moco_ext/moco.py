@@ -14,10 +14,9 @@ from . import distributed, encoders
 from .distributed import all_gather, start_all_gather
 from .encoders import encode
 from .mechanism import Mechanism, check_momentum, check_temperature
-from .momentum import LowPrecisionWeights, flatten_parameters_, update_key_encoder_
+from .momentum import LowPrecisionWeights, flatten_parameters_, has_another_owner, update_key_encoder_
 from .objectives import OBJECTIVES
 from .ops import info_nce, momentum_update_
-from .ops.checks import is_sharded
 from .queue import KeyQueue
 from .sharded_queue import sharded_info_nce
 from .shuffle_bn import check_mode, convert_split_bn, shuffle_order, start_shuffle, unshuffle
@@ -164,7 +163,7 @@ class MoCo(Mechanism, KeyQueue):
         trained = set(encoder.parameters())
         for parameter in self.encoder_k.parameters():
             if parameter not in trained:
-                parameter.requires_grad = False
+                parameter.requires_grad_(False)  # an error for lazy ones, of which the copy would get other values
         self._flatten()
 
     def forward(
@@ -230,7 +229,7 @@ class MoCo(Mechanism, KeyQueue):
 
     def _encode(self, im_q: Tensor, im_k: Tensor, key_order: Tensor | None) -> tuple[Tensor, Tensor]:
         """The queries [N, dim] of this rank and the keys [world * N, dim] of all, with shuffling BN."""
-        order = shuffle_order(len(im_q), self.shuffle_bn, self.split_bn, self.updates, key_order)
+        order = shuffle_order(len(im_q), self.shuffle_bn, self.split_bn, self, key_order)
         shuffled = start_shuffle(im_k, order, self.shuffle_bn)
         # Communication overlaps with encoding the queries: of the images or, if they are in place, of the keys.
         if shuffled is None:
@@ -285,7 +284,7 @@ class MoCo(Mechanism, KeyQueue):
             own = [(key, query) for key, query in pairs if key is not query]
             momentum_update_([key for key, _ in own], [query for _, query in own], self.m)
         self.enqueue(keys, ids)
-        self.updates += 1
+        self._count_update()
 
     def _check_same_id(self, ids: Tensor | None) -> None:
         if (ids is None) != (self.same_id is None):
@@ -306,7 +305,7 @@ class MoCo(Mechanism, KeyQueue):
             return
         for encoder in (self.encoder_q, self.encoder_k)[: 2 if self.key_encoder == "momentum" else 1]:
             parameters = list(encoder.parameters())
-            if any(map(is_sharded, parameters)):
+            if any(map(has_another_owner, parameters)):
                 continue
             if len({(p.dtype, p.device) for p in parameters}) == 1 and not parameters[0].is_meta:
                 flatten_parameters_(encoder)

@@ -121,7 +121,7 @@ class MoCoV3(Mechanism):
         """After the optimizer step: momentum update of the key encoder."""
         self._check_keys(keys)
         update_key_encoder_(self.encoder_k, self.encoder_q, self.m, self._low_precision)
-        self.updates += 1
+        self._count_update()
 
     def extra_repr(self) -> str:
         return f"m={self.m}, T={self.T}"

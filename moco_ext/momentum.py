@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 
 import torch
@@ -100,7 +101,8 @@ def update_key_encoder_(
 
     Both encoders are flattened (:func:`flatten_parameters_`) at the first call, and again after they have been moved or
     copied, so that the update is one launch over two buffers. Parameters of several dtypes are updated as a list, still
-    in one launch, and so are the local shards of encoders that FSDP2 (``fully_shard``) has sharded. Buffers (BatchNorm
+    in one launch, and so are the local shards of encoders that FSDP2 (``fully_shard``) has sharded, and parameters that
+    are a part of something else's memory, such as an optimizer's buckets. Buffers (BatchNorm
     statistics) are not updated: the key encoder's own forward passes update its statistics, as published.
 
     Args:
@@ -117,6 +119,7 @@ def update_key_encoder_(
     keys, queries = list(_parameters(key_encoder)), list(_parameters(query_encoder))
     if not keys and not queries:
         return  # for example, an nn.Identity as the head
+    _warn_if_steps_are_lost(keys, m)
     flat_key, flat_query = _flat_buffer(keys), _flat_buffer(queries)
     same_layout = [(p.shape, p.stride()) for p in keys] == [(p.shape, p.stride()) for p in queries]
     if flat_key is None or flat_query is None or not same_layout or flat_key.numel() != flat_query.numel():
@@ -124,23 +127,41 @@ def update_key_encoder_(
         # these copies would be lost.
         keys, queries = (list(_parameters(resharded(encoder))) for encoder in (key_encoder, query_encoder))
         check_same_structure(key_encoder, query_encoder)
-        flatten = flatten and not any(is_sharded(p) or p.is_meta for p in keys + queries)
+        flatten = flatten and not any(p.is_meta or has_another_owner(p) for p in keys + queries)
         if low_precision is None and (not flatten or len({(p.dtype, p.device) for p in keys + queries}) > 1):
             momentum_update_(keys, queries, m)
             return
         check_plain(key_encoder=keys, query_encoder=queries)
-        flat_query = flatten_parameters_(query_encoder)
+        flat_query = flatten_parameters_(query_encoder) if flatten else None
         for key, query in zip(keys, queries, strict=True):
             if key.stride() != query.stride():  # only one of the encoders was converted to channels_last
                 key.data = torch.empty_strided(query.shape, query.stride(), dtype=key.dtype, device=key.device).copy_(
                     key
                 )
         flat_key = flatten_parameters_(key_encoder)
-    if low_precision is None:
+    if flat_query is None:
+        assert low_precision is not None
+        low_precision.refresh(
+            flat_key, keys, lambda copy: momentum_update_(keys, queries, m, low_precision=_parts(copy, keys))
+        )
+    elif low_precision is None:
         momentum_update_([flat_key], [flat_query], m)
     else:
         low_precision.refresh(
             flat_key, keys, lambda copy: momentum_update_([flat_key], [flat_query], m, low_precision=[copy])
+        )
+
+
+def _warn_if_steps_are_lost(keys: list[nn.Parameter], m: float | Tensor) -> None:
+    dtype = keys[0].dtype if keys else torch.float32
+    if dtype not in (torch.bfloat16, torch.float16) or isinstance(m, Tensor):
+        return
+    # Half a unit in the last place is eps / 4 or more of a weight: here, even the step of one that differs by a tenth.
+    if 0 < (1 - m) / 10 < torch.finfo(dtype).eps / 4:
+        warnings.warn(
+            f"key_encoder: expected parameters that momentum {m} can move, got {dtype}, which rounds most of its steps "
+            "to nothing; keep them in float32, and train under torch.autocast",
+            stacklevel=3,
         )
 
 
@@ -186,9 +207,9 @@ class LowPrecisionWeights:
                 raise ValueError(f"low_precision: expected an encoder of float32 parameters, got {flat.dtype}")
             self.refresh(flat, parameters, lambda copy: copy.copy_(flat))
         assert self._flat is not None
-        offsets = dict(zip(parameters, _layout(parameters)[0], strict=True))
+        parts = dict(zip(parameters, _parts(self._flat, parameters), strict=True))
         return {
-            name: self._flat.as_strided(parameter.shape, parameter.stride(), offsets[parameter])
+            name: parts[parameter]
             for name, parameter in module.named_parameters(remove_duplicate=False)
             if parameter.ndim > 1 and name.endswith("weight")
         }
@@ -224,6 +245,18 @@ def _layout(parameters: list[nn.Parameter]) -> tuple[list[int], int]:
     return offsets, total
 
 
+def _parts(flat: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """The part of a buffer that belongs to each parameter."""
+    offsets = zip(parameters, _layout(parameters)[0], strict=True)
+    return [flat.as_strided(parameter.shape, parameter.stride(), offset) for parameter, offset in offsets]
+
+
+def has_another_owner(parameter: Tensor) -> bool:
+    """Whether a parameter's memory is a part of something else, which would go on without it: FSDP2's shards, or the
+    buckets of ZeroRedundancyOptimizer(parameters_as_bucket_view=True)."""
+    return is_sharded(parameter) or parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size()
+
+
 def _flat_buffer(parameters: list[nn.Parameter]) -> Tensor | None:
     """The part of a buffer that these parameters fill, in order, or None if they are not flat."""
     flat = _buffers.get(parameters[0]) if parameters else None
@@ -246,9 +279,19 @@ def _is_dense(parameter: Tensor) -> bool:
     return parameter.numel() == 0 or span == parameter.numel()
 
 
+# Under these names torch.compile and DDP keep the module that they wrap; often only the trained encoder is wrapped.
+_WRAPPED = ("_orig_mod", "module")
+
+
 def check_same_structure(key_encoder: nn.Module, query_encoder: nn.Module) -> None:
     """Refuse encoders whose parameters differ in name, shape or order."""
-    keys, queries = dict(key_encoder.named_parameters()), dict(query_encoder.named_parameters())
+    keys, queries = (
+        {
+            ".".join(part for part in name.split(".") if part not in _WRAPPED): p
+            for name, p in encoder.named_parameters()
+        }
+        for encoder in (key_encoder, query_encoder)
+    )
     for name in [*queries, *keys]:
         if name not in keys or name not in queries:
             side = "query" if name in queries else "key"

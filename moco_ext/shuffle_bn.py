@@ -9,6 +9,7 @@ separately, which has the effect of as many devices.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +30,19 @@ def shared_permutation(n: int, step: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step), device="cpu")
 
 
-def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | None) -> Tensor | None:
+@torch.compiler.disable(reason="would compile again at each step, for another number of updates")
+def _next_permutation(n: int, model: Any) -> Tensor:
+    return shared_permutation(n, model.updates)
+
+
+def shuffle_order(n: int, mode: str, split_bn: int, model: Any, given: Tensor | None) -> Tensor | None:
     """The order in which the keys are encoded: slot i of the global batch holds image ``order[i]``.
 
     Args:
         n: number of images of this rank.
         mode: one of ``MODES``.
         split_bn: number of BatchNorm groups.
-        step: seed of the permutation.
+        model: its number of ``updates`` is the seed of the permutation.
         given: [world * n] int64 on the CPU, the same on all ranks: the order to use instead of a random one.
 
     Returns:
@@ -58,7 +64,7 @@ def shuffle_order(n: int, mode: str, split_bn: int, step: int, given: Tensor | N
         raise ValueError(f"key_order: expected each of 0 to {total - 1} once, got {given.tolist()}")
     if mode == "none" or (mode != "loader" and world_size() == 1 and split_bn == 1):
         return None
-    return shared_permutation(total, step) if given is None else given
+    return _next_permutation(total, model) if given is None else given
 
 
 def _is_permutation(order: Tensor) -> bool:
@@ -205,6 +211,7 @@ def convert_split_bn(module: nn.Module, groups: int) -> nn.Module:
         split._parameters, split._buffers, split._modules = module._parameters, module._buffers, module._modules
         split.training = module.training
         return split
-    for name, child in module.named_children():
+    # Not named_children(), which leaves out the second name of a layer that is used twice.
+    for name, child in [(name, child) for name, child in module._modules.items() if child is not None]:
         setattr(module, name, convert_split_bn(child, groups))
     return module

@@ -151,6 +151,18 @@ def test_a_negative_temperature_inverts_similarities(size):
     torch.testing.assert_close(criterion(*views).double(), want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_bank_made_in_inference_mode_can_be_trained_with():
+    """Lightning validates before the first training step."""
+    criterion, memory = ours.NTXentLoss(memory_bank_size=K), ours.NNMemoryBankModule(K)
+    with torch.inference_mode():
+        criterion(*features(1, 2, N, DIM))
+        memory(features(1, N, DIM))
+    criterion(features(1, N, DIM).requires_grad_(), features(2, N, DIM))
+    memory(features(3, N, DIM), update=True)
+    torch.testing.assert_close(criterion.memory_bank.bank[:N], F.normalize(features(2, N, DIM), dim=1))
+    assert torch.equal(memory.bank[:N], features(3, N, DIM))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_nearest_neighbors(dtype, n):

@@ -16,6 +16,7 @@ pytest.importorskip("sentence_transformers", minversion="6.2")
 from sentence_transformers import SentenceTransformer, util
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.sentence_transformer import losses as peer
+from sentence_transformers.sentence_transformer import modules
 
 from moco_ext.compat import sentence_transformers as ours
 
@@ -229,6 +230,24 @@ def test_matryoshka(name):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match=r"queue_size: expected 0 or embeddings with 8 features.*got 5 and 4"):
         train(ours, name, wrapper=wrapper, queue_size=5)
+
+
+def test_all_layers_would_share_a_queue(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 11, "hidden_size": DIM, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertModel(transformers.BertConfig(**sizes, num_hidden_layers=2)).save_pretrained(tmp_path)
+    model = SentenceTransformer(modules=[modules.Transformer(str(tmp_path)), modules.Pooling(DIM)], device="cpu")
+
+    def step(**options):
+        columns = [["a b", "c d"], ["a c", "d d"]]
+        loss = peer.AdaptiveLayerLoss(model, ours.MultipleNegativesRankingLoss(model, **options))
+        return loss([model.preprocess(column) for column in columns], None)
+
+    step().backward()
+    with pytest.raises(ValueError, match="queue_size: expected 0 within AdaptiveLayerLoss, got 5"):
+        step(queue_size=5)
 
 
 def test_calculate_loss():

@@ -82,7 +82,7 @@ def test_a_copy_of_the_teacher_has_no_loss(device):
 def test_the_teacher_is_frozen_not_saved_and_moves_along():
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(48, DIM), nn.BatchNorm1d(DIM))
     model = student(teacher=teacher)
-    model.train()
+    nn.ModuleList([model, teacher]).train()
     before = [x.clone() for x in teacher.state_dict().values()]
     out = model(images(0))
     out.loss.backward()

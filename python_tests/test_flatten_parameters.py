@@ -170,6 +170,21 @@ def test_encoders_that_register_their_layers_in_another_order_are_refused(device
     assert torch.equal(key["a"].weight, before)
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("part", ["encoder", "layer"])
+@pytest.mark.parametrize("wrap", [lambda module: torch.compile(module, backend="eager"), nn.DataParallel])
+def test_only_the_query_encoder_is_wrapped(device, wrap, part, flatten):
+    """Lightly's update_momentum, which goes by position, takes them too."""
+    query, key = network(device), network(device)
+    want = [0.9 * k.detach() + 0.1 * q.detach() for k, q in zip(key.parameters(), query.parameters(), strict=True)]
+    if part == "encoder":
+        query = wrap(query)
+    else:
+        query[3] = wrap(query[3])
+    update_key_encoder_(key, query, 0.9, flatten=flatten)
+    torch.testing.assert_close([p.detach() for p in key.parameters()], want, rtol=1e-6, atol=1e-6)
+
+
 def test_mixed_dtypes_and_devices_are_refused(flatten_):
     net = network("cpu")
     net[3].to(torch.bfloat16)

@@ -1,6 +1,7 @@
 """The model: its step against the official formulation, its state, and its parameters' layout."""
 
 import copy
+import warnings
 
 import official
 import pytest
@@ -124,6 +125,13 @@ def test_encoders_start_equal_and_the_queue_holds_unit_keys(device):
     assert model.queue_ptr.item() == 30 % 24
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_an_encoder_without_weights_yet_is_refused(flatten):
+    """Each encoder would draw its own in the first forward pass."""
+    with pytest.raises(ValueError, match="uninitialized parameter"):
+        moco_ext.MoCo(lambda num_classes: nn.LazyLinear(num_classes), 8, 24, flatten_parameters=flatten)
+
+
 def test_a_batch_that_does_not_divide_the_queue(device):
     model = tiny_moco(device)
     keys = [model(*views(device, n=n, seed=n)).keys for n in (10, 10, 7)]
@@ -180,6 +188,23 @@ def test_encoders_of_mixed_dtypes_are_updated_as_lists(device):
     torch.testing.assert_close(model.encoder_k.fc.weight, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("low_precision", [None, torch.bfloat16])
+def test_parameters_in_an_optimizers_buckets_stay_there(device, low_precision):
+    """ZeroRedundancyOptimizer(parameters_as_bucket_view=True) sends its buckets to the other ranks."""
+    model = tiny_moco(device, low_precision=low_precision)
+    queries, keys = list(model.encoder_q.parameters()), list(model.encoder_k.parameters())
+    bucket = 2 * nn.utils.parameters_to_vector(queries).detach()
+    nn.utils.vector_to_parameters(bucket, queries)
+    want = [0.9 * key + 0.1 * query.detach() for key, query in zip(keys, queries, strict=True)]
+    model.to(device).update(torch.ones(1, 8, device=device))
+    torch.testing.assert_close([key.detach() for key in keys], want)
+    if low_precision is not None:
+        half = model._low_precision._weights(model.encoder_k)["fc.weight"]
+        assert torch.equal(half, model.encoder_k.fc.weight.to(low_precision))
+    bucket.zero_()
+    assert not any(query.any() for query in queries)
+
+
 def test_an_optimizer_built_before_a_move_goes_on(device):
     model = tiny_moco("cpu")
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
@@ -228,6 +253,25 @@ def test_the_whole_forward_compiles_without_a_break(device):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*batch)
     torch.testing.assert_close(compiled.loss, eager.loss)
     torch.testing.assert_close(compiled.keys, eager.keys)
+
+
+def test_a_compiled_model_that_shuffles_compiles_once(device):
+    """Forward and update depend on the number of updates, on which nothing compiled may depend."""
+    torch._dynamo.reset()
+    eager = tiny_moco(device, split_bn=2)
+    model = copy.deepcopy(eager)
+
+    def train(model, batch):
+        keys = model(*batch).keys
+        model.update(keys)
+        return keys
+
+    compiled = torch.compile(train, backend="eager")
+    for seed in range(4):
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            got = compiled(model, views(device, seed=seed))
+        torch.testing.assert_close(got, train(eager, views(device, seed=seed)))
+    assert model.updates == 4
 
 
 @pytest.mark.parametrize(
@@ -312,6 +356,24 @@ def test_low_precision_keys_match_autocast(device, dtype):
     expect_autocast(*views(device))
     assert all(parameter.dtype == torch.float32 for parameter in model.encoder_k.parameters())
     assert model.state_dict().keys() == tiny_moco(device).state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "m", "warns"),
+    [(torch.bfloat16, 0.99, True), (torch.half, 0.999, True), (torch.float32, 0.999, False), (torch.half, 0.9, False)],
+)
+def test_a_key_encoder_that_cannot_move(device, dtype, m, warns):
+    model = tiny_moco(device, m=m).to(dtype)
+    with torch.no_grad():
+        for key, query in zip(model.encoder_k.parameters(), model.encoder_q.parameters(), strict=True):
+            query.copy_(1.1 * key)
+    before = [key.clone() for key in model.encoder_k.parameters()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.update(torch.ones(1, 8, dtype=dtype, device=device))
+    moved = [not torch.equal(*pair) for pair in zip(before, model.encoder_k.parameters(), strict=True) if pair[0].any()]
+    assert any(moved) == (not warns)
+    assert [str(dtype) in str(warning.message) for warning in caught] == [True] * warns
 
 
 def test_low_precision_weights_follow_steps_below_their_precision(device):

@@ -80,6 +80,15 @@ def test_activations_within_timms_batchnorms_are_kept(device, name):
     torch.testing.assert_close(out, torch.stack([layer(x[g::2]) for g in range(2)], dim=1).flatten(0, 1))
 
 
+def test_a_layer_of_two_names_is_converted_under_both():
+    norm = nn.BatchNorm2d(3)
+    split = convert_split_bn(nn.Sequential(norm, nn.ReLU(), norm), 2)
+    x = torch.randn(4, 3, 5, 5)
+    groups = convert_split_bn(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)), 2)(x)
+    torch.testing.assert_close(split(x), groups)
+    assert split[2].weight is split[0].weight
+
+
 def test_a_batchnorm_that_does_something_else_is_refused():
     class Scaled(nn.BatchNorm2d):
         def forward(self, x):

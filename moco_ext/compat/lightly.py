@@ -88,6 +88,7 @@ class MemoryBankModule(nn.Module):
             self._dequeue_and_enqueue(output)
         return output, bank.t() if self.feature_dim_first else bank
 
+    @torch.inference_mode(False)  # Lightning validates before it trains, in inference mode
     def _ready(self, like: Tensor) -> Tensor:
         """The bank, on the device of the features and with their dimension."""
         if self.bank.device != like.device:

@@ -19,6 +19,7 @@ from ..queue import KeyQueue
 
 try:
     from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.losses.adaptive_layer import TransformerDecorator
     from sentence_transformers.util import SimilarityFunction, cos_sim, dot_score, pytorch_cos_sim, similarity_fct_name
 
     losses.MultipleNegativesRankingLoss.compute_loss_from_embeddings  # noqa: B018  # without it, ours is never called
@@ -204,6 +205,11 @@ class MultipleNegativesRankingLoss(losses.MultipleNegativesRankingLoss):
                 f"queue_size: expected 0 or embeddings with {self.queue.queue.shape[1]} features, as the model's, got "
                 f"{self.queue_size} and {keys.shape[1]} features; losses that truncate embeddings (MatryoshkaLoss) "
                 "cannot have a queue"
+            )
+        if any(isinstance(module.forward, TransformerDecorator) for module in self.model.modules()):
+            raise ValueError(
+                f"queue_size: expected 0 within AdaptiveLayerLoss, got {self.queue_size}; all layers would share the "
+                "queue, and an anchor's positive of one layer would be its negative in another"
             )
         self.queue.to(keys.device)
         return {"queue": self.queue.queue, "num_valid": self.queue.queue_valid}

@@ -59,7 +59,7 @@ class MoCo(_MoCo):
         queries = encode(self.encoder_q, im_q)  # [N, dim]
         with torch.no_grad():
             self._momentum_update_key_encoder()
-            order = shuffle_order(n, self.shuffle_bn, self.split_bn, self.updates, None)
+            order = shuffle_order(n, self.shuffle_bn, self.split_bn, self, None)
             arriving = start_shuffle(im_k, order, self.shuffle_bn)
             keys = distributed.all_gather(encode(self.encoder_k, im_k if arriving is None else arriving()))
             keys = unshuffle(keys, order)  # [world * N, dim]
@@ -71,7 +71,7 @@ class MoCo(_MoCo):
         slots = (self.queue_ptr + len(keys) - B + torch.arange(B, device=self.queue.device)) % self.K
         kept = self.queue[slots]
         self.enqueue(keys)
-        self.updates += 1
+        self._count_update()
         key = F.normalize(own.to(torch.promote_types(own.dtype, torch.float32)), dim=1)
         scores = Scores(queries, leaf, losses, labels, key, self.queue, slots, kept, self.T)
         return LazyLogits.of(scores), labels
@@ -84,7 +84,7 @@ class MoCo(_MoCo):
     def _dequeue_and_enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys of the queue with the unit keys [N, dim] of all ranks."""
         self.enqueue(concat_all_gather(keys), normalize=False)
-        self.updates += 1
+        self._count_update()
 
     @torch.no_grad()
     def _batch_shuffle_ddp(self, x: Tensor) -> tuple[Tensor, Tensor]:
