@@ -226,6 +226,18 @@ def test_the_configuration_of_a_run_gives_the_same_run(photos, tmp_path, flags):
             assert (again.data.size, len(again.data.train)) == (plan.data.size, len(plan.data.train))
 
 
+def test_the_encoder_of_the_run_whose_weights_are_the_start(photos, tmp_path):
+    run = as_written(plan_of(photos, "-a", "resnet18", "--image-size", 48).config, tmp_path / "run")
+    for source in (run, run / "checkpoint.pth"):
+        plan = plan_of(photos, "--init", source)
+        assert (plan.config.arch, plan.config.image_size, plan.data.size) == ("resnet18", 48, 48)
+        assert plan.choices["arch"] == ("resnet18", "that of --init")
+        assert plan.sources["image_size"] == "guide"
+    assert plan_of(photos, "--init", run, "--image-size", 64).config.image_size == 64
+    assert plan_of(photos, "--init", run, "-a", "resnet10").config.image_size is None
+    assert plan_of(photos, "--init", "torchvision:IMAGENET1K_V2").config.image_size is None
+
+
 def test_the_images_of_a_run_that_was_started_elsewhere(photos, tmp_path, monkeypatch):
     """A folder of that name in the working directory may hold other images."""
     run = as_written(plan_of("--data", str(photos)).config, tmp_path / "run")

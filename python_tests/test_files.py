@@ -65,7 +65,15 @@ def test_empty_folders_and_other_files_are_no_classes(tmp_path):
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
-    images(tmp_path, "a/1.png", "b/1.png", ".ipynb_checkpoints/1.png", "a/.trash/2.png", "a/._1.png")
+    images(
+        tmp_path,
+        "a/1.png",
+        "b/1.png",
+        ".ipynb_checkpoints/1.png",
+        "a/.trash/2.png",
+        "a/._1.png",
+        "a/@eaDir/1.png/T.jpg",
+    )
     data = mdata.load(str(tmp_path))
     assert names_of(data.train, tmp_path) == ["a/1.png", "b/1.png"]
     assert data.classes == ("a", "b")

@@ -17,6 +17,7 @@ from ..checkpoints.files import newest
 from ..data import ImageData, load
 from ..data.sampler import EpochBatchSampler
 from ..encoders import build
+from ..evaluate.encoder import recorded_size
 from ..runs.files import read_json
 from ..runs.options import RunOptions
 from ..runs.settings import settings
@@ -178,13 +179,29 @@ def _choose(
             return sum(estimate(wanted, wanted.image_size or data.size, len(data.train), images, world).values())
 
         if guide.applies(config.data, None):
+            initial = _of_initial_run(explicit)
+            explicit = explicit | {name: choice.value for name, choice in initial.items()}
             side, mlp = guide.typical_side(data.train), _takes_mlp(explicit.get("arch"))
-            shared = [guide.choose(len(data.train), side, machine, explicit, memory, mlp=mlp)]
+            shared = [initial | guide.choose(len(data.train), side, machine, explicit, memory, mlp=mlp)]
         else:
             shared = [guide.choose_for_device(machine, explicit)]
     if world > 1:
         dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def _of_initial_run(explicit: dict[str, Any]) -> dict[str, Choice]:
+    """The encoder of the run whose weights are the start."""
+    source = explicit.get("init")
+    if source is None or "arch" in explicit:
+        return {}
+    config = read_json(newest(Path(source)).parent / "config.json")
+    found = {"arch": config["arch"], "image_size": recorded_size(source)} if "arch" in config else {}
+    return {
+        name: Choice(value, "that of --init")
+        for name, value in found.items()
+        if value is not None and name not in explicit
+    }
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

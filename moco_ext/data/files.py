@@ -101,13 +101,14 @@ def _below(folder: Path) -> list[str]:
 def _scan(folder: str) -> tuple[list[str], list[str]]:
     """Sorted names of the image files in a folder, and of its folders, without hidden ones.
 
-    Hidden are ``.ipynb_checkpoints``, and the ``._name.jpg`` of macOS, which are no images. ``ImageFolder`` lists FIFOs
-    and devices too. A dangling link is listed: it counts as an unreadable image, not as none.
+    Hidden are ``.ipynb_checkpoints``, and the ``._name.jpg`` of macOS, which are no images; and ``@eaDir``, in which a
+    Synology NAS keeps thumbnails. ``ImageFolder`` lists FIFOs and devices too. A dangling link is listed: it counts as
+    an unreadable image, not as none.
     """
     images, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name == "@eaDir":
                 continue
             if entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path)):
                 folders.append(entry.name)
