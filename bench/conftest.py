@@ -47,6 +47,7 @@ class Row:
         want: what it is to give, where that is not what all rows give.
         tolerance: the largest ||value - want|| / ||want|| at which the row may compete.
         calls: how many calls make one sample, for work shorter than the clock is good for.
+        captured: whether to time it in a CUDA graph; not if it replays graphs of its own, which a capture refuses.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Row:
     want: Tensor | None = None
     tolerance: float = 1e-5
     calls: int = 1
+    captured: bool = True
 
 
 def pytest_addoption(parser):
@@ -85,14 +87,15 @@ def device(request) -> torch.device:
 def compare(benchmark, device, request):
     """compare(group, rows, want): check every row against `want`, then time them all in turn.
 
-    `skipped` says by name why others take no part; it is printed and kept.
+    `skipped` says by name why others take no part; it is printed and kept. If one of ours fails, this fails once the
+    others are timed.
     """
 
     def run(group: str, rows: list[Row], want: Tensor, skipped: dict[str, str] | None = None) -> None:
         benchmark.group = f"{group}, {device.type}"
         skipped = dict(skipped or {})
         flush = torch.zeros(FLUSH_BYTES // 4, device=device) if device.type == "cuda" else None
-        records, graphs = {}, {}
+        records, graphs, failure = {}, {}, None
         for row in rows:
             try:
                 record = _checked(row, want if row.want is None else row.want)
@@ -102,7 +105,7 @@ def compare(benchmark, device, request):
                 graphs[row.name] = None if flush is None or large else Graph.of(row, flush)
             except Exception as error:
                 if row.name.startswith("ours"):
-                    raise
+                    failure = failure or error
                 why = "wrong" if isinstance(error, AssertionError) else type(error).__name__
                 skipped[row.name] = f"{why}: {error}".splitlines()[0][:200]  # a baseline's failure is a result
                 continue
@@ -124,6 +127,8 @@ def compare(benchmark, device, request):
         benchmark.extra_info["load"] = [os.getloadavg()[0]]
         benchmark.pedantic(one_round, rounds=request.config.getoption("rounds"), iterations=1)
         benchmark.extra_info["load"].append(os.getloadavg()[0])
+        if failure is not None:
+            raise failure
 
     return run
 
@@ -147,6 +152,8 @@ class Graph:
     @classmethod
     def of(cls, row: Row, flush: Tensor) -> "Graph | None":
         """None where the row cannot be captured."""
+        if not row.captured:
+            return None
 
         def captured(run: Callable[[], object]) -> Callable[[], None]:
             graph = torch.cuda.CUDAGraph()

@@ -115,7 +115,12 @@ def unshuffle(keys: Tensor, order: Tensor | None) -> Tensor:
 
 def _index(rows: Tensor, like: Tensor) -> Tensor:
     """Row indices on the device of the tensor that they index, without making the host wait for the GPU."""
-    return rows.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else rows
+    return _to_gpu(rows, like.device) if like.is_cuda else rows
+
+
+@torch.compiler.disable(reason="cannot trace pinned memory")
+def _to_gpu(rows: Tensor, device: torch.device) -> Tensor:
+    return rows.pin_memory().to(device, non_blocking=True)
 
 
 class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):

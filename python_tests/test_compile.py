@@ -28,8 +28,10 @@ class Encoder(nn.Module):
         return self.norm(self.fc(x))
 
 
-def images(step: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, N, 6, generator=torch.Generator().manual_seed(step)).unbind()
+def images(step: int, like: nn.Module) -> tuple[Tensor, Tensor]:
+    """On the device of the model that takes them."""
+    views = torch.randn(2, N, 6, generator=torch.Generator().manual_seed(step))
+    return views.to(next(like.parameters()).device).unbind()
 
 
 def moco_steps(compiled, model: MoCo) -> list[Tensor]:
@@ -38,7 +40,7 @@ def moco_steps(compiled, model: MoCo) -> list[Tensor]:
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1)
     losses = []
     for step in range(STEPS):
-        out = forward(*images(step))
+        out = forward(*images(step, model))
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
@@ -59,7 +61,7 @@ def whole_step(compiled, model: MoCo) -> list[Tensor]:
         model.update(out.keys)
         return out.loss.detach()
 
-    return [*(train_step(*images(step)) for step in range(STEPS)), *model.state_dict().values()]
+    return [*(train_step(*images(step, model)) for step in range(STEPS)), *model.state_dict().values()]
 
 
 def official_trainer(compiled, model: nn.Module) -> list[Tensor]:
@@ -94,7 +96,7 @@ def _official_steps(forward, model, criterion, wrap) -> list[Tensor]:
         return loss.detach(), best
 
     train_step = wrap(train_step)
-    return [x for step in range(STEPS) for x in train_step(*images(step))] + [*model.state_dict().values()]
+    return [x for step in range(STEPS) for x in train_step(*images(step, model))] + [*model.state_dict().values()]
 
 
 def lightly_steps(compiled, model: nn.Module) -> list[Tensor]:
@@ -112,22 +114,24 @@ def lightly_steps(compiled, model: nn.Module) -> list[Tensor]:
         optimizer.step()
         return loss.detach()
 
-    losses = [train_step(*images(step)) for step in range(STEPS)]
+    losses = [train_step(*images(step, model)) for step in range(STEPS)]
     compiled(lightly.update_momentum)(model, momentum, 0.5)
     return [*losses, *momentum.state_dict().values(), criterion.memory_bank.bank]
 
 
 def solo_learn_updates(compiled, model: nn.Module) -> list[Tensor]:
-    momentum, updater = Encoder(), solo_learn.MomentumUpdater(0.9)
+    momentum, updater = copy.deepcopy(model), solo_learn.MomentumUpdater(0.9)
+    nn.init.zeros_(momentum.fc.weight)
     compiled(solo_learn.initialize_momentum_params)(model, momentum)
     torch.manual_seed(3)
-    queue, pointer = solo_learn.init_queue(DIM, K), torch.zeros(1, dtype=torch.long)
+    queue = solo_learn.init_queue(DIM, K).to(model.fc.weight.device)
+    pointer = torch.zeros(1, dtype=torch.long, device=queue.device)
     update, enqueue = compiled(updater.update), compiled(solo_learn.dequeue_and_enqueue_)
     for step in range(STEPS):
         with torch.no_grad():
             model.fc.weight.add_(1)
         update(model, momentum)
-        enqueue(queue, pointer, torch.stack([model.fc(x).detach() for x in images(step)]))
+        enqueue(queue, pointer, torch.stack([model.fc(x).detach() for x in images(step, model)]))
     return [*momentum.state_dict().values(), queue, pointer]
 
 
@@ -140,6 +144,7 @@ CASES = {
     "MoCo, empty": (moco_steps, a_moco(empty=True)),
     "MoCo, shared body": (moco_steps, a_moco(key_encoder="partial")),
     "MoCo, not flat": (moco_steps, a_moco(flatten_parameters=False)),
+    "MoCo, split BatchNorm": (moco_steps, a_moco(split_bn=2)),
     "MoCo, low precision": (moco_steps, a_moco(low_precision=torch.bfloat16)),
     "MoCo, whole step": (whole_step, a_moco()),
     "official": (official_trainer, lambda: moco.builder.MoCo(Encoder, DIM, K)),
@@ -151,11 +156,11 @@ CASES = {
 
 
 @pytest.mark.parametrize(("steps", "make"), CASES.values(), ids=CASES)
-def test_compiled_steps_are_the_same(steps, make, backend):
+def test_compiled_steps_are_the_same(steps, make, backend, device):
     torch._dynamo.reset()
     results = []
     for compiled in (lambda f: f, lambda f: torch.compile(f, backend=backend)):
         torch.manual_seed(0)
-        results.append(steps(compiled, make()))
+        results.append(steps(compiled, make().to(device)))
     want, got = results
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -289,6 +289,17 @@ def test_nccl_needs_gpus(monkeypatch):
         launching.run(lambda args, options: 0, argparse.Namespace(device="cpu", dist_backend="nccl"), Path())
 
 
+@pytest.mark.parametrize(("flags", "current"), [({}, None), ({"gpu": 1}, 1), ({"device": "cuda:1"}, 1)])
+def test_the_chosen_gpu_is_the_current_one(monkeypatch, tmp_path, flags, current):
+    """Without a process group too, where pinned memory and its context went to the first GPU."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert launching.run(lambda args, options: 0, argparse.Namespace(**flags), tmp_path) == 0
+    assert chosen == ([] if current is None else [torch.device("cuda", current)])
+
+
 @pytest.mark.slow
 def test_sigterm_is_agreed_on_by_all_ranks(tmp_path):
     """One rank gets the signal; both end after the same step, which is in the checkpoint."""

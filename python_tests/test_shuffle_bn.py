@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from ranks import leave_group
 from test_moco import Tiny, tiny_moco
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import moco_ext
 from moco_ext.distributed import all_gather
@@ -267,3 +268,11 @@ def test_ranks_hold_equal_models_and_queues(ranks):
 
 def test_ddp_does_not_broadcast_the_queue(ranks):
     assert all(results["queue_is_its_own"] for results in ranks)
+
+
+def test_pinned_memory_is_not_traced():
+    """A compiled model that shuffles failed on a GPU, as fake tensors cannot be pinned: torch.compile said so, with a
+    TorchRuntimeError. Here all tensors are fake, so the untraced call says it."""
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(AssertionError, match=r"NYI: .*_pin_memory"):
+        torch.compile(unshuffle, backend="eager")(torch.zeros(4, 2, device="cuda"), torch.arange(4))

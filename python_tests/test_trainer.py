@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
+from torch._subclasses import FakeTensorMode
 from training import assert_equal_states, few_digits, run_in, state_of, tiny
 
 from moco_ext import EndToEnd, MemoryBank, MoCo
@@ -16,7 +17,7 @@ from moco_ext import data as mdata
 from moco_ext.data import TrainLoader
 from moco_ext.evaluate.scores import knn_score, split_features
 from moco_ext.train import build_model, pretrain, resolve_config
-from moco_ext.train.step import OptimizerStep
+from moco_ext.train.step import OptimizerStep, _to_host
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,6 +208,22 @@ def test_a_step_that_the_scaler_skips_changes_nothing(digits):
 
 def _trained(name):
     return not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def test_the_loss_is_awaited_on_its_own_gpu(monkeypatch):
+    """Of another GPU than the current one, whose stream the event was recorded on, the loss could be read before it
+    had arrived."""
+    waited_for = []
+
+    class Event:
+        def record(self, stream=None):
+            waited_for.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: device)
+    with FakeTensorMode():
+        _to_host(torch.zeros(3, device="cuda:0"))
+    assert waited_for == [torch.device("cuda:0")]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(digits, tmp_path):

@@ -103,8 +103,8 @@ def stage_1() -> Iterator[Group]:
 def stage_2() -> Iterator[Group]:
     yield from build()
     tests = [f"{test}, {p}" for test in PYTEST_OF_BOTH for p in PASSES] + list(PYTEST)
-    yield 10, [(f"pytest {test}", f"python -m pytest python_tests/test_{test.split(',')[0]}.py -q", 240)
-              for test in tests]  # fmt: skip
+    yield 10, [(f"pytest {test}", f"python -m pytest python_tests/test_{test.split(',')[0]}.py -q" +
+                (" -m 'not slow'" if test == "compile" else ""), 240) for test in tests]  # fmt: skip
     ncu = f"ncu --profile-from-start off --clock-control none {' '.join(f'--section {x}' for x in NCU_SECTIONS)}"
     kernels = [f"{what}, {p}" for what in list(PROBES)[:2] for p in PASSES] + ["momentum_update", "enqueue 256 float32"]
     yield 1, [(f"ncu {what}", f"{ncu} probe_cuda {what.split(',')[0]} once", 60) for what in kernels]
@@ -122,7 +122,11 @@ def stage_3() -> Iterator[Group]:
 def stage_4() -> Iterator[Group]:
     yield from build()
     yield 1, [bench("step", f"resnet50-{batch}x224", 240) for batch in (32, 256)]
-    yield 1, [("pytest CUDA graphs", "python -m pytest python_tests/test_trainer.py -q -k cuda_graphs", 240)]
+    graphs = {"plain": "not symmetric and not bf16", "symmetric": "symmetric", "bf16": "bf16"}
+    yield 4, [(f"pytest CUDA graphs, {name}",
+               f"python -m pytest python_tests/test_trainer.py -q -k 'cuda_graphs and {which}'", 240.0)
+              for name, which in graphs.items()] + [
+        ("pytest inductor", "python -m pytest python_tests/test_compile.py -q -m slow", 240)]  # fmt: skip
     yield 1, [bench("info_nce", shape) for shape in ("C768", "N1024", "K1048576")]
     yield sanitize("racecheck")
     yield sanitize("synccheck")

@@ -101,6 +101,7 @@ if hasattr(conftest, "Graph"):
         row, flush = conftest.Row("ours", lambda: takes(5)), unittest.mock.Mock(sum=lambda: takes(3))
         captured = conftest.Graph.of(row, flush)
         assert captured.calls == 4
+        assert conftest.Graph.of(conftest.Row("replays", lambda: takes(5), captured=False), flush) is None
         for graph in captured, None:
             assert conftest._sample(row, graph, flush)[0] == 5
 """

@@ -172,7 +172,8 @@ def options_of(
 
 
 def _device(launch: LaunchOptions, local_rank: int | None) -> torch.device:
-    """The device of this process: by flag, else its GPU, else the CPU."""
+    """The device of this process, by flag, else its GPU, else the CPU. A GPU becomes the current one: pinned memory and
+    NCCL would otherwise also take memory of the first GPU."""
     name = launch.device or (f"cuda:{launch.gpu}" if launch.gpu is not None else None)
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,8 +189,10 @@ def _device(launch: LaunchOptions, local_rank: int | None) -> torch.device:
         raise ValueError(f"device: expected one that torch can use, got {device} and no CUDA GPU")
     if local_rank is not None and device.index is None:
         device = torch.device("cuda", local_rank)
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {device}")
+    if device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"device: expected one of {torch.cuda.device_count()} GPUs, got {device}")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -227,9 +230,7 @@ def _in_group(work: Work, args: argparse.Namespace, output: Path, group: _Group)
     backend = launch.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise ValueError(f"dist_backend: expected gloo on {device}, got nccl, which needs GPUs")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif launch.threads is None and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu" and launch.threads is None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // group.local_world))
     _join(backend, group, launch.dist_timeout)
     lost = False

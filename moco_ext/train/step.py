@@ -170,5 +170,5 @@ def _to_host(metrics: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     host = torch.empty(metrics.shape, dtype=metrics.dtype, pin_memory=True)
     host.copy_(metrics, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(metrics.device))  # which may not be the current device
     return host, arrived
