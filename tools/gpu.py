@@ -132,7 +132,10 @@ def stage_4() -> Iterator[Group]:
     yield sanitize("synccheck")
     yield 1, [bench(name) for name in ("momentum_update", "enqueue", "host", "family", "shuffle", "memory")]
     yield sanitize("initcheck")
-    yield 1, [("pytest all", "python -m pytest python_tests -q -m 'not slow and not torture'", 300)]
+    yield (
+        1,
+        [("pytest all", "python -m pytest python_tests -q -n 12 --dist loadfile -m 'not slow and not torture'", 300)],
+    )
 
 
 def stage_5() -> Iterator[Group]:
