@@ -7,7 +7,7 @@ import gzip
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from .files import ImageFiles, few, find_images
+from .files import ImageFiles, Paths, few, find_images, images_below, scan
 from .images import UnreadableImageError, open_regular, read_image
 from .seeds import hash_seeds
 from .shards import ShardSplit, find_shards, open_shards
@@ -50,8 +50,12 @@ class TensorSplit:
 class FolderSplit:
     """Images on disk: ``paths`` of the N files, ``labels`` int64 [N], -1 where there are no classes."""
 
-    paths: list[str]
+    paths: Sequence[str]
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, Paths):
+            object.__setattr__(self, "paths", Paths(self.paths))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +74,8 @@ class FolderSplit:
 
     def take(self, rows: Tensor) -> FolderSplit:
         """The images at the positions ``rows``, int64 [M]."""
-        return FolderSplit([self.paths[row] for row in rows.tolist()], self.labels[rows])
+        assert isinstance(self.paths, Paths)
+        return FolderSplit(self.paths.take(rows), self.labels[rows])
 
 
 FileSplit = FolderSplit | ShardSplit  # decoded when they are read
@@ -443,12 +448,15 @@ def _split_folders(source: Path) -> tuple[Path | None, Path | None]:
         return None, None
     val = next((source / name for name in ("val", "valid", "validation") if (source / name).is_dir()), None)
     if val is None:
-        names = {path.removeprefix(f"{source}/").split("/")[0] for path in find_images([source]).paths}
-        train = train if names <= {"train", "test"} else source
+        loose, folders = scan(str(source))
+        others = (source / name for name in folders if name not in ("train", "test"))
+        train = source if loose or any(images_below(folder) for folder in others) else train
     return train, val
 
 
 def _folder_split(files: ImageFiles, classes: tuple[str, ...]) -> FolderSplit:
     index = {name: label for label, name in enumerate(classes)}
-    labels = [index[name] for name in files.classes] if classes and files.classes else [-1] * len(files.paths)
-    return FolderSplit(files.paths, torch.tensor(labels))
+    if not (classes and files.classes):
+        return FolderSplit(files.paths, torch.tensor([-1]).expand(len(files.paths)))
+    labels = np.fromiter((index[name] for name in files.classes), np.int64, len(files.classes))
+    return FolderSplit(files.paths, torch.from_numpy(labels))
