@@ -302,8 +302,8 @@ def stratified_split(labels: Tensor, test_fraction: float, seed: int = 0, at_lea
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
+    counts = labels.unique(return_counts=True)[1].tolist()
+    for members in labels.argsort(stable=True).split(counts):  # one pass, also of thousands of classes
         chosen = torch.randperm(len(members), generator=generator)
         held_out[members[chosen[: max(at_least, round(test_fraction * len(members)))]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
