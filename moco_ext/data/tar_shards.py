@@ -219,6 +219,7 @@ def _read_headers(file: BinaryIO, url: str) -> TarIndex:
 
 def _regular_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  # all headers so far, a kilobyte each
         if member.isreg() and not member.issparse() and not os.path.basename(member.name).startswith("."):
             yield member
 
