@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
+from ..distributed import unite
 from .files import ImageFiles, Paths, few, find_images, images_below, scan
 from .images import UnreadableImageError, open_regular, read_image
 from .seeds import hash_seeds
@@ -107,6 +108,7 @@ class ImageData:
     train: Split
     test: Split | None
     unreadable: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)
+    _unsent: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)  # of them, to other ranks
 
     @property
     def why_not_scored(self) -> str:
@@ -128,7 +130,14 @@ class ImageData:
         if unreadable and not self.unreadable:
             reason = next(iter(unreadable.values()))
             warnings.warn(f"{reason}; it is skipped (further ones are counted, not named)", stacklevel=3)
+        self._unsent.update(unreadable.keys() - self.unreadable)
         self.unreadable.update(unreadable)
+
+    def unite_unreadable(self) -> set[str]:
+        """``unreadable``, with the files that the other ranks could not decode. Every rank must call it."""
+        self.unreadable.update(unite(self._unsent))
+        self._unsent.clear()
+        return self.unreadable
 
 
 def seen_from_here(data: str, directory: str | None) -> str:

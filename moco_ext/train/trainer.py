@@ -244,7 +244,7 @@ class Trainer:
         if not self.data.why_not_scored and self._evaluation_is_due():
             top1 = preemption.unless_stopped(self._knn)
             record |= {} if top1 is None else {"knn_top1": top1}
-        unreadable = len(distributed.unite(self.data.unreadable))
+        unreadable = len(self.data.unite_unreadable())
         counts = {"skipped_images": unreadable, "skipped_steps": self.skipped_steps}
         record |= {name: count for name, count in counts.items() if count}
         log.record(record)
@@ -277,7 +277,7 @@ class Trainer:
     def _save(self, preemption: Preemption, last: bool) -> None:
         """Write a checkpoint. A failed write, as on a full disk, is an error only for the last one."""
         check_finite(self.model, self.optimizer)
-        unreadable = sorted(distributed.unite(self.data.unreadable))
+        unreadable = sorted(self.data.unite_unreadable())
         random = {"cpu": _of_all_ranks(torch.get_rng_state())}
         if self.options.device.type == "cuda":
             random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
