@@ -121,6 +121,14 @@ def test_processes_share_the_work_of_indexing(tmp_path, monkeypatch):
         assert contents(split) == [encoded(i) for i in range(5)]
 
 
+def test_shards_share_the_names_of_classes(tmp_path):
+    paths = [str(tmp_path / f"{i}.tar") for i in range(2)]
+    for path in paths:
+        write_tar(path, {"a.png": encoded(0), "a.cls": b"n01440764"})
+        index_of(path)
+    assert index_of(paths[0])[1].names[0] is index_of(paths[1])[1].names[0]
+
+
 def test_headers_are_not_kept(tmp_path):
     n, path = 2000, tmp_path / "0.tar"
     with path.open("wb") as file:
