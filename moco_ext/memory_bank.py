@@ -12,7 +12,7 @@ from . import distributed, encoders
 from .encoders import encode
 from .mechanism import Mechanism, check_momentum, check_temperature
 from .ops import info_nce, l2_normalize
-from .queue import check_size
+from .queue import check_size, first_keys
 from .shuffle_bn import convert_split_bn
 from .stats import InfoNCEStats
 
@@ -78,9 +78,7 @@ class MemoryBank(Mechanism):
         self.m = check_momentum(m)
         self.T = check_temperature(T)
         self.encoder_q = convert_split_bn(encoders.build(base_encoder, dim, mlp), split_bn)
-        features = torch.randn(images, dim, generator=torch.Generator().manual_seed(0), device="cpu")
-        features = nn.functional.normalize(features, dim=1).to(torch.get_default_device(), bank_dtype)
-        self.register_buffer("bank", features)
+        self.register_buffer("bank", first_keys(images, dim, bank_dtype, 0, images))
 
     def forward(self, im_q: Tensor, index: Tensor) -> MemoryBankOutput:
         """Loss of a batch of views, one of each image.

@@ -70,7 +70,7 @@ class KeyQueue(nn.Module):
         if K % self.shards:
             raise ValueError(f"K: expected a multiple of the {self.shards} processes that share the queue, got {K}")
         self.row_offset = distributed.rank() * (K // self.shards) if sharded else 0
-        self.register_buffer("queue", _first_keys(K, dim, dtype, self.row_offset, K // self.shards))
+        self.register_buffer("queue", first_keys(K, dim, dtype, self.row_offset, K // self.shards))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
         self.register_buffer("queue_ids", torch.full((K,), -1) if ids else None)
         self.register_buffer("queue_written", torch.full((K,), -1) if ids else None)
@@ -161,9 +161,11 @@ class KeyQueue(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _first_keys(K: int, dim: int, dtype: torch.dtype, first: int, rows: int) -> Tensor:
+def first_keys(K: int, dim: int, dtype: torch.dtype, first: int, rows: int) -> Tensor:
     """Rows ``first`` and following of the [K, dim] random unit vectors, without the memory for the others."""
     keys = torch.empty(rows, dim, dtype=dtype)
+    if keys.is_meta:  # of an estimate
+        return keys
     for block in range(first // _BLOCK, -(-(first + rows) // _BLOCK)):
         start = block * _BLOCK
         generator = torch.Generator().manual_seed(block)  # of the CPU, also within torch.device("cuda")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.overrides import TorchFunctionMode
 
 from moco_ext import data as mdata
 from moco_ext.data import Augmentation, TrainLoader, datasets
@@ -422,6 +423,21 @@ def test_stratified_split_keeps_at_least_what_is_asked_of_each_class():
     labels = torch.tensor([0] * 100 + [1] * 3)
     chosen = datasets.stratified_split(labels, 0.1, at_least=1)[1]
     assert torch.bincount(labels[chosen]).tolist() == [10, 1]
+
+
+def test_a_stratified_split_does_not_read_all_labels_for_each_class():
+    class Counting(TorchFunctionMode):
+        computed = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            self.computed += out.numel() if isinstance(out, torch.Tensor) else 0
+            return out
+
+    with Counting() as counting:
+        chosen = datasets.stratified_split(torch.arange(3000) % 1000, 0.0, at_least=1)[1]
+    assert len(chosen) == 1000
+    assert counting.computed < 10 * 3000  # a pass for each class: 3,000,000
 
 
 @pytest.mark.parametrize("name", ["digit", "/no/such/folder"])

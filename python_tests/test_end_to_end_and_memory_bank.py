@@ -80,6 +80,17 @@ def test_memory_bank_step_by_hand(device):
     torch.testing.assert_close(model.bank.double(), moved, rtol=1e-5, atol=1e-6)
 
 
+def test_a_large_bank_is_drawn_in_parts(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(torch, "randn", lambda *size, randn=torch.randn, **o: drawn.append(size) or randn(*size, **o))
+    with torch.device("meta"):  # an estimate draws nothing
+        assert MemoryBank(lambda num_classes: Tiny(num_classes), 150_000, dim=2).bank.shape == (150_000, 2)
+    assert drawn == []
+    bank = MemoryBank(lambda num_classes: Tiny(num_classes), 150_000, dim=2).bank
+    assert drawn == [(65_536, 2), (65_536, 2), (18_928, 2)]
+    torch.testing.assert_close(bank.norm(dim=1), torch.ones(150_000))
+
+
 def test_memory_bank_trains_its_encoder(device):
     model = tiny_bank(device, bank_dtype=torch.bfloat16)
     out = model(images(device, 4), torch.arange(4))

@@ -23,6 +23,7 @@ from moco_ext.evaluate import (
     nearest,
     pixel_features,
 )
+from moco_ext.evaluate import features as evaluate_features
 from moco_ext.evaluate.features import check_finite
 from moco_ext.evaluate.scores import all_features, few_label_top1, representations, split_features, top1
 from moco_ext.runs import console
@@ -270,3 +271,13 @@ def test_long_evaluations_report_outside_a_terminal(tmp_path, monkeypatch):
     options = dataclasses.replace(run_in(tmp_path), console=console.make_console(file=out))
     split_features(data, options, encoder, "trained")
     assert out.getvalue().startswith("trained encoder: 48 of 48 images, 0 min left\n")
+
+
+def test_ranks_gather_features_in_parts_of_one_size(monkeypatch):
+    """All features may not fit on a GPU, however many ranks share them."""
+    sizes = []
+    monkeypatch.setattr(evaluate_features, "world_size", lambda: 256)
+    monkeypatch.setattr(evaluate_features, "all_gather", lambda x: sizes.append(256 * len(x)) or x.repeat(256, 1))
+    rows = torch.arange(1000.0)[:, None]
+    assert torch.equal(evaluate_features._gather(rows, 256_000), rows.repeat(256, 1))
+    assert (sum(sizes), max(sizes)) == (256_000, 65_536)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import pickle
 import sys
 import tracemalloc
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from moco_ext import data as mdata
+from moco_ext.data.files import Paths
 
 
 def images(root, *names):
@@ -374,3 +376,66 @@ def test_label_free_scores_of_more_images_than_float32_can_count():
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
     encoder.fc = torch.nn.Identity()
     assert label_free_scores(encoder, data, mdata.Augmentation.v1(8))["images"] == 2048
+
+
+def list_of(folder, n):
+    path = folder / "list.csv"
+    lines = (f"/data/images/train/n{i % 10:08}/n{i % 10:08}_{i:08}.jpeg,n{i % 10:08}" for i in range(n))
+    path.write_text("path,label\n" + "\n".join(lines))
+    return str(path)
+
+
+def test_a_path_takes_its_text_and_little_more(tmp_path):
+    n, source = 20_000, list_of(tmp_path, 20_000)
+    tracemalloc.start()
+    data = mdata.load(source, val_fraction=0.5)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    text = sum(len(path) for path in (*data.train.paths, *data.test.paths)) / n
+    assert (len(data.train), len(data.test), text) == (n / 2, n / 2, 52)
+    assert kept / n < text + 30  # a list of strings: 57 more
+    assert peak / n < text + 80  # with a dictionary of them: 240 more
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="needs Linux")
+def test_processes_share_the_paths(tmp_path):
+    n = 50_000
+    split = mdata.load(list_of(tmp_path, n)).train
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:  # as a loader's worker
+
+        def own():
+            with open("/proc/self/smaps_rollup") as file:
+                return sum(int(line.split()[1]) for line in file if line.startswith("Private_Dirty"))
+
+        split.name(0)
+        before = own()
+        for position in range(n):
+            split.name(position)
+        os.write(writer, str(own() - before).encode())
+        os._exit(0)
+    os.waitpid(process, 0)
+    assert int(os.read(reader, 99)) * 1024 / n < 30  # of a list, each string's memory is written to: 123
+    os.close(reader)
+    os.close(writer)
+
+
+def test_paths_are_like_a_list():
+    texts = ["a.png", "", "\udcff\u00e9\u4e2d.png", "b/c.png"]
+    paths = Paths(texts)
+    assert (list(paths), len(paths), paths[-1], paths[1:3]) == (texts, 4, texts[-1], texts[1:3])
+    assert paths == texts
+    assert paths != texts[1:]
+    assert list(pickle.loads(pickle.dumps(paths.take(torch.tensor([3, 0]))))) == ["b/c.png", "a.png"]
+    assert list(Paths()) == []
+    with pytest.raises(IndexError):
+        paths[4]
+
+
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    images(tmp_path, "train/a/1.png", "train/b/2.png", "test/3.png")
+    listed = []
+    monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: listed.append(str(path)) or scandir(path))
+    assert len(mdata.load(str(tmp_path)).train) == 2
+    assert sorted(listed) == [str(tmp_path), *(str(tmp_path / name) for name in ("train", "train/a", "train/b"))]

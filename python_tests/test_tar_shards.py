@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from shards_on_disk import ODD_NAME, contents, encoded, names, write_tar
 
 from moco_ext import data as mdata
-from moco_ext.data import tar_shards
+from moco_ext.data import shards, tar_shards
 from moco_ext.data.tar_shards import index_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,6 +103,42 @@ def test_the_index_is_saved_and_used(tmp_path, monkeypatch):
     assert first[0] == again[0]
     assert first[1].names == again[1].names == ("1",)
     assert all(np.array_equal(one, other) for one, other in zip(first[1][:-1], again[1][:-1], strict=True))
+
+
+def test_processes_share_the_work_of_indexing(tmp_path, monkeypatch):
+    paths = [str(tmp_path / f"{i}.tar") for i in range(5)]
+    for i, path in enumerate(paths):
+        write_tar(path, {f"{i}.png": encoded(i)})
+    opened = []
+    monkeypatch.setattr(shards, "_THREADS", 1)
+    monkeypatch.setattr(shards, "index_of", lambda url: opened.append(url) or index_of(url))
+    monkeypatch.setattr(shards, "world_size", lambda: 2, raising=False)
+    for rank, first in ((0, 0), (1, 2)):
+        opened.clear()
+        monkeypatch.setattr(shards, "rank", lambda rank=rank: rank, raising=False)
+        split = mdata.load(tmp_path).train
+        assert opened == paths[first:] + paths[:first]  # whoever comes second finds the index
+        assert contents(split) == [encoded(i) for i in range(5)]
+
+
+def test_shards_share_the_names_of_classes(tmp_path):
+    paths = [str(tmp_path / f"{i}.tar") for i in range(2)]
+    for path in paths:
+        write_tar(path, {"a.png": encoded(0), "a.cls": b"n01440764"})
+        index_of(path)
+    assert index_of(paths[0])[1].names[0] is index_of(paths[1])[1].names[0]
+
+
+def test_headers_are_not_kept(tmp_path):
+    n, path = 2000, tmp_path / "0.tar"
+    with path.open("wb") as file:
+        file.writelines(tarfile.TarInfo(f"{i:05}.jpg").tobuf() for i in range(n))
+        file.write(bytes(1024))
+    tracemalloc.start()
+    assert len(index_of(str(path))[1].sizes) == n
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / n < 400  # with the headers: a kilobyte
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:100], lambda raw: b"", lambda raw: raw[:-200] + bytes(200)])

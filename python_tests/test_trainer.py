@@ -1,5 +1,6 @@
 """The pre-training loop on one process: what a step is, what a run leaves behind, what stops it."""
 
+import contextlib
 import json
 import math
 import warnings
@@ -12,7 +13,7 @@ pytest.importorskip("tensorboard")
 from torch._subclasses import FakeTensorMode
 from training import assert_equal_states, few_digits, run_in, state_of, tiny
 
-from moco_ext import EndToEnd, MemoryBank, MoCo
+from moco_ext import EndToEnd, MemoryBank, MoCo, distributed
 from moco_ext import data as mdata
 from moco_ext.data import TrainLoader
 from moco_ext.evaluate.scores import knn_score, split_features
@@ -72,6 +73,19 @@ def test_training_teaches(tmp_path):
     assert records[-1]["loss"] < records[1]["loss"] - 0.5  # from the second epoch: the queue then holds real keys
     assert records[-1]["acc1"] > records[1]["acc1"]
     assert records[-1]["knn_top1"] > untrained + 2
+
+
+def test_features_that_do_not_fit_in_memory_are_not_compared(digits, tmp_path, monkeypatch):
+    images, width = sum(map(len, digits.splits)), 256
+    warning = pytest.warns(UserWarning, match=f"^knn_top1: the features of {images:,} images take .*: kNN accuracy is")
+    for memory, expected in ((4 * images * width - 1, warning), (4 * images * width, contextlib.nullcontext())):
+        monkeypatch.setattr("moco_ext.train.trainer.device_memory", lambda device, n=memory: n, raising=False)
+        with expected:
+            records = pretrain(tiny(epochs=1, online_knn=1), digits, run_in(tmp_path / str(memory)))
+        assert ("knn_top1" in records[0]) == (expected is not warning)
+    monkeypatch.setattr(distributed, "unite", lambda failures: failures | {"1 GiB"})
+    with warning:  # of another rank
+        assert "knn_top1" not in pretrain(tiny(epochs=1), digits, run_in(tmp_path / "other"))[0]
 
 
 def test_what_a_run_leaves_behind(digits, tmp_path):

@@ -18,7 +18,7 @@ pytest.importorskip("tensorboard")
 from PIL import Image
 from training import assert_equal_states, run_in, state_of, tiny
 
-from moco_ext import cli
+from moco_ext import cli, distributed
 from moco_ext import data as mdata
 from moco_ext.data import UnreadableImageError
 from moco_ext.evaluate import encoder_features, label_free_scores, pixel_features
@@ -152,6 +152,22 @@ def test_ranks_agree(photos, tmp_path):
     assert record["skipped_images"] == 2
     assert record["knn_top1"] in (0, 50, 100)
     assert (tmp_path / "run" / "unreadable.txt").read_text().splitlines() == sorted(got["unreadable"])
+
+
+def test_a_rank_sends_each_path_once(damaged, monkeypatch):
+    sent = []
+
+    def gather(parts, values):
+        sent.append(set(values))
+        parts[:] = [set(values), {"elsewhere"}]
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    damaged.skip({"a": "damaged", "b": "damaged"})
+    assert damaged.unite_unreadable() == {"a", "b", "elsewhere"}
+    damaged.skip({"elsewhere": "damaged", "c": "damaged"})
+    assert damaged.unite_unreadable() == dataclasses.replace(damaged).unite_unreadable() == {"a", "b", "c", "elsewhere"}
+    assert sent == [{"a", "b"}, {"c"}, set()]
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

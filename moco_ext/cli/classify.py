@@ -86,7 +86,7 @@ def train(
             check_unchanged(model.backbone, frozen)
         model.precision = config.precision
         scores = evaluate(model.to(options.device), data, device=options.device, workers=options.workers)
-        report_unreadable(options, data.unreadable)
+        report_unreadable(options, data.unite_unreadable())
         if rank() == 0:
             result |= trained | {"epochs": epoch, "top1": percent(scores["acc1"]), "top5": percent(scores["acc5"])}
             show(result, title, columns, [(f"epoch {epoch}", scores["acc1"], scores["acc5"])], as_json=args.json)
@@ -98,7 +98,7 @@ def train(
         highlight=False,
     )
     records = train_classifier(model, data, config, options, name=name, arch=arch, reference=frozen)
-    report_unreadable(options, data.unreadable)
+    report_unreadable(options, data.unite_unreadable())
     if rank() == 0:
         last, best = records[-1], max(records, key=lambda record: record["val_acc1"])
         result |= {"top1": percent(last["val_acc1"]), "top5": percent(last["val_acc5"])}

@@ -44,7 +44,7 @@ def _work(inputs: Inputs, args: argparse.Namespace, options: RunOptions) -> int:
         name: percent(knn_score(data, rows, **voting, device=options.device, sharded=True))
         for name, rows in representations(data, options, trained=encoder, precision=precision)
     }
-    report_unreadable(options, data.unreadable)
+    report_unreadable(options, data.unite_unreadable())
     if rank() == 0:
         result = {"data": inputs.data, "precision": precision, **voting, "knn_top1": scores}
         write_result(options.output, "knn", result)

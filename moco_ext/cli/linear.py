@@ -75,7 +75,7 @@ def _solve(
     subset = given(args, ClassifierConfig)
     precision = subset.pop("precision", "fp32")
     features = all_features(data, options, trained=encoder, precision=precision)
-    report_unreadable(options, data.unreadable)
+    report_unreadable(options, data.unite_unreadable())
     if rank() == 0:  # the problem has one solution: the other ranks need not find it too
         scores = {name: percent(linear_score(data, rows, C=C, **subset)) for name, rows in features.items()}
         result = {"data": inputs.data, "arch": arch, "solver": "lbfgs", "precision": precision, "C": C, **subset}

@@ -7,7 +7,7 @@ import gzip
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from .files import ImageFiles, few, find_images
+from ..distributed import unite
+from .files import ImageFiles, Paths, few, find_images, images_below, scan
 from .images import UnreadableImageError, open_regular, read_image
 from .seeds import hash_seeds
 from .shards import ShardSplit, find_shards, open_shards
@@ -50,8 +51,12 @@ class TensorSplit:
 class FolderSplit:
     """Images on disk: ``paths`` of the N files, ``labels`` int64 [N], -1 where there are no classes."""
 
-    paths: list[str]
+    paths: Sequence[str]
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.paths, Paths):
+            object.__setattr__(self, "paths", Paths(self.paths))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,7 +75,8 @@ class FolderSplit:
 
     def take(self, rows: Tensor) -> FolderSplit:
         """The images at the positions ``rows``, int64 [M]."""
-        return FolderSplit([self.paths[row] for row in rows.tolist()], self.labels[rows])
+        assert isinstance(self.paths, Paths)
+        return FolderSplit(self.paths.take(rows), self.labels[rows])
 
 
 FileSplit = FolderSplit | ShardSplit  # decoded when they are read
@@ -102,6 +108,7 @@ class ImageData:
     train: Split
     test: Split | None
     unreadable: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)
+    _unsent: set[str] = dataclasses.field(default_factory=set, compare=False, repr=False)  # of them, to other ranks
 
     @property
     def why_not_scored(self) -> str:
@@ -123,7 +130,14 @@ class ImageData:
         if unreadable and not self.unreadable:
             reason = next(iter(unreadable.values()))
             warnings.warn(f"{reason}; it is skipped (further ones are counted, not named)", stacklevel=3)
+        self._unsent.update(unreadable.keys() - self.unreadable)
         self.unreadable.update(unreadable)
+
+    def unite_unreadable(self) -> set[str]:
+        """``unreadable``, with the files that the other ranks could not decode. Every rank must call it."""
+        self.unreadable.update(unite(self._unsent))
+        self._unsent.clear()
+        return self.unreadable
 
 
 def seen_from_here(data: str, directory: str | None) -> str:
@@ -297,8 +311,8 @@ def stratified_split(labels: Tensor, test_fraction: float, seed: int = 0, at_lea
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
+    counts = labels.unique(return_counts=True)[1].tolist()
+    for members in labels.argsort(stable=True).split(counts):  # one pass, also of thousands of classes
         chosen = torch.randperm(len(members), generator=generator)
         held_out[members[chosen[: max(at_least, round(test_fraction * len(members)))]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
@@ -443,12 +457,15 @@ def _split_folders(source: Path) -> tuple[Path | None, Path | None]:
         return None, None
     val = next((source / name for name in ("val", "valid", "validation") if (source / name).is_dir()), None)
     if val is None:
-        names = {path.removeprefix(f"{source}/").split("/")[0] for path in find_images([source]).paths}
-        train = train if names <= {"train", "test"} else source
+        loose, folders = scan(str(source))
+        others = (source / name for name in folders if name not in ("train", "test"))
+        train = source if loose or any(images_below(folder) for folder in others) else train
     return train, val
 
 
 def _folder_split(files: ImageFiles, classes: tuple[str, ...]) -> FolderSplit:
     index = {name: label for label, name in enumerate(classes)}
-    labels = [index[name] for name in files.classes] if classes and files.classes else [-1] * len(files.paths)
-    return FolderSplit(files.paths, torch.tensor(labels))
+    if not (classes and files.classes):
+        return FolderSplit(files.paths, torch.tensor([-1]).expand(len(files.paths)))
+    labels = np.fromiter((index[name] for name in files.classes), np.int64, len(files.classes))
+    return FolderSplit(files.paths, torch.from_numpy(labels))

@@ -8,9 +8,14 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
 
 LISTS = (".txt", ".csv", ".tsv", ".parquet")
 IMAGES = (
@@ -20,12 +25,58 @@ IMAGES = (
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "class", "target")
+_ROWS = 65536  # of a table at a time
+
+
+class Paths(Sequence[str]):
+    """Paths in one piece of memory, 12 bytes each and their text.
+
+    Of a list, every loader process would get its own copy: reading a string counts a reference to it, in its memory.
+    """
+
+    def __init__(self, paths: Iterable[str] = ()) -> None:
+        text, ends = bytearray(), array("q", [0])
+        for path in paths:
+            text += path.encode(errors="surrogatepass")  # a name may be any bytes
+            ends.append(len(text))
+        # Tensors, as torch shares their memory with workers that are not forked.
+        edges = torch.from_numpy(np.frombuffer(ends, np.int64))
+        self._text = torch.from_numpy(np.frombuffer(text, np.uint8))
+        self._offsets, self._sizes = edges[:-1], edges.diff().int()
+
+    def take(self, rows: Tensor) -> Paths:
+        """The paths at the positions ``rows``, int64 [M], in the same memory."""
+        taken = Paths()
+        taken._text, taken._offsets, taken._sizes = self._text, self._offsets[rows], self._sizes[rows]
+        return taken
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        rows = range(len(self))[place]
+        if isinstance(rows, range):
+            return [self[row] for row in rows]
+        return self._decoded(int(self._offsets[rows]), int(self._sizes[rows]))
+
+    def __iter__(self) -> Iterator[str]:  # several times as fast as one after the other
+        return map(self._decoded, self._offsets.numpy(), self._sizes.numpy())
+
+    def _decoded(self, offset: int, size: int) -> str:
+        return self._text.numpy()[offset : offset + size].tobytes().decode(errors="surrogatepass")
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
 
 
 class ImageFiles(NamedTuple):
     """Paths of image files, and the class of each; ``classes`` is None if they have none."""
 
-    paths: list[str]
+    paths: Paths
     classes: list[str] | None
 
     @property
@@ -46,38 +97,54 @@ def find_images(sources: Sequence[Path]) -> ImageFiles:
     if len(sources) == 1 and sources[0].is_dir():
         return found[0]
     labeled = all(files.classes is not None for files in found)
+    paths = found[0].paths if len(found) == 1 else Paths(itertools.chain.from_iterable(files.paths for files in found))
+    classes = [name for files in found for name in files.classes or ()] if labeled else None
+    kept = np.ones(len(paths), bool)
     class_of: dict[str, str] = {}
-    paths: list[str] = []
-    for files in found:
-        for path, name in zip(files.paths, (labeled and files.classes) or itertools.repeat("")):  # noqa: B905
-            same = os.path.abspath(path)  # of ./x.jpg, x.jpg and its absolute path
-            if same not in class_of:
-                paths.append(path)
-            if class_of.setdefault(same, name) != name:
-                raise ValueError(f"data: expected one class for {path}, got {class_of[same]} and {name}")
+    for row in _repeated(paths):
+        same, name = os.path.abspath(paths[row]), classes[row] if classes else ""
+        kept[row] = same not in class_of
+        if class_of.setdefault(same, name) != name:
+            raise ValueError(f"data: expected one class for {paths[row]}, got {class_of[same]} and {name}")
     spelling: dict[str, str] = {}
-    for name in sorted(set(class_of.values())):
+    for name in sorted(set(classes or ())):
         number = re.fullmatch(r"0*(\d+)(\.0*)?", name.strip())
         first = spelling.setdefault(number[1] if number else name.strip(), name)
         if first != name:
             raise ValueError(f"data: expected one name for each class, got {first!r} and {name!r}")
-    return ImageFiles(paths, list(class_of.values()) if labeled else None)
+    if not kept.all():
+        paths = paths.take(torch.from_numpy(np.flatnonzero(kept)))
+        classes = classes and list(itertools.compress(classes, kept))
+    return ImageFiles(paths, classes)
+
+
+def _repeated(paths: Paths) -> list[int]:
+    """The positions of paths that are there twice, such as ./x.jpg, x.jpg and its absolute path; and perhaps, where
+    hashes meet, of a few others. A dictionary of all paths would take several times their memory."""
+    hashes = np.fromiter((hash(os.path.abspath(path)) for path in paths), np.int64, len(paths))
+    ordered = np.sort(hashes)
+    return np.flatnonzero(np.isin(hashes, ordered[1:][ordered[1:] == ordered[:-1]])).tolist()
 
 
 def _of_folder(root: Path) -> ImageFiles:
     """In the order of torchvision's ``ImageFolder``. Classes are the folders in ``root``, if all images are in them."""
-    loose, folders = _scan(str(root))
-    files = {folder: _below(Path(root, folder)) for folder in sorted(folders)}
-    files = {folder: found for folder, found in files.items() if found}
-    paths = [path for found in files.values() for path in found]
-    if not (loose or paths):
+    loose, folders = scan(str(root))
+    classes: list[str] = []
+
+    def found() -> Iterator[str]:
+        yield from (os.path.join(root, name) for name in loose)
+        for folder in sorted(folders):
+            below = images_below(Path(root, folder))
+            classes.extend([folder] * len(below))
+            yield from below
+
+    paths = Paths(found())
+    if not paths:
         raise ValueError(f"data: expected images in {root}, got none")
-    if loose:
-        return ImageFiles([os.path.join(root, name) for name in loose] + paths, None)
-    return ImageFiles(paths, [folder for folder, found in files.items() for _ in found])
+    return ImageFiles(paths, None if loose else classes)
 
 
-def _below(folder: Path) -> list[str]:
+def images_below(folder: Path) -> list[str]:
     """Image files below ``folder``, by folder and name; links are followed, to each folder once.
 
     ``ImageFolder`` follows a link to a folder around it until the system refuses, and lists its images each time.
@@ -87,7 +154,7 @@ def _below(folder: Path) -> list[str]:
     pending = [str(folder)]
     while pending:
         current = pending.pop()
-        names, folders = _scan(current)
+        names, folders = scan(current)
         prefix = os.path.join(current, "")
         files[current] = [prefix + name for name in names]
         for path in (os.path.join(current, name) for name in folders):
@@ -98,7 +165,7 @@ def _below(folder: Path) -> list[str]:
     return [path for _, paths in sorted(files.items()) for path in paths]
 
 
-def _scan(folder: str) -> tuple[list[str], list[str]]:
+def scan(folder: str) -> tuple[list[str], list[str]]:
     """Sorted names of the image files in a folder, and of its folders, without hidden ones.
 
     Hidden are ``.ipynb_checkpoints``, and the ``._name.jpg`` of macOS, which are no images; and ``@eaDir``, in which a
@@ -124,29 +191,32 @@ def _of_list(path: Path) -> ImageFiles:
     """
     if not path.is_file() or path.suffix.lower() not in LISTS:
         raise ValueError(f"data: expected a folder of images or a list ({', '.join(LISTS)}), got {path}")
+    classes: list[str] = []
+
+    def found() -> Iterator[str]:
+        folder = "" if path.parent == Path() else str(path.parent)
+        for number, (row, name) in enumerate(_read_list(path), 1):
+            if not row or not isinstance(row, str) or name == "":
+                what = "a path" if name is None else "a path and a class"
+                raise ValueError(f"data: expected {what} in row {number} of {path}")
+            item = os.path.join(folder, row)
+            # Of 10^6 files on a network disk, to ask if each is a folder would take minutes.
+            is_folder = not row.lower().endswith(IMAGES) and os.path.isdir(item)
+            items: Sequence[str] = find_images([Path(item)]).paths if is_folder else (item,)
+            classes.extend([] if name is None else [name] * len(items))
+            yield from items
+
     try:
-        rows, names = _read_list(path)
+        paths = Paths(found())
     except csv.Error as error:
         raise ValueError(f"data: expected a list of image files in {path}, got {error}") from None
-    paths: list[str] = []
-    classes: list[str] = []
-    folder = "" if path.parent == Path() else str(path.parent)
-    for number, (row, name) in enumerate(zip(rows, names or [""] * len(rows), strict=True), 1):
-        if not row or not isinstance(row, str) or (names and not name):
-            raise ValueError(f"data: expected a path{' and a class' if names else ''} in row {number} of {path}")
-        item = os.path.join(folder, row)
-        # Of 10^6 files on a network disk, to ask if each is a folder would take minutes.
-        is_folder = not row.lower().endswith(IMAGES) and os.path.isdir(item)
-        found = find_images([Path(item)]).paths if is_folder else [item]
-        paths += found
-        classes += [name] * len(found)
     if not paths:
         raise ValueError(f"data: expected image files in {path}, got none")
-    return ImageFiles(paths, classes if names else None)
+    return ImageFiles(paths, classes or None)
 
 
-def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
-    """The paths in a list, and its classes if it has them."""
+def _read_list(path: Path) -> Iterator[tuple[str, str | None]]:
+    """The paths in a list; with the class of each, perhaps empty, if it has them."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         try:
@@ -156,29 +226,30 @@ def _read_list(path: Path) -> tuple[list[str], list[str] | None]:
         names = parquet.read_schema(path).names
         place, label = _columns(path, names)
         columns = [names[place]] if label is None else [names[place], names[label]]
-        table = parquet.read_table(path, columns=columns)
-        paths = table[columns[0]].to_pylist()
-        if label is None:
-            return paths, None
-        labels = whole_numbers(table[columns[1]]).to_pylist()
-        return paths, ["" if value is None else str(value).strip() for value in labels]
+        table = parquet.read_table(path, columns=columns).select(columns)
+        if label is not None:
+            table = table.set_column(1, names[label], whole_numbers(table[names[label]]))
+        for batch in table.to_batches(_ROWS):
+            paths, *labels = (column.to_pylist() for column in batch.columns)
+            texts = (sys.intern("" if value is None else str(value).strip()) for value in itertools.chain(*labels))
+            yield from zip(paths, texts if labels else itertools.repeat(None))  # noqa: B905
+        return
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
             raise ValueError(f"data: expected a list in UTF-8, got UTF-16 in {path}")
     # A name may be any bytes; a line of a text file ends at a line feed only.
     with path.open(newline="\n" if suffix == ".txt" else "", encoding="utf-8-sig", errors="surrogateescape") as file:
         if suffix == ".txt":
-            return [line.rstrip("\r\n") for line in file if line.strip()], None
+            yield from ((line.rstrip("\r\n"), None) for line in file if line.strip())
+            return
         delimiter = "\t" if suffix == ".tsv" else ","
         header = next(csv.reader(file, delimiter=delimiter), [])
         place, label = _columns(path, [name.strip() for name in header])
         spaced = any(name.startswith(" ") for name in header)  # "path, label"; else a name may begin with a space
         rows = csv.reader(file, delimiter=delimiter, skipinitialspace=spaced)
-        paths, classes = [], []
-        for row in filter(None, rows):  # one at a time: other columns may be large
-            paths.append(row[place] if place < len(row) else "")
-            classes.append("" if label is None or label >= len(row) else sys.intern(row[label].strip()))
-    return paths, None if label is None else classes
+        for row in filter(None, rows):
+            name = None if label is None else "" if label >= len(row) else sys.intern(row[label].strip())
+            yield row[place] if place < len(row) else "", name
 
 
 def whole_numbers(column: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed import rank, world_size
 from .files import IMAGES
 from .images import decode
 from .litdata_chunks import ChunkShards, chunks_among, index_of_chunk, item_format
@@ -131,7 +132,10 @@ def open_shards(urls: Sequence[str]) -> OpenShards:
             ".parquet": read_footer,
             ".bin": lambda url: index_of_chunk(url, formats[url.rpartition("/")[0]]),
         }
-        parts = list(pool.map(_existing(read.get(suffix, index_of)), urls))
+        # Each process of a group begins elsewhere: later it finds the indexes that the others have saved.
+        first = rank() * len(urls) // world_size()
+        parts = list(pool.map(_existing(read.get(suffix, index_of)), [*urls[first:], *urls[:first]]))
+        parts = parts[len(urls) - first :] + parts[: len(urls) - first]
     manifest = {folder: _classes_in(folder) for folder in set(folders)}
     shards: TarShards | ParquetShards
     labels: list[np.ndarray] = []

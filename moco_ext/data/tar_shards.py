@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import tarfile
 import threading
 import zipfile
@@ -161,7 +162,8 @@ def _saved(url: str, found: Stamp, last_fits: Callable[[str, TarIndex], bool]) -
         with _PARSER, np.load(io.BytesIO(content)) as saved:
             version, size, mtime_ns = saved["stamp"].tolist()
             arrays = {name: saved[name] for name in TarIndex._fields}
-            index = TarIndex(**arrays | {"names": tuple(arrays["names"].tolist())})
+            # Each of 10,000 shards may have most of 10,000 classes.
+            index = TarIndex(**arrays | {"names": tuple(map(sys.intern, arrays["names"].tolist()))})
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # damaged, or of another program
         return None
     if version != _VERSION or size != found.size:
@@ -219,6 +221,7 @@ def _read_headers(file: BinaryIO, url: str) -> TarIndex:
 
 def _regular_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  # all headers so far, a kilobyte each
         if member.isreg() and not member.issparse() and not os.path.basename(member.name).startswith("."):
             yield member
 

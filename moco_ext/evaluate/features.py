@@ -15,7 +15,7 @@ from ..data.images import check_readable
 from ..distributed import all_gather, rank, world_size
 from ..encoders import autocast, backbone, restored_modes
 
-_GATHERED_ROWS = 8192  # per rank and collective: 64 MB of 2048 features
+_GATHERED_ROWS = 65_536  # of all ranks, in a collective: 512 MB of 2048 features
 
 
 @torch.no_grad()
@@ -122,8 +122,9 @@ def _gather(rows: Tensor, n: int, device: torch.device | str | None = None) -> T
     rows = nn.functional.pad(rows, (0, 0, 0, size - len(rows)))
     everyone = rows.new_empty(world, size, rows.shape[1])
     transit = collective_device(device)  # in parts: all rows may not fit on it
-    for start in range(0, size, _GATHERED_ROWS):
-        part = rows[start : start + _GATHERED_ROWS]
+    count = max(1, _GATHERED_ROWS // world)
+    for start in range(0, size, count):
+        part = rows[start : start + count]
         everyone[:, start : start + len(part)] = all_gather(part.to(transit)).view(world, *part.shape).cpu()
     return everyone.flatten(0, 1)[:n]
 

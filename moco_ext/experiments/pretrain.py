@@ -69,7 +69,7 @@ def _pretrain_and_evaluate(
             reason = f"{data.name} has more than {_EVALUATED:,} images"
         else:
             features = all_features(data, options, untrained=untrained, trained=trained, precision=config.precision)
-        report_unreadable(options, data.unreadable)
+        report_unreadable(options, data.unite_unreadable())
         if first and not reason:
             summary |= top1(data, features, config.knn_k) | {"test_images": len(data.splits[1])}
             summary |= {"few_labels": few} if (few := few_label_top1(data, features)) else {}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..distributed import rank, unite, world_size
+from ..distributed import rank, world_size
 from .files import remove, remove_temporaries, write_atomically
 from .options import RunOptions
 
@@ -91,8 +91,8 @@ def list_unreadable(folder: Path, paths: Collection[str]) -> None:
 
 
 def report_unreadable(options: RunOptions, paths: set[str]) -> None:
-    """List the files that any rank could not read, and print their number. Every rank must call it."""
-    if unite(paths) and rank() == 0:
+    """List the files that could not be read, and print their number."""
+    if paths and rank() == 0:
         list_unreadable(options.output, paths)
         line = f"{len(paths):,} files could not be read: {options.output / _UNREADABLE}"
         options.console.print(line, highlight=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from ..checkpoints.training import check_classes, check_finite, load_checkpoint,
 from ..data import EvalTransform, ImageData, SupervisedLoader, eval_batches
 from ..data.images import check_readable
 from ..data.seeds import hash_seeds
-from ..distributed import all_reduce, rank, unite, world_size
+from ..distributed import all_reduce, rank, world_size
 from ..encoders import AUTOCAST, autocast, backbone
 from ..evaluate.features import rank_share, to_device
 from ..runs.directory import exclusive
@@ -306,7 +306,7 @@ def train_classifier(
                 check_unchanged(model.backbone, reference)
             is_best = val["acc1"] > best
             best = max(best, val["acc1"])
-            unreadable = len(unite(data.unreadable))
+            unreadable = len(data.unite_unreadable())
             log.record(record | {"best_acc1": best} | ({"skipped_images": unreadable} if unreadable else {}))
             check_finite(model, optimizer)
             if rank() == 0:

@@ -27,7 +27,7 @@ from ..checkpoints.training import (
     sharded_tensors,
 )
 from ..data import Batch, EvalTransform, ImageData, TrainLoader
-from ..encoders import AUTOCAST
+from ..encoders import AUTOCAST, backbone, restored_modes
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
 from ..runs.directory import claim, clear, list_unreadable
@@ -38,6 +38,7 @@ from ..runs.settings import changed_settings
 from .config import PretrainConfig
 from .diagnostics import Diagnostics
 from .initialize import describe, initialize_
+from .memory import device_memory
 from .model import build_model
 from .optimizer import build_optimizer
 from .parallel import filled, hollow_copy, images_per_process, shard_
@@ -123,6 +124,7 @@ class Trainer:
         resumes = options.resume is not None and (options.resume != "auto" or has_checkpoint(options.output))
         if config.init is not None:
             self._initialize(config.init, resumes)
+        self._has_knn = not data.why_not_scored and self._features_fit()
         if self.sharded:
             self._hollow = hollow_copy(self.model.encoder_q)
             shard_(self.model, options.device, AUTOCAST.get(config.precision))
@@ -241,16 +243,33 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             **self.health_averages.means(),
         }
-        if not self.data.why_not_scored and self._evaluation_is_due():
+        if self._has_knn and self._evaluation_is_due():
             top1 = preemption.unless_stopped(self._knn)
             record |= {} if top1 is None else {"knn_top1": top1}
-        unreadable = len(distributed.unite(self.data.unreadable))
+        unreadable = len(self.data.unite_unreadable())
         counts = {"skipped_images": unreadable, "skipped_steps": self.skipped_steps}
         record |= {name: count for name, count in counts.items() if count}
         log.record(record)
         self.averages.clear()
         self.health_averages.clear()
         self.images, self.epoch_seconds, self.waited = 0, 0.0, 0.0
+
+    @torch.no_grad()
+    def _features_fit(self) -> bool:
+        """Whether each machine has memory for the features of all images, which the kNN evaluation holds."""
+        encoder, device = self.model.encoder_q, self.options.device
+        with restored_modes(encoder):
+            width = backbone(encoder.eval())(torch.zeros(1, 3, self.data.size, self.data.size, device=device)).numel()
+        images, memory = sum(map(len, self.data.splits)), device_memory(torch.device("cpu"))
+        needed = self.options.local_world * images * width * 4
+        sizes = f"{needed / 2**30:,.1f} GiB, and there are {memory / 2**30:,.1f} GiB"
+        failures = distributed.unite({sizes} if needed > memory else set())
+        if failures and self.rank == 0:
+            warnings.warn(
+                f"knn_top1: the features of {images:,} images take {min(failures)}: kNN accuracy is not measured",
+                stacklevel=5,
+            )
+        return not failures
 
     def _evaluation_is_due(self) -> bool:
         if self.step == self.total:
@@ -277,7 +296,7 @@ class Trainer:
     def _save(self, preemption: Preemption, last: bool) -> None:
         """Write a checkpoint. A failed write, as on a full disk, is an error only for the last one."""
         check_finite(self.model, self.optimizer)
-        unreadable = sorted(distributed.unite(self.data.unreadable))
+        unreadable = sorted(self.data.unite_unreadable())
         random = {"cpu": _of_all_ranks(torch.get_rng_state())}
         if self.options.device.type == "cuda":
             random["cuda"] = _of_all_ranks(torch.cuda.get_rng_state(self.options.device))
