@@ -355,7 +355,7 @@ def test_ablations_start_from_a_run_or_the_guide(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "markdown", lambda results: "")
     plan = plan_of(photos, "--lr", "0.5")
     run = as_written(dataclasses.replace(plan.config, seed=7), tmp_path / "run")
-    command = ["ablate", "--output", str(tmp_path / "grid"), "--moco-m", "0.9"]
+    command = ["ablate", "--output", str(tmp_path / "grid"), "--moco-m", "0.9", "--device", "cpu"]
     assert cli.main([*command, "--", "--config", str(run), "--moco-t", "0.3"]) == 0
     assert cli.main([*command, "--data", str(photos), "--", "--lr", "0.5", "--moco-t", "0.3"]) == 0
     for base, data in bases:

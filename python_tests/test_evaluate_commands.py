@@ -66,11 +66,12 @@ def test_images_are_normalized_as_in_training(run, tmp_path, own, capsys):
     checkpoint["transform"] = mdata.EvalTransform(8, own, own, 1.0).as_dict()
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     shutil.copy(run / "config.json", tmp_path)
-    found = answer(capsys, "knn", tmp_path, "--data", "digits", "--threads", 1)["knn_top1"]
+    cpu = "--threads", 1, "--device", "cpu"
+    found = answer(capsys, "knn", tmp_path, "--data", "digits", *cpu)["knn_top1"]
     digits = dataclasses.replace(mdata.load("digits"), mean=own, std=own)
     features = all_features(digits, run_in(tmp_path), trained=load_pretrained(tmp_path)[0])
     assert found["trained"] == round(knn_score(digits, features["trained"], k=20), 2)
-    assert found != answer(capsys, "knn", run, "--threads", 1, "--output", tmp_path)["knn_top1"]
+    assert found != answer(capsys, "knn", run, *cpu, "--output", tmp_path)["knn_top1"]
 
 
 @pytest.mark.parametrize(
