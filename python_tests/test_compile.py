@@ -163,4 +163,5 @@ def test_compiled_steps_are_the_same(steps, make, backend, device):
         torch.manual_seed(0)
         results.append(steps(compiled, make().to(device)))
     want, got = results
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    # BatchNorm over groups of two samples amplifies rounding; in float64, the difference is 1e-13.
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)

@@ -364,7 +364,9 @@ def test_commands(run, photos, embedded, tmp_path, capsys, monkeypatch):
     small = FeatureFile(tmp_path / "small.npy").metadata
     assert (small["transform"]["size"], small["normalized"]) == (12, True)
     assert neighbors(tmp_path / "small.npy", [photos / "001.png"])[0][0].neighbors[0].similarity < 1
-    assert cli.main(["embed", str(run), str(photos), "-o", str(tmp_path / "small.npy"), "--head"]) == 1
+    small = ["embed", str(run), str(photos), "-o", str(tmp_path / "small.npy")]
+    assert cli.main([*small, *flags, "--overwrite"]) == 0
+    assert cli.main([*small, "--head"]) == 1
     assert "small.npy exists; --overwrite replaces it" in capsys.readouterr().err
     arguments = ["neighbors", embedded / "f.parquet", photos / "003.jpg", photos / "004.png", "-k", "3"]
     assert cli.main([*map(str, arguments), "--gallery", str(tmp_path / "page.html"), "--json"]) == 0

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(output)
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"output: {output} exists; --overwrite replaces it")
-    return launch.run(_work, args, output)
+    return launch.run(_work, args, output.parent)
 
 
 def _work(args: argparse.Namespace, options: RunOptions) -> int:
@@ -64,7 +64,7 @@ def _work(args: argparse.Namespace, options: RunOptions) -> int:
     done = embed(
         encoder,
         data,
-        options.output,
+        args.output,
         normalize=args.normalize,
         dtype=args.dtype,
         batch_size=args.batch_size,
