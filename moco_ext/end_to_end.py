@@ -58,7 +58,7 @@ class EndToEnd(Mechanism):
         self._check_images(im_q, im_k)
         self._warn_if_update_is_forgotten()
         n = im_q.shape[0]
-        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self, key_order)
+        order = shuffle_order(n, self.shuffle_bn, self.split_bn, self._permutation, key_order)
         arriving = start_shuffle(im_k, order, self.shuffle_bn)
         queries = encode(self.encoder_q, im_q)
         keys = encode(self.encoder_k, im_k if arriving is None else arriving())

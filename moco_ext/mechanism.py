@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .shuffle_bn import shared_permutation
 from .stats import InfoNCEStats
 
 _FORGOTTEN = 3  # optimizer steps without an update before the warning
@@ -87,9 +88,15 @@ class Mechanism(nn.Module):
         if im_q.shape[0] != im_k.shape[0]:
             raise ValueError(f"im_k: expected {im_q.shape[0]} images as in im_q, got {im_k.shape[0]}")
 
-    @torch.compiler.disable(reason="would compile again at each step, for another number of updates")
+    # Not traced: torch.compile would compile again at each step, for another number of updates.
+    @torch.compiler.disable
     def _count_update(self) -> None:
         self.updates += 1
+
+    @torch.compiler.disable
+    def _permutation(self, n: int) -> Tensor:
+        """The order of the global batch's keys in this step."""
+        return shared_permutation(n, self.updates)
 
     def _check_keys(self, keys: Tensor) -> None:
         self._steps_without_update = 0

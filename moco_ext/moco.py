@@ -229,7 +229,7 @@ class MoCo(Mechanism, KeyQueue):
 
     def _encode(self, im_q: Tensor, im_k: Tensor, key_order: Tensor | None) -> tuple[Tensor, Tensor]:
         """The queries [N, dim] of this rank and the keys [world * N, dim] of all, with shuffling BN."""
-        order = shuffle_order(len(im_q), self.shuffle_bn, self.split_bn, self, key_order)
+        order = shuffle_order(len(im_q), self.shuffle_bn, self.split_bn, self._permutation, key_order)
         shuffled = start_shuffle(im_k, order, self.shuffle_bn)
         # Communication overlaps with encoding the queries: of the images or, if they are in place, of the keys.
         if shuffled is None:

@@ -102,8 +102,8 @@ def update_key_encoder_(
     Both encoders are flattened (:func:`flatten_parameters_`) at the first call, and again after they have been moved or
     copied, so that the update is one launch over two buffers. Parameters of several dtypes are updated as a list, still
     in one launch, and so are the local shards of encoders that FSDP2 (``fully_shard``) has sharded, and parameters that
-    are a part of something else's memory, such as an optimizer's buckets. Buffers (BatchNorm
-    statistics) are not updated: the key encoder's own forward passes update its statistics, as published.
+    are a part of something else's memory, such as an optimizer's buckets. Buffers (BatchNorm statistics) are not
+    updated: the key encoder's own forward passes update its statistics, as published.
 
     Args:
         key_encoder, query_encoder: modules with the same parameters.

@@ -9,7 +9,6 @@ separately, which has the effect of as many devices.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,19 +29,16 @@ def shared_permutation(n: int, step: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0x6D6F636F + step), device="cpu")
 
 
-@torch.compiler.disable(reason="would compile again at each step, for another number of updates")
-def _next_permutation(n: int, model: Any) -> Tensor:
-    return shared_permutation(n, model.updates)
-
-
-def shuffle_order(n: int, mode: str, split_bn: int, model: Any, given: Tensor | None) -> Tensor | None:
+def shuffle_order(
+    n: int, mode: str, split_bn: int, permutation: Callable[[int], Tensor], given: Tensor | None
+) -> Tensor | None:
     """The order in which the keys are encoded: slot i of the global batch holds image ``order[i]``.
 
     Args:
         n: number of images of this rank.
         mode: one of ``MODES``.
         split_bn: number of BatchNorm groups.
-        model: its number of ``updates`` is the seed of the permutation.
+        permutation: called with the size of the global batch where a random order is needed, the same on all ranks.
         given: [world * n] int64 on the CPU, the same on all ranks: the order to use instead of a random one.
 
     Returns:
@@ -64,7 +60,7 @@ def shuffle_order(n: int, mode: str, split_bn: int, model: Any, given: Tensor | 
         raise ValueError(f"key_order: expected each of 0 to {total - 1} once, got {given.tolist()}")
     if mode == "none" or (mode != "loader" and world_size() == 1 and split_bn == 1):
         return None
-    return _next_permutation(total, model) if given is None else given
+    return permutation(total) if given is None else given
 
 
 def _is_permutation(order: Tensor) -> bool:

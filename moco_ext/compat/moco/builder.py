@@ -59,7 +59,7 @@ class MoCo(_MoCo):
         queries = encode(self.encoder_q, im_q)  # [N, dim]
         with torch.no_grad():
             self._momentum_update_key_encoder()
-            order = shuffle_order(n, self.shuffle_bn, self.split_bn, self, None)
+            order = shuffle_order(n, self.shuffle_bn, self.split_bn, self._permutation, None)
             arriving = start_shuffle(im_k, order, self.shuffle_bn)
             keys = distributed.all_gather(encode(self.encoder_k, im_k if arriving is None else arriving()))
             keys = unshuffle(keys, order)  # [world * N, dim]
