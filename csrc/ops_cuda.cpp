@@ -99,10 +99,21 @@ struct InfoNceScalars {
   }
 };
 
+// Kernels load several elements of a row at once. A view may start anywhere in its storage.
+void align(Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 != 0) {
+    t = allocate(static_cast<double>(t.numel()) * element_size(t.scalar_type()),
+                 [&] { return torch::stable::clone(t); });
+  }
+}
+
 InfoNceTensors info_nce(const InfoNceArguments& a, const InfoNceGradients& wanted) {
   const Launch launch(a.query);
   const InfoNceScalars scalars(a);
-  const InfoNceRows rows(a, false);
+  InfoNceRows rows(a, false);
+  align(rows.query);
+  align(rows.key);
+  if (rows.target) align(*rows.target);
   const InfoNceTensors out(rows.query, wanted, a);
   const cuda::InfoNceShape shape{a.query.size(0), a.num_valid.value_or(a.queue_size()), a.query.size(1)};
   const cuda::InfoNceOptions options = scalars.options(a);

@@ -7,12 +7,14 @@ from torch import Tensor
 import moco_ext
 import moco_ext.reference
 
-LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
+LAYOUTS = ("contiguous", "shifted", "transposed", "sliced", "expanded")
 HALF = (torch.bfloat16, torch.float16)
 
 
 def laid_out(n: int, c: int, layout: str, **kwargs) -> Tensor:
     """Random normal [n, c] whose strides are those of the layout's name."""
+    if layout == "shifted":  # contiguous, but not aligned to more than an element
+        return torch.randn(n * c + 1, **kwargs)[1:].view(n, c)
     if layout == "transposed":
         return torch.randn(c, n, **kwargs).t()
     if layout == "sliced":

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import subprocess
 import sys
 
@@ -364,7 +365,8 @@ def test_backward_is_one_multiplication_an_input(reduction, wanted):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts CUDA kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_of_a_step(dtype):
-    """prepare, pass, combine, and in backward one multiplication, which also rounds to query's dtype."""
+    """prepare, pass, combine, and in backward one multiplication, which also rounds to query's dtype. The Hopper pass
+    prepares its queries itself."""
     query, key, queue = problem(32, 4096, 128, "cuda", dtype)
     query.requires_grad_()
     upstream = torch.ones((), device="cuda")
@@ -377,7 +379,8 @@ def test_kernels_of_a_step(dtype):
         step()
         torch.cuda.synchronize()
     on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(on_device) == 4, on_device
+    hopper = torch.cuda.get_device_capability() == (9, 0) and os.environ.get("MOCO_EXT_SM90") != "0"
+    assert len(on_device) == (3 if hopper else 4), on_device
 
 
 # ---- torch.library and torch.compile ----

@@ -68,7 +68,8 @@ size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, c
                                 const InfoNceContrast& contrast, bool gradient);
 
 // query [N, C]; key [N, C], or [M, C] with in_batch, then rounded to the queue's type, or null; queue [K, C]; target
-// [N, C] or null: the mean of the keys under a target distribution, taken as it is
+// [N, C] or null: the mean of the keys under a target distribution, taken as it is. All but the queue are aligned to 16
+// bytes.
 template <typename Query, typename Queue>
 cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const float* target,
                      const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceContrast& contrast,

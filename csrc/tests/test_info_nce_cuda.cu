@@ -86,13 +86,16 @@ struct Case {
   bool temperature_on_device;
   bool normalize;
   bool gradient;
-  int terms;        // of the products with a float32 queue
-  bool misaligned;  // the queue starts one element after a 16-byte boundary
-  bool easy;        // keys are close to their queries: the positive dominates
-  double norm;      // of query and key, and of the queue's rows if not normalized
-  int nan_row;      // or -1
-  int zero_row;     // or -1
-  int growth = 0;   // every 128 keys, four times, the queue's rows become longer by this power of two
+  int terms;           // of the products with a float32 queue
+  bool misaligned;     // the queue starts one element after a 16-byte boundary
+  bool easy;           // keys are close to their queries: the positive dominates
+  double norm;         // of query and key, and of the queue's rows if not normalized
+  int nan_row;         // or -1
+  int zero_row;        // or -1
+  int growth = 0;      // every 128 keys, four times, the queue's rows become longer by this power of two
+  bool mixed = false;  // every other row of query and key has norm 1 instead
+
+  double row_norm(int64_t row) const { return mixed && row % 2 == 1 ? 1 : norm; }
 };
 
 struct Results {
@@ -275,9 +278,10 @@ void test(const Case& c, Random random) {
   };
   std::vector<double> unscaled(width);
   for (int64_t row = 0; row < n; ++row) {
-    fill_row(query, row, c.norm, nullptr);
-    for (int64_t i = 0; i < width; ++i) unscaled[i] = to_float(query[row * width + i]) / c.norm * std::sqrt(width);
-    fill_row(key, row, c.norm, c.easy ? unscaled.data() : nullptr);
+    const double norm = c.row_norm(row);
+    fill_row(query, row, norm, nullptr);
+    for (int64_t i = 0; i < width; ++i) unscaled[i] = to_float(query[row * width + i]) / norm * std::sqrt(width);
+    fill_row(key, row, norm, c.easy ? unscaled.data() : nullptr);
     for (int64_t i = 0; i < width; ++i) {
       if (row == c.zero_row) assign(query[row * width + i], 0);
       if (row == c.zero_row - 1) assign(key[row * width + i], 0);
@@ -288,7 +292,7 @@ void test(const Case& c, Random random) {
     fill_row(queue, j, (c.normalize ? 1 : c.norm) * std::exp2(c.growth * (j / 128 % 4)), nullptr);
     const int64_t row = random.below(n + (n == 0));
     if (random.below(8) == 0 && row < n && row != c.nan_row) {  // a copy of the positive of some row
-      const double scale = c.normalize ? 1 / c.norm : 1;
+      const double scale = c.normalize ? 1 / c.row_norm(row) : 1;
       for (int64_t i = 0; i < width; ++i) assign(queue[j * width + i], to_float(key[row * width + i]) * scale);
     }
   }
@@ -458,7 +462,13 @@ int main(int argc, char** argv) {
   test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
   test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
   test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
+  // Squares of norms overflow, or underflow.
   test_types(0, 0, {{3, 70, 128}, 0.07, false, true, true, 3, false, false, 1e25, -1, -1}, random);
+  test_types(1, 1, {{19, 70, 256}, 0.07, false, true, true, 3, false, false, 1e30, -1, 4, 0, true}, random);
+  test_types(1, 2, {{18, 70, 128}, 0.07, false, true, true, 3, false, true, 1e30, 5, -1, 0, true}, random);
+  test_types(0, 0, {{70, 70, 64}, 0.07, false, true, true, 2, false, true, 1e36, -1, -1, 0, true}, random);
+  test_types(0, 2, {{33, 70, 128}, 0.07, false, true, true, 3, false, true, 1e-11, -1, -1, 0, true}, random);
+  test_types(0, 2, {{5, 70, 128}, 0.07, false, true, true, 3, false, false, 1e-20, -1, -1, 0, true}, random);
   test_types(0, 0, {{3, 70, 1100}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // two spans
   // Several tiles per split, of which later ones have far larger scores.
 #ifdef MOCO_EMULATE

@@ -31,9 +31,11 @@ cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const 
                   rows, padded, operand);
   };
   const InfoNceWorkspace& w = workspace;
-  const cudaError_t error =
-      prepare(query, anchor, shape.n, w.n_padded,
-              {static_cast<Operand*>(w.query), w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished});
+  cudaError_t error = cudaSuccess;
+  if (query != nullptr) {
+    error = prepare(query, anchor, shape.n, w.n_padded,
+                    {static_cast<Operand*>(w.query), w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished});
+  }
   if (error != cudaSuccess || !contrast.in_batch) return error;
   return prepare(key, {}, contrast.keys, contrast.keys, {static_cast<Operand*>(w.keys), nullptr});
 }

@@ -70,9 +70,9 @@ size_t info_nce_workspace_bytes(const Queue* queue, const InfoNceShape& shape, c
 // Key: the queue's type, or that of the batch's keys in the workspace, which the generic pass takes as float.
 template <typename Queue, typename Key>
 cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const Key* keys, const InfoNceKeyCount& count,
-                        const InfoNceMask& mask, const InfoNcePartials& partials, int64_t splits,
-                        const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceWorkspace& w,
-                        cudaStream_t stream) {
+                        const InfoNceMask& mask, const InfoNceQueries& queries, const InfoNcePartials& partials,
+                        int64_t splits, const InfoNceShape& shape, const InfoNceOptions& options,
+                        const InfoNceWorkspace& w, cudaStream_t stream) {
   if constexpr (std::is_same_v<Key, Queue>) {
     if (pass.kind == PassKind::kMma) {
       const MmaArguments<Queue> arguments{static_cast<const uint32_t*>(w.query),
@@ -91,7 +91,7 @@ cudaError_t launch_pass(const InfoNcePass<Queue>& pass, const Key* keys, const I
                     arguments);
     }
     if (pass.kind == PassKind::kSm90) {
-      return launch_info_nce_sm90(keys, count, mask, partials, splits, shape, options, w, stream);
+      return launch_info_nce_sm90(keys, count, mask, queries, partials, splits, shape, options, w, stream);
     }
   }
   return launch_info_nce_generic(keys, count, mask, partials, splits, shape, options, w, stream);
@@ -106,7 +106,7 @@ inline cudaError_t info_nce_of_no_rows(const InfoNceOutputs& outputs, cudaStream
   return cudaMemsetAsync(outputs.grad_temperature, 0, sizeof(float), stream);
 }
 
-// prepare, the passes over queue and batch, combine.
+// prepare, unless the pass does it, the passes over queue and batch, combine.
 template <typename Query, typename Queue>
 cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, const float* target,
                      const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceContrast& contrast,
@@ -117,19 +117,21 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
   const InfoNceWorkspace w = pass_workspace(pass, workspace, shape, contrast, gradient);
   const bool own_key = key != nullptr && contrast.own_key != OwnKey::kExcluded;
   const InfoNceAnchor<Query> anchor{own_key ? key + contrast.key_offset * shape.c : nullptr, target};
+  const InfoNceQueries queries{query, anchor.key, target, kDtypeOf<Query>, options.eps, options.normalize};
   const int64_t* const row_ids = contrast.row_ids;
   const bool positive = contrast.same_id_positive;
   const auto run = [&]<typename Operand>() {  // the type of queries and keys in the passes
-    cudaError_t error =
-        launch_info_nce_prepare<Query, Operand>(query, key, anchor, shape, options, contrast, w, stream);
+    const bool prepares = pass.prepares && w.splits > 0;
+    cudaError_t error = launch_info_nce_prepare<Query, Operand>(prepares ? nullptr : query, key, anchor, shape, options,
+                                                                contrast, w, stream);
     if (error == cudaSuccess && w.queue_splits > 0) {
       error = launch_pass(pass, queue, {shape.k, contrast.num_valid},
-                          {row_ids, contrast.queue_ids, kNoPositive, positive, contrast.same_id_only},
+                          {row_ids, contrast.queue_ids, kNoPositive, positive, contrast.same_id_only}, queries,
                           partials_from(w, 0), w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess && contrast.in_batch) {
       error = launch_pass(pass, static_cast<const Operand*>(w.keys), {contrast.keys, nullptr},
-                          {row_ids, contrast.key_ids, contrast.key_offset, positive, contrast.same_id_only},
+                          {row_ids, contrast.key_ids, contrast.key_offset, positive, contrast.same_id_only}, queries,
                           partials_from(w, w.queue_splits), w.splits - w.queue_splits, shape, options, w, stream);
     }
     if (error == cudaSuccess) {

@@ -23,6 +23,7 @@ struct InfoNcePass {
   size_t operand_bytes = sizeof(Queue);
   void (*masked_kernel)(MmaArguments<Queue>) = nullptr;  // for keys that are not negatives of all rows
   PassKind kind = PassKind::kGeneric;
+  bool prepares = false;  // its own queries
 };
 
 // More blocks per multiprocessor hide little more latency, but each writes partial sums for its rows.

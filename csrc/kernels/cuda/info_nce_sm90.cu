@@ -66,15 +66,11 @@ bool encode(CUtensorMap& map, const Element* x, int64_t rows, int64_t columns, i
 }
 
 template <typename Queue, int kTerms, int columns>
-cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, const InfoNceWorkspace& w,
-                        cudaStream_t stream) {
+cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, cudaStream_t stream) {
   using Tile = Sm90Tile<Queue, kTerms, columns>;
   if constexpr (Tile::kSplit) {
-    arguments.query = static_cast<const float*>(w.query);
     arguments.keys = keys;
-  } else if (!encode(arguments.query_map, static_cast<const Queue*>(w.query), w.n_padded, arguments.c,
-                     kSm90GroupRows) ||
-             !encode(arguments.key_map, keys, arguments.count.most, arguments.c, Tile::kKeys)) {
+  } else if (!encode(arguments.key_map, keys, arguments.count.most, arguments.c, Tile::kKeys)) {
     return cudaErrorInvalidValue;
   }
   const bool gradient = arguments.partials.keys != nullptr;
@@ -87,16 +83,14 @@ cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, 
       kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, true>
                         : info_nce_sm90_kernel<Queue, kTerms, columns, false, true>;
   }
-  const Start start = arguments.mask.of_batch() ? Start::kAfterPrevious : Start::kEarly;
-  return launch(start, kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
+  return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
 }
 
 template <typename Queue, int kTerms>
-cudaError_t launch_width(Sm90Arguments& arguments, const Queue* keys, dim3 grid, const InfoNceWorkspace& w,
-                         cudaStream_t stream) {
-  if (arguments.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, keys, grid, w, stream);
-  if (arguments.c <= 128) return launch_tile<Queue, kTerms, 128>(arguments, keys, grid, w, stream);
-  if constexpr (sizeof(Queue) == 2) return launch_tile<Queue, 1, 256>(arguments, keys, grid, w, stream);
+cudaError_t launch_width(Sm90Arguments& arguments, const Queue* keys, dim3 grid, cudaStream_t stream) {
+  if (arguments.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, keys, grid, stream);
+  if (arguments.c <= 128) return launch_tile<Queue, kTerms, 128>(arguments, keys, grid, stream);
+  if constexpr (sizeof(Queue) == 2) return launch_tile<Queue, 1, 256>(arguments, keys, grid, stream);
   return cudaErrorNotSupported;
 }
 
@@ -112,11 +106,12 @@ bool sm90_enabled() {
 
 template <typename Queue>
 cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
-                                 const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
-                                 const InfoNceOptions& options, const InfoNceWorkspace& w, cudaStream_t stream) {
+                                 const InfoNceQueries& queries, const InfoNcePartials& partials, int64_t splits,
+                                 const InfoNceShape& shape, const InfoNceOptions& options, const InfoNceWorkspace& w,
+                                 cudaStream_t stream) {
   Sm90Arguments arguments{};
-  arguments.positive = w.positive;
-  arguments.row_scale = w.row_scale;
+  arguments.queries = queries;
+  arguments.operand = {w.query, w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished};
   arguments.partials = partials;
   arguments.n = shape.n;
   arguments.c = static_cast<int>(shape.c);
@@ -138,16 +133,16 @@ cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count
   const dim3 grid(static_cast<unsigned>(w.n_padded / block_rows),
                   static_cast<unsigned>((splits + arguments.streams - 1) / arguments.streams));
   if constexpr (std::is_same_v<Queue, float>) {
-    if (options.terms == 3) return launch_width<Queue, 3>(arguments, keys, grid, w, stream);
-    if (options.terms == 2) return launch_width<Queue, 2>(arguments, keys, grid, w, stream);
+    if (options.terms == 3) return launch_width<Queue, 3>(arguments, keys, grid, stream);
+    if (options.terms == 2) return launch_width<Queue, 2>(arguments, keys, grid, stream);
   }
-  return launch_width<Queue, 1>(arguments, keys, grid, w, stream);
+  return launch_width<Queue, 1>(arguments, keys, grid, stream);
 }
 
-#define MOCO_INFO_NCE_SM90(Queue)                                                                            \
-  template cudaError_t launch_info_nce_sm90<Queue>(const Queue*, const InfoNceKeyCount&, const InfoNceMask&, \
-                                                   const InfoNcePartials&, int64_t, const InfoNceShape&,     \
-                                                   const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
+#define MOCO_INFO_NCE_SM90(Queue)                                                                              \
+  template cudaError_t launch_info_nce_sm90<Queue>(                                                            \
+      const Queue*, const InfoNceKeyCount&, const InfoNceMask&, const InfoNceQueries&, const InfoNcePartials&, \
+      int64_t, const InfoNceShape&, const InfoNceOptions&, const InfoNceWorkspace&, cudaStream_t);
 MOCO_INFO_NCE_SM90(float)
 MOCO_INFO_NCE_SM90(__nv_bfloat16)
 MOCO_INFO_NCE_SM90(__half)

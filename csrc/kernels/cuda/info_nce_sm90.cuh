@@ -10,7 +10,7 @@
 // A product of float32 operands is the sum of the products of their bfloat16 terms i, j with i + j < kTerms.
 #pragma once
 
-#include "kernels/cuda/info_nce_sm90_ring.cuh"
+#include "kernels/cuda/info_nce_sm90_queries.cuh"
 
 namespace moco_ext::cuda {
 
@@ -40,38 +40,47 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
   const int c = arguments.c;
 
   const int64_t k = arguments.count.value();
-  const Sm90Tiles block{(k + Tile::kKeys - 1) / Tile::kKeys, arguments.splits, static_cast<int>(blockIdx.y) * streams,
-                        streams};
+  const auto tiles_of_block = [&] {
+    return Sm90Tiles(static_cast<int>((k + Tile::kKeys - 1) / Tile::kKeys), arguments.splits,
+                     static_cast<int>(blockIdx.y) * streams, streams);
+  };
 
   if (thread == 0) {
     for (int i = 0; i < Tile::kStages; ++i) {
       sm90::barrier_init(ring.full + 8 * i, Tile::kSplit ? 128 : 1);
       sm90::barrier_init(ring.empty + 8 * i, streams == 1 ? 2 : 1);
     }
-    sm90::barrier_init(query_arrived, 1);
+    sm90::barrier_init(query_arrived, 8);
     for (int i = 0; i < 2; ++i) sm90::barrier_init(turns + 8 * i, 4);
     sm90::barrier_init_done();
   }
   __syncthreads();
 
-  // Consumers wait for the previous kernel. It writes the query, but not the keys: see InfoNceMask::of_batch.
   if (thread < 128) {
     sm90::release_registers<kProducerRegisters>();
-    const Sm90Streams producer_streams(block);  // computed by all threads, in uniform registers
+    const Sm90Streams producer_streams(tiles_of_block());  // computed by all threads, in uniform registers
     if constexpr (Tile::kSplit) {
       split_keys<Tile, kTerms, kMaxBatch>(ring, arguments, producer_streams, k, thread);
     } else if (thread == 0) {
-      copy_keys(ring, arguments, producer_streams, query, query_arrived, block_row, group_rows);
+      copy_keys(ring, arguments, producer_streams, query_arrived);
     }
   } else {
     sm90::claim_registers<kConsumerRegisters>();
-    wait_for_previous_kernel();
     const typename Tile::Operand type{};
     const int lane = thread % 32;
     const int64_t n = arguments.n;
     const int64_t group_row = block_row + group * group_rows;
     const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
+    constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;         // keeps p >= 2^-26 above fp16's subnormals
+    const bool writes = blockIdx.y == 0 && (streams == 1 || group == 0);  // of the first split
+    const uint32_t group_query = query + group * Tile::kQueryBytes;
+    uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
+    SoftmaxRows rows = prepare_rows<Tile, kTerms, kMasked>(arguments, row - lane / 4, writes, group_query,
+                                                           thread % 128 / 32 * 16, query_arrived, query_words);
+    if constexpr (!Tile::kSplit || kTerms > 1) sm90::warpgroup_barrier(1 + group);
+
     const int stream = streams == 1 ? 0 : group;
+    const Sm90Tiles block = tiles_of_block();
     const int split = block.first_split + stream;
     const int first_tile = block.first(split);
     const int tiles = block.count(split);
@@ -79,39 +88,6 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const int split_keys = static_cast<int>(
         min(k - static_cast<int64_t>(first_tile) * Tile::kKeys, static_cast<int64_t>(tiles) * Tile::kKeys));
     const auto valid_keys = [&](int tile) { return min(split_keys - tile * Tile::kKeys, Tile::kKeys); };
-    constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
-    SoftmaxRows rows = start_rows(arguments, row);
-
-    const uint32_t group_query = query + group * Tile::kQueryBytes;
-    uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
-    if constexpr (Tile::kSplit) {
-#pragma unroll
-      for (int step = 0; step < columns / 16; ++step) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int column = step * 16 + i / 2 * 8 + lane % 4 * 2;
-          float2 x{};
-          if (column < c) x = *reinterpret_cast<const float2*>(arguments.query + (row + i % 2 * 8) * c + column);
-          query_words[step][i] = pack(x.x, x.y, type);
-        }
-      }
-      if constexpr (kTerms > 1) {
-        for (int unit = thread % 128; unit < kSm90GroupRows * columns / 4; unit += 128) {
-          const int of_group = unit / (columns / 4);
-          const int column = unit % (columns / 4) * 4;
-          float4 x{};
-          if (column < c) {
-            x = *reinterpret_cast<const float4*>(arguments.query + (group_row + of_group) * c + column);
-          }
-          store_terms<1, kTerms>(x, group_query + sm90::element_offset(of_group, column, Tile::kQueryPanelBytes),
-                                 Tile::kQueryPlaneBytes);
-        }
-        sm90::fence_shared();
-        sm90::warpgroup_barrier(1 + group);
-      }
-    } else {
-      sm90::barrier_wait(query_arrived, 0);  // even without a tile: a block must not exit before its copies complete
-    }
 
     constexpr int kScores = Tile::kKeys / 8;
     constexpr int kOutputs = kGradient ? columns / 8 : 1;
@@ -350,7 +326,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         }
       }
       if constexpr (kGradient) {
-        sm90::warpgroup_barrier(1 + group);  // the queries' memory is free
+        sm90::warpgroup_barrier(writer / 128);  // the queries' memory is free
         const int at = static_cast<int>(query - sm90::shared_address(unaligned)) +
                        (writer / 128 - 1) * Tile::kQueryBytes + warp * (Tile::kQueryPlaneBytes / 4);
         write_sums<4>(o, kUnbias, reinterpret_cast<float4*>(unaligned + at),

@@ -25,8 +25,9 @@ bool sm90_enabled();
 // set.
 template <typename Queue>
 cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count, const InfoNceMask& mask,
-                                 const InfoNcePartials& partials, int64_t splits, const InfoNceShape& shape,
-                                 const InfoNceOptions& options, const InfoNceWorkspace& workspace, cudaStream_t stream);
+                                 const InfoNceQueries& queries, const InfoNcePartials& partials, int64_t splits,
+                                 const InfoNceShape& shape, const InfoNceOptions& options,
+                                 const InfoNceWorkspace& workspace, cudaStream_t stream);
 
 // The Hopper pass, without its kernel; resident is 0 if it is not used.
 template <typename Queue>
@@ -41,7 +42,10 @@ InfoNcePass<Queue> sm90_pass(const InfoNceShape& shape, const InfoNceContrast& c
   }
   if (sm90_is_wide(shape.c)) return {nullptr, 64, kSm90WideKeys, 0, 0, multiprocessors};
   const bool two = sm90_two_splits(shape.n);
-  return {nullptr, two ? 64 : 128, sm90_tile_keys(kFloat32, shape.c), 0, 0, int64_t{two ? 2 : 1} * multiprocessors};
+  InfoNcePass<Queue> pass{
+      nullptr, two ? 64 : 128, sm90_tile_keys(kFloat32, shape.c), 0, 0, int64_t{two ? 2 : 1} * multiprocessors};
+  pass.prepares = true;
+  return pass;
 }
 
 }  // namespace moco_ext::cuda

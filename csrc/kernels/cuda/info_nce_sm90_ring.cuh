@@ -43,12 +43,18 @@ struct Sm90Tile {
 // The tiles of a block: those of one split of the queue, or of two. Tile t of stream s is in slot t * streams + s of
 // the ring. Slots beyond a stream's last tile go around empty.
 struct Sm90Tiles {
-  int64_t all;
   int splits;
   int first_split;
   int streams;
+  int each;  // of a split, and one more of the first `rest` splits
+  int rest;
 
-  __device__ __forceinline__ int first(int split) const { return static_cast<int>(all * min(split, splits) / splits); }
+  __device__ __forceinline__ Sm90Tiles(int all, int splits, int first_split, int streams)
+      : splits(splits), first_split(first_split), streams(streams), each(all / splits), rest(all - each * splits) {}
+  __device__ __forceinline__ int first(int split) const {
+    const int before = min(split, splits);
+    return before * each + min(before, rest);
+  }
   __device__ __forceinline__ int count(int split) const { return first(split + 1) - first(split); }
   __device__ __forceinline__ int longest() const { return max(count(first_split), count(first_split + streams - 1)); }
 };
@@ -143,8 +149,9 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
   for (int i = 0; i < kBatch; ++i) load(i);
   for (int item = 0; item < streams.slots * kBatches; ++item) {
     const int slot = item / kBatches;
+    const int writer = opaque(thread);  // so that the compiler holds no addresses during the loop
     const uint32_t shared = ring.tile(slot) + item % kBatches * kBatchRows * 128 +
-                            sm90::element_offset(thread_row, column, Tile::kKeyPanelBytes);
+                            sm90::element_offset(writer / 16, writer % 16 * 4, Tile::kKeyPanelBytes);
     if (item % kBatches == 0) ring.wait_until_empty(slot);
     start_batch(item + 1);
 #pragma unroll
@@ -160,27 +167,15 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
   }
 }
 
-// The producer of 16-bit keys: one thread starts the tensor copies, those of the block's queries too.
+// The producer of 16-bit keys: one thread starts the tensor copies.
 template <typename Tile>
 __device__ __forceinline__ void copy_keys(const Sm90Ring<Tile>& ring, const Sm90Arguments& arguments,
-                                          const Sm90Streams& streams, uint32_t query, uint32_t query_arrived,
-                                          int64_t block_row, int group_rows) {
-  sm90::prefetch_map(arguments.query_map);
+                                          const Sm90Streams& streams, uint32_t query_arrived) {
   sm90::prefetch_map(arguments.key_map);
-  // Together, the first tiles of all blocks take long to arrive. Queries asked for after them would wait for them.
+  // Together, the first tiles of all blocks take long to arrive, and the queries would wait behind them.
   constexpr int kAhead = 2;
-  for (int slot = 0;; ++slot) {
-    if (slot == min(streams.slots, kAhead)) {
-      wait_for_previous_kernel();
-      sm90::barrier_expect(query_arrived, 2 * Tile::kQueryBytes);
-      for (int i = 0; i < 2 * Tile::kPanels; ++i) {
-        const int to_group = i / Tile::kPanels;
-        sm90::copy_tensor(query + i * Tile::kQueryPanelBytes, arguments.query_map, i % Tile::kPanels * 64,
-                          static_cast<int>(block_row) + to_group * group_rows, query_arrived);
-      }
-      sm90::barrier_wait(query_arrived, 0);
-    }
-    if (slot == streams.slots) break;
+  for (int slot = 0; slot < streams.slots; ++slot) {
+    if (slot == kAhead) sm90::barrier_wait(query_arrived, 0);
     const int stream = streams.stream_of(slot);
     const int tile = streams.tile_of(slot);
     ring.wait_until_empty(slot);

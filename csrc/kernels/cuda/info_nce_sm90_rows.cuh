@@ -1,6 +1,7 @@
 // What the Hopper passes share: their arguments, and the rows of a consumer warpgroup from start to end.
 #pragma once
 
+#include "kernels/cuda/info_nce_rows.cuh"
 #include "kernels/cuda/info_nce_sm90_launch.cuh"
 #include "kernels/cuda/info_nce_softmax.cuh"
 #include "kernels/cuda/reduce.cuh"
@@ -11,12 +12,11 @@ namespace moco_ext::cuda {
 constexpr int kSm90GroupRows = 64;
 
 struct Sm90Arguments {
-  CUtensorMap query_map;  // 16-bit: boxes of [64 rows, 64 columns] of the query operand
+  CUtensorMap query_map;  // wide rows: boxes of [64 rows, 64 columns] of the query operand
   CUtensorMap key_map;    // 16-bit: boxes of [kKeys rows, 64 columns]
-  const float* query;     // float32: [N_padded, C]
   const float* keys;      // float32: [K, C]
-  const float* positive;
-  const float* row_scale;
+  InfoNceQueries queries;
+  InfoNceOperand<void> operand;
   InfoNcePartials partials;
   int64_t n;
   int c;
@@ -27,15 +27,15 @@ struct Sm90Arguments {
   InfoNceTemperature temperature;
 };
 
-// Rows `row` and `row + 8`, which a lane has part of.
-__device__ __forceinline__ SoftmaxRows start_rows(const Sm90Arguments& arguments, int64_t row) {
+// Of the two rows that a lane has part of.
+__device__ __forceinline__ SoftmaxRows start_rows(const Sm90Arguments& arguments, const float (&positive)[2],
+                                                  const float (&row_scale)[2]) {
   SoftmaxRows rows{};
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float row_scale = arguments.row_scale[row + 8 * r];
-    rows.positive[r] = arguments.positive[row + 8 * r] / row_scale;
-    rows.scale[r] = row_scale * log2_scale;
+    rows.positive[r] = positive[r] / row_scale[r];
+    rows.scale[r] = row_scale[r] * log2_scale;
     rows.max[r] = -INFINITY;
   }
   return rows;

@@ -124,7 +124,9 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
   if (group < 0) {
     sm90::set_registers<Tile::kLaunchRegisters, Tile::kScoreRegisters>();
     if (thread == 0) load_wide_query<Queue, columns>(query, query_arrived, arguments, block_row);
-    SoftmaxRows rows = start_rows(arguments, row);
+    const InfoNceOperand<void>& prepared = arguments.operand;
+    SoftmaxRows rows = start_rows(arguments, {prepared.positive[row], prepared.positive[row + 8]},
+                                  {prepared.row_scale[row], prepared.row_scale[row + 8]});
     constexpr int kScores = Tile::kKeys / 8;
     float s[kScores][4];  // of the tile that is multiplied
     float p[kScores][4];  // of the tile before

@@ -1,6 +1,7 @@
 // Intermediate results of the InfoNCE kernels, and their layout in the workspace.
 //
-// prepare -> a pass over the queue, divided into splits (info_nce_mma.cuh or info_nce_generic.cuh) -> combine.
+// prepare -> a pass over the queue, divided into splits (info_nce_mma.cuh or info_nce_generic.cuh) -> combine. The
+// Hopper pass (info_nce_sm90.cuh) does what prepare does, for the rows of each block.
 //
 // In-batch keys are a second pass with more splits. A target distribution other than the positive alone is computed
 // separately (info_nce_target.cuh), and combine uses it instead of the positive.
@@ -8,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda.h"
 #include "kernels/cuda/cuda_launch.cuh"
@@ -70,6 +72,21 @@ struct InfoNceAnchor {
   const Query* key;     // [N, C] the queries' own, or null
   const float* target;  // [N, C] taken as it is, or null
 };
+
+// Queries and their anchors of any type, for a pass that prepares its own operand.
+struct InfoNceQueries {
+  const void* query;    // [N, C]; like key and target aligned to 16 bytes
+  const void* key;      // [N, C] of the same type, or null
+  const float* target;  // [N, C] or null
+  Dtype type;
+  float eps;
+  bool normalize;
+};
+
+template <typename T>
+constexpr Dtype kDtypeOf = std::is_same_v<T, float>           ? Dtype::kFloat32
+                           : std::is_same_v<T, __nv_bfloat16> ? Dtype::kBFloat16
+                                                              : Dtype::kFloat16;
 
 // A target distribution, for combine.
 struct InfoNceTarget {
@@ -175,7 +192,8 @@ inline InfoNcePartials partials_from(const InfoNceWorkspace& w, int64_t split) {
           p.splits,      p.pitch};
 }
 
-// Operand is the element type of `workspace.query`.
+// Operand is the element type of `workspace.query`. query: null if the pass prepares it; then only the keys of the
+// batch are prepared.
 template <typename Query, typename Operand>
 cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceAnchor<Query>& anchor,
                                     const InfoNceShape& shape, const InfoNceOptions& options,
