@@ -1,5 +1,6 @@
 """Checkpoints: the official layout, atomic writes, rotation, and clear errors for bad files."""
 
+import dataclasses
 import errno
 import math
 import os
@@ -7,6 +8,7 @@ import random
 import subprocess
 import sys
 import tracemalloc
+import warnings
 import zipfile
 
 import pytest
@@ -14,10 +16,12 @@ import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("tensorboard")
+from encoders_on_disk import write_photos
 from training import assert_equal_states, environment, few_digits, run_in, tiny
 
 from moco_ext.checkpoints import read_checkpoint
 from moco_ext.checkpoints.training import Checkpoints, load_checkpoint, load_newest, official_layout, save_checkpoint
+from moco_ext.data import load
 from moco_ext.runs.files import write_atomically
 from moco_ext.train import build_model, pretrain
 
@@ -162,6 +166,23 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_resume_from_another_configuration(saved, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         pretrain(tiny(**changes), few_digits(), run_in(tmp_path, resume=saved[0]))
+
+
+def test_resumed_with_other_images(tmp_path):
+    """The keys of the queue, and the places of a memory bank, are those of the images of the checkpoint."""
+    write_photos(tmp_path / "photos", 8)
+
+    def train(folder, epochs):
+        config = dataclasses.replace(tiny(epochs=epochs, batch_size=4), data=str(folder), image_size=16)
+        pretrain(config, dataclasses.replace(load(str(folder)), size=16), run_in(tmp_path / "run", resume="auto"))
+
+    train(tmp_path / "photos", 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="resume")
+        train((tmp_path / "photos").rename(tmp_path / "moved"), 2)
+    next((tmp_path / "moved").rglob("*.jpg")).rename(tmp_path / "moved" / "z.jpg")
+    with pytest.warns(UserWarning, match="resume: the training images have other file names"):
+        train(tmp_path / "moved", 3)
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from ..checkpoints.training import (
     sharded_tensors,
 )
 from ..data import Batch, EvalTransform, ImageData, TrainLoader
+from ..data.datasets import FolderSplit
 from ..encoders import AUTOCAST, backbone, restored_modes
 from ..evaluate.scores import knn_score, split_features
 from ..mechanism import Mechanism
@@ -316,6 +317,7 @@ class Trainer:
             "updates": self.model.updates,
             "config": dataclasses.asdict(self.config),
             "image_size": self.data.size,
+            "files": self._files(),
         }
         content = official_layout(
             epoch=self.step // self.per_epoch,
@@ -391,6 +393,9 @@ class Trainer:
         if self.step >= self.total:
             warnings.warn(f"resume: {path} has completed all of its {self.total} steps", stacklevel=5)
 
+    def _files(self) -> int | None:
+        return self.data.train.checksum() if isinstance(self.data.train, FolderSplit) else None
+
     def _restore(self, trainer: dict[str, Any]) -> None:
         counts = {name: trainer[name] for name in ("step", "images", "skipped_steps", "updates")}
         counts |= {f"loader {name}": trainer["loader"][name] for name in ("epoch", "step")}
@@ -411,6 +416,11 @@ class Trainer:
         self.seconds, self.epoch_seconds, self.waited = trainer["seconds"]
         self.skipped_steps, self.images = trainer["skipped_steps"], trainer["images"]
         self.data.unreadable.update(trainer.get("unreadable", ()))
+        if trainer.get("files") not in (None, files := self._files()) and files is not None and self.rank == 0:
+            warnings.warn(
+                "resume: the training images have other file names, or another order, than those of the checkpoint",
+                stacklevel=6,
+            )
         self.model.updates = trainer["updates"]
         random = trainer["random"]
         if len(random["cpu"]) != self.world:
