@@ -313,7 +313,10 @@ def section(data: str, result: dict[str, Any]) -> str:
         "|---|" + "--:|" * len(budgets),
     ]
     for method, label in METHODS.items():
-        cells = [spread([*scores[method].get(budget, {}).values()]) for budget in budgets]
+        cells = []
+        for budget in budgets:
+            values = [*scores[method].get(budget, {}).values()]
+            cells.append(spread(values) + (f" ({len(values)} seeds)" if 0 < len(values) < len(runs) else ""))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     gains = [
         f"| points of a linear classifier on MoCo over | {' | '.join(map(str, budgets))} |",
