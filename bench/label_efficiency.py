@@ -316,7 +316,7 @@ def section(data: str, result: dict[str, Any]) -> str:
         cells = []
         for budget in budgets:
             values = [*scores[method].get(budget, {}).values()]
-            cells.append(spread(values) + (f" ({len(values)} seeds)" if 0 < len(values) < len(runs) else ""))
+            cells.append(spread(values) + (f" (n = {len(values)})" if 0 < len(values) < len(runs) else ""))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     gains = [
         f"| points of a linear classifier on MoCo over | {' | '.join(map(str, budgets))} |",
