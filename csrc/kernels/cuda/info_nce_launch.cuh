@@ -120,9 +120,9 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
   const InfoNceQueries queries{query, anchor.key, target, kDtypeOf<Query>, options.eps, options.normalize};
   const int64_t* const row_ids = contrast.row_ids;
   const bool positive = contrast.same_id_positive;
-  const auto run = [&]<typename Operand>() {  // the type of queries and keys in the passes
-    const bool prepares = pass.prepares && w.splits > 0;
-    cudaError_t error = launch_info_nce_prepare<Query, Operand>(prepares ? nullptr : query, key, anchor, shape, options,
+  const bool in_pass = pass.prepares && w.splits > 0;  // the queries are prepared there; without keys, no pass runs
+  const auto run = [&]<typename Operand>() {           // the type of queries and keys in the passes
+    cudaError_t error = launch_info_nce_prepare<Query, Operand>(in_pass ? nullptr : query, key, anchor, shape, options,
                                                                 contrast, w, stream);
     if (error == cudaSuccess && w.queue_splits > 0) {
       error = launch_pass(pass, queue, {shape.k, contrast.num_valid},

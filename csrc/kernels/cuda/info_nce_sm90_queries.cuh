@@ -1,6 +1,6 @@
 // The queries of the Hopper pass (info_nce_sm90.cuh): each block prepares its own, as info_nce_prepare_kernel does for
-// other passes, so that no kernel has to run before the pass. It takes as long as its instructions take to arrive from
-// memory, so there are few of them.
+// other passes, so that no kernel has to run before the pass. Instructions are few, because a block runs them once, and
+// each has to arrive from memory.
 #pragma once
 
 #include "kernels/cuda/info_nce_sm90_ring.cuh"
@@ -74,8 +74,8 @@ struct Sm90QueryUnits {
 // row `panel_row` on. If `writes`, what combine reads goes to device memory. Arrives at `arrived` when all queries have
 // arrived. float32: `words` is the first term as an operand in registers, and shared memory has the others.
 //
-// The operand is the queries times a power of two, with norms in [0.5, 1): fp16 holds them, and nothing is rounded
-// where types are equal. What unit rows lack is in row_scale.
+// The operand is the queries times a power of two, with norms in [0.5, 1): fp16 holds them, and bfloat16 queries for a
+// bfloat16 queue are not rounded. row_scale is the factor from there to unit rows.
 template <typename Tile, int kTerms, bool kMasked, int kSteps>
 __device__ __forceinline__ SoftmaxRows prepare_rows(const Sm90Arguments& arguments, int64_t warp_row, bool writes,
                                                     uint32_t shared, int panel_row, uint32_t arrived,

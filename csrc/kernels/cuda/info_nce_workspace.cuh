@@ -107,7 +107,7 @@ struct InfoNceWorkspace {
   float* query_norm;        // [N]
   float* key_norm;          // [N]
   float* positive;          // [N_padded] q . anchor, not divided by row_scale
-  float* row_scale;         // [N_padded] power of two that scales the query operand's largest element to [0.5, 1)
+  float* row_scale;         // [N_padded] from the operand to unit queries: a power of two if prepare wrote it
   float* grad_temperature;  // [N], to be reduced
   unsigned* finished;       // [1] rows that combine has finished; prepare sets it to 0
   void* query;              // [N_padded, C] the query operand: normalized, divided by row_scale
