@@ -19,8 +19,8 @@ STABLE_TORCH_LIBRARY(moco_ext, m) {
   // reduction: torch's own numbers, 0: none, 1: mean, 2: sum. loss [] is the reduced one, [N] without a reduction;
   // losses [N] are the rows'. grad_* are the gradient of loss (of loss[n], one row each, without a reduction); empty
   // where not asked for. grad_temperature is [], [N] without a reduction. A temperature tensor overrides the number, as
-  // one of num_valid does (the keys of the queue that count; None: all). terms: bfloat16 terms that float32 rows are
-  // split into for the products on CUDA, 3 (float32 accuracy), 2 (scores of 16 bits) or 1 (bfloat16). in_batch: the
+  // one of num_valid does (the keys of the queue that count; None: all). terms: the accuracy of float32 rows in the
+  // products on CUDA, as a number of bfloat16 terms: 3 (float32), 2 (scores of 16 bits) or 1 (bfloat16). in_batch: the
   // rows of key [M, C] are each other's negatives, and key key_offset + n is the positive of query n. query_ids [N],
   // [M] if in_batch and without key_ids [M], and queue_ids [K]: keys of equal ids are masked out (same_id 0), positives
   // (1), or the only ones that are not masked out (2). target [N, C]: the mean of the keys under a target distribution;

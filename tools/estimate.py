@@ -59,7 +59,6 @@ TENSOR_FMAS = 512  # 16-bit, per cycle and scheduler: 989 TFLOP/s; half of it fo
 # reaches 62 % of the peak on Hopper (Luo et al., arXiv:2402.13499).
 TENSOR_REACHED = {"HGMMA": 0.83, "HMMA": 0.62}
 SHARED_BYTES = 128  # per cycle of a multiprocessor, without bank conflicts
-PRODUCTS = {0: 2, 2: 3 + 1, 3: 6 + 3}  # per tile, of terms of float32: S and P K. An iteration has one or two tiles
 STALLS = 1.2  # time over the busiest pipe's at worst, for barriers and latencies; assumed
 HBM = 4.3e6  # bytes per us; measured by a copy
 # Assumed: prepare, pass and combine at 1 us each, and the first tile's latency. Partial sums are written and read.
@@ -73,6 +72,7 @@ class Tile:
     rows: int  # of a block
     keys: int  # of a tile
     terms: int = 0  # of float32 keys, which a loop writes to shared memory
+    products: int = 1 + 1  # per tile, of terms: S and P K. An iteration has one or two tiles
 
 
 # Queue, C and pass of the goals' kernels. FLOPs of the loop are checked against rows and keys.
@@ -84,15 +84,21 @@ TILES = {
         r"info_nce_mma_kernel<MmaTile<__nv_bfloat16, 1, 768>, 768, \(MmaPass\)1, false>", 32, 16
     ),
     "float32, 128, portable": Tile(
-        r"info_nce_mma_kernel<MmaTile<float, 3, 128>, 128, \(MmaPass\)1, false>", 64, 16, terms=3
+        r"info_nce_mma_kernel<MmaTile<float, 3, 128>, 128, \(MmaPass\)1, false>", 64, 16, terms=3, products=6 + 3
     ),
     "tf32, 128, portable": Tile(
-        r"info_nce_mma_kernel<MmaTile<float, 2, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=2
+        r"info_nce_mma_kernel<MmaTile<float, 2, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=2, products=3 + 1
     ),
-    "bf16, 128, Hopper": Tile(r"info_nce_sm90_kernel<__nv_bfloat16, 1, 128, true, false>", 128, 128),
+    "bf16, 128, Hopper": Tile(
+        r"info_nce_sm90_kernel<Sm90Tile<__nv_bfloat16, __nv_bfloat16, 1, 128>, true, false>", 128, 128
+    ),
     "bf16, 768, Hopper": Tile(r"info_nce_sm90_wide_kernel<__nv_bfloat16, 768, true>", 64, 32),
-    "float32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 3, 128, true, false>", 128, 64, terms=3),
-    "tf32, 128, Hopper": Tile(r"info_nce_sm90_kernel<float, 2, 128, true, false>", 128, 64, terms=2),
+    "float32, 128, Hopper": Tile(
+        r"info_nce_sm90_kernel<Sm90Tile<float, __half, 2, 128>, true, false>", 128, 64, terms=2, products=3 + 3
+    ),
+    "tf32, 128, Hopper": Tile(
+        r"info_nce_sm90_kernel<Sm90Tile<float, __nv_bfloat16, 2, 128>, true, false>", 128, 64, terms=2, products=3 + 1
+    ),
 }
 # N, K, C, queue, goal in us. tf32: a float32 queue with at least that accuracy.
 SHAPES = [
@@ -304,7 +310,7 @@ def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> d
     warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer, or has the scores
     roles = [(body, 4), (other, warps)] if wide else [(body, warps)]
     products = sum(i.tensor_fmas * count for loop, count in roles for i in loop) / (tile.rows * tile.keys * c)
-    tiles = products / PRODUCTS[tile.terms]
+    tiles = products / tile.products
     if tiles not in (1, 2):
         raise SystemExit(f"{label}: {products:g} products of [{tile.rows}, {tile.keys}, {c}]: update TILES")
     cycles: Counter[str] = Counter()

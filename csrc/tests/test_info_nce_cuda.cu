@@ -462,6 +462,16 @@ int main(int argc, char** argv) {
   test_types(0, 0, {{0, 5, 64}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
   test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
   test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
+  // float32 keys of other sizes than unit rows: far larger, far smaller, and growing.
+  for (const double norm : {3e9, 1e4, 1e-4, 1e-9, 1e-17}) {
+    for (const int64_t n : {70, 3}) {
+      test_types(0, 0, {{n, 400, 128}, 0.07 * norm * norm, n < 64, false, true, 3, false, false, norm, -1, -1}, random);
+    }
+  }
+  for (const int growth : {2, 7}) {
+    test_types(0, 0, {{66, 1000, 128}, 7, false, true, growth == 2, 3, false, false, 1, -1, -1, growth}, random);
+    test_types(0, 0, {{3, 1500, 64}, 7, true, true, growth == 2, 3, false, false, 1, -1, -1, growth}, random);
+  }
   // Squares of norms overflow, or underflow.
   test_types(0, 0, {{3, 70, 128}, 0.07, false, true, true, 3, false, false, 1e25, -1, -1}, random);
   test_types(1, 1, {{19, 70, 256}, 0.07, false, true, true, 3, false, false, 1e30, -1, 4, 0, true}, random);

@@ -20,7 +20,7 @@ def _allow_tf32() -> bool:
 
 
 def current_terms(cuda: bool) -> int:
-    """The number of bfloat16 terms that CUDA kernels split float32 rows into: the precision of the products."""
+    """The accuracy of float32 rows in the products of CUDA kernels, as a number of bfloat16 terms."""
     if not cuda:
         return 3
     if torch.is_autocast_enabled("cuda"):

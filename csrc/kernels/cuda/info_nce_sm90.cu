@@ -18,7 +18,7 @@ bool has_hopper_code() {
   return true;
 #else
   cudaFuncAttributes attributes{};
-  const auto kernel = info_nce_sm90_kernel<__half, 1, 64, true, false>;
+  const auto kernel = info_nce_sm90_kernel<Sm90Tile<__half, __half, 1, 64>, true, false>;
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) == cudaSuccess &&
          attributes.numRegs > 64;
 #endif
@@ -51,46 +51,42 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
   return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
 }
 
-// x [rows, columns] in boxes of [box_rows, 64 columns]; rows beyond the end read as zeros.
+// x [rows, columns] in boxes of [box_rows, 128 bytes]; rows and columns beyond the end read as zeros.
 template <typename Element>
 bool encode(CUtensorMap& map, const Element* x, int64_t rows, int64_t columns, int box_rows) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(columns) * sizeof(Element)};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[] = {128 / sizeof(Element), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
-  constexpr CUtensorMapDataType type =
-      std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr CUtensorMapDataType type = std::is_same_v<Element, float>    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                                       : std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encoder()(&map, type, 2, const_cast<Element*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-template <typename Queue, int kTerms, int columns>
-cudaError_t launch_tile(Sm90Arguments& arguments, const Queue* keys, dim3 grid, cudaStream_t stream) {
-  using Tile = Sm90Tile<Queue, kTerms, columns>;
-  if constexpr (Tile::kSplit) {
-    arguments.keys = keys;
-  } else if (!encode(arguments.key_map, keys, arguments.count.most, arguments.c, Tile::kKeys)) {
-    return cudaErrorInvalidValue;
-  }
+template <typename Tile>
+cudaError_t launch_tile(Sm90Arguments& arguments, const typename Tile::Queue* keys, dim3 grid, cudaStream_t stream) {
+  if (!encode(arguments.key_map, keys, arguments.count.most, arguments.c, Tile::kKeys)) return cudaErrorInvalidValue;
   const bool gradient = arguments.partials.keys != nullptr;
-  auto kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, false>
-                         : info_nce_sm90_kernel<Queue, kTerms, columns, false, false>;
+  auto kernel = gradient ? info_nce_sm90_kernel<Tile, true, false> : info_nce_sm90_kernel<Tile, false, false>;
   if (arguments.mask.any()) {
-    if constexpr (columns > 128)
+    if constexpr (Tile::kColumns > 128)
       return cudaErrorNotSupported;
     else
-      kernel = gradient ? info_nce_sm90_kernel<Queue, kTerms, columns, true, true>
-                        : info_nce_sm90_kernel<Queue, kTerms, columns, false, true>;
+      kernel = gradient ? info_nce_sm90_kernel<Tile, true, true> : info_nce_sm90_kernel<Tile, false, true>;
   }
   return launch(kernel, grid, dim3(Tile::kThreads), Tile::kSharedBytes, stream, arguments);
 }
 
-template <typename Queue, int kTerms>
+template <typename Queue, typename Operand, int terms>
 cudaError_t launch_width(Sm90Arguments& arguments, const Queue* keys, dim3 grid, cudaStream_t stream) {
-  if (arguments.c <= 64) return launch_tile<Queue, kTerms, 64>(arguments, keys, grid, stream);
-  if (arguments.c <= 128) return launch_tile<Queue, kTerms, 128>(arguments, keys, grid, stream);
-  if constexpr (sizeof(Queue) == 2) return launch_tile<Queue, 1, 256>(arguments, keys, grid, stream);
+  if (arguments.c <= 64) return launch_tile<Sm90Tile<Queue, Operand, terms, 64>>(arguments, keys, grid, stream);
+  if (arguments.c <= 128) return launch_tile<Sm90Tile<Queue, Operand, terms, 128>>(arguments, keys, grid, stream);
+  if constexpr (sizeof(Queue) == 2) {
+    return launch_tile<Sm90Tile<Queue, Operand, terms, 256>>(arguments, keys, grid, stream);
+  }
   return cudaErrorNotSupported;
 }
 
@@ -133,10 +129,12 @@ cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count
   const dim3 grid(static_cast<unsigned>(w.n_padded / block_rows),
                   static_cast<unsigned>((splits + arguments.streams - 1) / arguments.streams));
   if constexpr (std::is_same_v<Queue, float>) {
-    if (options.terms == 3) return launch_width<Queue, 3>(arguments, keys, grid, stream);
-    if (options.terms == 2) return launch_width<Queue, 2>(arguments, keys, grid, stream);
+    if (options.terms == 3) return launch_width<float, __half, 2>(arguments, keys, grid, stream);
+    if (options.terms == 2) return launch_width<float, __nv_bfloat16, 2>(arguments, keys, grid, stream);
+    return launch_width<float, __nv_bfloat16, 1>(arguments, keys, grid, stream);
+  } else {
+    return launch_width<Queue, Queue, 1>(arguments, keys, grid, stream);
   }
-  return launch_width<Queue, 1>(arguments, keys, grid, stream);
 }
 
 #define MOCO_INFO_NCE_SM90(Queue)                                                                              \

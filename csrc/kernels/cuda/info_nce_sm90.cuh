@@ -7,31 +7,32 @@
 // The warpgroups take turns to issue. Otherwise both would issue at once, and then need the other units at once, too.
 // With up to 64 queries, both warpgroups have the same rows, and each its own split of the queue, without turns.
 //
-// A product of float32 operands is the sum of the products of their bfloat16 terms i, j with i + j < kTerms.
+// A product of float32 operands is the sum of the products of their 16-bit terms i, j with i + j < kTerms.
 #pragma once
 
 #include "kernels/cuda/info_nce_sm90_queries.cuh"
 
 namespace moco_ext::cuda {
 
-template <typename Queue, int kTerms, int columns, bool kGradient, bool kMasked>
-__global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
+template <typename Tile, bool kGradient, bool kMasked>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
     info_nce_sm90_kernel(const __grid_constant__ Sm90Arguments arguments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   let_next_kernel_start();
-  using Tile = Sm90Tile<Queue, kTerms, columns>;
-  // Units of four float32 that a producer thread holds. The fewer the products of a tile, the more must be in flight;
-  // masks take the registers for it.
-  constexpr int kMaxBatch = kTerms == 1 && !kMasked ? 16 : 8;
-  constexpr int kProducerRegisters = !Tile::kSplit ? 24 : kMaxBatch == 16 ? 136 : 88;
+  constexpr int kTerms = Tile::kTerms;
+  constexpr int columns = Tile::kColumns;
+  constexpr int kProducerRegisters = Tile::kSplit ? 88 : 24;
   constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   MOCO_DYNAMIC_SHARED(unaligned);
   const uint32_t query = (sm90::shared_address(unaligned) + 1023u) & ~1023u;
   const uint32_t first_tile_address = query + 2 * Tile::kQueryBytes;
   const uint32_t barriers = first_tile_address + Tile::kStages * Tile::kTileBytes;
-  const Sm90Ring<Tile> ring{first_tile_address, barriers, barriers + Tile::kStages * 8};
   const uint32_t query_arrived = barriers + 2 * Tile::kStages * 8;
   const uint32_t turns = query_arrived + 8;  // [2]: the warps of the other warpgroup have issued
+  const uint32_t floats = turns + 2 * 8;
+  const uint32_t copied_again = floats + Tile::kStages * 8;
+  const Sm90Ring<Tile> ring{first_tile_address, barriers,        barriers + Tile::kStages * 8, floats,
+                            copied_again,       copied_again + 8};
   const int thread = static_cast<int>(threadIdx.x);
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // tells the compiler that it is uniform
   const int streams = arguments.streams;
@@ -49,7 +50,9 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     for (int i = 0; i < Tile::kStages; ++i) {
       sm90::barrier_init(ring.full + 8 * i, Tile::kSplit ? 128 : 1);
       sm90::barrier_init(ring.empty + 8 * i, streams == 1 ? 2 : 1);
+      if (Tile::kSplit) sm90::barrier_init(ring.floats + 8 * i, 1);
     }
+    if (Tile::kExact) sm90::barrier_init(ring.copied_again, 1);
     sm90::barrier_init(query_arrived, 8);
     for (int i = 0; i < 2; ++i) sm90::barrier_init(turns + 8 * i, 4);
     sm90::barrier_init_done();
@@ -60,7 +63,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     sm90::release_registers<kProducerRegisters>();
     const Sm90Streams producer_streams(tiles_of_block());  // computed by all threads, in uniform registers
     if constexpr (Tile::kSplit) {
-      split_keys<Tile, kTerms, kMaxBatch>(ring, arguments, producer_streams, k, thread);
+      split_keys(ring, arguments, producer_streams, k, query_arrived, thread);
     } else if (thread == 0) {
       copy_keys(ring, arguments, producer_streams, query_arrived);
     }
@@ -71,12 +74,12 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     const int64_t n = arguments.n;
     const int64_t group_row = block_row + group * group_rows;
     const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
-    constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;         // keeps p >= 2^-26 above fp16's subnormals
-    const bool writes = blockIdx.y == 0 && (streams == 1 || group == 0);  // of the first split
+    constexpr int kBias = std::is_same_v<typename Tile::Operand, __half> ? 12 : 0;  // p >= 2^-26 is no fp16 subnormal
+    const bool writes = blockIdx.y == 0 && (streams == 1 || group == 0);            // of the first split
     const uint32_t group_query = query + group * Tile::kQueryBytes;
     uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
-    SoftmaxRows rows = prepare_rows<Tile, kTerms, kMasked>(arguments, row - lane / 4, writes, group_query,
-                                                           thread % 128 / 32 * 16, query_arrived, query_words);
+    SoftmaxRows rows = prepare_rows<Tile, kMasked>(arguments, row - lane / 4, writes, group_query,
+                                                   thread % 128 / 32 * 16, query_arrived, query_words);
     if constexpr (!Tile::kSplit || kTerms > 1) sm90::warpgroup_barrier(1 + group);
 
     const int stream = streams == 1 ? 0 : group;
@@ -163,7 +166,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
           for (int r = 0; r < 2; ++r) {
             uint32_t& word = weights[term][j / 2][j % 2 * 2 + r];
             if constexpr (Tile::kSplit) {
-              word = take_term(s[j][2 * r], s[j][2 * r + 1]);
+              word = take_term(s[j][2 * r], s[j][2 * r + 1], type);
             } else {
               word = pack(s[j][2 * r], s[j][2 * r + 1], type);
             }
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     if constexpr (kGradient && !Tile::kExact) {
       // Where registers suffice, a softmax writes weights while a product reads those of the tile before. So P has two
       // buffers. A copy from one to the other would make ptxas wait after every product.
-      constexpr bool kTwoBuffers = !kMasked && columns <= 128 && (!Tile::kSplit || kTerms == 2);
+      constexpr bool kTwoBuffers = !kMasked && columns <= 128;
       const auto wait_for_outputs = [&](Weights& weights) {
         sm90::products_wait();
         sm90::pin(o);
@@ -274,11 +277,21 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
     } else {
       for (int tile = 0; tile < tiles; ++tile) {
         wait_for(tile);
+        const float scale = Tile::kExact ? sm90::load_shared_4(ring.scale(slot_of(tile))) : 1.0f;
+        const auto apply_scale = [&](auto& sums) {
+          if constexpr (Tile::kExact) {
+            if (scale == 1.0f) return;
+            for (auto& of_row : sums) {
+              for (float& sum : of_row) sum *= scale;
+            }
+          }
+        };
         begin(p, s);
         issue_scores(tile);
         sm90::products_commit();
         sm90::products_wait();
         sm90::pin(s);
+        apply_scale(s);
         mask(tile);
         softmax_of_tile<kBias>(s, rows, rescale);
         if constexpr (kGradient) {
@@ -292,6 +305,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
             sm90::products_wait();
             sm90::pin(sum);
             pin_weights(p);
+            apply_scale(sum);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
 #pragma unroll
@@ -320,6 +334,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
           (streams == 1 ? writer / 32 - 4 : warp) * 16;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        rows.max[r] /= Tile::kScale;  // of the keys: row_scale only has that of the queries
         const int64_t this_row = warp_row + writer % 32 / 4 + 8 * r;
         if (this_row < n && writer % 4 == 0) {
           write_row(arguments, rows, r, arguments.partials.slot(this_row, split), kUnbias);
@@ -329,7 +344,7 @@ __global__ void __launch_bounds__(Sm90Tile<Queue, kTerms, columns>::kThreads, 1)
         sm90::warpgroup_barrier(writer / 128);  // the queries' memory is free
         const int at = static_cast<int>(query - sm90::shared_address(unaligned)) +
                        (writer / 128 - 1) * Tile::kQueryBytes + warp * (Tile::kQueryPlaneBytes / 4);
-        write_sums<4>(o, kUnbias, reinterpret_cast<float4*>(unaligned + at),
+        write_sums<4>(o, kUnbias / Tile::kScale, reinterpret_cast<float4*>(unaligned + at),
                       arguments.partials.keys + arguments.partials.slot(warp_row, split) * c,
                       arguments.partials.splits * c, n - warp_row, c, writer % 32);
       }

@@ -74,9 +74,9 @@ struct Sm90QueryUnits {
 // row `panel_row` on. If `writes`, what combine reads goes to device memory. Arrives at `arrived` when all queries have
 // arrived. float32: `words` is the first term as an operand in registers, and shared memory has the others.
 //
-// The operand is the queries times a power of two, with norms in [0.5, 1): fp16 holds them, and bfloat16 queries for a
-// bfloat16 queue are not rounded. row_scale is the factor from there to unit rows.
-template <typename Tile, int kTerms, bool kMasked, int kSteps>
+// The operand is the queries times a power of two, with norms in [0.5, 1) * kScale: fp16 holds them, and bfloat16
+// queries for a bfloat16 queue are not rounded. row_scale is the factor from there to unit rows.
+template <typename Tile, bool kMasked, int kSteps>
 __device__ __forceinline__ SoftmaxRows prepare_rows(const Sm90Arguments& arguments, int64_t warp_row, bool writes,
                                                     uint32_t shared, int panel_row, uint32_t arrived,
                                                     uint32_t (&words)[kSteps][4]) {
@@ -162,8 +162,8 @@ __device__ __forceinline__ SoftmaxRows prepare_rows(const Sm90Arguments& argumen
   const float positive = dot * (inverse * up) * (inverse_key * anchor_up);
   const int exponent =
       min(max(static_cast<int>(__float_as_uint(norm) >> 23) - 126, -75), 126);  // below 2^-75, squares are 0
-  const float row_scale = power_of_two(exponent) * inverse;
-  const float scale = power_of_two(-exponent) * (kPasses == 1 ? up : 1.0f);
+  const float row_scale = power_of_two(exponent) * inverse / Tile::kScale;
+  const float scale = power_of_two(-exponent) * (kPasses == 1 ? up : 1.0f) * Tile::kScale;
   if (const int row = scalar_row(lane); writes && lane % 8 < kRows && row < n) {
     operand.norm[warp_row + row] = norm;
     operand.key_norm[warp_row + row] = key_norm;
@@ -172,6 +172,7 @@ __device__ __forceinline__ SoftmaxRows prepare_rows(const Sm90Arguments& argumen
     if (warp_row + row == 0) *operand.finished = 0;
   }
 
+  const typename Tile::Operand to{};
   const auto address = [&](int i, int u, int first) {
     return shared +
            sm90::element_offset(panel_row + query_row(i, lane), first + query_column(u, lane), Tile::kQueryPanelBytes);
@@ -191,9 +192,8 @@ __device__ __forceinline__ SoftmaxRows prepare_rows(const Sm90Arguments& argumen
 #pragma unroll
         for (int j = 0; j < 4; ++j) x[j] *= of_this;
         if constexpr (Tile::kSplit) {
-          store_terms<0, 1>(make_float4(x[0], x[1], x[2], x[3]), address(i, u, first), 0);
+          store_terms<0, 1>(make_float4(x[0], x[1], x[2], x[3]), address(i, u, first), 0, to);
         } else {
-          const typename Tile::Operand to{};
           sm90::store_shared_8(address(i, u, first), pack(x[0], x[1], to), pack(x[2], x[3], to));
         }
         if constexpr (kMasked) {  // for what removes masked keys from the sums
@@ -208,25 +208,23 @@ __device__ __forceinline__ SoftmaxRows prepare_rows(const Sm90Arguments& argumen
     }
   }
   if constexpr (Tile::kSplit) {
-    MOCO_DYNAMIC_SHARED(memory);
     __syncwarp();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t from =
+        words[step][i] = __float_as_uint(sm90::load_shared_4(
             shared + sm90::element_offset(panel_row + lane / 4 + i % 2 * 8, step * 16 + i / 2 * 8 + lane % 4 * 2,
-                                          Tile::kQueryPanelBytes);
-        words[step][i] = *reinterpret_cast<const uint32_t*>(memory + (from - sm90::shared_address(memory)));
+                                          Tile::kQueryPanelBytes)));
       }
     }
     __syncwarp();
-    if constexpr (kTerms > 1) {
+    if constexpr (Tile::kTerms > 1) {
 #pragma unroll
       for (int at = 0; at < kRows * kUnits; ++at) {
         const float (&x)[4] = query.x[at / kUnits][at % kUnits];
-        store_terms<1, kTerms>(make_float4(x[0], x[1], x[2], x[3]), address(at / kUnits, at % kUnits, 0),
-                               Tile::kQueryPlaneBytes);
+        store_terms<1, Tile::kTerms>(make_float4(x[0], x[1], x[2], x[3]), address(at / kUnits, at % kUnits, 0),
+                                     Tile::kQueryPlaneBytes, to);
       }
     }
   }
@@ -238,7 +236,7 @@ __device__ __forceinline__ SoftmaxRows prepare_rows(const Sm90Arguments& argumen
   for (int r = 0; r < 2; ++r) {
     const int holder = lane / 16 * 8 + lane / 4 % 4 + 16 * r;
     positives[r] = __shfl_sync(0xffffffffu, positive, holder);
-    row_scales[r] = __shfl_sync(0xffffffffu, row_scale, holder);
+    row_scales[r] = __shfl_sync(0xffffffffu, row_scale, holder) / Tile::kScale;  // of keys as well
   }
   return start_rows(arguments, positives, row_scales);
 }

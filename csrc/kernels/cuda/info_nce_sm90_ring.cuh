@@ -1,8 +1,12 @@
 // The key tiles of the Hopper pass (info_nce_sm90.cuh): their ring in shared memory, and the producer that fills it.
 //
-// 16-bit tiles are tensor copies. float32 elements become the sum of kTerms bfloat16 terms, each the rounded remainder
-// of those before, in a plane of the tile each: three hold all 24 bits. The producer splits a tile once for the whole
-// block.
+// 16-bit tiles are tensor copies. float32 elements become the sum of kTerms 16-bit terms, each the rounded remainder of
+// those before, in a plane of the tile each. The producer splits a tile once for the whole block, in the memory of its
+// floats.
+//
+// Two float16 terms hold 22 bits, where bfloat16 would need three, if the elements are in float16's range. So the
+// producer multiplies each tile by a power of two, by which the consumers divide scores and sums. It is the same for
+// nearly all tiles of nearly all queues: that of unit rows.
 #pragma once
 
 #include <type_traits>
@@ -11,15 +15,18 @@
 
 namespace moco_ext::cuda {
 
-template <typename Queue, int kTerms, int columns>
+template <typename Queue_, typename Operand_, int terms, int columns>
 struct Sm90Tile {
+  using Queue = Queue_;
+  using Operand = Operand_;
+  static constexpr int kTerms = terms;
+  static constexpr int kColumns = columns;
   static constexpr bool kSplit = std::is_same_v<Queue, float>;
-  using Operand = std::conditional_t<kSplit, __nv_bfloat16, Queue>;
   static constexpr int kKeys = sm90_tile_keys(kSplit, columns);
   static constexpr int kPanels = columns / 64;
   static constexpr int kKeyPanelBytes = kKeys * 128;
   static constexpr int kKeyPlaneBytes = kPanels * kKeyPanelBytes;
-  static constexpr int kTileBytes = kTerms * kKeyPlaneBytes;
+  static constexpr int kTileBytes = kKeys * columns * sizeof(Queue);
   static constexpr int kQueryPanelBytes = kSm90GroupRows * 128;
   static constexpr int kQueryPlaneBytes = kPanels * kQueryPanelBytes;
   // Per warpgroup. float32: registers hold the first term, because products of 64 keys with both operands in shared
@@ -27,15 +34,18 @@ struct Sm90Tile {
   static constexpr int kQueryBytes = (kTerms == 1 ? 1 : kTerms - kSplit) * kQueryPlaneBytes;
   // Tensor cores round sums towards zero, a bias that grows with the number of products. For float32 accuracy, they add
   // up P K of one tile and panel only, in registers that S of the next tile would need.
-  static constexpr bool kExact = kTerms == 3;
-  static constexpr int kWeightTerms = kExact ? 2 : 1;  // 16 bits are enough for P K: their errors average out
+  static constexpr bool kExact = kSplit && std::is_same_v<Operand, __half>;
+  static constexpr int kWeightTerms = kExact ? 2 : 1;  // 8 bits are enough for P K otherwise: their errors average out
+  // Of unit rows and of queries, of which the second terms then are normal numbers, too.
+  static constexpr float kScale = kExact ? 256.0f : 1.0f;
   static constexpr int kMaxSharedBytes = 227 * 1024;
-  static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers
+  static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers and scales
   static constexpr int kStagesThatFit = (kMaxSharedBytes - kOtherBytes - 2 * kQueryBytes) / kTileBytes;
   // Even, so that with two streams a stage always has tiles of the same one. Otherwise a consumer would skip phases of
   // the stage's barrier, and parity cannot tell it two phases early.
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit / 2 * 2 : 8;
-  static_assert(kStages >= (kExact ? 2 : 4) && (2 * kStages + 3) * 8 <= 256);
+  static_assert(kStages >= 4 && (3 * kStages + 4) * 8 + kStages * 4 <= 256);
+  static_assert(kTerms * kKeyPlaneBytes <= kTileBytes);
   static constexpr int kSharedBytes = kOtherBytes + 2 * kQueryBytes + kStages * kTileBytes;
   static constexpr int kThreads = 3 * 128;
 };
@@ -80,10 +90,14 @@ struct Sm90Streams {
 template <typename Tile>
 struct Sm90Ring {
   uint32_t tiles;
-  uint32_t full;   // [kStages] barriers: the tile has arrived
-  uint32_t empty;  // [kStages]: its consumers have read it
+  uint32_t full;    // [kStages] barriers: the tile is there
+  uint32_t empty;   // [kStages]: its consumers have read it
+  uint32_t floats;  // [kStages]: the floats are there, of which the tile will be made
+  uint32_t copied_again;
+  uint32_t scales;  // [kStages] floats: what scores and sums of the tile are multiplied by, if it is exact
 
   __device__ __forceinline__ uint32_t tile(int slot) const { return tiles + slot % Tile::kStages * Tile::kTileBytes; }
+  __device__ __forceinline__ uint32_t copied(int slot) const { return floats + 8 * (slot % Tile::kStages); }
   __device__ __forceinline__ uint32_t arrived(int slot) const { return full + 8 * (slot % Tile::kStages); }
   __device__ __forceinline__ void wait_until_full(int slot) const {
     sm90::barrier_wait(arrived(slot), sm90::full_parity(slot, Tile::kStages));
@@ -91,102 +105,175 @@ struct Sm90Ring {
   __device__ __forceinline__ void wait_until_empty(int slot) const {
     sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
   }
+  __device__ __forceinline__ uint32_t scale(int slot) const { return scales + 4 * (slot % Tile::kStages); }
   __device__ __forceinline__ void release(int slot) const { sm90::barrier_arrive(empty + 8 * (slot % Tile::kStages)); }
 };
 
-// The next bfloat16 term of two floats, which it leaves with their remainders.
-__device__ __forceinline__ uint32_t take_term(float& a, float& b) {
-  const uint32_t term = pack(a, b, __nv_bfloat16{});
-  a -= __uint_as_float(term << 16);
-  b -= __uint_as_float(term & 0xffff0000u);
+// The next term of two floats, which it leaves with their remainders.
+template <typename Operand>
+__device__ __forceinline__ uint32_t take_term(float& a, float& b, Operand type) {
+  const uint32_t term = pack(a, b, type);
+  const float2 rounded = unpack(term, type);
+  a -= rounded.x;
+  b -= rounded.y;
   return term;
 }
 
 // Writes the terms of four adjacent elements from term `first` on, in planes `plane_bytes` apart.
-template <int first, int kTerms>
-__device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane_bytes) {
+template <int first, int terms, typename Operand>
+__device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane_bytes, Operand type) {
 #pragma unroll
-  for (int term = 0; term < kTerms; ++term) {
-    const uint32_t low = take_term(x.x, x.y);
-    const uint32_t high = take_term(x.z, x.w);
+  for (int term = 0; term < terms; ++term) {
+    const uint32_t low = take_term(x.x, x.y, type);
+    const uint32_t high = take_term(x.z, x.w, type);
     if (term >= first) sm90::store_shared_8(shared + (term - first) * plane_bytes, low, high);
   }
 }
 
-// The producer of float32 keys: 128 threads load, split and store them.
-template <typename Tile, int kTerms, int kMaxBatch>
-__device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm90Arguments& arguments,
-                                           const Sm90Streams& streams, int64_t k, int thread) {
-  // In units of four elements. A thread loads a unit of the next batch as soon as it has split one of this batch.
-  constexpr int kUnits = Tile::kKeys / 8 * Tile::kPanels;  // of a thread in a tile: every eighth row
-  constexpr int kBatch = kUnits < kMaxBatch ? kUnits : kMaxBatch;
-  constexpr int kBatches = kUnits / kBatch;
-  constexpr int kBatchRows = Tile::kKeys / kBatches;
-  const int c = arguments.c;
-  const int thread_row = thread / 16;
-  const int column = thread % 16 * 4;  // of every panel
-  float4 raw[kBatch];
-  const float* source = nullptr;            // the thread's first unit of the batch to load
-  uint32_t next = 0;                        // offset of its next row
-  int rows = 0;                             // from the first unit's on
-  const auto start_batch = [&](int item) {  // batch item % kBatches of a slot
-    const int stream = streams.stream_of(item / kBatches);
-    const int tile = streams.tile_of(item / kBatches);
-    const int64_t key =
-        static_cast<int64_t>(streams.first(stream) + tile) * Tile::kKeys + item % kBatches * kBatchRows + thread_row;
-    rows = tile < streams.tiles(stream) ? static_cast<int>(min(k - key, int64_t{Tile::kKeys})) : 0;
-    source = arguments.keys + key * c + column;
-    next = 0;
-  };
-  const auto load = [&](int i) {  // zeros beyond the last key and column
-    const bool valid = i / Tile::kPanels * 8 < rows && column + i % Tile::kPanels * 64 < c;
-    raw[i] = valid ? __ldg(reinterpret_cast<const float4*>(source + next + i % Tile::kPanels * 64)) : float4{};
-    if (i % Tile::kPanels == Tile::kPanels - 1) next += 8 * c;
-    opaque(next);  // otherwise the compiler computes all addresses first, and lacks registers
-  };
-  start_batch(0);
-#pragma unroll
-  for (int i = 0; i < kBatch; ++i) load(i);
-  for (int item = 0; item < streams.slots * kBatches; ++item) {
-    const int slot = item / kBatches;
-    const int writer = opaque(thread);  // so that the compiler holds no addresses during the loop
-    const uint32_t shared = ring.tile(slot) + item % kBatches * kBatchRows * 128 +
-                            sm90::element_offset(writer / 16, writer % 16 * 4, Tile::kKeyPanelBytes);
-    if (item % kBatches == 0) ring.wait_until_empty(slot);
-    start_batch(item + 1);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // rows 8 apart are swizzled alike
-      store_terms<0, kTerms>(raw[i], shared + i / Tile::kPanels * 8 * 128 + i % Tile::kPanels * Tile::kKeyPanelBytes,
-                             Tile::kKeyPlaneBytes);
-      load(i);
+constexpr int kProducerBarrier = 3;  // the other warpgroups have 1 and 2
+
+// The power of two by which the producer of exact tiles multiplies them.
+template <typename Tile>
+struct Sm90Scale {
+  static constexpr float kLeast = 4.0f;  // of the largest element: then errors are at most 2^-27 of it
+  static constexpr float kMost = 0x1p15f;
+  static constexpr float kStep = 0x1p11f;  // leads from above kMost to above kLeast, and back
+  float value = Tile::kScale;
+  float largest = 0.0f;  // of the thread's elements of the tile
+  bool settled = false;  // there was an element other than 0
+
+  __device__ __forceinline__ void apply(float4& x) {
+    largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(x.z), fabsf(x.w)));
+    x.x *= value, x.y *= value, x.z *= value, x.w *= value;
+  }
+  // Whether the tile fits. If not, it has to be split again, with another value. One that fits the first elements is
+  // only lowered later.
+  __device__ __forceinline__ bool fits() {
+    const auto any = [](bool x) { return sm90::any_of_warpgroup(kProducerBarrier, x); };
+    const float scaled = largest * value;
+    const bool finite = largest < INFINITY;
+    largest = 0.0f;
+    if (any(scaled > kMost && finite)) {
+      value /= kStep;
+      settled = true;
+      return false;
     }
-    if (item % kBatches == kBatches - 1) {
-      sm90::fence_shared();
-      sm90::barrier_arrive(ring.arrived(slot));
+    if (settled || !any(scaled > 0.0f)) return true;
+    settled = value > 0x1p100f || any(scaled >= kLeast);
+    if (!settled) value *= kStep;
+    return settled;
+  }
+};
+
+// Writes the terms of a tile in the place of its floats; of rows from `valid` on, zeros. The floats of eight rows are
+// where their terms will be, so a warp may overwrite them when it has read them.
+template <typename Tile>
+__device__ __forceinline__ void split_tile(uint32_t tile, int valid, Sm90Scale<Tile>& scale) {
+  constexpr int kUnits = 4 * Tile::kPanels;                  // of four elements, that a lane has of eight rows
+  const int thread = opaque(static_cast<int>(threadIdx.x));  // so that the compiler holds no addresses during the loop
+  const int row = thread / 32 * 8 + thread / 16 % 2;         // the first; others are an even number of rows further
+  const uint32_t chunk = thread % 8 ^ row % 8;
+  const uint32_t from = tile + thread / 8 % 2 * Tile::kKeyPanelBytes + row * 128;
+  const uint32_t to = tile + row * 128 + thread % 2 * 8;
+  if (valid < Tile::kKeys) {
+    constexpr int kRowChunks = Tile::kColumns / 4;
+    for (int i = valid * kRowChunks + thread; i < Tile::kKeys * kRowChunks; i += 128) {
+      const uint32_t floats = tile + i % kRowChunks / 8 * Tile::kKeyPanelBytes + i / kRowChunks * 128 + i % 8 * 16;
+      sm90::store_shared_8(floats, 0, 0);
+      sm90::store_shared_8(floats + 8, 0, 0);
+    }
+    sm90::warpgroup_barrier(kProducerBarrier);
+  }
+#pragma unroll 1
+  for (int first = 0; first < Tile::kKeys; first += 32) {
+    float4 x[kUnits];
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int further = i / Tile::kPanels * 2;
+      x[i] = sm90::load_shared_16(from + (first + further) * 128 + i % Tile::kPanels * 2 * Tile::kKeyPanelBytes +
+                                  (chunk ^ further) * 16);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      const int further = i / Tile::kPanels * 2;
+      if constexpr (Tile::kExact) scale.apply(x[i]);
+      store_terms<0, Tile::kTerms>(x[i],
+                                   to + (first + further) * 128 + i % Tile::kPanels * Tile::kKeyPanelBytes +
+                                       ((thread % 16 / 2 ^ row % 8) ^ further) * 16,
+                                   Tile::kKeyPlaneBytes, typename Tile::Operand{});
     }
   }
 }
 
-// The producer of 16-bit keys: one thread starts the tensor copies.
+// Starts the copies of a tile, which complete on the barrier `arrived`.
+template <typename Tile>
+__device__ __forceinline__ void request_tile(const Sm90Ring<Tile>& ring, const Sm90Arguments& arguments,
+                                             const Sm90Streams& streams, int slot, uint32_t arrived) {
+  const int stream = streams.stream_of(slot);
+  const int tile = streams.tile_of(slot);
+  if (tile >= streams.tiles(stream)) return sm90::barrier_arrive(arrived);
+  sm90::barrier_expect(arrived, Tile::kTileBytes);
+  for (int box = 0; box < Tile::kTileBytes / Tile::kKeyPanelBytes; ++box) {
+    sm90::copy_tensor(ring.tile(slot) + box * Tile::kKeyPanelBytes, arguments.key_map,
+                      box * static_cast<int>(128 / sizeof(typename Tile::Queue)),
+                      (streams.first(stream) + tile) * Tile::kKeys, arrived);
+  }
+}
+
+// Together, the first tiles of all blocks take long to arrive, and the queries would wait behind them. So only these
+// are requested before the queries have arrived.
+constexpr int kFirstTiles = 2;
+
+// The producer of 16-bit keys: one thread starts the copies.
 template <typename Tile>
 __device__ __forceinline__ void copy_keys(const Sm90Ring<Tile>& ring, const Sm90Arguments& arguments,
                                           const Sm90Streams& streams, uint32_t query_arrived) {
   sm90::prefetch_map(arguments.key_map);
-  // Together, the first tiles of all blocks take long to arrive, and the queries would wait behind them.
-  constexpr int kAhead = 2;
   for (int slot = 0; slot < streams.slots; ++slot) {
-    if (slot == kAhead) sm90::barrier_wait(query_arrived, 0);
+    if (slot == kFirstTiles) sm90::barrier_wait(query_arrived, 0);
+    ring.wait_until_empty(slot);
+    request_tile(ring, arguments, streams, slot, ring.arrived(slot));
+  }
+}
+
+// The producer of float32 keys: one thread starts the copies, and 128 split the tiles.
+template <typename Tile>
+__device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm90Arguments& arguments,
+                                           const Sm90Streams& streams, int64_t k, uint32_t query_arrived, int thread) {
+  int requested = 0;
+  const auto request_until = [&](int end) {  // by one warp
+    for (; requested < min(end, streams.slots); ++requested) {
+      ring.wait_until_empty(requested);
+      if (thread == 0) request_tile(ring, arguments, streams, requested, ring.copied(requested));
+    }
+  };
+  if (thread == 0) sm90::prefetch_map(arguments.key_map);
+  if (thread < 32) request_until(kFirstTiles);
+  Sm90Scale<Tile> scale;
+  int retries = 0;
+  for (int slot = 0; slot < streams.slots; ++slot) {
     const int stream = streams.stream_of(slot);
     const int tile = streams.tile_of(slot);
-    ring.wait_until_empty(slot);
-    if (tile >= streams.tiles(stream)) {
-      sm90::barrier_arrive(ring.arrived(slot));
-      continue;
+    sm90::barrier_wait(ring.copied(slot), sm90::full_parity(slot, Tile::kStages));
+    if (tile < streams.tiles(stream)) {
+      const int64_t first_key = static_cast<int64_t>(streams.first(stream) + tile) * Tile::kKeys;
+      const int valid = static_cast<int>(min(k - first_key, int64_t{Tile::kKeys}));
+      for (;; ++retries) {
+        split_tile<Tile>(ring.tile(slot), valid, scale);
+        sm90::fence_shared();
+        if (!Tile::kExact || scale.fits()) break;
+        if (thread == 0) request_tile(ring, arguments, streams, slot, ring.copied_again);
+        sm90::barrier_wait(ring.copied_again, retries & 1);
+      }
+      if (Tile::kExact && thread == 0) {
+        sm90::store_shared_4(ring.scale(slot), __float_as_uint(Tile::kScale / scale.value));
+      }
     }
-    sm90::barrier_expect(ring.arrived(slot), Tile::kTileBytes);
-    for (int p = 0; p < Tile::kPanels; ++p) {
-      sm90::copy_tensor(ring.tile(slot) + p * Tile::kKeyPanelBytes, arguments.key_map, 64 * p,
-                        (streams.first(stream) + tile) * Tile::kKeys, ring.arrived(slot));
+    sm90::barrier_arrive(ring.arrived(slot));
+    if (thread < 32) {
+      if (slot == 0) sm90::barrier_wait(query_arrived, 0);
+      request_until(slot + Tile::kStages - 1);  // consumers keep a tile until the next two are there
     }
   }
 }

@@ -13,8 +13,7 @@ constexpr int kSm90GroupRows = 64;
 
 struct Sm90Arguments {
   CUtensorMap query_map;  // wide rows: boxes of [64 rows, 64 columns] of the query operand
-  CUtensorMap key_map;    // 16-bit: boxes of [kKeys rows, 64 columns]
-  const float* keys;      // float32: [K, C]
+  CUtensorMap key_map;    // boxes of [kKeys rows, 128 bytes]
   InfoNceQueries queries;
   InfoNceOperand<void> operand;
   InfoNcePartials partials;

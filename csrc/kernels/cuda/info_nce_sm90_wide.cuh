@@ -236,9 +236,8 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
           sm90::fence_shared();
           sm90::warpgroup_barrier(1 + group);
         }
-        const auto* const from = reinterpret_cast<const float*>(
-            unaligned + (rescales - sm90::shared_address(unaligned)) + (buffer * kSm90GroupRows + row_of_block) * 4);
-        const float rescale[] = {from[0], from[8]};
+        const uint32_t from = rescales + (buffer * kSm90GroupRows + row_of_block) * 4;
+        const float rescale[] = {sm90::load_shared_4(from), sm90::load_shared_4(from + 8 * 4)};
         if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) rescale_rows(o[half], rescale);

@@ -20,6 +20,19 @@ namespace moco_ext::cuda::sm90 {
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+__device__ __forceinline__ float load_shared_4(uint32_t shared) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared) : "memory");
+  return x;
+}
+__device__ __forceinline__ float4 load_shared_16(uint32_t shared) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(shared)
+               : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_shared_4(uint32_t shared, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(x) : "memory");
 }
@@ -45,6 +58,21 @@ __device__ __forceinline__ void set_registers() {
 }
 // A barrier of the 128 threads of one warpgroup; `id` is from 1 to 15, because __syncthreads uses 0.
 __device__ __forceinline__ void warpgroup_barrier(int id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+// Such a barrier, which also tells whether any thread's `x` is true.
+__device__ __forceinline__ bool any_of_warpgroup(int id, bool x) {
+  int any = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, any;\n"
+      "setp.ne.b32 mine, %1, 0;\n"
+      "bar.red.or.pred any, %2, 128, mine;\n"
+      "selp.b32 %0, 1, 0, any;\n"
+      "}\n"
+      : "=r"(any)
+      : "r"(static_cast<int>(x)), "r"(id)
+      : "memory");
+  return any != 0;
+}
 
 // ---- mbarriers
 

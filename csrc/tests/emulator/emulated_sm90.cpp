@@ -157,25 +157,26 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_
                            const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                            const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  const bool known = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const bool wide = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  const bool known = wide || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   if (!known || rank != 2 || steps[0] != 1 || steps[1] != 1 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE ||
       (swizzle != CU_TENSOR_MAP_SWIZZLE_NONE && swizzle != CU_TENSOR_MAP_SWIZZLE_128B) ||
       fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) {
     fail("this kind of tensor map is not emulated");
   }
-  constexpr uint32_t kBytes = 2;
-  const uint64_t box_row = uint64_t{box[0]} * kBytes;
+  const uint32_t bytes = wide ? 4 : 2;
+  const uint64_t box_row = uint64_t{box[0]} * bytes;
   const auto size_ok = [](uint64_t size) { return size >= 1 && size <= uint64_t{1} << 32; };
   const auto box_ok = [](uint32_t length) { return length >= 1 && length <= 256; };
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0 || reinterpret_cast<uintptr_t>(base) % 16 != 0 || !size_ok(sizes[0]) ||
-      !size_ok(sizes[1]) || strides[0] % 16 != 0 || strides[0] >= uint64_t{1} << 40 || strides[0] < sizes[0] * kBytes ||
+      !size_ok(sizes[1]) || strides[0] % 16 != 0 || strides[0] >= uint64_t{1} << 40 || strides[0] < sizes[0] * bytes ||
       !box_ok(box[0]) || !box_ok(box[1]) || box_row % 16 != 0 ||
       (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box_row > 128)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   const TensorMap content{
       kTensorMap, static_cast<const unsigned char*>(base), sizes[0], sizes[1], strides[0], box[0], box[1],
-      kBytes,     swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
+      bytes,      swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
   memcpy(map, &content, sizeof content);
   return CUDA_SUCCESS;
 }
@@ -402,6 +403,12 @@ void mbarrier_wait(uint32_t address, int parity, Where where) {
                   barrier.phase, barrier.pending, static_cast<long long>(barrier.bytes));  // NOLINT: printf's type
     });
   }
+}
+
+void load_shared(uint32_t address, void* to, uint32_t bytes, Where where) {
+  if (address % bytes != 0 || !in_shared(address, bytes))
+    fail("a read of %u bytes from %#x in shared memory (%s)", bytes, address, place(where).c_str());
+  memcpy(to, generic(address), bytes);
 }
 
 void store_shared(uint32_t address, const void* from, uint32_t bytes, Where where) {

@@ -27,6 +27,7 @@ void mbarrier_fence_init();
 void mbarrier_arrive(uint32_t barrier, int expected_bytes, Where where);
 void mbarrier_wait(uint32_t barrier, int parity, Where where);
 void fence_proxy_async();
+void load_shared(uint32_t shared, void* to, uint32_t bytes, Where where = Where::current());
 void store_shared(uint32_t shared, const void* from, uint32_t bytes, Where where);  // a multiple of 4 bytes
 
 void copy_tensor(uint32_t shared, const CUtensorMap& map, int column, int row, uint32_t barrier, Where where);

@@ -10,6 +10,16 @@ namespace moco_ext::cuda::sm90 {
 using Where = emu::Where;
 
 inline uint32_t shared_address(const void* shared) { return emu::shared_window(shared); }
+inline float load_shared_4(uint32_t shared) {
+  float x;
+  emu::load_shared(shared, &x, sizeof x);
+  return x;
+}
+inline float4 load_shared_16(uint32_t shared) {
+  float4 x;
+  emu::load_shared(shared, &x, sizeof x);
+  return x;
+}
 inline void store_shared_4(uint32_t shared, uint32_t x, Where where = Where::current()) {
   emu::store_shared(shared, &x, sizeof x, where);
 }
@@ -31,6 +41,15 @@ void set_registers(Where where = Where::current()) {
   emu::set_max_registers(registers, where);
 }
 inline void warpgroup_barrier(int id, Where where = Where::current()) { emu::barrier(id, 128, where); }
+inline bool any_of_warpgroup(int id, bool x, Where where = Where::current()) {
+  static int votes[16];
+  votes[id] += x;
+  emu::barrier(id, 128, where);
+  const bool any = votes[id] > 0;
+  emu::barrier(id, 128, where);
+  votes[id] -= x;
+  return any;
+}
 
 inline void fence_shared() { emu::fence_proxy_async(); }
 inline void barrier_init(uint32_t barrier, int arrivals, Where where = Where::current()) {
