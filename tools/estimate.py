@@ -75,30 +75,25 @@ class Tile:
     products: int = 1 + 1  # per tile, of terms: S and P K. An iteration has one or two tiles
 
 
-# Queue, C and pass of the goals' kernels. FLOPs of the loop are checked against rows and keys.
+def portable(tile: str) -> str:
+    return rf"info_nce_mma_kernel<MmaTile<{tile}>, \d+, \(MmaPass\)1, false>"
+
+
+def hopper(tile: str) -> str:
+    return f"info_nce_sm90_kernel<Sm90Tile<{tile}>, true, false>"
+
+
+# Queue, C and pass of the goals' kernels. FLOPs of the loop are checked against rows, keys and products.
+BF16 = "__nv_bfloat16"
 TILES = {
-    "bf16, 128, portable": Tile(
-        r"info_nce_mma_kernel<MmaTile<__nv_bfloat16, 1, 128>, 128, \(MmaPass\)1, false>", 128, 32
-    ),
-    "bf16, 768, portable": Tile(
-        r"info_nce_mma_kernel<MmaTile<__nv_bfloat16, 1, 768>, 768, \(MmaPass\)1, false>", 32, 16
-    ),
-    "float32, 128, portable": Tile(
-        r"info_nce_mma_kernel<MmaTile<float, 3, 128>, 128, \(MmaPass\)1, false>", 64, 16, terms=3, products=6 + 3
-    ),
-    "tf32, 128, portable": Tile(
-        r"info_nce_mma_kernel<MmaTile<float, 2, 128>, 128, \(MmaPass\)1, false>", 64, 32, terms=2, products=3 + 1
-    ),
-    "bf16, 128, Hopper": Tile(
-        r"info_nce_sm90_kernel<Sm90Tile<__nv_bfloat16, __nv_bfloat16, 1, 128>, true, false>", 128, 128
-    ),
-    "bf16, 768, Hopper": Tile(r"info_nce_sm90_wide_kernel<__nv_bfloat16, 768, true>", 64, 32),
-    "float32, 128, Hopper": Tile(
-        r"info_nce_sm90_kernel<Sm90Tile<float, __half, 2, 128>, true, false>", 128, 64, terms=2, products=3 + 3
-    ),
-    "tf32, 128, Hopper": Tile(
-        r"info_nce_sm90_kernel<Sm90Tile<float, __nv_bfloat16, 2, 128>, true, false>", 128, 64, terms=2, products=3 + 1
-    ),
+    "bf16, 128, portable": Tile(portable(f"{BF16}, {BF16}, 1, 128"), 128, 32),
+    "bf16, 768, portable": Tile(portable(f"{BF16}, {BF16}, 1, 768"), 32, 16),
+    "float32, 128, portable": Tile(portable("float, __half, 2, 128"), 64, 32, terms=2, products=3 + 3),
+    "tf32, 128, portable": Tile(portable(f"float, {BF16}, 2, 128"), 64, 32, terms=2, products=3 + 1),
+    "bf16, 128, Hopper": Tile(hopper(f"{BF16}, {BF16}, 1, 128"), 128, 128),
+    "bf16, 768, Hopper": Tile(f"info_nce_sm90_wide_kernel<{BF16}, 768, true>", 64, 32),
+    "float32, 128, Hopper": Tile(hopper("float, __half, 2, 128"), 128, 64, terms=2, products=3 + 3),
+    "tf32, 128, Hopper": Tile(hopper(f"float, {BF16}, 2, 128"), 128, 64, terms=2, products=3 + 1),
 }
 # N, K, C, queue, goal in us. tf32: a float32 queue with at least that accuracy.
 SHAPES = [
@@ -306,8 +301,8 @@ def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> d
     """Cycles of a multiprocessor for one tile of a block: with the busiest pipe always busy, and at worst."""
     body, other = loops
     wide = "wide" in tile.kernel
-    hopper = any(i.opcode == "HGMMA" for i in body)
-    warps = threads // 32 - (4 if hopper else 0)  # one of Hopper's warpgroups is the producer, or has the scores
+    is_hopper = any(i.opcode == "HGMMA" for i in body)
+    warps = threads // 32 - (4 if is_hopper else 0)  # one of Hopper's warpgroups is the producer, or has the scores
     roles = [(body, 4), (other, warps)] if wide else [(body, warps)]
     products = sum(i.tensor_fmas * count for loop, count in roles for i in loop) / (tile.rows * tile.keys * c)
     tiles = products / tile.products
@@ -317,16 +312,16 @@ def tile_cycles(label: str, tile: Tile, c: int, threads: int, loops: Loops) -> d
     for loop, count in roles:
         cycles.update({pipe: count / 4 * value / tiles for pipe, value in warp_cycles(loop).items()})
     if tile.terms:
-        splitting = 4 if hopper else warps
+        splitting = 4 if is_hopper else warps
         written = splitting * sum(i.shared_bytes for i in other if i.opcode == "STS")
-        iterations = tile.keys * c * 2 * tile.terms / written - (not hopper)  # one is in the main loop
+        iterations = tile.keys * c * 2 * tile.terms / written - (not is_hopper)  # one is in the main loop
         for pipe, value in warp_cycles(other).items():
             cycles[pipe] += iterations * splitting / 4 * value
-    elif hopper:
-        cycles["shared"] += tile.keys * c * 2 / SHARED_BYTES
+    if is_hopper:  # the copies to shared memory
+        cycles["shared"] += tile.keys * c * (4 if tile.terms else 2) / SHARED_BYTES
     bound = max(cycles, key=lambda pipe: cycles[pipe])
     worst = STALLS * cycles[bound]
-    if hopper and not wide:  # all warpgroups compute their softmax at the same time
+    if is_hopper and not wide:  # all warpgroups compute their softmax at the same time
         softmax = max(warp_cycles(exposed(body)).values()) / tiles
         worst = max(cycles[bound], cycles["tensor"] + warps / 4 * softmax)
     return {"bound": bound, "low": cycles[bound], "high": worst}

@@ -22,7 +22,7 @@ RowOptions row_options(const InfoNceShape& shape, const InfoNceOptions& options)
 template <typename Query, typename Operand>
 cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceAnchor<Query>& anchor,
                                     const InfoNceShape& shape, const InfoNceOptions& options,
-                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace, bool scaled,
                                     cudaStream_t stream) {
   const auto prepare = [&](const Query* x, const InfoNceAnchor<Query>& of_x, int64_t n, int64_t padded,
                            const InfoNceOperand<Operand>& operand) {
@@ -33,8 +33,9 @@ cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const 
   const InfoNceWorkspace& w = workspace;
   cudaError_t error = cudaSuccess;
   if (query != nullptr) {
-    error = prepare(query, anchor, shape.n, w.n_padded,
-                    {static_cast<Operand*>(w.query), w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished});
+    error = prepare(
+        query, anchor, shape.n, w.n_padded,
+        {static_cast<Operand*>(w.query), w.query_norm, w.key_norm, w.positive, w.row_scale, w.finished, scaled});
   }
   if (error != cudaSuccess || !contrast.in_batch) return error;
   return prepare(key, {}, contrast.keys, contrast.keys, {static_cast<Operand*>(w.keys), nullptr});
@@ -113,7 +114,7 @@ cudaError_t launch_info_nce_combine(const Query* query, const InfoNceAnchor<Quer
 #define MOCO_INSTANTIATE_PREPARE(Query, Operand)                                                           \
   template cudaError_t launch_info_nce_prepare<Query, Operand>(                                            \
       const Query*, const Query*, const InfoNceAnchor<Query>&, const InfoNceShape&, const InfoNceOptions&, \
-      const InfoNceContrast&, const InfoNceWorkspace&, cudaStream_t);
+      const InfoNceContrast&, const InfoNceWorkspace&, bool, cudaStream_t);
 #define MOCO_INSTANTIATE_QUERY(Query)                                                                      \
   MOCO_INSTANTIATE_PREPARE(Query, float)                                                                   \
   MOCO_INSTANTIATE_PREPARE(Query, __nv_bfloat16)                                                           \

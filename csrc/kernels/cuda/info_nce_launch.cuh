@@ -123,7 +123,7 @@ cudaError_t info_nce(const Query* query, const Query* key, const Queue* queue, c
   const bool in_pass = pass.prepares && w.splits > 0;  // the queries are prepared there; without keys, no pass runs
   const auto run = [&]<typename Operand>() {           // the type of queries and keys in the passes
     cudaError_t error = launch_info_nce_prepare<Query, Operand>(in_pass ? nullptr : query, key, anchor, shape, options,
-                                                                contrast, w, stream);
+                                                                contrast, w, pass.kind != PassKind::kGeneric, stream);
     if (error == cudaSuccess && w.queue_splits > 0) {
       error = launch_pass(pass, queue, {shape.k, contrast.num_valid},
                           {row_ids, contrast.queue_ids, kNoPositive, positive, contrast.same_id_only}, queries,

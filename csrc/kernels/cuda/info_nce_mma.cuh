@@ -84,6 +84,7 @@ template <typename Tile, int columns, MmaPass kPass, bool kMasked>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     info_nce_mma_kernel(const MmaArguments<typename Tile::Element> arguments) {
   using Element = typename Tile::Element;
+  using Operand = typename Tile::Operand;
   let_next_kernel_start();
   constexpr bool kGradient = kPass != MmaPass::kLoss;
   constexpr bool kFloat = std::is_same_v<Element, float>;
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     }
     cp_async_commit();  // also an empty group, because the wait below counts groups
   };
+  TermScale scale;
   // Replaces eight adjacent floats, a chunk in each of the two tiles, by their terms. A warp splits what it has loaded.
   const auto split_tile = [&](int tile) {
     __syncwarp();  // after each lane has waited for its own loads
@@ -149,13 +151,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
         unsigned char* const to = t < 2 ? stage(tile) + t * Tile::kTileBytes : third(tile);
         terms[t] = reinterpret_cast<uint4*>(to + key * Tile::kRowBytes + chunk_offset(chunk, key, t));
       }
-      const float4 x = *reinterpret_cast<const float4*>(terms[0]);
-      const float4 y = *reinterpret_cast<const float4*>(terms[1]);
+      float4 x = *reinterpret_cast<const float4*>(terms[0]);
+      float4 y = *reinterpret_cast<const float4*>(terms[1]);
+      if constexpr (Tile::kScaled) scale.apply(x), scale.apply(y);
       uint32_t words[4][kTerms];
-      split<__nv_bfloat16>(x.x, x.y, words[0]);
-      split<__nv_bfloat16>(x.z, x.w, words[1]);
-      split<__nv_bfloat16>(y.x, y.y, words[2]);
-      split<__nv_bfloat16>(y.z, y.w, words[3]);
+      split<Operand>(x.x, x.y, words[0]);
+      split<Operand>(x.z, x.w, words[1]);
+      split<Operand>(y.x, y.y, words[2]);
+      split<Operand>(y.z, y.w, words[3]);
 #pragma unroll
       for (int t = 0; t < kTerms; ++t) *terms[t] = make_uint4(words[0][t], words[1][t], words[2][t], words[3][t]);
     }
@@ -177,7 +180,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
                            i / 2 * 8 + lane % 4 * 2;
         if constexpr (kFloat) {
           const float2 pair = *reinterpret_cast<const float2*>(arguments.query + at);
-          split<__nv_bfloat16>(pair.x, pair.y, words[i]);
+          split<Operand>(pair.x * Tile::kScale, pair.y * Tile::kScale, words[i]);
         } else {
           words[i][0] = arguments.query[at / 2];
         }
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     }
   };
   constexpr int kBias =
-      std::is_same_v<Element, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
+      std::is_same_v<Operand, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
   SoftmaxRows rows[Tile::kRowTiles];
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
@@ -207,8 +210,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     if constexpr (kPass == MmaPass::kKeys) break;
     SoftmaxRows& of = rows[i / 2];
     const float row_scale = arguments.row_scale[row + 8 * i];
-    of.positive[i % 2] = arguments.positive[row + 8 * i] / row_scale;
-    of.scale[i % 2] = row_scale * log2_scale;
+    const float score_scale = row_scale / (Tile::kScale * Tile::kScale);
+    of.positive[i % 2] = arguments.positive[row + 8 * i] / score_scale;
+    of.scale[i % 2] = score_scale * log2_scale;
     of.max[i % 2] = -INFINITY;
     of.sum[i % 2] = 0.0f;
     of.rank[i % 2] = 0;
@@ -223,7 +227,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     }
     cp_async_wait<Tile::kStages == 1 ? 0 : Tile::kStages - 2>();
     if constexpr (kFloat) split_tile(tile);
-    __syncthreads();  // the whole tile is there, and no thread still reads the stage that the next load overwrites
+    // The whole tile is there, and no thread still reads the stage that the next load overwrites.
+    if constexpr (Tile::kScaled) {
+      while (!scale.fits([](bool x) { return __syncthreads_or(x) != 0; })) {
+        load_tile(tile);
+        cp_async_wait<0>();
+        split_tile(tile);
+      }
+    } else {
+      __syncthreads();
+    }
     if constexpr (Tile::kStages > 1) load_tile(tile + Tile::kStages - 1);
     const int at = opaque(thread);
     const int lane = at % 32;
@@ -264,8 +277,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     const int64_t row = first_row(at);
     const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
     const int valid = valid_keys(tile);
+    const float factor = Tile::kScaled ? scale.to_unit_rows() : 1.0f;
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; ++m) {
+      rescale_tile(s[m], factor);
       if constexpr (kPass == MmaPass::kKeys) {
         weigh_columns(s[m], arguments.columns, log2_scale, arguments.mask, row + 16 * m, n, first_key, valid, lane);
       } else {
@@ -278,7 +293,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     }
     // Weights of kKeys have any sign, and differences of their sums count: two terms already for two of S.
     if constexpr (kGradient) {
-      multiply_keys<Tile, kTerms == 3 || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1>(o, s, keys, lane);
+      constexpr int kWeightTerms = Tile::kExact || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1;
+      multiply_keys<Tile, kWeightTerms>(o, s, keys, factor, lane);
     }
   }
 
@@ -294,7 +310,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
       if (this_row >= n) continue;
       const int64_t slot = arguments.partials.slot(this_row, blockIdx.y);
       if (kPass != MmaPass::kKeys && first_column == 0) {
-        arguments.partials.max[slot] = rows[m].max[r];
+        arguments.partials.max[slot] = rows[m].max[r] / (Tile::kScale * Tile::kScale);
         arguments.partials.sum[slot] = rows[m].sum[r] * kUnbias;
         arguments.partials.rank[slot] = rows[m].rank[r];
       }
@@ -302,7 +318,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
         float* out = arguments.partials.keys + slot * columns + first_column;
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) {
-          *reinterpret_cast<float2*>(out + 8 * i) = make_float2(o[m][i][2 * r] * kUnbias, o[m][i][2 * r + 1] * kUnbias);
+          *reinterpret_cast<float2*>(out + 8 * i) =
+              make_float2(o[m][i][2 * r] * (kUnbias / Tile::kScale), o[m][i][2 * r + 1] * (kUnbias / Tile::kScale));
         }
       }
     }

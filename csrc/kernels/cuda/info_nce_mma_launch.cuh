@@ -33,9 +33,16 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_b
   return resident;
 }
 
+// float32 accuracy: two float16 terms, but for the gradient of keys, whose weights may be out of float16's range.
+template <typename Queue, int terms, int columns, MmaPass kPass>
+using PassTile =
+    std::conditional_t<!std::is_same_v<Queue, float>, MmaTile<Queue, Queue, 1, columns>,
+                       std::conditional_t<terms == 3 && kPass != MmaPass::kKeys, MmaTile<Queue, __half, 2, columns>,
+                                          MmaTile<Queue, __nv_bfloat16, terms, columns>>>;
+
 template <typename Queue, int terms, int columns, MmaPass kPass>
 InfoNcePass<Queue> mma_pass() {
-  using Tile = MmaTile<Queue, terms, columns>;
+  using Tile = PassTile<Queue, terms, columns, kPass>;
   static std::atomic<int> cache[kMaxDevices];
   // The gradient of keys always has a mask, because each query has a positive among them.
   constexpr bool kMasked = kPass == MmaPass::kKeys;

@@ -1,31 +1,36 @@
 // A tile of keys in shared memory and the two products that read it, S = Q K^T and O += P K.
 //
-// A float32 operand is a sum of bfloat16 terms, the first holding its first 8 bits, the second the next 8 and so on.
-// The block splits each key tile once, in place. Then a product of floats is a few products of terms.
+// A float32 operand is a sum of 16-bit terms. The block splits each key tile once, in place. Then a product of floats
+// is a few products of terms.
 #pragma once
 
 #include <type_traits>
 
+#include "kernels/cuda/info_nce_terms.cuh"
 #include "kernels/cuda/mma.cuh"
-#include "kernels/cuda/reduce.cuh"
 
 namespace moco_ext::cuda {
 
 // terms is 1 for 16-bit queues. In shared memory: kStages stages of the ring, third terms, partial scores to exchange,
 // queries.
 // A stage is a tile of 16-bit elements for each 16-bit half of an element.
-template <typename Element_, int terms, int columns>
+template <typename Element_, typename Operand_, int terms, int columns>
 struct MmaTile {
   using Element = Element_;
-  using Operand = std::conditional_t<std::is_same_v<Element, float>, __nv_bfloat16, Element>;
+  using Operand = Operand_;
   static constexpr int kTerms = terms;
-  static constexpr int kSourceBytes = columns * sizeof(Element);  // of a key in the queue
+  static constexpr bool kScaled = std::is_same_v<Element, float> && std::is_same_v<Operand, __half>;
+  static constexpr bool kExact = kScaled || terms == 3;
+  static constexpr float kScale = kScaled ? kUnitRowScale : 1.0f;  // of queries and keys
+  static constexpr int kSourceBytes = columns * sizeof(Element);   // of a key in the queue
   // Each warp reads every key, so 32 rows per warp halve these reads. Their queries do not fit in registers, and more
   // terms or columns do not fit in shared memory.
   static constexpr int kRowTiles = terms == 1 && kSourceBytes <= 512 ? 2 : 1;  // of 16 rows
   static constexpr int kWarpColumns = columns == 64 || (terms == 3 && columns == 512) ? 64 : 128;
   // Of a query; a further term is in shared memory, each thread's fragments for itself.
-  static constexpr int kRegisterTerms = kRowTiles == 2 ? 0 : terms == 3 && kWarpColumns == 128 ? 2 : terms;
+  static constexpr int kRegisterTerms = kRowTiles == 2                                                    ? 0
+                                        : kExact && (terms == 3 || columns == 128) && kWarpColumns == 128 ? terms - 1
+                                                                                                          : terms;
   static constexpr int kColumnGroups = columns / kWarpColumns;
   static constexpr int kRowWarps = kColumnGroups < (kRowTiles == 1 ? 4 : 2)     ? 4
                                    : kColumnGroups <= 4 || kSourceBytes <= 1536 ? 2
@@ -37,7 +42,12 @@ struct MmaTile {
   static constexpr int kRows = kWarpRows * kRowWarps;
   static constexpr int kSourceChunks = kSourceBytes / 16;
   static constexpr int kRowBytes = columns * 2;  // of a key in a 16-bit tile
-  static constexpr int kKeys = columns == 64 && terms < 3 ? 64 : kSourceBytes <= (terms == 3 ? 256 : 1024) ? 32 : 16;
+  static constexpr int kKeys = columns == 64 && !kExact ? 64
+                               : kSourceBytes <= (terms == 3 ? 256
+                                                  : kExact   ? 512
+                                                             : 1024)
+                                   ? 32
+                                   : 16;
   static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kStageBytes = kKeys * kSourceBytes;
   // The exchange of scores, after which no warp reads third terms, allows overwriting them for the next tile.
@@ -59,17 +69,11 @@ struct MmaTile {
 template <typename Operand, int terms>
 __device__ __forceinline__ void split(float x, float y, uint32_t (&words)[terms]) {
 #pragma unroll
-  for (int t = 0; t < terms; ++t) {
-    words[t] = pack(x, y, Operand{});
-    const float2 rounded = unpack(words[t], Operand{});
-    x -= rounded.x;
-    y -= rounded.y;
-  }
+  for (int t = 0; t < terms; ++t) words[t] = take_term(x, y, Operand{});
 }
 
 // The products of terms that make up a product of floats: [0] is a's term, [1] b's. Smallest first, because tensor
-// cores round sums towards zero. From kFirstOf3: what float32 accuracy needs; from kFirstOf2: 16 bits; the last: 8
-// bits.
+// cores round sums towards zero. From kFirstOf3: of three terms; from kFirstOf2: of two; the last: of one.
 constexpr int kFirstOf3 = 0, kFirstOf2 = 3, kFirstOf1 = 5, kProducts = 6;
 __device__ constexpr int product_term(int product, int operand) {
   constexpr int kTerm[kProducts][2] = {{2, 0}, {0, 2}, {1, 1}, {1, 0}, {0, 1}, {0, 0}};
@@ -89,8 +93,8 @@ __device__ __forceinline__ constexpr int chunk_offset(int chunk, int key, int te
 template <typename Tile, typename Query>
 __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kRowTiles][Tile::kKeys / 8][4], const Query& query,
                                                 const SharedAddress (&keys)[Tile::kTerms], int lane) {
-  constexpr bool kExact = Tile::kTerms == 3;
-  constexpr int kFirst = kExact ? kFirstOf3 : Tile::kTerms == 2 ? kFirstOf2 : kFirstOf1;
+  constexpr bool kExact = Tile::kExact;
+  constexpr int kFirst = Tile::kTerms == 3 ? kFirstOf3 : Tile::kTerms == 2 ? kFirstOf2 : kFirstOf1;
   // Matrices of one ldmatrix: keys 0-7 chunk 0, keys 0-7 chunk 1, keys 8-15 chunk 0, keys 8-15 chunk 1.
   const int key = lane % 8 + lane / 16 * 8;
   const int chunk = lane / 8 % 2;
@@ -129,13 +133,14 @@ __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kRowTiles][Tile
   for (int i = 0; kExact && i < Tile::kKeys / 2; ++i) s[0][i / 4][i % 4] += small[0][i / 4][i % 4];
 }
 
-// o [kWarpRows, kWarpColumns] += P K. The packed accumulators of two adjacent 8-key tiles of S already are an A
-// operand, and ldmatrix.trans makes the B operand from the rows that S read. kTerms: of P and K.
+// o [kWarpRows, kWarpColumns] += factor P K; 1 if the tile is not scaled. The packed accumulators of two adjacent 8-key
+// tiles of S already are an A operand, and ldmatrix.trans makes the B operand from the rows that S read. kTerms: of P
+// and K.
 template <typename Tile, int kTerms>
 __device__ __forceinline__ void multiply_keys(float (&o)[Tile::kRowTiles][Tile::kWarpColumns / 8][4],
                                               const float (&p)[Tile::kRowTiles][Tile::kKeys / 8][4],
-                                              const SharedAddress (&keys)[Tile::kTerms], int lane) {
-  constexpr bool kExact = Tile::kTerms == 3;
+                                              const SharedAddress (&keys)[Tile::kTerms], float factor, int lane) {
+  constexpr bool kExact = Tile::kExact;
   uint32_t a[kTerms][Tile::kRowTiles][Tile::kKeys / 16][4];
 #pragma unroll
   for (int m = 0; m < Tile::kRowTiles; ++m) {
@@ -176,7 +181,7 @@ __device__ __forceinline__ void multiply_keys(float (&o)[Tile::kRowTiles][Tile::
         }
         if constexpr (kExact) {
 #pragma unroll
-          for (int r = 0; r < 4; ++r) o[m][2 * i + h][r] += sum[r];
+          for (int r = 0; r < 4; ++r) o[m][2 * i + h][r] = fmaf(sum[r], factor, o[m][2 * i + h][r]);
         }
       }
     }

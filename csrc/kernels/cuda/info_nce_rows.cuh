@@ -78,6 +78,7 @@ struct InfoNceOperand {
   float* positive = nullptr;     // [padded] x . anchor
   float* row_scale = nullptr;    // [padded]
   unsigned* finished = nullptr;  // [1] set to 0
+  bool scaled = false;           // otherwise row_scale is 1
 };
 
 // 2^exponent, from -126 to 127.
@@ -144,7 +145,7 @@ __global__ void info_nce_prepare_kernel(const T* x, InfoNceAnchor<T> anchor, Row
   // then in [0.5, 1).
   int exponent = 0;
   largest = warp_join(largest, Max{}) / divisor;
-  if (is_query && !std::is_same_v<Operand, float> && largest > 0.0f && largest < INFINITY) {
+  if (operand.scaled && largest > 0.0f && largest < INFINITY) {
     exponent = min(max(static_cast<int>(__float_as_uint(largest) >> 23) - 126, -100), 100);
   }
   const float scale = power_of_two(-exponent);

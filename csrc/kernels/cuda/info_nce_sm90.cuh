@@ -278,20 +278,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       for (int tile = 0; tile < tiles; ++tile) {
         wait_for(tile);
         const float scale = Tile::kExact ? sm90::load_shared_4(ring.scale(slot_of(tile))) : 1.0f;
-        const auto apply_scale = [&](auto& sums) {
-          if constexpr (Tile::kExact) {
-            if (scale == 1.0f) return;
-            for (auto& of_row : sums) {
-              for (float& sum : of_row) sum *= scale;
-            }
-          }
-        };
         begin(p, s);
         issue_scores(tile);
         sm90::products_commit();
         sm90::products_wait();
         sm90::pin(s);
-        apply_scale(s);
+        rescale_tile(s, scale);
         mask(tile);
         softmax_of_tile<kBias>(s, rows, rescale);
         if constexpr (kGradient) {
@@ -305,7 +297,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
             sm90::products_wait();
             sm90::pin(sum);
             pin_weights(p);
-            apply_scale(sum);
+            rescale_tile(sum, scale);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
 #pragma unroll

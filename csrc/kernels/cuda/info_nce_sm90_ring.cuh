@@ -1,17 +1,13 @@
 // The key tiles of the Hopper pass (info_nce_sm90.cuh): their ring in shared memory, and the producer that fills it.
 //
-// 16-bit tiles are tensor copies. float32 elements become the sum of kTerms 16-bit terms, each the rounded remainder of
-// those before, in a plane of the tile each. The producer splits a tile once for the whole block, in the memory of its
-// floats.
-//
-// Two float16 terms hold 22 bits, where bfloat16 would need three, if the elements are in float16's range. So the
-// producer multiplies each tile by a power of two, by which the consumers divide scores and sums. It is the same for
-// nearly all tiles of nearly all queues: that of unit rows.
+// 16-bit tiles are tensor copies. float32 elements become the sum of kTerms 16-bit terms (info_nce_terms.cuh), in a
+// plane of the tile each. The producer splits a tile once for the whole block, in the memory of its floats.
 #pragma once
 
 #include <type_traits>
 
 #include "kernels/cuda/info_nce_sm90_rows.cuh"
+#include "kernels/cuda/info_nce_terms.cuh"
 
 namespace moco_ext::cuda {
 
@@ -36,8 +32,7 @@ struct Sm90Tile {
   // up P K of one tile and panel only, in registers that S of the next tile would need.
   static constexpr bool kExact = kSplit && std::is_same_v<Operand, __half>;
   static constexpr int kWeightTerms = kExact ? 2 : 1;  // 8 bits are enough for P K otherwise: their errors average out
-  // Of unit rows and of queries, of which the second terms then are normal numbers, too.
-  static constexpr float kScale = kExact ? 256.0f : 1.0f;
+  static constexpr float kScale = kExact ? kUnitRowScale : 1.0f;  // of queries and keys
   static constexpr int kMaxSharedBytes = 227 * 1024;
   static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers and scales
   static constexpr int kStagesThatFit = (kMaxSharedBytes - kOtherBytes - 2 * kQueryBytes) / kTileBytes;
@@ -109,16 +104,6 @@ struct Sm90Ring {
   __device__ __forceinline__ void release(int slot) const { sm90::barrier_arrive(empty + 8 * (slot % Tile::kStages)); }
 };
 
-// The next term of two floats, which it leaves with their remainders.
-template <typename Operand>
-__device__ __forceinline__ uint32_t take_term(float& a, float& b, Operand type) {
-  const uint32_t term = pack(a, b, type);
-  const float2 rounded = unpack(term, type);
-  a -= rounded.x;
-  b -= rounded.y;
-  return term;
-}
-
 // Writes the terms of four adjacent elements from term `first` on, in planes `plane_bytes` apart.
 template <int first, int terms, typename Operand>
 __device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane_bytes, Operand type) {
@@ -132,43 +117,10 @@ __device__ __forceinline__ void store_terms(float4 x, uint32_t shared, int plane
 
 constexpr int kProducerBarrier = 3;  // the other warpgroups have 1 and 2
 
-// The power of two by which the producer of exact tiles multiplies them.
-template <typename Tile>
-struct Sm90Scale {
-  static constexpr float kLeast = 4.0f;  // of the largest element: then errors are at most 2^-27 of it
-  static constexpr float kMost = 0x1p15f;
-  static constexpr float kStep = 0x1p11f;  // leads from above kMost to above kLeast, and back
-  float value = Tile::kScale;
-  float largest = 0.0f;  // of the thread's elements of the tile
-  bool settled = false;  // there was an element other than 0
-
-  __device__ __forceinline__ void apply(float4& x) {
-    largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(x.z), fabsf(x.w)));
-    x.x *= value, x.y *= value, x.z *= value, x.w *= value;
-  }
-  // Whether the tile fits. If not, it has to be split again, with another value. One that fits the first elements is
-  // only lowered later.
-  __device__ __forceinline__ bool fits() {
-    const auto any = [](bool x) { return sm90::any_of_warpgroup(kProducerBarrier, x); };
-    const float scaled = largest * value;
-    const bool finite = largest < INFINITY;
-    largest = 0.0f;
-    if (any(scaled > kMost && finite)) {
-      value /= kStep;
-      settled = true;
-      return false;
-    }
-    if (settled || !any(scaled > 0.0f)) return true;
-    settled = value > 0x1p100f || any(scaled >= kLeast);
-    if (!settled) value *= kStep;
-    return settled;
-  }
-};
-
 // Writes the terms of a tile in the place of its floats; of rows from `valid` on, zeros. The floats of eight rows are
 // where their terms will be, so a warp may overwrite them when it has read them.
 template <typename Tile>
-__device__ __forceinline__ void split_tile(uint32_t tile, int valid, Sm90Scale<Tile>& scale) {
+__device__ __forceinline__ void split_tile(uint32_t tile, int valid, TermScale& scale) {
   constexpr int kUnits = 4 * Tile::kPanels;                  // of four elements, that a lane has of eight rows
   const int thread = opaque(static_cast<int>(threadIdx.x));  // so that the compiler holds no addresses during the loop
   const int row = thread / 32 * 8 + thread / 16 % 2;         // the first; others are an even number of rows further
@@ -250,7 +202,8 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
   };
   if (thread == 0) sm90::prefetch_map(arguments.key_map);
   if (thread < 32) request_until(kFirstTiles);
-  Sm90Scale<Tile> scale;
+  TermScale scale;
+  const auto any = [](bool x) { return sm90::any_of_warpgroup(kProducerBarrier, x); };
   int retries = 0;
   for (int slot = 0; slot < streams.slots; ++slot) {
     const int stream = streams.stream_of(slot);
@@ -262,12 +215,12 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
       for (;; ++retries) {
         split_tile<Tile>(ring.tile(slot), valid, scale);
         sm90::fence_shared();
-        if (!Tile::kExact || scale.fits()) break;
+        if (!Tile::kExact || scale.fits(any)) break;
         if (thread == 0) request_tile(ring, arguments, streams, slot, ring.copied_again);
         sm90::barrier_wait(ring.copied_again, retries & 1);
       }
       if (Tile::kExact && thread == 0) {
-        sm90::store_shared_4(ring.scale(slot), __float_as_uint(Tile::kScale / scale.value));
+        sm90::store_shared_4(ring.scale(slot), __float_as_uint(scale.to_unit_rows()));
       }
     }
     sm90::barrier_arrive(ring.arrived(slot));

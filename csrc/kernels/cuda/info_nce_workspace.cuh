@@ -193,11 +193,11 @@ inline InfoNcePartials partials_from(const InfoNceWorkspace& w, int64_t split) {
 }
 
 // Operand is the element type of `workspace.query`. query: null if the pass prepares it; then only the keys of the
-// batch are prepared.
+// batch are prepared. scaled: queries of any norm are brought within the range of float16.
 template <typename Query, typename Operand>
 cudaError_t launch_info_nce_prepare(const Query* query, const Query* key, const InfoNceAnchor<Query>& anchor,
                                     const InfoNceShape& shape, const InfoNceOptions& options,
-                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace,
+                                    const InfoNceContrast& contrast, const InfoNceWorkspace& workspace, bool scaled,
                                     cudaStream_t stream);
 
 // One pass over `keys` into `partials` of `splits` splits.

@@ -42,13 +42,7 @@ void set_registers(Where where = Where::current()) {
 }
 inline void warpgroup_barrier(int id, Where where = Where::current()) { emu::barrier(id, 128, where); }
 inline bool any_of_warpgroup(int id, bool x, Where where = Where::current()) {
-  static int votes[16];
-  votes[id] += x;
-  emu::barrier(id, 128, where);
-  const bool any = votes[id] > 0;
-  emu::barrier(id, 128, where);
-  votes[id] -= x;
-  return any;
+  return emu::any_at_barrier(x, id, 128, where);
 }
 
 inline void fence_shared() { emu::fence_proxy_async(); }

@@ -346,6 +346,16 @@ void barrier(int id, int threads, Where where) {
   release(all);
 }
 
+bool any_at_barrier(bool x, int id, int threads, Where where) {
+  static int votes[kBarriers];
+  votes[id] += x;
+  barrier(id, threads, where);
+  const bool any = votes[id] > 0;
+  barrier(id, threads, where);
+  votes[id] -= x;
+  return any;
+}
+
 const void* exchange_bytes(const void* mine, size_t bytes, unsigned mask, Where where) {
   Fiber& self = *machine.current;
   const int first = self.index & ~31;

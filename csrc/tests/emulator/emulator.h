@@ -77,6 +77,8 @@ unsigned char* dynamic_shared();
 
 // Named barrier `id` (0..15) for `threads` threads of the block; 0 threads: all of them (__syncthreads).
 void barrier(int id = 0, int threads = 0, Where where = Where::current());
+// Such a barrier, which tells whether x is true for any of the threads.
+bool any_at_barrier(bool x, int id = 0, int threads = 0, Where where = Where::current());
 
 // Every lane in `mask` contributes `bytes` bytes, and gets the contributions of all 32 lanes, `bytes` apart (undefined
 // for lanes outside the mask). The result is valid until the lane's next exchange.
@@ -114,6 +116,9 @@ T shuffle(unsigned mask, const T& value, int source, int width, bool in_range, W
 }  // namespace emu
 
 inline void __syncthreads(emu::Where where = emu::Where::current()) { emu::barrier(0, 0, where); }
+inline int __syncthreads_or(int predicate, emu::Where where = emu::Where::current()) {
+  return emu::any_at_barrier(predicate != 0, 0, 0, where);
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, emu::Where where = emu::Where::current()) {
   emu::exchange_bytes(nullptr, 0, mask, where);
 }
