@@ -28,9 +28,7 @@ struct MmaTile {
   static constexpr int kRowTiles = terms == 1 && kSourceBytes <= 512 ? 2 : 1;  // of 16 rows
   static constexpr int kWarpColumns = columns == 64 || (terms == 3 && columns == 512) ? 64 : 128;
   // Of a query; a further term is in shared memory, each thread's fragments for itself.
-  static constexpr int kRegisterTerms = kRowTiles == 2                                                    ? 0
-                                        : kExact && (terms == 3 || columns == 128) && kWarpColumns == 128 ? terms - 1
-                                                                                                          : terms;
+  static constexpr int kRegisterTerms = kRowTiles == 2 ? 0 : terms == 3 && kWarpColumns == 128 ? terms - 1 : terms;
   static constexpr int kColumnGroups = columns / kWarpColumns;
   static constexpr int kRowWarps = kColumnGroups < (kRowTiles == 1 ? 4 : 2)     ? 4
                                    : kColumnGroups <= 4 || kSourceBytes <= 1536 ? 2
@@ -42,12 +40,7 @@ struct MmaTile {
   static constexpr int kRows = kWarpRows * kRowWarps;
   static constexpr int kSourceChunks = kSourceBytes / 16;
   static constexpr int kRowBytes = columns * 2;  // of a key in a 16-bit tile
-  static constexpr int kKeys = columns == 64 && !kExact ? 64
-                               : kSourceBytes <= (terms == 3 ? 256
-                                                  : kExact   ? 512
-                                                             : 1024)
-                                   ? 32
-                                   : 16;
+  static constexpr int kKeys = columns == 64 && !kExact ? 64 : kSourceBytes <= (kExact ? 256 : 1024) ? 32 : 16;
   static constexpr int kTileBytes = kKeys * kRowBytes;
   static constexpr int kStageBytes = kKeys * kSourceBytes;
   // The exchange of scores, after which no warp reads third terms, allows overwriting them for the next tile.

@@ -43,7 +43,7 @@ struct TermScale {
     const bool finite = largest < INFINITY;
     largest = 0.0f;
     if (any(scaled > kMost && finite)) {
-      value /= kStep;
+      value *= 1.0f / kStep;
       settled = true;
       return false;
     }
@@ -53,7 +53,9 @@ struct TermScale {
     return settled;
   }
   // From scores and sums of the tile to those of a tile with the scale of unit rows.
-  __device__ __forceinline__ float to_unit_rows() const { return kUnitRowScale / value; }
+  __device__ __forceinline__ float to_unit_rows() const {
+    return kUnitRowScale * __uint_as_float((254u << 23) - __float_as_uint(value));  // 1 / value, a power of two
+  }
 };
 
 // A tile's scores or sums, times a factor that is nearly always 1.
