@@ -22,7 +22,7 @@ struct InfoNceArguments {
   double temperature;
   bool normalize;
   int64_t reduction;
-  int64_t terms;
+  int64_t precision;
   bool in_batch;
   int64_t key_offset;
   const std::optional<Tensor>& num_valid_tensor;
@@ -128,7 +128,7 @@ inline void check_info_nce(const InfoNceArguments& a) {
     check_float_dtype(*a.temperature_tensor, "temperature", true);
   }
   check(a.reduction >= 0 && a.reduction <= 2, "reduction: expected 0 (none), 1 (mean) or 2 (sum), got ", a.reduction);
-  check(a.terms >= 1 && a.terms <= 3, "terms: expected 1, 2 or 3, got ", a.terms);
+  check(a.precision >= 1 && a.precision <= 3, "precision: expected 1, 2 or 3, got ", a.precision);
   // In float32, as on CUDA, a number just below 1 is 1, and a positive without a share marks a row without positives.
   check(a.label_smoothing >= 0 && static_cast<float>(a.label_smoothing) < 1,
         "label_smoothing: expected a number in [0, 1), got ", a.label_smoothing);
@@ -249,7 +249,7 @@ struct InfoNceTensors {
 template <InfoNceTensors (*forward)(const InfoNceArguments&, const InfoNceGradients&)>
 auto info_nce_forward(const Tensor& query, const std::optional<Tensor>& key, const std::optional<Tensor>& queue,
                       const std::optional<Tensor>& temperature_tensor, double temperature, bool normalize,
-                      int64_t reduction, bool query_grad, bool key_grad, bool temperature_grad, int64_t terms,
+                      int64_t reduction, bool query_grad, bool key_grad, bool temperature_grad, int64_t precision,
                       bool in_batch, int64_t key_offset, const std::optional<Tensor>& num_valid_tensor,
                       std::optional<int64_t> num_valid, double label_smoothing, const std::optional<Tensor>& query_ids,
                       const std::optional<Tensor>& queue_ids, int64_t same_id, const std::optional<Tensor>& key_ids,
@@ -261,7 +261,7 @@ auto info_nce_forward(const Tensor& query, const std::optional<Tensor>& key, con
                                    temperature,
                                    normalize,
                                    reduction,
-                                   terms,
+                                   precision,
                                    in_batch,
                                    key_offset,
                                    num_valid_tensor,
@@ -280,13 +280,13 @@ auto info_nce_forward(const Tensor& query, const std::optional<Tensor>& key, con
 
 template <Tensor (*backward)(const InfoNceArguments&, const Tensor&, const Tensor&, const Tensor&)>
 Tensor info_nce_backward(const Tensor& query, const Tensor& key, const std::optional<Tensor>& temperature_tensor,
-                         double temperature, bool normalize, int64_t terms, int64_t key_offset,
+                         double temperature, bool normalize, int64_t precision, int64_t key_offset,
                          const std::optional<Tensor>& query_ids, int64_t same_id, const std::optional<Tensor>& key_ids,
                          const Tensor& lse, const Tensor& weights, const Tensor& grad_loss) {
   const std::optional<Tensor> none, keys = key;
   const InfoNceArguments arguments{
-      query, keys, none, temperature_tensor, temperature, normalize, 0,       terms, true, key_offset,
-      none,  {},   0.0,  query_ids,          none,        same_id,   key_ids, none,  0};
+      query, keys, none, temperature_tensor, temperature, normalize, 0,       precision, true, key_offset,
+      none,  {},   0.0,  query_ids,          none,        same_id,   key_ids, none,      0};
   check_info_nce_backward(arguments, lse, weights, grad_loss);
   return backward(arguments, row_major(lse), row_major(weights), row_major(grad_loss));
 }

@@ -82,7 +82,7 @@ struct InfoNceScalars {
     if (temperature.pointer() == nullptr) check_temperature(number, false);
   }
   cuda::InfoNceOptions options(const InfoNceArguments& a) const {
-    return {static_cast<float>(number), temperature.pointer(), kEps, a.normalize, static_cast<int>(a.terms)};
+    return {static_cast<float>(number), temperature.pointer(), kEps, a.normalize, static_cast<int>(a.precision)};
   }
   cuda::InfoNceContrast contrast(const InfoNceArguments& a, const InfoNceRows& rows) const {
     return {a.in_batch,

@@ -224,7 +224,7 @@ def info_nce_backward(
     temperature_tensor: Tensor | None,
     temperature: float,
     normalize: bool,
-    terms: int,
+    precision: int,
     key_offset: int,
     query_ids: Tensor | None,
     same_id: int,
@@ -234,7 +234,7 @@ def info_nce_backward(
     grad_loss: Tensor,
 ) -> Tensor:
     arguments = (
-        query, key, temperature_tensor, temperature, normalize, terms, key_offset, query_ids, same_id, key_ids, lse,
+        query, key, temperature_tensor, temperature, normalize, precision, key_offset, query_ids, same_id, key_ids, lse,
         weights, grad_loss,
     )  # fmt: skip
     out = _ops.info_nce_backward_output(*arguments)

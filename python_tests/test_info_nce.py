@@ -525,7 +525,7 @@ def cuda_autocast(dtype):
         torch.set_autocast_dtype("cuda", before[1])
 
 
-PRECISIONS = [  # autocast, allow_tf32, terms
+PRECISIONS = [  # autocast, allow_tf32, precision
     (None, False, 3),
     (None, True, 2),
     (torch.float32, False, 3),
@@ -535,22 +535,22 @@ PRECISIONS = [  # autocast, allow_tf32, terms
 
 
 class Spy(TorchDispatchMode):
-    """The operators that run, and the terms that this package's are called with."""
+    """The operators that run, and the precision that this package's are called with."""
 
     def __init__(self):
         super().__init__()
-        self.operators, self.terms = [], []
+        self.operators, self.precisions = [], []
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
         self.operators.append(operator._schema.name)
         if operator.namespace == "moco_ext":
             names = [argument.name for argument in operator._schema.arguments]
-            self.terms.append(arguments[names.index("terms")])
+            self.precisions.append(arguments[names.index("precision")])
         return operator(*arguments, **keywords or {})
 
 
-@pytest.mark.parametrize(("autocast", "allow_tf32", "terms"), PRECISIONS)
-def test_precision_asked_of_the_operator(autocast, allow_tf32, terms):
+@pytest.mark.parametrize(("autocast", "allow_tf32", "precision"), PRECISIONS)
+def test_precision_asked_of_the_operator(autocast, allow_tf32, precision):
     """On fake CUDA tensors; on a CPU always float32."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
@@ -560,7 +560,7 @@ def test_precision_asked_of_the_operator(autocast, allow_tf32, terms):
             for device in ("cuda", "cpu"):
                 query, key, queue = (torch.empty(rows, 8, device=device) for rows in (4, 4, 30))
                 moco_ext.info_nce(query, key, queue)
-        assert spy.terms == [terms, 3]
+        assert spy.precisions == [precision, 3]
     finally:
         matmul.fp32_precision = before
 
@@ -570,32 +570,32 @@ def test_backward_has_the_precision_of_forward(monkeypatch):
     query, key, queue = problem(4, 30, 8)
     key.requires_grad_()
     with Spy() as spy:
-        monkeypatch.setattr("moco_ext.ops._info_nce.current_terms", lambda cuda: 2)
+        monkeypatch.setattr("moco_ext.ops._info_nce.current_precision", lambda cuda: 2)
         loss = moco_ext.info_nce(query, key, queue, in_batch=True)
         monkeypatch.undo()
         loss.backward()
-    assert spy.terms == [2, 2]
+    assert spy.precisions == [2, 2]
 
 
 def test_precision_is_traced_and_guarded():
     """Old and new tf32 switch, mixed too, and autocast; compiled code is traced anew when they change."""
-    from moco_ext.ops.info_nce_operator import current_terms
+    from moco_ext.ops.info_nce_operator import current_precision
 
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    compiled = torch.compile(lambda x: x + current_terms(True), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: x + current_precision(True), fullgraph=True, backend="eager")
     try:
-        for autocast, allow_tf32, terms in PRECISIONS:
+        for autocast, allow_tf32, precision in PRECISIONS:
             matmul.allow_tf32 = allow_tf32
             with cuda_autocast(autocast):
-                assert current_terms(True) == terms
-                assert compiled(torch.zeros(1)).item() == terms
-        for precision, terms in (("ieee", 3), ("tf32", 2), ("ieee", 3)):
-            matmul.fp32_precision = precision
-            assert current_terms(True) == terms
-            assert compiled(torch.zeros(1)).item() == terms
+                assert current_precision(True) == precision
+                assert compiled(torch.zeros(1)).item() == precision
+        for setting, precision in (("ieee", 3), ("tf32", 2), ("ieee", 3)):
+            matmul.fp32_precision = setting
+            assert current_precision(True) == precision
+            assert compiled(torch.zeros(1)).item() == precision
             torch.compiler.reset()  # or it would find the code that it traced for the old switch
-            assert compiled(torch.zeros(1)).item() == terms
+            assert compiled(torch.zeros(1)).item() == precision
     finally:
         matmul.fp32_precision = before
 

@@ -89,11 +89,11 @@ TILES = {
     "bf16, 128, portable": Tile(portable(f"{BF16}, {BF16}, 1, 128"), 128, 32),
     "bf16, 768, portable": Tile(portable(f"{BF16}, {BF16}, 1, 768"), 32, 16),
     "float32, 128, portable": Tile(portable("float, __half, 2, 128"), 64, 16, terms=2, products=3 + 3),
-    "tf32, 128, portable": Tile(portable(f"float, {BF16}, 2, 128"), 64, 32, terms=2, products=3 + 1),
+    "tf32, 128, portable": Tile(portable("float, __half, 1, 128"), 128, 32, terms=1),
     "bf16, 128, Hopper": Tile(hopper(f"{BF16}, {BF16}, 1, 128"), 128, 128),
     "bf16, 768, Hopper": Tile(f"info_nce_sm90_wide_kernel<{BF16}, 768, true>", 64, 32),
     "float32, 128, Hopper": Tile(hopper("float, __half, 2, 128"), 128, 64, terms=2, products=3 + 3),
-    "tf32, 128, Hopper": Tile(hopper(f"float, {BF16}, 2, 128"), 128, 64, terms=2, products=3 + 1),
+    "tf32, 128, Hopper": Tile(hopper("float, __half, 1, 128"), 128, 64, terms=1),
 }
 # N, K, C, queue, goal in us. tf32: a float32 queue with at least that accuracy.
 SHAPES = [

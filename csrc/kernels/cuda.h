@@ -25,7 +25,7 @@ struct InfoNceOptions {
   const float* temperature_ptr;  // [1] on the device, or null
   float eps;                     // floor of a row's norm
   bool normalize;                // false: query and key rows are taken as they are, logits are unbounded
-  int terms;  // accuracy of float32 rows in products, as bfloat16 terms: 3 (float32), 2 (scores of 16 bits), 1 (bfloat16)
+  int precision;  // of float32 rows in products: 3 (float32), 2 (11 bits, as tf32 and fp16), 1 (bfloat16)
 };
 
 // What a query's own key is to it: its positive, its positive but not in the denominator, or nothing, not even a

@@ -170,9 +170,9 @@ double row_error(const cuda::InfoNceShape& shape, int64_t row, const Array<float
 }
 
 template <typename Queue>
-int info_nce(int64_t n, int64_t k, int64_t c, int terms, bool gradient) {
+int info_nce(int64_t n, int64_t k, int64_t c, int precision, bool gradient) {
   const cuda::InfoNceShape shape{n, k, c};
-  const cuda::InfoNceOptions options{kTemperature, nullptr, 1e-12f, true, terms};
+  const cuda::InfoNceOptions options{kTemperature, nullptr, 1e-12f, true, precision};
   const float limit = std::sqrt(3.0f / static_cast<float>(c));  // rows of length 1, nearly
   const Array<float> query(n * c, limit, 1), key(n * c, limit, 2);
   if (keys_near) approach_kernel<<<1024, 256, 0, stream>>>(key.data, query.data, n * c);
@@ -199,7 +199,7 @@ int info_nce(int64_t n, int64_t k, int64_t c, int terms, bool gradient) {
     }
     return worst;
   };
-  const double tolerance = sizeof(Queue) == 2 || terms < 3 ? 5e-3 : 1e-4;  // operands of 8 to 16 bits, and of 24
+  const double tolerance = sizeof(Queue) == 2 || precision < 3 ? 5e-3 : 1e-4;  // operands of 8 to 16 bits, and of 24
   const double product = 2.0 * n * k * c;
   const double bytes = static_cast<double>(queue_bytes) + 4.0 * n * c * (gradient ? 3 : 2);
   return report(gradient ? 2 * product : product, bytes, tolerance, call, error);
@@ -253,10 +253,10 @@ int run(const std::vector<std::string>& arguments) {
     return 2;
   }
   const bool gradient = arguments.back() != "forward";
-  const int terms = number(5) > 0 ? static_cast<int>(number(5)) : 3;
-  if (word(4) == "float32") return info_nce<float>(number(1), number(2), number(3), terms, gradient);
-  if (word(4) == "float16") return info_nce<__half>(number(1), number(2), number(3), terms, gradient);
-  return info_nce<__nv_bfloat16>(number(1), number(2), number(3), terms, gradient);
+  const int precision = number(5) > 0 ? static_cast<int>(number(5)) : 3;
+  if (word(4) == "float32") return info_nce<float>(number(1), number(2), number(3), precision, gradient);
+  if (word(4) == "float16") return info_nce<__half>(number(1), number(2), number(3), precision, gradient);
+  return info_nce<__nv_bfloat16>(number(1), number(2), number(3), precision, gradient);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 //
 // Tolerances. If u is the relative error of a product's operands, the error of a logit is at most
 //   delta = u min(1, 2 / sqrt(C)) |q| max |n| / T, for rounding errors with independent signs,
-// u = 2^-8 for bfloat16 queues (the query is rounded to 8 bits) and one term of float32 (both operands are), 2^-11 for
-// float16, 2^-15 for two terms of float32 (tf32 would have 2^-10) and 2^-21 without the square root for float32
+// u = 2^-8 for bfloat16 queues (the query is rounded to 8 bits) and the least accuracy of float32 ones (both operands
+// are), 2^-11 for float16 and the medium accuracy (tf32 has 2^-11, too), and 2^-21 without the square root for float32
 // (rounding of sums). From this follow
 //   |loss error| <= min(delta, (1 - p0) (exp(delta) - 1)), and for gradients, which are sums of p n / T, an error of
 //   (1 - p0) (exp(2 delta) - 1 + u_p) (|n| + |k|) / T, u_p being the rounding of the probabilities and keys.
@@ -86,7 +86,7 @@ struct Case {
   bool temperature_on_device;
   bool normalize;
   bool gradient;
-  int terms;           // of the products with a float32 queue
+  int precision;       // of the products with a float32 queue
   bool misaligned;     // the queue starts one element after a 16-byte boundary
   bool easy;           // keys are close to their queries: the positive dominates
   double norm;         // of query and key, and of the queue's rows if not normalized
@@ -127,7 +127,8 @@ Results run(const Case& c, const std::vector<Query>& query, const std::vector<Qu
   Array<float> grad_temperature(c.gradient ? n : 0);
   Array<int64_t> rank(n);
   const cuda::InfoNceOptions options{c.temperature_on_device ? NAN : static_cast<float>(c.temperature),
-                                     c.temperature_on_device ? temperature.data : nullptr, kEps, c.normalize, c.terms};
+                                     c.temperature_on_device ? temperature.data : nullptr, kEps, c.normalize,
+                                     c.precision};
   const cuda::InfoNceOutputs outputs{loss.data,
                                      lse.data,
                                      positive.data,
@@ -163,11 +164,10 @@ double row_error(const Case& c, int64_t row, const std::vector<double>& query, c
   const double operand_error = !fast                                  ? 0x1p-21
                                : std::is_same_v<Queue, __nv_bfloat16> ? 0x1p-8
                                : half                                 ? 0x1p-11
-                               : c.terms == 1                         ? 0x1p-8
-                               : c.terms == 2                         ? 0x1p-15
+                               : c.precision == 1                     ? 0x1p-8
+                               : c.precision == 2                     ? 0x1p-11
                                                                       : 0x1p-21;
-  // Of the probabilities and keys in their product; two terms are for the scores only.
-  const double product_error = fast && !half && c.terms == 2 ? 0x1p-8 : 2 * operand_error;
+  const double product_error = 2 * operand_error;  // of the probabilities and keys
   const bool rounded = operand_error > 0x1p-20;
   std::vector<double> q(query.begin() + row * width, query.begin() + (row + 1) * width);
   std::vector<double> k(key.begin() + row * width, key.begin() + (row + 1) * width);
@@ -322,9 +322,9 @@ void test(const Case& c, Random random) {
   printf("%s n=%ld k=%ld c=%ld query=%s queue=%s%s T=%g%s norm=%g%s%s%s%s: error %.3f of tolerance (row %ld)%s\n",
          good ? "ok    " : "FAILED", static_cast<long>(n), static_cast<long>(k), static_cast<long>(width),
          name(Query{}), name(Queue{}),
-         c.terms == 3   ? ""
-         : c.terms == 2 ? " two terms"
-                        : " one term",
+         c.precision == 3   ? ""
+         : c.precision == 2 ? " tf32"
+                            : " bf16",
          c.temperature, c.temperature_on_device ? " on device" : "", c.norm, c.normalize ? " normalize" : "",
          c.gradient ? " gradient" : "", c.misaligned ? " misaligned" : "",
          c.easy     ? " easy"
@@ -337,8 +337,8 @@ void test(const Case& c, Random random) {
 // Every key scores above every positive, so a row's rank is the number of keys processed: K if each is processed once.
 // The temperature is far above all scores, so its lse is log(K + 1).
 template <typename Queue>
-void test_visits(int64_t n, int64_t k, int64_t c, bool gradient, int terms) {
-  const Case plain{{n, k, c}, 1e6, false, false, gradient, terms, false, false, 1, -1, -1};
+void test_visits(int64_t n, int64_t k, int64_t c, bool gradient, int precision) {
+  const Case plain{{n, k, c}, 1e6, false, false, gradient, precision, false, false, 1, -1, -1};
   std::vector<float> query(n * c), key(n * c);
   std::vector<Queue> queue(k * c);
   for (int64_t i = 0; i < n; ++i) query[i * c] = 1, key[i * c] = -1;
@@ -421,7 +421,7 @@ int main(int argc, char** argv) {
   const int64_t all_c[] = {64, 128, 256, 512, 768, 1024, 1, 3, 17, 96, 520};
   const double all_t[] = {0.01, 0.07, 1, 10};
 
-  // Every C with every queue type and number of terms, with and without gradient.
+  // Every C with every queue type and precision, with and without gradient.
   for (const int64_t c : all_c) {
     for (int type = 0; type < 5; ++type) {
       for (const bool gradient : {true, false}) {
@@ -463,14 +463,17 @@ int main(int argc, char** argv) {
   test_types(0, 0, {{1, 2100, 3}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);  // most splits
   test_types(0, 0, {{2, 1100, 512}, 0.07, false, true, true, 3, false, false, 1, -1, -1}, random);
   // float32 keys of other sizes than unit rows: far larger, far smaller, and growing.
-  for (const double norm : {3e9, 1e4, 1e-4, 1e-9, 1e-17}) {
-    for (const int64_t n : {70, 3}) {
-      test_types(0, 0, {{n, 400, 128}, 0.07 * norm * norm, n < 64, false, true, 3, false, false, norm, -1, -1}, random);
+  for (const int precision : {2, 3}) {
+    for (const double norm : {3e9, 1e4, 1e-4, 1e-9, 1e-17}) {
+      for (const int64_t n : {70, 3}) {
+        const double t = 0.07 * norm * norm;
+        test_types(0, 0, {{n, 400, 128}, t, n < 64, false, true, precision, false, false, norm, -1, -1}, random);
+      }
     }
-  }
-  for (const int growth : {2, 7}) {
-    test_types(0, 0, {{66, 1000, 128}, 7, false, true, growth == 2, 3, false, false, 1, -1, -1, growth}, random);
-    test_types(0, 0, {{3, 1500, 64}, 7, true, true, growth == 2, 3, false, false, 1, -1, -1, growth}, random);
+    for (const bool gradient : {true, false}) {
+      test_types(0, 0, {{66, 1000, 128}, 2e4, false, true, gradient, precision, false, false, 1, -1, -1, 5}, random);
+      test_types(0, 0, {{3, 1500, 64}, 2e4, true, true, gradient, precision, false, false, 1, -1, -1, 5}, random);
+    }
   }
   // Squares of norms overflow, or underflow.
   test_types(0, 0, {{3, 70, 128}, 0.07, false, true, true, 3, false, false, 1e25, -1, -1}, random);

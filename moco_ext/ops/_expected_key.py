@@ -8,7 +8,7 @@ from torch import Tensor
 from ._info_nce import over_temperature
 from ._l2_normalize import wide_rows
 from .checks import check_tensors, native, scalar
-from .info_nce_operator import NONE, OWN_KEYS, SAME_IDS, Arguments, Results, current_terms
+from .info_nce_operator import NONE, OWN_KEYS, SAME_IDS, Arguments, Results, current_precision
 
 
 class ExpectedKey(NamedTuple):
@@ -112,7 +112,7 @@ def expected_candidates(
     key = None if key is None else wide_rows(key, normalize)
     decoupled = own_key == "decoupled"
     arguments = Arguments(
-        query, key, queue, None, 1.0, False, NONE, True, False, False, current_terms(query.is_cuda),
+        query, key, queue, None, 1.0, False, NONE, True, False, False, current_precision(query.is_cuda),
         in_batch, key_offset, num_valid if isinstance(num_valid, Tensor) else None,
         None if isinstance(num_valid, Tensor) else num_valid, 0.0, query_ids, queue_ids, SAME_IDS["mask"], key_ids,
         None if decoupled else torch.zeros_like(query), OWN_KEYS[own_key],

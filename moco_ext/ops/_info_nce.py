@@ -10,7 +10,7 @@ from torch import Tensor
 from ..stats import InfoNCEStats
 from ._l2_normalize import wide_rows
 from .checks import check_tensors, refuse_forward_mode, scalar
-from .info_nce_operator import MEAN, NONE, OWN_KEYS, REDUCTIONS, SAME_IDS, Arguments, current_terms, info_nce_rows
+from .info_nce_operator import MEAN, NONE, OWN_KEYS, REDUCTIONS, SAME_IDS, Arguments, current_precision, info_nce_rows
 
 if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
@@ -131,9 +131,8 @@ def info_nce(
     Precision: accumulation is float32. On CUDA, a bfloat16 or float16 queue is multiplied in its own dtype. A float32
     queue is multiplied with float32 accuracy by default, and in bfloat16 under bfloat16 autocast, as the matrix
     products of the published formulation are. If ``torch.backends.cuda.matmul.allow_tf32`` is set, or under float16
-    autocast, the scores keep 16 bits (tf32 and float16: 11), and the gradient's sum of keys has bfloat16
-    operands (relative error of the gradient up to 4e-4). On a CPU the products are float32, also under autocast, where
-    16 bits would not be faster.
+    autocast, the operands keep 11 bits, as those of tf32 and float16 do (relative error of the gradient up to 2e-4). On
+    a CPU the products are float32, also under autocast, where 16 bits would not be faster.
 
     Reproducibility: on a CPU, equal inputs and an equal number of threads give equal bits. The keys are divided among
     the threads, so another number of threads changes the order of summation, and with it the last bits.
@@ -185,7 +184,7 @@ def info_nce(
         grad and query.requires_grad,
         grad and key is not None and key.requires_grad,
         grad and temperature_tensor is not None and temperature_tensor.requires_grad,
-        current_terms(query.is_cuda),
+        current_precision(query.is_cuda),
         in_batch,
         key_offset,
         num_valid if isinstance(num_valid, Tensor) else None,

@@ -19,14 +19,14 @@ def _allow_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def current_terms(cuda: bool) -> int:
-    """The accuracy of float32 rows in the products of CUDA kernels, as a number of bfloat16 terms."""
+def current_precision(cuda: bool) -> int:
+    """Of float32 rows in the products of CUDA kernels: 3 (float32), 2 (11 bits, as tf32 and float16), 1 (bfloat16)."""
     if not cuda:
         return 3
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         if dtype in (torch.bfloat16, torch.float16):
-            return 1 if dtype == torch.bfloat16 else 2  # two have 16 bits, float16 has 11
+            return 1 if dtype == torch.bfloat16 else 2
     return 2 if _allow_tf32() else 3
 
 
@@ -43,7 +43,7 @@ class Arguments(NamedTuple):
     query_grad: bool
     key_grad: bool
     temperature_grad: bool
-    terms: int
+    precision: int
     in_batch: bool
     key_offset: int
     num_valid_tensor: Tensor | None
@@ -126,7 +126,7 @@ class _InfoNCE(torch.autograd.Function):
             grad_losses = grad_loss / len(query) if a.reduction == MEAN else grad_loss
             grads[1] = native(
                 torch.ops.moco_ext.info_nce_backward.default, query, key, temperature, a.temperature, a.normalize,
-                a.terms, a.key_offset, query_ids, a.same_id, key_ids, lse, weights,
+                a.precision, a.key_offset, query_ids, a.same_id, key_ids, lse, weights,
                 grad_losses.expand(len(query)).to(lse.dtype),
             ).to(key.dtype)  # fmt: skip
         elif a.key_grad:
@@ -191,5 +191,5 @@ def _(*arguments):
 
 
 @torch.library.register_fake("moco_ext::info_nce_backward")
-def _(query, key, temperature_tensor, temperature, normalize, terms, key_offset, query_ids, positive, key_ids, lse, *_):
+def _(query, key, temperature_tensor, temperature, normalize, precision, key_offset, query_ids, positive, key_ids, lse, *_):
     return key.new_empty(key.shape, dtype=lse.dtype)

@@ -125,7 +125,7 @@ __global__ void info_nce_keys_combine_kernel(const Query* key, const Operand* qu
 
 template <typename Query>
 InfoNcePass<KeysOperand<Query>> keys_pass(const InfoNceShape& shape, InfoNceOptions options) {
-  if (std::is_same_v<Query, __half>) options.terms = 2;
+  if (std::is_same_v<Query, __half>) options.precision = 2;
   return mma_pass<KeysOperand<Query>, MmaPass::kKeys>(shape, options);
 }
 

@@ -201,8 +201,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
       load_shared_16(a, shared_address(own_queries) + (m * Tile::kSteps + step) * Tile::kThreads * 16);
     }
   };
-  constexpr int kBias =
-      std::is_same_v<Operand, __half> && kPass != MmaPass::kKeys ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
+  constexpr int kBias = kPass == MmaPass::kKeys ? 0 : kWeightBias<Operand>;
   SoftmaxRows rows[Tile::kRowTiles];
   const float log2_scale = 1.44269504f / arguments.temperature.value();
 #pragma unroll
@@ -219,6 +218,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
   }
   constexpr int kOutputs = kGradient ? Tile::kWarpColumns / 8 : 1;
   float o[Tile::kRowTiles][kOutputs][4] = {};
+  float factor_of_sums = 1.0f;
 
   for (int tile = first_tile; tile < end_tile; ++tile) {
     if constexpr (Tile::kStages == 1) {
@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     const int64_t row = first_row(at);
     const int64_t first_key = static_cast<int64_t>(tile) * Tile::kKeys;
     const int valid = valid_keys(tile);
-    const float factor = Tile::kScaled ? scale.to_unit_rows() : 1.0f;
+    const float factor = Tile::kScaled ? scale.to_unit_rows() : 1.0f;  // of scores and sums
 #pragma unroll
     for (int m = 0; m < Tile::kRowTiles; ++m) {
       rescale_tile(s[m], factor);
@@ -294,6 +294,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
     // Weights of kKeys have any sign, and differences of their sums count: two terms already for two of S.
     if constexpr (kGradient) {
       constexpr int kWeightTerms = Tile::kExact || (kTerms == 2 && kPass == MmaPass::kKeys) ? 2 : 1;
+      if (Tile::kScaled && !Tile::kExact && factor != factor_of_sums) {
+#pragma unroll
+        for (int m = 0; m < Tile::kRowTiles; ++m) rescale_tile(o[m], factor_of_sums / factor);
+        factor_of_sums = factor;
+      }
       multiply_keys<Tile, kWeightTerms>(o, s, keys, factor, lane);
     }
   }
@@ -303,6 +308,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kThreads <= 128 ? 2 : 1)
   const int first_column = at / 32 / Tile::kRowWarps * Tile::kWarpColumns + at % 4 * 2;
 #pragma unroll
   for (int m = 0; m < Tile::kRowTiles; ++m) {
+    rescale_tile(o[m], factor_of_sums);
     join_lanes(rows[m]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

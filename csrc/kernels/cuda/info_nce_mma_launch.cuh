@@ -33,16 +33,17 @@ int64_t resident_blocks(void (*kernel)(Parameters...), int threads, int shared_b
   return resident;
 }
 
-// float32 accuracy: two float16 terms, but for the gradient of keys, whose weights may be out of float16's range.
-template <typename Queue, int terms, int columns, MmaPass kPass>
-using PassTile =
-    std::conditional_t<!std::is_same_v<Queue, float>, MmaTile<Queue, Queue, 1, columns>,
-                       std::conditional_t<terms == 3 && kPass != MmaPass::kKeys, MmaTile<Queue, __half, 2, columns>,
-                                          MmaTile<Queue, __nv_bfloat16, terms, columns>>>;
+// float32 keys: for precision 3 two float16 terms, for 2 one. For the gradient of keys, whose weights may be out of
+// float16's range, as many bfloat16 terms.
+template <typename Queue, int precision, int columns, MmaPass kPass>
+using PassTile = std::conditional_t<
+    !std::is_same_v<Queue, float>, MmaTile<Queue, Queue, 1, columns>,
+    std::conditional_t<precision == 1 || kPass == MmaPass::kKeys, MmaTile<Queue, __nv_bfloat16, precision, columns>,
+                       MmaTile<Queue, __half, precision - 1, columns>>>;
 
-template <typename Queue, int terms, int columns, MmaPass kPass>
+template <typename Queue, int precision, int columns, MmaPass kPass>
 InfoNcePass<Queue> mma_pass() {
-  using Tile = PassTile<Queue, terms, columns, kPass>;
+  using Tile = PassTile<Queue, precision, columns, kPass>;
   static std::atomic<int> cache[kMaxDevices];
   // The gradient of keys always has a mask, because each query has a positive among them.
   constexpr bool kMasked = kPass == MmaPass::kKeys;
@@ -53,21 +54,21 @@ InfoNcePass<Queue> mma_pass() {
           sizeof(Queue),  masked_kernel};
 }
 
-template <typename Queue, int terms, MmaPass kPass>
+template <typename Queue, int precision, MmaPass kPass>
 InfoNcePass<Queue> mma_pass(int64_t columns) {
   switch (columns) {
     case 64:
-      return mma_pass<Queue, terms, 64, kPass>();
+      return mma_pass<Queue, precision, 64, kPass>();
     case 128:
-      return mma_pass<Queue, terms, 128, kPass>();
+      return mma_pass<Queue, precision, 128, kPass>();
     case 256:
-      return mma_pass<Queue, terms, 256, kPass>();
+      return mma_pass<Queue, precision, 256, kPass>();
     case 512:
-      return mma_pass<Queue, terms, 512, kPass>();
+      return mma_pass<Queue, precision, 512, kPass>();
     case 768:
-      return mma_pass<Queue, terms, 768, kPass>();
+      return mma_pass<Queue, precision, 768, kPass>();
     case 1024:
-      return mma_pass<Queue, terms, 1024, kPass>();
+      return mma_pass<Queue, precision, 1024, kPass>();
     default:
       return {};
   }
@@ -76,8 +77,8 @@ InfoNcePass<Queue> mma_pass(int64_t columns) {
 template <typename Queue, MmaPass kPass>
 InfoNcePass<Queue> mma_pass(const InfoNceShape& shape, const InfoNceOptions& options) {
   if constexpr (std::is_same_v<Queue, float>) {
-    if (options.terms == 3) return mma_pass<Queue, 3, kPass>(shape.c);
-    if (options.terms == 2) return mma_pass<Queue, 2, kPass>(shape.c);
+    if (options.precision == 3) return mma_pass<Queue, 3, kPass>(shape.c);
+    if (options.precision == 2) return mma_pass<Queue, 2, kPass>(shape.c);
   }
   return mma_pass<Queue, 1, kPass>(shape.c);
 }

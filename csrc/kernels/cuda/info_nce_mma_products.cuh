@@ -20,7 +20,7 @@ struct MmaTile {
   using Operand = Operand_;
   static constexpr int kTerms = terms;
   static constexpr bool kScaled = std::is_same_v<Element, float> && std::is_same_v<Operand, __half>;
-  static constexpr bool kExact = kScaled || terms == 3;
+  static constexpr bool kExact = terms == (kScaled ? 2 : 3);
   static constexpr float kScale = kScaled ? kUnitRowScale : 1.0f;  // of queries and keys
   static constexpr int kSourceBytes = columns * sizeof(Element);   // of a key in the queue
   // Each warp reads every key, so 32 rows per warp halve these reads. Their queries do not fit in registers, and more
@@ -126,9 +126,9 @@ __device__ __forceinline__ void multiply_scores(float (&s)[Tile::kRowTiles][Tile
   for (int i = 0; kExact && i < Tile::kKeys / 2; ++i) s[0][i / 4][i % 4] += small[0][i / 4][i % 4];
 }
 
-// o [kWarpRows, kWarpColumns] += factor P K; 1 if the tile is not scaled. The packed accumulators of two adjacent 8-key
-// tiles of S already are an A operand, and ldmatrix.trans makes the B operand from the rows that S read. kTerms: of P
-// and K.
+// o [kWarpRows, kWarpColumns] += factor P K, with a factor of 1 unless kExact. The packed accumulators of two adjacent
+// 8-key tiles of S already are an A operand, and ldmatrix.trans makes the B operand from the rows that S read. kTerms:
+// of P and K.
 template <typename Tile, int kTerms>
 __device__ __forceinline__ void multiply_keys(float (&o)[Tile::kRowTiles][Tile::kWarpColumns / 8][4],
                                               const float (&p)[Tile::kRowTiles][Tile::kKeys / 8][4],

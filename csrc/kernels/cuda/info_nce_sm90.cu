@@ -129,8 +129,8 @@ cudaError_t launch_info_nce_sm90(const Queue* keys, const InfoNceKeyCount& count
   const dim3 grid(static_cast<unsigned>(w.n_padded / block_rows),
                   static_cast<unsigned>((splits + arguments.streams - 1) / arguments.streams));
   if constexpr (std::is_same_v<Queue, float>) {
-    if (options.terms == 3) return launch_width<float, __half, 2>(arguments, keys, grid, stream);
-    if (options.terms == 2) return launch_width<float, __nv_bfloat16, 2>(arguments, keys, grid, stream);
+    if (options.precision == 3) return launch_width<float, __half, 2>(arguments, keys, grid, stream);
+    if (options.precision == 2) return launch_width<float, __half, 1>(arguments, keys, grid, stream);
     return launch_width<float, __nv_bfloat16, 1>(arguments, keys, grid, stream);
   } else {
     return launch_width<Queue, Queue, 1>(arguments, keys, grid, stream);

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       sm90::barrier_init(ring.empty + 8 * i, streams == 1 ? 2 : 1);
       if (Tile::kSplit) sm90::barrier_init(ring.floats + 8 * i, 1);
     }
-    if (Tile::kExact) sm90::barrier_init(ring.copied_again, 1);
+    if (Tile::kScaled) sm90::barrier_init(ring.copied_again, 1);
     sm90::barrier_init(query_arrived, 8);
     for (int i = 0; i < 2; ++i) sm90::barrier_init(turns + 8 * i, 4);
     sm90::barrier_init_done();
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const int64_t n = arguments.n;
     const int64_t group_row = block_row + group * group_rows;
     const int64_t row = group_row + thread % 128 / 32 * 16 + lane / 4;
-    constexpr int kBias = std::is_same_v<typename Tile::Operand, __half> ? 12 : 0;  // p >= 2^-26 is no fp16 subnormal
-    const bool writes = blockIdx.y == 0 && (streams == 1 || group == 0);            // of the first split
+    constexpr int kBias = kWeightBias<typename Tile::Operand>;
+    const bool writes = blockIdx.y == 0 && (streams == 1 || group == 0);  // of the first split
     const uint32_t group_query = query + group * Tile::kQueryBytes;
     uint32_t query_words[Tile::kSplit ? columns / 16 : 1][4];
     SoftmaxRows rows = prepare_rows<Tile, kMasked>(arguments, row - lane / 4, writes, group_query,
@@ -103,6 +103,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     const auto slot_of = [&](int tile) { return tile * streams + stream; };
     const auto tile_address = [&](int tile) { return ring.tile(slot_of(tile)); };
     const auto wait_for = [&](int tile) { ring.wait_until_full(slot_of(tile)); };
+    const auto scale_of = [&](int tile) {  // of scores and sums
+      return Tile::kScaled ? sm90::load_shared_4(ring.scale(slot_of(tile))) : 1.0f;
+    };
     const auto release = [&](int tile) {
       if (thread % 128 == 0) ring.release(slot_of(tile));
     };
@@ -203,6 +206,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       // Where registers suffice, a softmax writes weights while a product reads those of the tile before. So P has two
       // buffers. A copy from one to the other would make ptxas wait after every product.
       constexpr bool kTwoBuffers = !kMasked && columns <= 128;
+      float scale_of_sums = 1.0f;
       const auto wait_for_outputs = [&](Weights& weights) {
         sm90::products_wait();
         sm90::pin(o);
@@ -220,8 +224,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           __syncwarp();
           if (lane == 0) sm90::barrier_arrive(turns + 8 * (1 - group));
         }
+        const float scale = scale_of(tile + 1);
         sm90::products_wait<1>();
         sm90::pin(s);
+        rescale_tile(s, scale);
         mask(tile + 1);
         bool grew;
         if constexpr (kTwoBuffers) {
@@ -236,6 +242,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         wait_for_outputs(weights);
         release(tile);
         if (grew) rescale_rows(o, rescale);
+        if (Tile::kScaled && scale != scale_of_sums) {
+          rescale_tile(o, scale_of_sums / scale);
+          scale_of_sums = scale;
+        }
         if constexpr (!kTwoBuffers) pack_weights(next);
       };
       const auto end = [&](Weights& weights) {
@@ -251,8 +261,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
         begin(p, s);
         issue_scores(0);
         sm90::products_commit();
+        scale_of_sums = scale_of(0);
         sm90::products_wait();
         sm90::pin(s);
+        rescale_tile(s, scale_of_sums);
         mask(0);
         softmax_of_tile<kBias>(s, rows, rescale);
         pack_weights(p);
@@ -273,11 +285,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
           for (; tile + 1 < tiles; ++tile) step(tile, p, p);
           end(p);
         }
+        rescale_tile(o, scale_of_sums);
       }
     } else {
       for (int tile = 0; tile < tiles; ++tile) {
         wait_for(tile);
-        const float scale = Tile::kExact ? sm90::load_shared_4(ring.scale(slot_of(tile))) : 1.0f;
+        const float scale = scale_of(tile);
         begin(p, s);
         issue_scores(tile);
         sm90::products_commit();

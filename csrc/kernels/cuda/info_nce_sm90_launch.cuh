@@ -8,7 +8,7 @@
 
 namespace moco_ext::cuda {
 
-// Keys per tile: limited by the registers of S besides O, and with float32 keys by their terms in shared memory.
+// Keys per tile: limited by the registers of S besides O, and with float32 keys by shared memory.
 constexpr int sm90_tile_keys(bool float32, int64_t columns) { return !float32 && columns <= 128 ? 128 : 64; }
 
 // Wider rows have a kernel of their own (info_nce_sm90_wide.cuh), with 64 queries per block and smaller tiles.

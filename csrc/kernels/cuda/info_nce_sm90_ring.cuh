@@ -18,6 +18,7 @@ struct Sm90Tile {
   static constexpr int kTerms = terms;
   static constexpr int kColumns = columns;
   static constexpr bool kSplit = std::is_same_v<Queue, float>;
+  static constexpr bool kScaled = kSplit && std::is_same_v<Operand, __half>;
   static constexpr int kKeys = sm90_tile_keys(kSplit, columns);
   static constexpr int kPanels = columns / 64;
   static constexpr int kKeyPanelBytes = kKeys * 128;
@@ -30,9 +31,9 @@ struct Sm90Tile {
   static constexpr int kQueryBytes = (kTerms == 1 ? 1 : kTerms - kSplit) * kQueryPlaneBytes;
   // Tensor cores round sums towards zero, a bias that grows with the number of products. For float32 accuracy, they add
   // up P K of one tile and panel only, in registers that S of the next tile would need.
-  static constexpr bool kExact = kSplit && std::is_same_v<Operand, __half>;
-  static constexpr int kWeightTerms = kExact ? 2 : 1;  // 8 bits are enough for P K otherwise: their errors average out
-  static constexpr float kScale = kExact ? kUnitRowScale : 1.0f;  // of queries and keys
+  static constexpr bool kExact = kScaled && kTerms == 2;
+  static constexpr int kWeightTerms = kExact ? 2 : 1;  // one is enough for P K otherwise: their errors average out
+  static constexpr float kScale = kScaled ? kUnitRowScale : 1.0f;  // of queries and keys
   static constexpr int kMaxSharedBytes = 227 * 1024;
   static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers and scales
   static constexpr int kStagesThatFit = (kMaxSharedBytes - kOtherBytes - 2 * kQueryBytes) / kTileBytes;
@@ -89,7 +90,7 @@ struct Sm90Ring {
   uint32_t empty;   // [kStages]: its consumers have read it
   uint32_t floats;  // [kStages]: the floats are there, of which the tile will be made
   uint32_t copied_again;
-  uint32_t scales;  // [kStages] floats: what scores and sums of the tile are multiplied by, if it is exact
+  uint32_t scales;  // [kStages] floats: what scores and sums of the tile are multiplied by, if it is scaled
 
   __device__ __forceinline__ uint32_t tile(int slot) const { return tiles + slot % Tile::kStages * Tile::kTileBytes; }
   __device__ __forceinline__ uint32_t copied(int slot) const { return floats + 8 * (slot % Tile::kStages); }
@@ -149,7 +150,7 @@ __device__ __forceinline__ void split_tile(uint32_t tile, int valid, TermScale& 
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
       const int further = i / Tile::kPanels * 2;
-      if constexpr (Tile::kExact) scale.apply(x[i]);
+      if constexpr (Tile::kScaled) scale.apply(x[i]);
       store_terms<0, Tile::kTerms>(x[i],
                                    to + (first + further) * 128 + i % Tile::kPanels * Tile::kKeyPanelBytes +
                                        ((thread % 16 / 2 ^ row % 8) ^ further) * 16,
@@ -215,11 +216,11 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
       for (;; ++retries) {
         split_tile<Tile>(ring.tile(slot), valid, scale);
         sm90::fence_shared();
-        if (!Tile::kExact || scale.fits(any)) break;
+        if (!Tile::kScaled || scale.fits(any)) break;
         if (thread == 0) request_tile(ring, arguments, streams, slot, ring.copied_again);
         sm90::barrier_wait(ring.copied_again, retries & 1);
       }
-      if (Tile::kExact && thread == 0) {
+      if (Tile::kScaled && thread == 0) {
         sm90::store_shared_4(ring.scale(slot), __float_as_uint(scale.to_unit_rows()));
       }
     }

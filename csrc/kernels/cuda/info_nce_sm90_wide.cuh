@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(Sm90WideTile<Queue, columns>::kThreads, 1)
   // Of the last tile; all others are full.
   const int last_keys =
       static_cast<int>(min(k - static_cast<int64_t>(first_tile + tiles - 1) * Tile::kKeys, int64_t{Tile::kKeys}));
-  constexpr int kBias = std::is_same_v<Queue, __half> ? 12 : 0;  // keeps p >= 2^-26 above fp16's subnormals
+  constexpr int kBias = kWeightBias<Queue>;
   constexpr float kUnbias = 1.0f / (1 << kBias);
   const Queue type{};
 

@@ -24,6 +24,11 @@ struct SoftmaxRows {
   float least[2];  // a lane with a score above the positive has weights of at least this
 };
 
+// Weights in float16 are multiplied by 2^kWeightBias. It has 2^-14 to 2^15: weights from 2^-23 on keep all bits, and up
+// to 2^6 there is no need for a new maximum. With 12 for 9, most tiles of random keys needed one.
+template <typename Operand>
+constexpr int kWeightBias = std::is_same_v<Operand, __half> ? 9 : 0;
+
 // Up to this maximum in units of log 2, the rounding error of max * scale changes a weight by less than 2^-17.
 constexpr float kLargestProduct = 256.0f;
 
@@ -67,7 +72,7 @@ __device__ __forceinline__ uint32_t count_above(const float (&s)[tiles][4], int 
 // kSlack, which is rare after a row's first tile: until then weights above 1 do no harm.
 template <int kBias, int tiles>
 __device__ __forceinline__ bool softmax_of_tile(float (&s)[tiles][4], SoftmaxRows& rows, float (&rescale)[2]) {
-  constexpr float kSlack = kBias > 0 ? 3.0f : 8.0f;  // with the bias, fp16 holds 2^15
+  constexpr float kSlack = kBias > 0 ? 15.0f - kBias : 8.0f;
   float shift[2];
   float offset[2];
   bool grew = false;
