@@ -191,5 +191,7 @@ def _(*arguments):
 
 
 @torch.library.register_fake("moco_ext::info_nce_backward")
-def _(query, key, temperature_tensor, temperature, normalize, precision, key_offset, query_ids, positive, key_ids, lse, *_):
+def _(
+    query, key, temperature_tensor, temperature, normalize, precision, key_offset, query_ids, same_id, key_ids, lse, *_
+):
     return key.new_empty(key.shape, dtype=lse.dtype)
