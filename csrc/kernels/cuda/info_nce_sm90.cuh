@@ -27,12 +27,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const uint32_t query = (sm90::shared_address(unaligned) + 1023u) & ~1023u;
   const uint32_t first_tile_address = query + 2 * Tile::kQueryBytes;
   const uint32_t barriers = first_tile_address + Tile::kStages * Tile::kTileBytes;
-  const uint32_t query_arrived = barriers + 2 * Tile::kStages * 8;
+  const Sm90Ring<Tile> ring{first_tile_address, barriers};
+  const uint32_t query_arrived = barriers + Tile::kRingBarrierBytes;
   const uint32_t turns = query_arrived + 8;  // [2]: the warps of the other warpgroup have issued
-  const uint32_t floats = turns + 2 * 8;
-  const uint32_t copied_again = floats + Tile::kStages * 8;
-  const Sm90Ring<Tile> ring{first_tile_address, barriers,        barriers + Tile::kStages * 8, floats,
-                            copied_again,       copied_again + 8};
   const int thread = static_cast<int>(threadIdx.x);
   const int group = __shfl_sync(0xffffffffu, thread / 128, 0) - 1;  // tells the compiler that it is uniform
   const int streams = arguments.streams;
@@ -47,12 +44,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   };
 
   if (thread == 0) {
-    for (int i = 0; i < Tile::kStages; ++i) {
-      sm90::barrier_init(ring.full + 8 * i, Tile::kSplit ? 128 : 1);
-      sm90::barrier_init(ring.empty + 8 * i, streams == 1 ? 2 : 1);
-      if (Tile::kSplit) sm90::barrier_init(ring.floats + 8 * i, 1);
-    }
-    if (Tile::kScaled) sm90::barrier_init(ring.copied_again, 1);
+    ring.init(streams == 1 ? 2 : 1);
     sm90::barrier_init(query_arrived, 8);
     for (int i = 0; i < 2; ++i) sm90::barrier_init(turns + 8 * i, 4);
     sm90::barrier_init_done();

@@ -35,12 +35,13 @@ struct Sm90Tile {
   static constexpr int kWeightTerms = kExact ? 2 : 1;  // one is enough for P K otherwise: their errors average out
   static constexpr float kScale = kScaled ? kUnitRowScale : 1.0f;  // of queries and keys
   static constexpr int kMaxSharedBytes = 227 * 1024;
-  static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers and scales
+  static constexpr int kOtherBytes = 1024 + 256;  // alignment, barriers
   static constexpr int kStagesThatFit = (kMaxSharedBytes - kOtherBytes - 2 * kQueryBytes) / kTileBytes;
   // Even, so that with two streams a stage always has tiles of the same one. Otherwise a consumer would skip phases of
   // the stage's barrier, and parity cannot tell it two phases early.
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit / 2 * 2 : 8;
-  static_assert(kStages >= 4 && (3 * kStages + 4) * 8 + kStages * 4 <= 256);
+  static constexpr int kRingBarrierBytes = 28 * kStages + 8;  // with scales
+  static_assert(kStages >= 4 && kRingBarrierBytes + 3 * 8 <= 256);
   static_assert(kTerms * kKeyPlaneBytes <= kTileBytes);
   static constexpr int kSharedBytes = kOtherBytes + 2 * kQueryBytes + kStages * kTileBytes;
   static constexpr int kThreads = 3 * 128;
@@ -86,23 +87,36 @@ struct Sm90Streams {
 template <typename Tile>
 struct Sm90Ring {
   uint32_t tiles;
-  uint32_t full;    // [kStages] barriers: the tile is there
-  uint32_t empty;   // [kStages]: its consumers have read it
-  uint32_t floats;  // [kStages]: the floats are there, of which the tile will be made
-  uint32_t copied_again;
-  uint32_t scales;  // [kStages] floats: what scores and sums of the tile are multiplied by, if it is scaled
+  uint32_t barriers;
 
   __device__ __forceinline__ uint32_t tile(int slot) const { return tiles + slot % Tile::kStages * Tile::kTileBytes; }
-  __device__ __forceinline__ uint32_t copied(int slot) const { return floats + 8 * (slot % Tile::kStages); }
-  __device__ __forceinline__ uint32_t arrived(int slot) const { return full + 8 * (slot % Tile::kStages); }
+  // Barriers: the tile is there; its consumers have read it; the floats are there, of which the tile will be made; they
+  // are there a second time.
+  __device__ __forceinline__ uint32_t full(int slot) const { return barriers + 8 * (slot % Tile::kStages); }
+  __device__ __forceinline__ uint32_t empty(int slot) const { return full(slot) + 8 * Tile::kStages; }
+  __device__ __forceinline__ uint32_t floats(int slot) const { return full(slot) + 16 * Tile::kStages; }
+  __device__ __forceinline__ uint32_t floats_again() const { return barriers + 24 * Tile::kStages; }
+  // A float: what scores and sums of the tile are multiplied by, if it is scaled.
+  __device__ __forceinline__ uint32_t scale(int slot) const { return floats_again() + 8 + 4 * (slot % Tile::kStages); }
+
+  __device__ __forceinline__ void init(int consumers) const {
+    for (int i = 0; i < Tile::kStages; ++i) {
+      sm90::barrier_init(full(i), Tile::kSplit ? 128 : 1);
+      sm90::barrier_init(empty(i), consumers);
+      if (Tile::kSplit) sm90::barrier_init(floats(i), 1);
+    }
+    if (Tile::kScaled) sm90::barrier_init(floats_again(), 1);
+  }
   __device__ __forceinline__ void wait_until_full(int slot) const {
-    sm90::barrier_wait(arrived(slot), sm90::full_parity(slot, Tile::kStages));
+    sm90::barrier_wait(full(slot), sm90::full_parity(slot, Tile::kStages));
   }
   __device__ __forceinline__ void wait_until_empty(int slot) const {
-    sm90::barrier_wait(empty + 8 * (slot % Tile::kStages), sm90::empty_parity(slot, Tile::kStages));
+    sm90::barrier_wait(empty(slot), sm90::empty_parity(slot, Tile::kStages));
   }
-  __device__ __forceinline__ uint32_t scale(int slot) const { return scales + 4 * (slot % Tile::kStages); }
-  __device__ __forceinline__ void release(int slot) const { sm90::barrier_arrive(empty + 8 * (slot % Tile::kStages)); }
+  __device__ __forceinline__ void wait_for_floats(int slot) const {
+    sm90::barrier_wait(floats(slot), sm90::full_parity(slot, Tile::kStages));
+  }
+  __device__ __forceinline__ void release(int slot) const { sm90::barrier_arrive(empty(slot)); }
 };
 
 // Writes the terms of four adjacent elements from term `first` on, in planes `plane_bytes` apart.
@@ -186,7 +200,7 @@ __device__ __forceinline__ void copy_keys(const Sm90Ring<Tile>& ring, const Sm90
   for (int slot = 0; slot < streams.slots; ++slot) {
     if (slot == kFirstTiles) sm90::barrier_wait(query_arrived, 0);
     ring.wait_until_empty(slot);
-    request_tile(ring, arguments, streams, slot, ring.arrived(slot));
+    request_tile(ring, arguments, streams, slot, ring.full(slot));
   }
 }
 
@@ -198,7 +212,7 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
   const auto request_until = [&](int end) {  // by one warp
     for (; requested < min(end, streams.slots); ++requested) {
       ring.wait_until_empty(requested);
-      if (thread == 0) request_tile(ring, arguments, streams, requested, ring.copied(requested));
+      if (thread == 0) request_tile(ring, arguments, streams, requested, ring.floats(requested));
     }
   };
   if (thread == 0) sm90::prefetch_map(arguments.key_map);
@@ -209,7 +223,7 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
   for (int slot = 0; slot < streams.slots; ++slot) {
     const int stream = streams.stream_of(slot);
     const int tile = streams.tile_of(slot);
-    sm90::barrier_wait(ring.copied(slot), sm90::full_parity(slot, Tile::kStages));
+    ring.wait_for_floats(slot);
     if (tile < streams.tiles(stream)) {
       const int64_t first_key = static_cast<int64_t>(streams.first(stream) + tile) * Tile::kKeys;
       const int valid = static_cast<int>(min(k - first_key, int64_t{Tile::kKeys}));
@@ -217,14 +231,14 @@ __device__ __forceinline__ void split_keys(const Sm90Ring<Tile>& ring, const Sm9
         split_tile<Tile>(ring.tile(slot), valid, scale);
         sm90::fence_shared();
         if (!Tile::kScaled || scale.fits(any)) break;
-        if (thread == 0) request_tile(ring, arguments, streams, slot, ring.copied_again);
-        sm90::barrier_wait(ring.copied_again, retries & 1);
+        if (thread == 0) request_tile(ring, arguments, streams, slot, ring.floats_again());
+        sm90::barrier_wait(ring.floats_again(), retries & 1);
       }
       if (Tile::kScaled && thread == 0) {
         sm90::store_shared_4(ring.scale(slot), __float_as_uint(scale.to_unit_rows()));
       }
     }
-    sm90::barrier_arrive(ring.arrived(slot));
+    sm90::barrier_arrive(ring.full(slot));
     if (thread < 32) {
       if (slot == 0) sm90::barrier_wait(query_arrived, 0);
       request_until(slot + Tile::kStages - 1);  // consumers keep a tile until the next two are there

@@ -1,8 +1,8 @@
 // float32 operands of tensor cores, as sums of 16-bit terms. Each term is the rounded remainder after those before.
 //
-// Three bfloat16 terms hold all 24 bits of a float, with its range. Two float16 terms hold 22 bits and need two thirds
-// of the products, or half, but elements must be in float16's range. So they are multiplied by a power of two, by which
-// scores and sums are divided. It is the same for nearly all tiles of nearly all queues: that of unit rows.
+// Two float16 terms hold 22 bits, as good as three of bfloat16, which need more products; one has the 11 bits of tf32.
+// But elements must be in float16's range. So they are multiplied by a power of two, by which scores and sums are
+// divided. It is the same for nearly all tiles of nearly all queues: that of unit rows.
 #pragma once
 
 #include "kernels/cuda/reduce.cuh"
