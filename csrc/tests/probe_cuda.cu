@@ -199,7 +199,7 @@ int info_nce(int64_t n, int64_t k, int64_t c, int precision, bool gradient) {
     }
     return worst;
   };
-  const double tolerance = sizeof(Queue) == 2 || precision < 3 ? 5e-3 : 1e-4;  // operands of 8 to 16 bits, and of 24
+  const double tolerance = sizeof(Queue) == 2 || precision < 3 ? 5e-3 : 1e-4;  // operands of 8 or 11 bits, and of 22
   const double product = 2.0 * n * k * c;
   const double bytes = static_cast<double>(queue_bytes) + 4.0 * n * c * (gradient ? 3 : 2);
   return report(gradient ? 2 * product : product, bytes, tolerance, call, error);

@@ -24,25 +24,28 @@ constexpr float kUnitRowScale = 256.0f;
 
 // What a block multiplies the elements of its keys by, before it splits them into float16 terms.
 struct TermScale {
-  static constexpr float kLeast = 4.0f;  // of the largest element: then errors are at most 2^-27 of it
+  static constexpr uint32_t kZero = 0x01000000u;  // size(0)
+  static constexpr float kLeast = 4.0f;           // of the largest element: then errors are at most 2^-27 of it
   static constexpr float kMost = 0x1p15f;
   static constexpr float kStep = 0x1p11f;  // leads from above kMost to above kLeast, and back
   float value = kUnitRowScale;
-  float largest = 0.0f;  // of the thread's elements of the tile
-  bool settled = false;  // there was an element other than 0
+  uint32_t largest = kZero;  // size() of the thread's elements of the tile
+  bool settled = false;      // there was an element other than 0
+
+  // In the order of |x|; infinities and NaN, which no factor brings into range, come before 0.
+  __device__ __forceinline__ static uint32_t size(float x) { return (__float_as_uint(x) << 1) + kZero; }
 
   __device__ __forceinline__ void apply(float4& x) {
-    largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(x.z), fabsf(x.w)));
+    largest = max(max(largest, max(size(x.x), size(x.y))), max(size(x.z), size(x.w)));
     x.x *= value, x.y *= value, x.z *= value, x.w *= value;
   }
   // Whether the tile fits. If not, it has to be split again, with another value. One that fits the first elements is
   // only lowered later. `any` tells whether an argument is true for any of the threads that split, and is a barrier.
   template <typename Any>
   __device__ __forceinline__ bool fits(const Any& any) {
-    const float scaled = largest * value;
-    const bool finite = largest < INFINITY;
-    largest = 0.0f;
-    if (any(scaled > kMost && finite)) {
+    const float scaled = __uint_as_float((largest - kZero) >> 1) * value;
+    largest = kZero;
+    if (any(scaled > kMost)) {
       value *= 1.0f / kStep;
       settled = true;
       return false;
